@@ -1,0 +1,52 @@
+# What the README, CI and people call. `make demo` and `make test` need no step before them.
+
+PYTHON ?= python3
+# Arguments for pytest, such as ARGS="--require-gpus 2" or ARGS="-k control -x".
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+MANIFESTS := core/pyproject.toml $(sort $(wildcard plugins/*/pyproject.toml))
+PACKAGES := $(patsubst %/pyproject.toml,./%,$(MANIFESTS))
+TYPED := $(addsuffix /src,$(PACKAGES))
+
+# Builds see .venv: the pinned torch and this checkout's core, where an isolated build would download a torch of its own.
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint wheels clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+setup: $(STAMP)  ## .venv with core and every plugin, editable, and the tools to develop them
+
+demo: $(STAMP)  ## two CPU processes agree on a backend and sum a tensor
+	$(BIN)/comm-core demo
+
+test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff, mypy and clang-format; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy $(TYPED)
+	find $(PACKAGES) -type f \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \) \
+		-exec $(BIN)/clang-format --dry-run -Werror {} +
+
+wheels: $(STAMP)  ## dist/: a wheel of core and of every plugin
+	rm -rf dist
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist $(PACKAGES)
+
+clean:  ## remove .venv, dist and caches
+	rm -rf .venv dist .hypothesis
+	find . -type d \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
+
+# pip takes a package either from the root's direct reference or as editable, never both in one call: the last call
+# replaces what the one before it brought. The stamp comes last, so that an interrupted run starts anew.
+$(STAMP): pyproject.toml $(MANIFESTS)
+	$(PYTHON) -m venv .venv
+	$(PIP) install 'hatchling>=1.27'
+	$(PIP) install --no-build-isolation '.[dev]'
+	$(PIP) install --no-build-isolation $(addprefix --editable ,$(PACKAGES))
+	touch $@

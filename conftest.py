@@ -1,0 +1,95 @@
+"""GPU tests: skipped in sight by default, and never skipped in a run that promises GPUs.
+
+A test marked `@pytest.mark.gpus(2)` needs two GPUs. `pytest --require-gpus 2` runs those that need up to two. It ends
+at once where the machine has fewer or where no such test was selected; a skip inside one of them, or of a whole file,
+fails. Tests that need more than was promised still skip, in sight.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+pytest_plugins = ["pytester"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpus",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run the tests that need up to N GPUs; an error where there are fewer",
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    promised = session.config.getoption("require_gpus")
+    if promised < 0:
+        raise pytest.UsageError(f"--require-gpus {promised}: the number can't be negative")
+    found = gpu_count() if promised else 0
+    if found < promised:
+        raise pytest.UsageError(f"--require-gpus {promised}: this machine has {found} that torch can use")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    promised = config.getoption("require_gpus")
+    for item in items:
+        needed = gpus_needed(item)
+        if needed > promised:
+            reason = f"needs {needed} GPU(s), the run promises {promised}: pytest --require-gpus {needed}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    promised = session.config.getoption("require_gpus")
+    if promised and not any(0 < gpus_needed(item) <= promised for item in session.items):
+        raise pytest.UsageError(f"--require-gpus {promised}: no test that was selected uses a GPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    expected_to_fail = hasattr(report, "wasxfail")
+    if report.skipped and not expected_to_fail and 0 < gpus_needed(item) <= item.config.getoption("require_gpus"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped in a run that promises its GPUs: {skip_reason(report.longrepr)}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped and collector.config.getoption("require_gpus"):
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} skipped in a run that promises GPUs: {skip_reason(report.longrepr)}"
+    return report
+
+
+def gpus_needed(item: pytest.Item) -> int:
+    """How many GPUs a test needs; 0 without the marker."""
+    marker = item.get_closest_marker("gpus")
+    if marker is None:
+        return 0
+    match marker.args:
+        case (int(count),) if count > 0 and not marker.kwargs:
+            return count
+    raise pytest.UsageError(f"{item.nodeid}: write the marker as gpus(2), with the number of GPUs that the test needs")
+
+
+def gpu_count() -> int:
+    """How many GPUs torch sees; starts no CUDA context."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def skip_reason(longrepr: object) -> str:
+    """The words of a skip, from the (path, line, reason) that pytest keeps."""
+    return str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)

@@ -1,0 +1,78 @@
+"""All-reduce backends as plugins: every rank of a process group agrees on one plan, which ends in torch.distributed.
+
+```python
+import comm_core as comm
+
+backend = comm.get_backend(group)
+y = backend.all_reduce(x)
+```
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from comm_core._version import __version__
+from comm_core.context import Agreement, ControlChannel, GroupContext, Shapes
+from comm_core.errors import (
+    BackendUnavailableError,
+    CaptureError,
+    CommError,
+    CommTimeoutError,
+    NegotiationError,
+    PluginLoadError,
+)
+from comm_core.hookspecs import hookimpl, hookspec
+from comm_core.topology import Device, Host, Link, RankInfo, Topology
+from comm_core.types import Available, Candidate, Decision, Range, Route, Rule, Unavailable
+
+if TYPE_CHECKING:
+    from comm_core.backend import Backend
+    from comm_core.groups import close, get_backend
+
+__all__ = [
+    "Agreement",
+    "Available",
+    "Backend",
+    "BackendUnavailableError",
+    "Candidate",
+    "CaptureError",
+    "CommError",
+    "CommTimeoutError",
+    "ControlChannel",
+    "Decision",
+    "Device",
+    "GroupContext",
+    "Host",
+    "Link",
+    "NegotiationError",
+    "PluginLoadError",
+    "Range",
+    "RankInfo",
+    "Route",
+    "Rule",
+    "Shapes",
+    "Topology",
+    "Unavailable",
+    "__version__",
+    "close",
+    "get_backend",
+    "hookimpl",
+    "hookspec",
+]
+
+# These need torch, whose import takes a second, and which may be broken on a host that `comm-core doctor` looks at.
+_WITH_TORCH = {"Backend": "comm_core.backend", "close": "comm_core.groups", "get_backend": "comm_core.groups"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WITH_TORCH:
+        value = getattr(importlib.import_module(_WITH_TORCH[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

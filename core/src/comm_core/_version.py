@@ -1,0 +1,3 @@
+"""This release; `pyproject.toml` reads it from here."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,266 @@
+"""The handle that a caller holds: routes each call to the hook that the group agreed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from comm_core import fallback
+from comm_core.errors import CommError, CommTimeoutError
+from comm_core.types import DTYPES, TERMINAL, Decision
+
+if TYPE_CHECKING:
+    from comm_core.establish import Session
+    from comm_core.topology import Topology
+
+__all__ = ["Backend"]
+
+# Past every tensor's size, in bytes, so that a rule without an upper end is compared like the others.
+_NO_LIMIT = 1 << 62
+# (lowest bytes, highest bytes, multiple of bytes, hook, its session, the backend's name)
+_Entry = tuple[int, int, int, Callable[..., torch.Tensor], Any, str]
+# (…, most tokens, multiple of the hidden size)
+_FusedEntry = tuple[int, int, int, Callable[..., tuple[torch.Tensor, torch.Tensor]], Any, str, int, int]
+_TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+_REFUSED = "float8, booleans, unsigned integers above 8 bits, sparse and quantised tensors aren't summed"
+
+
+class Backend:
+    """All-reduce for one process group; `comm_core.get_backend` makes it.
+
+    Calls are Collective: every rank of the group makes the same calls in the same order, with tensors of the same shape
+    and dtype. Nothing is differentiated. A handle is for one thread at a time.
+
+    Attributes:
+        name: who serves the smallest eager float32 message.
+        decision: what the ranks agreed on, equal on all of them.
+        topology: what they agreed on it from.
+        device: where the group's main tensors live.
+    """
+
+    def __init__(
+        self,
+        decision: Decision,
+        topology: Topology,
+        title: str,
+        device: torch.device,
+        terminal: tuple[Callable[..., torch.Tensor], Any],
+        sessions: Mapping[str, Session],
+    ) -> None:
+        self.decision = decision
+        self.topology = topology
+        self.device = device
+        self._title = title
+        self._sessions = dict(sessions)
+        self._failure: str | None = None
+        main = topology.device_types[0]
+        self.name = decision.route("all_reduce", "eager", main, "float32").backend_for(DTYPES["float32"])
+        devices = {kind: device if kind == device.type else torch.device(kind) for kind in topology.device_types}
+        # By device and dtype, so that one look-up finds the route and notices what has none.
+        self._plain: dict[tuple[torch.device, torch.dtype], tuple[_Entry, ...]] = {}
+        self._fused: dict[tuple[torch.device, torch.dtype], tuple[_FusedEntry, ...]] = {}
+        for route in decision.routes:
+            if route.mode != "eager":
+                continue
+            key = (devices[route.device_type], _TORCH_DTYPES[route.dtype])
+            entries: list[Any] = []
+            for rule in route.rules:
+                # An empty tensor is nobody's: see `_reduce_odd`.
+                bounds = (max(rule.min_nbytes, 1), rule.max_nbytes or _NO_LIMIT, rule.multiple_nbytes)
+                if rule.backend != TERMINAL:
+                    session = sessions[rule.backend]
+                    served_by = (session.plugin.hooks[route.op], session.value, rule.backend)
+                elif route.op == "all_reduce":
+                    served_by = (*terminal, TERMINAL)
+                else:
+                    continue  # composed, see `all_reduce_add_rms_norm`
+                limits = () if route.op == "all_reduce" else (rule.max_tokens or _NO_LIMIT, rule.hidden_multiple)
+                entries.append((*bounds, *served_by, *limits))
+            if route.op == "all_reduce":
+                self._plain[key] = tuple(entries)
+            else:
+                self._fused[key] = tuple(entries)
+
+    def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum `tensor` over the ranks of the group, elementwise.
+
+        Args:
+            tensor: any shape, also empty; the dtypes of `comm_core.types.DTYPES` and complex ones.
+            out: where the sum goes: a tensor of the same shape, dtype and device, `tensor` itself for in place.
+                None: a new one.
+
+        Returns:
+            `out`, or a new contiguous tensor.
+
+        Raises:
+            TypeError, ValueError: a dtype, device or `out` that no backend takes; alike on all ranks, before anything
+                is sent.
+            CommError: the backend that serves this message failed, or the handle is closed; the text names it. As
+                `CommTimeoutError` where a peer didn't come.
+        """
+        rules = self._plain.get((tensor.device, tensor.dtype))
+        if rules is None or tensor.data_ptr() & 15 or not tensor.is_contiguous():
+            return self._reduce_odd(tensor, out)
+        if out is not None and out is not tensor and not self._fits(tensor, out):
+            return out.copy_(self.all_reduce(tensor))
+        nbytes = tensor.nbytes
+        for low, high, multiple, function, session, name in rules:
+            if low <= nbytes <= high and not nbytes % multiple:
+                try:
+                    return function(session, tensor, out)
+                except Exception as error:  # noqa: BLE001 - the plugin border: it is told by name
+                    self._raise(error, name, "all_reduce")
+        return self._reduce_odd(tensor, out)
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        weight_offset: float = 0.0,
+        *,
+        out: torch.Tensor | None = None,
+        residual_out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`s = sum over ranks of tensor + residual` and `s · rsqrt(mean(s²) + eps) · (weight + weight_offset)`.
+
+        One fused call where a backend offers it, else an all-reduce and a norm. The formula is that of the hook of the
+        same name.
+
+        Args:
+            tensor: `[num_tokens, hidden_size]`, floating point.
+            residual: like `tensor`; the same values on every rank.
+            weight: `[hidden_size]`, the dtype of `tensor`; the same values on every rank.
+            eps: added to the mean square.
+            weight_offset: added to the weight, 1.0 for Gemma's norms.
+            out: where the normed values go, like `tensor`; None: a new one.
+            residual_out: where the sum goes, like `tensor`, `residual` itself for in place; None: a new one.
+
+        Returns:
+            The normed values and the sum.
+
+        Raises:
+            As `all_reduce`; ValueError also for shapes that don't fit.
+        """
+        if tensor.dim() != 2 or residual.shape != tensor.shape or weight.shape != tensor.shape[1:]:
+            raise ValueError(
+                "[num_tokens, hidden_size], the same, and [hidden_size] are needed, not "
+                f"{list(tensor.shape)}, {list(residual.shape)} and {list(weight.shape)}"
+            )
+        if not tensor.dtype == residual.dtype == weight.dtype or not tensor.is_floating_point():
+            raise TypeError(f"one floating dtype is needed, not {tensor.dtype}, {residual.dtype} and {weight.dtype}")
+        nbytes, (num_tokens, hidden_size) = tensor.nbytes, tensor.shape
+        for low, high, multiple, function, session, name, most_tokens, hidden_multiple in self._fused.get(
+            (tensor.device, tensor.dtype), ()
+        ):
+            if (
+                low <= nbytes <= high
+                and not nbytes % multiple
+                and num_tokens <= most_tokens
+                and not hidden_size % hidden_multiple
+            ):
+                x, r, w = _plain_copy(tensor), _plain_copy(residual), _plain_copy(weight)
+                y_out = out if out is None or out is tensor or self._fits(tensor, out) else None
+                s_out = residual_out
+                if s_out is not None and s_out is not residual and not self._fits(tensor, s_out):
+                    s_out = None
+                try:
+                    y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
+                except Exception as error:  # noqa: BLE001 - the plugin border, as above
+                    self._raise(error, name, "all_reduce_add_rms_norm")
+                return y if out is None or y is out else out.copy_(y), (
+                    s if residual_out is None or s is residual_out else residual_out.copy_(s)
+                )
+        total = self.all_reduce(tensor)
+        return fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
+
+    def check(self) -> None:
+        """Raise what the devices noted since the last call, such as a replayed wait that ended without its peer.
+
+        Local. Reads one word a session from the host's memory; call it after replays of a captured graph.
+
+        Raises:
+            CommTimeoutError, CommError: earlier results are wrong; the text names the backend.
+        """
+        if self._failure is not None:
+            raise CommError(self._failure)
+        for name, session in self._sessions.items():
+            hook = session.plugin.hooks.get("check")
+            if hook is not None:
+                try:
+                    hook(session.value)
+                except Exception as error:  # noqa: BLE001 - the plugin border, as above
+                    self._raise(error, name, "check")
+
+    def explain(self) -> str:
+        """Who serves what in this group and why the others don't: text, equal on every rank."""
+        from comm_core.report import explain
+
+        return explain(self._title, self.topology, self.decision)
+
+    def __repr__(self) -> str:
+        return f"<comm_core.Backend {self.name!r} of {self._title}>"
+
+    def retire(self, why: str) -> None:
+        """Make every later call raise `CommError(why)`."""
+        self._failure = why
+        self._plain.clear()
+        self._fused.clear()
+
+    def _fits(self, tensor: torch.Tensor, out: torch.Tensor) -> bool:
+        """Whether a hook may write to `out` directly; what it can't be at all raises."""
+        if out.shape != tensor.shape or out.dtype != tensor.dtype or out.device != tensor.device:
+            raise ValueError(
+                f"out is {out.dtype} {list(out.shape)} on {out.device}; the tensor is {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+        target, source = out.data_ptr(), tensor.data_ptr()
+        disjoint = target + tensor.nbytes <= source or source + tensor.nbytes <= target
+        return disjoint and not target & 15 and out.is_contiguous()
+
+    def _reduce_odd(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Everything that the hot path leaves: staged through a copy, answered at once, or refused."""
+        if self._failure is not None:
+            raise CommError(self._failure)
+        if out is not None and (out.shape, out.dtype, out.device) != (tensor.shape, tensor.dtype, tensor.device):
+            self._fits(tensor, out)
+        if tensor.is_complex():
+            self._route_of(torch.view_as_real(tensor.new_empty(0)))
+            result = torch.view_as_complex(self.all_reduce(torch.view_as_real(tensor.resolve_conj())))
+        else:
+            self._route_of(tensor)
+            # An empty sum needs no messages: every rank has the same shape.
+            result = torch.empty_like(tensor) if tensor.numel() == 0 else self.all_reduce(_plain_copy(tensor))
+        return result if out is None else out.copy_(result)
+
+    def _route_of(self, tensor: torch.Tensor) -> None:
+        """Raise why there is no route for tensors of this kind; a dtype and device of the group have one."""
+        if (tensor.device, tensor.dtype) in self._plain and tensor.layout is torch.strided:
+            return
+        kinds = {device for device, _ in self._plain}
+        if tensor.device not in kinds:
+            names = ", ".join(sorted(map(str, kinds)))
+            raise ValueError(
+                f"a tensor on {tensor.device} can't be reduced in {self._title}, whose tensors live on {names}. For "
+                "CPU tensors beside CUDA's make the group with backend='cpu:gloo,cuda:nccl'"
+            )
+        raise TypeError(f"{tensor.dtype}, {tensor.layout}: {_REFUSED}; convert it first")
+
+    def _raise(self, error: Exception, name: str, hook: str) -> NoReturn:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error  # engines catch it and retry with less
+        text = f"backend {name!r} of {self._title} failed in {hook}: {error}"
+        if isinstance(error, CommTimeoutError):
+            # Its peers' counts and its own no longer match: no later call could be right.
+            self.retire(f"{text}. It isn't used any more; close the group's handle and make a new group")
+            raise CommTimeoutError(text, error.ranks) from error
+        raise CommError(text) from error
+
+
+def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where hooks can take it, else a contiguous copy aligned to 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() & 15 else tensor

@@ -1,0 +1,53 @@
+"""Joining the job that torchrun started, or starting one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+__all__ = ["joined", "launch", "under_torchrun"]
+
+
+def under_torchrun() -> bool:
+    """Whether this process is a rank of a job: torchrun, or who speaks its language, has set RANK and WORLD_SIZE."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(nproc: int, arguments: Sequence[str]) -> int:
+    """Run `comm-core` with these arguments in a job of `nproc` processes on this host; its exit status, 0 or 1."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    # torchrun warns where this isn't set, and takes one thread a process then.
+    environ = {"OMP_NUM_THREADS": "1", **os.environ}
+    done = subprocess.run(  # noqa: S603 - torchrun with our own arguments
+        [*torchrun, "-m", "comm_core", *arguments], env=environ, check=False
+    )
+    return 1 if done.returncode else 0
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[int]:
+    """Be a rank of the job: each with a GPU of its own where there are enough, else all on CPUs. Yields the rank."""
+    import torch
+    import torch.distributed as dist
+
+    import comm_core as comm
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if torch.cuda.is_available() and torch.cuda.device_count() >= local_size:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    elif torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.device_count() == 1:
+        # One visible device a process.
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+        comm.close()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,309 @@
+"""The report of `comm-core doctor`: what was found, what is wrong with it, and how it looks. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from comm_core.env import Settings
+from comm_core.topology import Device, Host, Link
+from comm_core.types import TERMINAL
+
+__all__ = ["PluginLine", "Problem", "Report", "diagnose", "render", "to_json"]
+
+#: The version of the JSON.
+SCHEMA = 1
+#: The oldest torch that core supports, as in its requirements.
+_OLDEST_TORCH = "2.8"
+#: Bytes of /dev/shm that container runtimes give where nobody asks for more, which a data loader alone can fill.
+_SMALL_SHM_NBYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginLine:
+    """One installed plugin.
+
+    Attributes:
+        name: the backend's name.
+        distribution: what brings it; None where unknown.
+        version: of the distribution; None where unknown.
+        usable: whether it loaded; None where nobody wanted it to.
+        reason: why it isn't usable.
+        remedy: what to do about that.
+        facts: what its `probe()` returned; None where it has none.
+    """
+
+    name: str
+    distribution: str | None
+    version: str | None
+    usable: bool | None
+    reason: str = ""
+    remedy: str = ""
+    facts: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something that is wrong, and the way to mend it."""
+
+    what: str
+    fix: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        versions: as in `comm_core.RankInfo`.
+        torch: "cuda": whether it can use a GPU; "process_groups": the backends that it was built with. Empty where it
+            can't be imported.
+        host: where this runs.
+        devices: every GPU of the host that NVML sees.
+        environment: the variables that matter here.
+        settings: what core reads from them; None where that fails.
+        misspelt: variables with core's prefix that core doesn't know.
+        plugins: by name.
+        unknown: what could not be learnt, and why.
+    """
+
+    versions: Mapping[str, str]
+    torch: Mapping[str, Any]
+    host: Host
+    devices: Sequence[Device]
+    environment: Mapping[str, str]
+    settings: Settings | None
+    misspelt: Sequence[str]
+    plugins: Sequence[PluginLine]
+    unknown: Mapping[str, str]
+
+
+def diagnose(report: Report) -> tuple[Problem, ...]:
+    """What is wrong, the causes of others first."""
+    return (
+        *_torch_problems(report),
+        *_gpu_problems(report),
+        *_host_problems(report),
+        *_setting_problems(report),
+        *_plugin_problems(report),
+    )
+
+
+def _torch_problems(report: Report) -> Iterator[Problem]:
+    reinstall = f'Install it anew: python -m pip install --force-reinstall "torch>={_OLDEST_TORCH}"'
+    if "torch" not in report.versions:
+        yield Problem(f"torch can't be imported: {report.unknown.get('versions.torch', 'no reason given')}", reinstall)
+        return
+    if _older(report.versions["torch"], _OLDEST_TORCH):
+        yield Problem(f"torch {report.versions['torch']} is older than {_OLDEST_TORCH}", reinstall)
+    if not report.torch.get("process_groups"):
+        reason = report.unknown.get("torch.distributed", "it was built without them")
+        yield Problem(f"torch has no process groups: {reason}", "Install a build of torch with torch.distributed.")
+
+
+def _older(version: str, oldest: str) -> bool:
+    try:
+        return Version(version).release < Version(oldest).release
+    except InvalidVersion:
+        return False
+
+
+def _gpu_problems(report: Report) -> Iterator[Problem]:
+    for field, reason in report.unknown.items():
+        if field.startswith("NVML's device"):
+            yield Problem(
+                f"{field} doesn't answer: {reason}", "Look at nvidia-smi and the kernel's log; reset it or restart."
+            )
+    if "torch" not in report.versions:
+        return
+    usable = report.torch.get("cuda", False)
+    visible = report.environment.get("CUDA_VISIBLE_DEVICES")
+    if report.devices and not usable:
+        if visible is not None and visible.strip() in {"", "-1"}:
+            yield Problem(
+                f"CUDA_VISIBLE_DEVICES={visible!r} hides all {len(report.devices)} GPUs from torch",
+                "Unset it to use them.",
+            )
+        elif "cuda" not in report.versions:
+            yield Problem("this host has GPUs, and torch is a build without CUDA", "Install a CUDA build of torch.")
+        else:
+            yield Problem(
+                f"torch can't use this host's GPUs: {report.unknown.get('torch.cuda', 'no reason given')}",
+                f"Match the driver ({report.versions.get('driver', 'version unknown')}) to torch's CUDA "
+                f"({report.versions['cuda']}), and check that this user may open /dev/nvidia*.",
+            )
+    if usable and "nvml" in report.unknown:
+        yield Problem(
+            f"NVML can't be asked ({report.unknown['nvml']}), so NVLinks stay unknown",
+            "python -m pip install nvidia-ml-py; in a container, have the driver's libnvidia-ml.so.1 mounted "
+            "(NVIDIA_DRIVER_CAPABILITIES=compute,utility).",
+        )
+    if usable and "nccl" not in report.torch.get("process_groups", ()):
+        yield Problem(
+            "torch can use GPUs but was built without NCCL, where every group's plan ends",
+            "Install a build of torch with NCCL.",
+        )
+
+
+def _host_problems(report: Report) -> Iterator[Problem]:
+    if "host.boot_id" in report.unknown:
+        yield Problem(
+            f"the running kernel's identity can't be read ({report.unknown['host.boot_id']}), so every rank counts as "
+            "a host of its own and none shares memory",
+            "Mount procfs at /proc.",
+        )
+    if "host.id" in report.unknown:
+        yield Problem(
+            f"the IPC namespace or /dev/shm can't be identified ({report.unknown['host.id']})",
+            "Mount procfs at /proc and a tmpfs at /dev/shm.",
+        )
+    free = report.host.shm_nbytes
+    if free is not None and free <= _SMALL_SHM_NBYTES:
+        yield Problem(
+            f"only {_size(free)} are free in /dev/shm, too little for a group's shared memory",
+            "Start the container with --shm-size=1g or --ipc=host, or remove what fills it.",
+        )
+
+
+def _setting_problems(report: Report) -> Iterator[Problem]:
+    if report.settings is None:
+        yield Problem(
+            report.unknown.get("settings", "the settings can't be read"), "Correct the variable, or unset it."
+        )
+    for name in report.misspelt:
+        near = difflib.get_close_matches(name, Settings.variables(), n=1, cutoff=0.85)
+        if near:
+            yield Problem(f"{name} means nothing to core", f"Did you mean {near[0]}? Rename it, or unset it.")
+    if report.settings is not None and "plugins" not in report.unknown:
+        installed = {plugin.name for plugin in report.plugins} | {TERMINAL}
+        for variable, names in (
+            ("COMM_CORE_BACKENDS", report.settings.backends or ()),
+            ("COMM_CORE_DISABLE", report.settings.disable),
+        ):
+            for name in names:
+                if name not in installed:
+                    yield Problem(
+                        f"{variable} names '{name}', which isn't installed",
+                        f"Install its plugin, or take the name out; installed are {', '.join(sorted(installed))}.",
+                    )
+
+
+def _plugin_problems(report: Report) -> Iterator[Problem]:
+    if "plugins" in report.unknown:
+        yield Problem(f"plugins can't be listed: {report.unknown['plugins']}", "Install comm-core anew.")
+    for plugin in report.plugins:
+        if plugin.usable is False:
+            yield Problem(f"plugin '{plugin.name}' can't be used: {plugin.reason}", plugin.remedy)
+
+
+def to_json(report: Report, problems: Sequence[Problem]) -> dict[str, Any]:
+    """The report as JSON, with its schema's number."""
+    return {
+        "schema": SCHEMA,
+        "versions": dict(report.versions),
+        "torch": dict(report.torch),
+        "host": dataclasses.asdict(report.host),
+        "devices": [dataclasses.asdict(device) for device in report.devices],
+        "environment": dict(report.environment),
+        "misspelt": list(report.misspelt),
+        "plugins": [dataclasses.asdict(plugin) for plugin in report.plugins],
+        "unknown": dict(report.unknown),
+        "problems": [dataclasses.asdict(problem) for problem in problems],
+    }
+
+
+def render(report: Report, problems: Sequence[Problem]) -> str:
+    """The report as text, ending with the numbered fixes."""
+    sections = {
+        "Versions": [f"{name}: {version}" for name, version in report.versions.items()],
+        "torch": [f"{name}: {_plain(value)}" for name, value in report.torch.items()] or ["can't be imported"],
+        "Host": _host_lines(report.host),
+        "GPUs, as NVML sees them": [_device_line(i, device) for i, device in enumerate(report.devices)] or ["none"],
+        "Links": list(_link_lines(report.devices)),
+        "Environment": [_variable_line(name, value, report) for name, value in report.environment.items()]
+        or ["nothing that matters here is set"],
+        "Plugins": [_plugin_line(plugin) for plugin in report.plugins]
+        or [f"none: every group uses {TERMINAL}" if "plugins" not in report.unknown else "can't be listed"],
+        "Unknown": [f"{field}: {reason}" for field, reason in report.unknown.items()],
+    }
+    lines: list[str] = []
+    for title, content in sections.items():
+        if content:
+            lines += [title, *(f"  {line}" for line in content), ""]
+    return "\n".join(lines + list(_fix_lines(problems)))
+
+
+def _host_lines(host: Host) -> list[str]:
+    free = "unknown" if host.shm_nbytes is None else _size(host.shm_nbytes)
+    return [f"name: {host.name}", f"identity: {host.id}", f"free in /dev/shm: {free}"]
+
+
+def _device_line(index: int, device: Device) -> str:
+    capability = ".".join(map(str, device.capability))
+    fabric = f", fabric {device.fabric}" if device.fabric else ""
+    return f"GPU{index}: {device.name}, {capability}, {_size(device.memory_nbytes)}, {device.uuid}{fabric}"
+
+
+def _link_lines(devices: Sequence[Device]) -> Iterator[str]:
+    if len(devices) < 2:
+        return
+    names = [f"GPU{index}" for index in range(len(devices))]
+    yield _row("", names)
+    reasons: dict[str, list[str]] = {}
+    for name, device in zip(names, devices, strict=True):
+        cells = []
+        for peer_name, peer in zip(names, devices, strict=True):
+            link = device.links.get(peer.uuid, Link(reason="NVML reports no link"))
+            cells.append("X" if peer is device else _cell(link))
+            if peer is not device and link.reason:
+                reasons.setdefault(link.reason, []).append(f"{name}-{peer_name}")
+        yield _row(name, cells)
+    yield "NV#: that many NVLinks; P2P: peer access without NVLink; no: no peer access; ?: unknown"
+    for reason, pairs in reasons.items():
+        yield f"{reason}: {', '.join(pairs)}"
+
+
+def _row(head: str, cells: Iterable[str]) -> str:
+    return "".join(f"{cell:<7}" for cell in (head, *cells)).rstrip()
+
+
+def _cell(link: Link) -> str:
+    if link.nvlinks:
+        return f"NV{link.nvlinks}"
+    return {True: "P2P", False: "no", None: "?"}[link.p2p]
+
+
+def _variable_line(name: str, value: str, report: Report) -> str:
+    note = "  (not core's: a plugin's own, or misspelt)" if name in report.misspelt else ""
+    return f"{name}={value}{note}"
+
+
+def _plugin_line(plugin: PluginLine) -> str:
+    state = {True: "loaded", False: "can't be used: ", None: "not loaded: "}[plugin.usable]
+    facts = f", {json.dumps(plugin.facts)}" if plugin.facts else ""
+    return f"{plugin.name} {plugin.version or '(version unknown)'}: {state}{plugin.reason}{facts}"
+
+
+def _fix_lines(problems: Sequence[Problem]) -> Iterator[str]:
+    if not problems:
+        yield "Nothing to fix."
+        return
+    yield "To fix"
+    for number, problem in enumerate(problems, 1):
+        yield f"  {number}. {problem.what}"
+        yield f"     {problem.fix}"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / (1 << 20):.1f} MiB"

@@ -1,0 +1,119 @@
+"""`comm-core demo`: real tensors through a negotiated backend, checked and timed beside torch.distributed."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from comm_core.cli._job import joined, launch, under_torchrun
+from comm_core.report import size, table
+
+if TYPE_CHECKING:
+    import torch
+
+    from comm_core.backend import Backend
+
+__all__ = ["add_parser", "run"]
+
+_NBYTES = (1 << 10, 8 << 10, 64 << 10, 1 << 20, 16 << 20)
+_DTYPES = ("bfloat16", "float32", "int32")
+# A block of calls is timed as one; about this many bytes a block, between 3 and 200 calls, and this many blocks.
+_BLOCK_NBYTES = 8 << 20
+_BLOCKS = 7
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="all-reduce real tensors through whatever this host's backends agree on",
+        description="Joins the job that torchrun started, else starts processes on this host; prints the decision, "
+        "sums tensors of several sizes and dtypes, checks every element and times each beside torch.distributed.",
+    )
+    parser.add_argument("--nproc", type=int, default=2, metavar="N", help="processes to start (default: 2)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; 1 where an element was wrong or a process failed."""
+    if not under_torchrun():
+        return launch(args.nproc, ["demo"])
+    with joined() as rank:
+        return _demo(rank)
+
+
+def _demo(rank: int) -> int:
+    import torch
+    import torch.distributed as dist
+
+    import comm_core as comm
+
+    backend = comm.get_backend()
+    if rank == 0:
+        print(backend.explain(), end="\n\n", flush=True)
+    group = dist.group.WORLD
+    world_size = dist.get_world_size()
+    rows = [("size", "dtype", "served by", "us", "torch.distributed us", "times as fast", "#wrong")]
+    failures = 0
+    for dtype, nbytes in itertools.product(_DTYPES, _NBYTES):
+        tensor = _pattern(rank, nbytes, dtype, backend.device)
+        total = sum(_pattern(r, nbytes, dtype, backend.device).double() for r in range(world_size))
+        wrong = (backend.all_reduce(tensor).double() != total).sum()
+        dist.all_reduce(wrong)
+        failures += int(wrong)
+        calls = [functools.partial(backend.all_reduce, tensor), functools.partial(_reference, tensor, group)]
+        slowest = torch.tensor(_time(calls, nbytes, backend), dtype=torch.float64, device=backend.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        ours, theirs = slowest.tolist()
+        name = backend.decision.route("all_reduce", "eager", backend.device.type, dtype).backend_for(nbytes)
+        figures = (f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}", str(int(wrong)))
+        rows.append((size(nbytes), dtype, name, *figures))
+    if rank == 0:
+        print(table(rows))
+        print(f"\n{world_size} ranks, out of place, eager, the slowest rank's median of {_BLOCKS} blocks")
+    return 1 if failures else 0
+
+
+def _pattern(rank: int, nbytes: int, dtype: str, device: torch.device) -> torch.Tensor:
+    """Small integers that differ between ranks and elements; their sum over 8 ranks is exact in every dtype."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    return ((torch.arange(nbytes // kind.itemsize, device=device) * 7 + rank * 5) % 31).to(kind)
+
+
+def _reference(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    import torch.distributed as dist
+
+    out = tensor.clone()
+    dist.all_reduce(out, group=group)
+    return out
+
+
+def _time(calls: Sequence[Callable[[], Any]], nbytes: int, backend: Backend) -> list[float]:
+    """Microseconds of each call, taken in turns, as the median over blocks."""
+    import torch
+    import torch.distributed as dist
+
+    def settle() -> None:
+        if backend.device.type == "cuda":
+            torch.cuda.synchronize(backend.device)
+
+    repeats = max(3, min(200, _BLOCK_NBYTES // nbytes))
+    taken: list[list[float]] = [[] for _ in calls]
+    for block in range(_BLOCKS + 1):
+        for call, times in zip(calls, taken, strict=True):
+            dist.barrier()
+            settle()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            settle()
+            if block:  # the first block warms up
+                times.append((time.perf_counter() - start) / repeats * 1e6)
+    return [statistics.median(times) for times in taken]

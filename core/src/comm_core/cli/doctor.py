@@ -1,0 +1,134 @@
+"""`comm-core doctor`: what this host, torch and the plugins look like, and what to mend.
+
+Imports no torch at its top, and asks in such a way that a failure becomes a line of the report: it prints also where
+torch is broken or there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from comm_core._attempt import attempt
+from comm_core._deadline import run_with_deadline
+from comm_core.cli._report import PluginLine, Report, diagnose, render, to_json
+from comm_core.env import PREFIX, Settings
+from comm_core.probe import Sources, probe_devices, probe_host, probe_versions
+
+if TYPE_CHECKING:
+    from comm_core.discovery import Plugin
+
+__all__ = ["add_parser", "collect", "run"]
+
+#: Other software's variables that decide what a group can use.
+_RELEVANT = ("CUDA_VISIBLE_DEVICES", "NCCL_", "NVIDIA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand `doctor`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="show what this host, torch and the plugins look like, and what to mend",
+        description="Show versions, the host's identity, GPUs and their links, settings and plugins, and end with "
+        "numbered fixes. Exits 0 where there is nothing to fix, else 1.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 1 where something is to be fixed, else 0."""
+    report = collect(Sources())
+    problems = diagnose(report)
+    text = json.dumps(to_json(report, problems), indent=2) if args.json else render(report, problems)
+    # A reason quotes others' words, which the terminal's encoding may lack.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    return 1 if problems else 0
+
+
+def collect(sources: Sources) -> Report:
+    """Ask everything; never raises."""
+    unknown: dict[str, str] = {}
+    devices, driver = probe_devices(sources, unknown)
+    versions = probe_versions(sources, unknown)
+    settings = attempt(unknown, "settings", lambda: Settings.read(sources.environ))
+    return Report(
+        versions=versions | ({"driver": driver} if driver else {}),
+        torch=_torch(sources, unknown) if "torch" in versions else {},
+        host=probe_host(sources, unknown),
+        devices=devices,
+        environment=_relevant(sources.environ),
+        settings=settings,
+        misspelt=Settings.unknown(sources.environ),
+        plugins=attempt(unknown, "plugins", lambda: _plugins(settings or Settings())) or (),
+        unknown=unknown,
+    )
+
+
+def _relevant(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: environ[name] for name in sorted(environ) if name.startswith((PREFIX, *_RELEVANT))}
+
+
+def _torch(sources: Sources, unknown: dict[str, str]) -> dict[str, Any]:
+    torch = sources.torch()
+
+    def groups() -> list[str]:
+        distributed = torch.distributed
+        if not distributed.is_available():
+            return []
+        return [name for name in ("gloo", "nccl") if getattr(distributed, f"is_{name}_available")()]
+
+    usable = attempt(unknown, "torch.cuda", lambda: bool(torch.cuda.is_available())) or False
+    if not usable:
+        # Unlike the question, the start says what is wrong.
+        attempt(unknown, "torch.cuda", lambda: torch.cuda.init())  # noqa: PLW0108 - a broken torch may lack either name
+    return {"cuda": usable, "process_groups": attempt(unknown, "torch.distributed", groups) or []}
+
+
+def _plugins(settings: Settings) -> tuple[PluginLine, ...]:
+    # Late, since whatever breaks in discovery mustn't keep the rest from being printed.
+    from comm_core.discovery import discover
+
+    def wanted(name: str) -> bool:
+        return name not in settings.disable and (settings.backends is None or name in settings.backends)
+
+    found = discover(wanted, settings.import_timeout_s)
+    lines = [_loaded(plugin, settings.import_timeout_s) for plugin in found.plugins.values()]
+    lines += [
+        PluginLine(item.name, item.distribution, item.version, usable=False, reason=item.reason, remedy=item.remedy)
+        for item in found.failures.values()
+    ]
+    lines += [
+        PluginLine(name, None, version, usable=None, reason="kept out by the environment")
+        for name, version in found.listed.items()
+        if not wanted(name)
+    ]
+    return tuple(sorted(lines, key=lambda line: line.name))
+
+
+def _loaded(plugin: Plugin, timeout_s: float) -> PluginLine:
+    """A plugin that loaded, with its facts; usable unless asking for them fails."""
+
+    def ask() -> dict[str, Any]:
+        facts = run_with_deadline(plugin.hooks["probe"], timeout_s, name=f"{plugin.name}.probe()")
+        as_json: dict[str, Any] = json.loads(json.dumps(facts))
+        return as_json
+
+    line = PluginLine(plugin.name, plugin.distribution, plugin.version, usable=True)
+    if not plugin.has("probe"):
+        return line
+    failure: dict[str, str] = {}
+    facts = attempt(failure, "probe", ask)
+    if not failure:
+        return dataclasses.replace(line, facts=facts)
+    return dataclasses.replace(
+        line,
+        usable=False,
+        reason=f"its probe() failed: {failure['probe']}",
+        remedy=f"Mend it, or go without it: COMM_CORE_DISABLE={plugin.name}.",
+    )

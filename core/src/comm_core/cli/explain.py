@@ -1,0 +1,73 @@
+"""`comm-core explain`: who would serve what in a group, and why the others don't."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from comm_core.cli._job import joined, under_torchrun
+
+if TYPE_CHECKING:
+    from comm_core.topology import Topology
+    from comm_core.types import Decision
+
+__all__ = ["add_parser", "run"]
+
+#: The version of what `--json` prints.
+SCHEMA = 1
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "explain",
+        help="say which backend serves what in this job, or in a recorded topology, and why",
+        description="Under torchrun: negotiates for the job's world group and explains the decision. With --topology: "
+        "asks the backends installed here about a topology recorded elsewhere; nothing is connected, so a backend that "
+        "would fail there isn't found out.",
+    )
+    parser.add_argument("--topology", type=pathlib.Path, metavar="FILE", help="JSON that `explain --json` printed")
+    parser.add_argument("--json", action="store_true", help="print JSON, the topology included")
+    parser.set_defaults(run=run, fail=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explain; 1 where the topology can't be read."""
+    if args.topology is not None:
+        return _offline(args.topology, as_json=args.json)
+    if not under_torchrun():
+        args.fail("start it under torchrun, as you would start your job, or give a recorded --topology FILE")
+    import comm_core as comm
+
+    with joined() as rank:
+        backend = comm.get_backend()
+        if rank == 0:
+            _print(backend.explain(), backend.topology, backend.decision, as_json=args.json)
+    return 0
+
+
+def _offline(path: pathlib.Path, *, as_json: bool) -> int:
+    from comm_core import agreement, report
+    from comm_core.topology import Topology
+
+    try:
+        data = json.loads(path.read_text())
+        topology = Topology.from_json(data.get("topology", data))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"comm-core: {path} isn't a recorded topology: {error}", file=sys.stderr)
+        return 1
+    decision = agreement.foresee(topology)
+    text = report.explain(f"{path.name}, asked of the backends installed here", topology, decision)
+    _print(text, topology, decision, as_json=as_json)
+    return 0
+
+
+def _print(text: str, topology: Topology, decision: Decision, *, as_json: bool) -> None:
+    if as_json:
+        data = {"schema": SCHEMA, "topology": topology.to_json(), "decision": decision.to_json()}
+        print(json.dumps(data, indent=1))
+    else:
+        print(text)

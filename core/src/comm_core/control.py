@@ -1,0 +1,340 @@
+"""How the ranks of one group talk around the hot path: through the job's key-value store, never through collectives.
+
+A collective of the user's group is no way to agree on a failure: after one missed deadline a Gloo group is dead, and a
+rank that raises early would have its next message taken for this one. In the store every message has a key of its own:
+
+    incarnation / stage / sequence / group rank      what one rank says
+    incarnation / stage / sequence / arrived         how many said something
+    incarnation / stage / sequence / verdict         how it ended: everybody waits on this key alone
+
+The last rank to arrive gathers what all said and publishes it as the verdict. A rank that fails, or whose deadline
+ends, publishes an abort under the same key. Both by `compare_set`, so the first verdict wins, and everybody follows it,
+who comes late too. A rank enters exchange n + 1 only with the verdict of n in its hands, so an abort always meets the
+exchange that the others are in.
+
+This file alone knows the store and translates group ranks to the job's.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from comm_core.context import Agreement
+from comm_core.errors import CommError, CommTimeoutError
+
+# torch.distributed.Store: torch's stubs leave out its name, and `clone`.
+Store = Any
+
+__all__ = ["Control", "SessionChannel", "Stage", "StageAbortedError", "store_of"]
+
+#: The longest message of one rank, as JSON text in bytes.
+MESSAGE_NBYTES = 64 * 1024
+# The longest reason that is carried; a traceback's tail fits, a core dump doesn't.
+_REASON_CHARS = 4000
+# The most that a verdict may unpack to, so that a corrupt one can't take the host's memory: 64 KiB from 4,096 ranks.
+_VERDICT_NBYTES = 4096 * MESSAGE_NBYTES
+
+
+class StageAbortedError(CommError):
+    """A stage of the control channel ended by an abort; every rank of the group sees the same one.
+
+    Attributes:
+        reason: the words of the rank that aborted it.
+        rank: that rank, by group rank.
+    """
+
+    def __init__(self, message: str, reason: str, rank: int) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.rank = rank
+
+
+class StageTimeoutError(StageAbortedError, CommTimeoutError):
+    """A stage ended because ranks were absent at the deadline.
+
+    Attributes:
+        ranks: their group ranks.
+    """
+
+    def __init__(self, message: str, reason: str, rank: int, ranks: tuple[int, ...]) -> None:
+        StageAbortedError.__init__(self, message, reason, rank)
+        self.ranks = ranks
+
+
+def store_of(group: dist.ProcessGroup) -> Store:
+    """The key-value store under which torch made `group`, with the group's own prefix.
+
+    torch has no public way to it; this is the one place that reaches for it, and a test holds it to every torch release
+    that we support.
+    """
+    store: Store = distributed_c10d._get_process_group_store(group)  # noqa: SLF001 - see above
+    return store
+
+
+class Control:
+    """One rank's end of its group's control channel. It works in stages, each a Collective step of core's; see `stage`.
+
+    Args:
+        store: the group's store; each thread works on a clone, since a blocked read holds the client's lock.
+        rank: this rank's group rank.
+        global_ranks: the job's rank of each group rank.
+        timeout_s: how long an exchange waits for the others where its stage has no deadline, in seconds.
+    """
+
+    def __init__(self, store: Store, rank: int, global_ranks: tuple[int, ...], timeout_s: float) -> None:
+        self.rank = rank
+        self.global_ranks = global_ranks
+        self.timeout_s = timeout_s
+        self._store = store
+        self._clones = threading.local()
+        self._incarnation = ""
+        # Keys of exchanges that every rank has left, or will have left before the next exchange ends.
+        self.leftover: list[str] = []
+        # Keys of aborted exchanges: a thread that a deadline left behind may still be reading them.
+        self.aborted: list[str] = []
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the group."""
+        return len(self.global_ranks)
+
+    @property
+    def prefix(self) -> str:
+        """What the keys of this incarnation begin with."""
+        return f"comm_core/{self._incarnation}"
+
+    @property
+    def client(self) -> Store:
+        """This thread's own clone of the store."""
+        client: Store | None = getattr(self._clones, "store", None)
+        if client is None:
+            client = self._clones.store = self._store.clone()
+        return client
+
+    def join(self, seen: set[str]) -> None:
+        """Enter the group's newest incarnation, or found one where this process has used that up.
+
+        Every `get_backend` that negotiates is an incarnation with keys of its own, so that no message of an earlier try
+        is ever read. A rank that comes late finds the incarnation that the others founded and reads how it ended.
+
+        Args:
+            seen: incarnations of this group that this process has been in; the one that is joined is added.
+        """
+        mine, current = uuid.uuid4().hex, ""
+        while True:
+            # Sets the key where it holds `current`; returns what it holds afterwards.
+            newest = self.client.compare_set("comm_core/incarnation", current, mine).decode()
+            if newest not in seen:
+                break
+            current = newest
+        seen.add(newest)
+        self._incarnation = newest
+
+    @contextlib.contextmanager
+    def stage(self, name: str, timeout_s: float | None = None) -> Iterator[Stage]:
+        """Open a stage: what all ranks do together until the block's end.
+
+        An exception that leaves the block aborts the stage for all ranks.
+
+        Args:
+            name: the same on every rank, and used once in an incarnation.
+            timeout_s: the deadline of the whole stage, from now, in seconds; None: each exchange has its own.
+        """
+        stage = Stage(self, name, timeout_s)
+        try:
+            yield stage
+        except BaseException as error:
+            if stage.aborted is None:
+                stage.abort(f"{type(error).__name__}: {error}")
+            raise
+
+    def finish(self) -> None:
+        """Leave the incarnation. Waits for nobody; the last rank to leave deletes what is left of its keys."""
+        left = f"{self.prefix}/left"
+        with contextlib.suppress(dist.DistNetworkError):  # a store that is gone has no keys to delete
+            if self.client.add(left, 1) == self.world_size:
+                for key in (*self.leftover, *self.aborted, left):
+                    self.client.delete_key(key)
+        self.leftover, self.aborted = [], []
+
+    def label(self, *ranks: int) -> str:
+        """Group ranks for people, with the job's rank where that differs: "rank 1 (3 in the job)"."""
+        names = [str(r) if self.global_ranks[r] == r else f"{r} ({self.global_ranks[r]} in the job)" for r in ranks]
+        return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+class Stage:
+    """A Collective step: a sequence of exchanges that ends for all ranks alike. Implements `ControlChannel`.
+
+    Attributes:
+        aborted: what every call in this stage raises; None while nothing failed.
+    """
+
+    def __init__(self, control: Control, name: str, timeout_s: float | None) -> None:
+        self.aborted: StageAbortedError | None = None
+        self._control = control
+        self._name = name
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by group rank; see `ControlChannel.all_gather`.
+
+        Raises:
+            ValueError, TypeError: `value` isn't JSON or is too long; before anything is sent.
+            StageAbortedError: a rank failed; as `StageTimeoutError`, a rank didn't come in time.
+            CommError: the store is gone.
+        """
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+        if len(text.encode()) > MESSAGE_NBYTES:
+            raise ValueError(f"a message of {len(text.encode())} bytes: the limit is {MESSAGE_NBYTES}")
+        with self._lock:
+            if self.aborted is not None:
+                raise self.aborted
+            key = self._key(self._next)
+            self._next += 1
+        try:
+            verdict = self._exchange(key, text)
+        except dist.DistNetworkError as error:
+            raise CommError(f"{self._name}: the job's store can't be reached any more: {error}") from error
+        if "abort" in verdict:
+            raise self._note_abort(key, verdict["abort"])
+        values: list[Any] = verdict["values"]
+        return values
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        self.all_gather(None)
+
+    def agree(self, ok: bool, reason: str = "") -> Agreement:
+        """Vote; see `ControlChannel.agree`."""
+        votes = self.all_gather(None if ok else str(reason)[:_REASON_CHARS])
+        reasons = {rank: why for rank, why in enumerate(votes) if why is not None}
+        return Agreement(not reasons, reasons)
+
+    def abort(self, reason: str) -> StageAbortedError:
+        """End the stage for all ranks, also while another thread of this rank is in one of its exchanges.
+
+        Returns:
+            What this and every other rank's calls in the stage raise: the first abort's, where there were several.
+        """
+        mine = {"reason": reason[:_REASON_CHARS], "rank": self._control.rank, "absent": []}
+        with self._lock:
+            # From here on no thread of this rank begins another exchange.
+            self.aborted = self.aborted or self._error(mine)
+            begun = self._next
+        # The exchange that another thread is in may have succeeded meanwhile. Then the other ranks are bound for the
+        # next one, which can't succeed without this rank, and meet the abort there.
+        with contextlib.suppress(dist.DistNetworkError):  # whoever is cut off from the store finds that out alone
+            for sequence in range(max(begun - 1, 0), begun + 1):
+                key = self._key(sequence)
+                verdict = self._publish(key, {"abort": mine})
+                if "abort" in verdict:
+                    return self._note_abort(key, verdict["abort"])
+        return self.aborted
+
+    def _exchange(self, key: str, text: str) -> dict[str, Any]:
+        control = self._control
+        store = control.client
+        messages = [f"{key}/{rank}" for rank in range(control.world_size)]
+        store.set(messages[control.rank], text)
+        if store.add(f"{key}/arrived", 1) == control.world_size:
+            verdict = self._publish(key, {"values": [json.loads(message) for message in store.multi_get(messages)]})
+            # Every rank has come here, so every rank has left the exchanges before.
+            for old in control.leftover:
+                store.delete_key(old)
+        else:
+            verdict = self._await_verdict(key, messages)
+        if "values" in verdict:
+            control.leftover = self._keys(key)
+        return verdict
+
+    def _await_verdict(self, key: str, messages: list[str]) -> dict[str, Any]:
+        store, control = self._control.client, self._control
+        left_s = control.timeout_s if self._deadline is None else self._deadline - time.monotonic()
+        try:
+            # Zero would mean "for ever" to some stores.
+            store.wait([f"{key}/verdict"], timedelta(seconds=max(left_s, 0.001)))
+        except dist.DistNetworkError:
+            raise
+        except RuntimeError:
+            # Not every store has its own error for a wait that ended. Publishing tells whether there is a verdict.
+            absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
+            who = control.label(*absent) if absent else "the rank that came last"
+            abort = {"reason": f"{who} didn't come in time", "rank": control.rank, "absent": absent}
+            return self._publish(key, {"abort": abort})
+        return _unpack(store.get(f"{key}/verdict"))
+
+    def _publish(self, key: str, verdict: dict[str, Any]) -> dict[str, Any]:
+        packed = zlib.compress(json.dumps(verdict, separators=(",", ":")).encode(), 1)
+        # As text, since a store's Python binding promises nothing else.
+        text = base64.b64encode(packed).decode()
+        return _unpack(self._control.client.compare_set(f"{key}/verdict", "", text))
+
+    def _note_abort(self, key: str, abort: dict[str, Any]) -> StageAbortedError:
+        with self._lock:
+            self.aborted = self._error(abort)
+            self._control.aborted += self._keys(key)
+            return self.aborted
+
+    def _error(self, abort: dict[str, Any]) -> StageAbortedError:
+        rank, reason = abort["rank"], abort["reason"]
+        if abort["absent"]:
+            message = f"{self._name}: {reason}, says {self._control.label(rank)}"
+            return StageTimeoutError(message, reason, rank, tuple(abort["absent"]))
+        return StageAbortedError(f"{self._name}: {self._control.label(rank)} failed: {reason}", reason, rank)
+
+    def _key(self, sequence: int) -> str:
+        return f"{self._control.prefix}/{self._name}/{sequence}"
+
+    def _keys(self, key: str) -> list[str]:
+        return [f"{key}/verdict", f"{key}/arrived", *(f"{key}/{rank}" for rank in range(self._control.world_size))]
+
+
+class SessionChannel:
+    """What a plugin holds as `context.control`: the stage that its Collective hook runs in, and none outside.
+
+    A thread that a deadline left behind keeps its own, aborted stage: it never reaches a later one.
+    """
+
+    def __init__(self) -> None:
+        self.stage: Stage | None = None
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """See `ControlChannel.all_gather`."""
+        return self._open().all_gather(value)
+
+    def barrier(self) -> None:
+        """See `ControlChannel.barrier`."""
+        self._open().barrier()
+
+    def agree(self, ok: bool, reason: str = "") -> Agreement:
+        """See `ControlChannel.agree`."""
+        return self._open().agree(ok, reason)
+
+    def _open(self) -> Stage:
+        if self.stage is None:
+            raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
+        return self.stage
+
+
+def _unpack(packed: bytes) -> dict[str, Any]:
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(base64.b64decode(packed), _VERDICT_NBYTES)
+    if inflate.unconsumed_tail:
+        raise CommError(f"a verdict of more than {_VERDICT_NBYTES} bytes: the job's store holds something else")
+    verdict: dict[str, Any] = json.loads(text)
+    return verdict

@@ -1,0 +1,100 @@
+"""Every environment variable that core reads, in one place.
+
+Read when a group negotiates, not at import. The ranks of a group compare what they read: settings that differ raise
+`NegotiationError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["PREFIX", "Settings"]
+
+PREFIX = "COMM_CORE_"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError("it must be above 0 and finite")
+    return value
+
+
+def _nbytes(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("it must not be negative")
+    return value
+
+
+def _field(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the environment says; a field `x_y` is the variable `COMM_CORE_X_Y`."""
+
+    backends: tuple[str, ...] | None = _field(
+        None,
+        _names,
+        "Comma-separated names: no other backends are tried, in the whole job. A group that can't have one of them "
+        "warns once and falls back.",
+    )
+    disable: tuple[str, ...] = _field(
+        (), _names, "Comma-separated names of backends that are never tried. The terminal fallback can't be disabled."
+    )
+    control_timeout_s: float = _field(
+        300.0,
+        _positive,
+        "Seconds that one rank waits for the others in an exchange; ranks may enter `get_backend` this far apart.",
+    )
+    connect_timeout_s: float = _field(
+        600.0, _positive, "Seconds for a backend's `connect`, builds included, and again for its admission test."
+    )
+    wait_timeout_s: float = _field(
+        300.0, _positive, "Seconds that a call of the hot path waits for a peer before it raises `CommTimeoutError`."
+    )
+    import_timeout_s: float = _field(60.0, _positive, "Seconds for the import of one plugin.")
+    memory_budget_nbytes: int = _field(
+        1 << 30, _nbytes, "Device memory, in bytes, that the sessions of one group may take for their buffers."
+    )
+
+    @classmethod
+    def variables(cls) -> dict[str, str]:
+        """Every variable's name and what it means."""
+        return {PREFIX + field.name.upper(): field.metadata["doc"] for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """The settings of an environment, this process's by default. An empty value counts as unset.
+
+        Raises:
+            ValueError: a variable's value can't be read; the text names the variable.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            name = PREFIX + field.name.upper()
+            text = environ.get(name, "").strip()
+            if not text:
+                continue
+            try:
+                values[field.name] = field.metadata["parse"](text)
+            except ValueError as error:
+                raise ValueError(f"{name}={text!r} can't be read: {error}") from None
+        return cls(**values)
+
+    @classmethod
+    def unknown(cls, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+        """Variables with core's prefix that core doesn't know: misspelt, or a plugin's own."""
+        environ = os.environ if environ is None else environ
+        known = cls.variables()
+        return tuple(sorted(name for name in environ if name.startswith(PREFIX) and name not in known))

@@ -1,0 +1,275 @@
+"""Connect and admit the candidates of a group, in order, until every route has an owner that was seen to work."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from comm_core import admission
+from comm_core._deadline import describe, run_with_deadline
+from comm_core.context import GroupContext
+from comm_core.control import Control, SessionChannel, Stage, StageAbortedError
+from comm_core.discovery import Plugin
+from comm_core.negotiate import Slate
+from comm_core.routes import Cell, cells, narrow, owned_cells, owners, plan
+from comm_core.topology import Topology
+from comm_core.types import Route
+
+__all__ = ["Member", "Session", "establish"]
+
+_log = logging.getLogger("comm_core")
+# How much longer than a step's own deadline its vote waits, in seconds: whoever ran out of time says so himself, and
+# the others hear his words rather than conclude that he is gone.
+_VOTE_GRACE_S = 10.0
+
+
+@dataclasses.dataclass
+class Session:
+    """A backend connected to one group on this rank.
+
+    Attributes:
+        plugin: the backend.
+        value: what its `connect` returned, the first argument of every other hook.
+        channel: its `context.control`.
+        memory_nbytes: what it took of the group's budget, the most of all ranks.
+        tested: the admission cases that it passed or failed.
+        wrong: why kinds of message were dropped in its admission, with the group rank that said so, None for all.
+    """
+
+    plugin: Plugin
+    value: Any
+    channel: SessionChannel
+    memory_nbytes: int = 0
+    tested: set[admission.Case] = dataclasses.field(default_factory=set)
+    wrong: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
+
+    def refused(self) -> str:
+        """The kinds of message that it isn't used for, and why, for people."""
+        (cell, (reason, rank)) = next(iter(self.wrong.items()))
+        kinds = ", ".join(dict.fromkeys(f"{mode} {dtype}" for _, mode, _, dtype in self.wrong))
+        return f"but not for {kinds}: in {cell[0]}{'' if rank is None else f' on rank {rank}'}: {reason}"
+
+    def close(self, orderly: bool) -> None:
+        """Let the plugin give back what it holds; what it raises is logged."""
+        _close(self.plugin, self.value, orderly)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """This rank's place in a group that negotiates.
+
+    Attributes:
+        context: what plugins are given, but for `control` and `memory_budget_nbytes`.
+        topology: the group.
+        control: the group's control channel.
+        connect_timeout_s: for each candidate's `connect`, and again for its admission test, in seconds.
+    """
+
+    context: GroupContext
+    topology: Topology
+    control: Control
+    connect_timeout_s: float
+
+
+def establish(slate: Slate, plugins: Mapping[str, Plugin], member: Member) -> tuple[Slate, dict[str, Session]]:
+    """Connect and admit whoever would own a route, best first; drop who fails and plan anew. Collective.
+
+    Every rank takes the same steps, since each follows from votes.
+
+    Args:
+        slate: the candidates; equal on every rank.
+        plugins: this rank's plugins, by name.
+        member: the group and this rank in it.
+
+    Returns:
+        The slate of those that serve, and their sessions by name.
+    """
+    sessions: dict[str, Session] = {}
+    try:
+        while True:
+            routes = plan(slate.offers, member.topology.device_types)
+            for idle in sessions.keys() - owners(routes):
+                # Whoever was admitted since takes all that it had.
+                sessions.pop(idle).close(orderly=False)
+            name, todo = _next(slate, routes, sessions)
+            if name is None:
+                return slate, sessions
+            slate = _try(slate, routes, name, todo, plugins[name], sessions, member)
+    except BaseException:
+        for session in sessions.values():
+            session.close(orderly=False)
+        raise
+
+
+def _try(
+    slate: Slate,
+    routes: tuple[Route, ...],
+    name: str,
+    todo: list[admission.Case],
+    plugin: Plugin,
+    sessions: dict[str, Session],
+    member: Member,
+) -> Slate:
+    """Connect a backend where it isn't yet and put it through its cases; the slate that comes of it."""
+    device_types = member.topology.device_types
+    untested = owned_cells(routes, name) - {case.cell for case in admission.cases(routes, name)}
+    if untested:
+        return _drop_wrong(slate, name, dict.fromkeys(untested, ("no size of it can be tested", None)), device_types)
+    if name not in sessions:
+        budget = member.context.memory_budget_nbytes - sum(session.memory_nbytes for session in sessions.values())
+        outcome = _connect(plugin, member, budget)
+        if isinstance(outcome, StageAbortedError):
+            return slate.without(name, outcome.reason, outcome.rank)
+        sessions[name] = outcome
+    wrong = _admit(sessions[name], todo, member)
+    if isinstance(wrong, StageAbortedError):
+        sessions.pop(name).close(orderly=False)
+        return slate.without(name, f"admission: {wrong.reason}", wrong.rank)
+    sessions[name].wrong.update(wrong)
+    return _drop_wrong(slate, name, wrong, device_types) if wrong else slate
+
+
+def _next(
+    slate: Slate, routes: tuple[Route, ...], sessions: dict[str, Session]
+) -> tuple[str | None, list[admission.Case]]:
+    """Who is to be connected or tested next, and with what; None where everybody was."""
+    owning = owners(routes)
+    for name in (offer.name for offer in slate.offers if offer.name in owning):
+        tested = sessions[name].tested if name in sessions else set()
+        todo = [case for case in admission.cases(routes, name) if case not in tested]
+        if todo or name not in sessions:
+            return name, todo
+    return None, []
+
+
+def _connect(plugin: Plugin, member: Member, budget: int) -> Session | StageAbortedError:
+    """Run a plugin's `connect` on every rank and vote; what comes of it is the same kind on all of them."""
+    channel = SessionChannel()
+    context = dataclasses.replace(member.context, control=channel, memory_budget_nbytes=budget)
+    hook = plugin.hooks.get("connect")
+    session: Session | None = None
+    try:
+        with _step(member, f"connect {plugin.name}", channel) as stage:
+            try:
+                value: Any = context
+                if hook is not None:
+                    value = _in_worker(
+                        functools.partial(hook, member.topology, context), member, plugin, "connect", closes=True
+                    )
+                if value is None:
+                    raise TypeError("connect returned None, which is no session")
+                session = Session(plugin, value, channel)
+                if hook is not None:
+                    session.memory_nbytes = int(getattr(value, "memory_nbytes", 0))
+                if session.memory_nbytes > budget:
+                    raise MemoryError(f"it took {session.memory_nbytes} bytes of a budget of {budget}")
+            except StageAbortedError:
+                raise
+            except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
+                raise stage.abort(_words(error)) from error
+            session.memory_nbytes = max(stage.all_gather(session.memory_nbytes))
+    except StageAbortedError as error:
+        if session is not None and hook is not None:
+            session.close(orderly=False)
+        return error
+    return session
+
+
+def _admit(
+    session: Session, todo: list[admission.Case], member: Member
+) -> dict[Cell, tuple[str, int | None]] | StageAbortedError:
+    """Test the cases on every rank; the kinds of message that failed anywhere, with the reason and the rank."""
+    count = len(session.tested)
+    session.tested.update(todo)
+    context = member.context
+    test = functools.partial(
+        admission.run,
+        session.plugin.hooks,
+        session.value,
+        todo,
+        rank=context.rank,
+        world_size=context.world_size,
+        device=context.device,
+    )
+    numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
+    try:
+        with _step(member, f"admit {session.plugin.name} {count}", session.channel) as stage:
+            try:
+                wrong = _in_worker(test, member, session.plugin, "the admission test", closes=False)
+            except StageAbortedError:
+                raise
+            except Exception as error:  # the plugin border, as in `_connect`
+                raise stage.abort(_words(error)) from error
+            votes = stage.all_gather({numbers[cell]: reason for cell, reason in wrong.items()})
+    except StageAbortedError as error:
+        return error
+    failed: dict[Cell, tuple[str, int | None]] = {}
+    for cell, number in numbers.items():
+        for rank, vote in enumerate(votes):
+            if str(number) in vote:
+                failed.setdefault(cell, (vote[str(number)], rank))
+    return failed
+
+
+def _drop_wrong(
+    slate: Slate, name: str, wrong: dict[Cell, tuple[str, int | None]], device_types: tuple[str, ...]
+) -> Slate:
+    """The slate without the kinds of message that a backend failed; without the backend, where none is left."""
+    offer = next(offer for offer in slate.offers if offer.name == name)
+    ranges = narrow(offer.ranges, set(wrong), device_types)
+    if any(not item.prepared for item in ranges):
+        return slate.narrowed(name, ranges)
+    reason, rank = next(iter(wrong.values()))
+    return slate.without(name, f"admission: {reason}", rank)
+
+
+@contextlib.contextmanager
+def _step(member: Member, name: str, channel: SessionChannel) -> Iterator[Stage]:
+    """A stage of the control channel in which a plugin may talk."""
+    with member.control.stage(name, member.connect_timeout_s + _VOTE_GRACE_S) as stage:
+        channel.stage = stage
+        yield stage
+    # Only after a good end: a thread that was left behind keeps the aborted stage, where every call raises.
+    channel.stage = None
+
+
+def _in_worker(call: Callable[[], Any], member: Member, plugin: Plugin, what: str, *, closes: bool) -> Any:
+    """Call a plugin in a thread with the group's device and the caller's stream, under the deadline."""
+    device = member.context.device
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def work() -> Any:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if stream is not None:
+                stack.enter_context(torch.cuda.device(device))
+                stack.enter_context(torch.cuda.stream(stream))
+            value = call()
+            if stream is not None and not closes:
+                stream.synchronize()
+            return value
+
+    def late(value: Any) -> None:
+        if closes and value is not None:
+            _close(plugin, value, orderly=False)
+
+    return run_with_deadline(work, member.connect_timeout_s, name=f"{what} of {plugin.name}", on_late=late)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) if isinstance(error, TimeoutError) else describe(error)
+
+
+def _close(plugin: Plugin, value: Any, orderly: bool) -> None:
+    hook = plugin.hooks.get("close")
+    if hook is None or "connect" not in plugin.hooks:
+        return
+    try:
+        hook(value, orderly)
+    except Exception:  # noqa: BLE001 - the plugin border: one that can't close must not keep the others open
+        _log.exception("comm_core: backend %r raised in close", plugin.name)

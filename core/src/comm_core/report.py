@@ -1,0 +1,103 @@
+"""A decision as text. Pure, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from comm_core.topology import Topology
+from comm_core.types import DTYPES, Candidate, Decision, Route, Rule
+
+__all__ = ["explain", "size", "table"]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, exact: "4 KiB", "4100 B"."""
+    unit = 0
+    while nbytes and nbytes % 1024 == 0 and unit < len(_UNITS) - 1:
+        nbytes, unit = nbytes // 1024, unit + 1
+    return f"{nbytes} {_UNITS[unit]}"
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Rows in aligned columns, two spaces apart."""
+    rows = list(rows)
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def explain(title: str, topology: Topology, decision: Decision) -> str:
+    """Who serves what and why the others don't.
+
+    Args:
+        title: names the group, such as "group '0' (ranks 0-1)".
+        topology: the group.
+        decision: what its ranks agreed on.
+    """
+    rows = [("backend", "priority", "verdict", "why")]
+    rows += [
+        (
+            f"{candidate.name} {candidate.version}" if candidate.version else candidate.name,
+            "-" if candidate.priority is None else str(candidate.priority),
+            candidate.verdict,
+            _why(candidate, topology),
+        )
+        for candidate in decision.candidates
+    ]
+    lines = [f"{title}: {_place(topology)}", "", table(rows), ""]
+    return "\n".join(lines + _routes(decision.routes))
+
+
+def _why(candidate: Candidate, topology: Topology) -> str:
+    if candidate.rank is None:
+        return candidate.reason
+    job = topology.ranks[candidate.rank].global_rank
+    rank = f"rank {candidate.rank}" if job == candidate.rank else f"rank {candidate.rank} ({job} in the job)"
+    return f"{rank}: {candidate.reason}"
+
+
+def _place(topology: Topology) -> str:
+    hosts = list(dict.fromkeys(info.host.id for info in topology.ranks))
+    devices = {info.device.name or info.device.type for info in topology.ranks if info.device}
+    where = "one host" if len(hosts) == 1 else f"{len(hosts)} hosts"
+    return f"{topology.world_size} ranks on {where}, {' and '.join(sorted(devices)) if devices else 'CPU tensors'}"
+
+
+def _routes(routes: Iterable[Route]) -> list[str]:
+    """The routes, those with equal rules on one line."""
+    merged: dict[tuple[str, str, str, tuple[Rule, ...]], list[str]] = {}
+    for route in routes:
+        merged.setdefault((route.op, route.mode, route.device_type, route.rules), []).append(route.dtype)
+    rows = [("operation", "mode", "device", "dtypes", "who serves which sizes")]
+    rows += [
+        (op, mode, device_type, _dtypes(op, dtypes), "; ".join(map(_rule, rules)))
+        for (op, mode, device_type, rules), dtypes in merged.items()
+    ]
+    return table(rows).splitlines()
+
+
+def _dtypes(op: str, dtypes: list[str]) -> str:
+    possible = [dtype for dtype in DTYPES if op == "all_reduce" or "float" in dtype]
+    return "all" if dtypes == possible else ",".join(dtypes)
+
+
+def _rule(rule: Rule) -> str:
+    if rule.max_nbytes is None and rule.min_nbytes <= 1:
+        bounds = "any size"
+    elif rule.max_nbytes is None:
+        bounds = f"from {size(rule.min_nbytes)}"
+    elif rule.min_nbytes <= 1:
+        bounds = f"up to {size(rule.max_nbytes)}"
+    else:
+        bounds = f"{size(rule.min_nbytes)} to {size(rule.max_nbytes)}"
+    extra = ""
+    if rule.multiple_nbytes > 1:
+        extra += f", multiples of {size(rule.multiple_nbytes)}"
+    if rule.max_tokens is not None:
+        extra += f", up to {rule.max_tokens} tokens"
+    if rule.hidden_multiple > 1:
+        extra += f", hidden size a multiple of {rule.hidden_multiple}"
+    return f"{rule.backend} {bounds}{extra}"

@@ -1,0 +1,195 @@
+"""What the ranks of a group reported about themselves and their hosts: frozen, the same on every rank.
+
+Pure data and questions about it; `comm_core.probe` fills it in. Everything here survives a trip through JSON, so a
+topology can be recorded on one machine and asked about on another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["SCHEMA", "Device", "Host", "Link", "RankInfo", "Topology"]
+
+#: The version of the JSON that `Topology.to_json` writes.
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Where a rank runs.
+
+    Attributes:
+        name: the host name; for people, since containers and clones share names.
+        id: equal for two ranks just if they share a running kernel, an IPC namespace and a /dev/shm, which is
+            what CUDA IPC and POSIX shared memory need. Opaque.
+        boot_id: of the running kernel; equal for the containers of one machine, also where `id` differs.
+        shm_nbytes: bytes free in /dev/shm when it was probed; None where unknown.
+    """
+
+    name: str
+    id: str
+    boot_id: str | None = None
+    shm_nbytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What joins a rank's device to another device of its host, as NVML says.
+
+    Attributes:
+        nvlinks: active NVLinks on the way, directly or through a switch; 0 for none, None where unknown.
+        p2p: whether the driver allows peer reads and writes; None where unknown.
+        reason: the driver's words where `p2p` isn't True, `nvlinks` is 0 or something is unknown, such as
+            "NVML: P2P_STATUS_CHIPSET_NOT_SUPPORTED".
+    """
+
+    nvlinks: int | None = None
+    p2p: bool | None = None
+    reason: str = ""
+
+
+#: What `Topology.link` returns where neither device reported the other.
+UNKNOWN_LINK = Link(reason="neither rank's driver reported the other's device")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """The accelerator that a rank uses in this group.
+
+    Attributes:
+        type: "cuda".
+        uuid: such as "GPU-…" or "MIG-…"; the same whatever `CUDA_VISIBLE_DEVICES` says.
+        name: as the driver names it.
+        capability: compute capability, (9, 0) for Hopper.
+        memory_nbytes: total device memory.
+        fabric: "cluster UUID/clique id" of the NVLink fabric that it has joined; None where there is none.
+        links: by the UUID of each other device that this rank's driver sees.
+    """
+
+    type: str
+    uuid: str
+    name: str = ""
+    capability: tuple[int, int] = (0, 0)
+    memory_nbytes: int = 0
+    fabric: str | None = None
+    links: Mapping[str, Link] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankInfo:
+    """What one rank of a group reported.
+
+    Attributes:
+        global_rank: its rank in the job.
+        host: where it runs.
+        device: its accelerator in this group; None for a group on CPUs.
+        allocator: torch's CUDA allocator: "native", "expandable_segments", "cudaMallocAsync" or another's name; None
+            without an accelerator.
+        versions: of "comm_core", "torch", "python" and, where there, "cuda", "nccl", "driver".
+        plugins: version of each installed plugin's distribution, by backend name.
+        facts: what each plugin's `probe()` returned, by backend name.
+        unknown: what could not be learnt, and why, by the field's name.
+    """
+
+    global_rank: int
+    host: Host
+    device: Device | None = None
+    allocator: str | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    plugins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that differ from their default, as JSON; the inverse is `from_json`."""
+        data: dict[str, Any] = _compact(self)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RankInfo:
+        """The inverse of `to_json`."""
+        fields = dict(data)
+        fields["host"] = Host(**fields["host"])
+        if fields.get("device") is not None:
+            device = dict(fields["device"])
+            device["capability"] = tuple(device.get("capability", (0, 0)))
+            device["links"] = {uuid: Link(**link) for uuid, link in device.get("links", {}).items()}
+            fields["device"] = Device(**device)
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A process group as its ranks reported it.
+
+    Attributes:
+        ranks: by group rank.
+        device_types: what tensors the group can reduce, such as ("cuda", "cpu"), the main one first.
+    """
+
+    ranks: tuple[RankInfo, ...]
+    device_types: tuple[str, ...] = ("cpu",)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks share a kernel, an IPC namespace and a /dev/shm."""
+        return len({info.host.id for info in self.ranks}) == 1
+
+    def link(self, rank: int, peer: int) -> Link:
+        """What joins the devices of two ranks, by group rank, as the first of them reported it, else the second.
+
+        Ranks on two hosts, or without devices, have an unknown link: `p2p` and `nvlinks` are None.
+        """
+        one, other = self.ranks[rank].device, self.ranks[peer].device
+        if one is None or other is None:
+            return UNKNOWN_LINK
+        if self.ranks[rank].host.boot_id != self.ranks[peer].host.boot_id:
+            return UNKNOWN_LINK
+        return one.links.get(other.uuid) or other.links.get(one.uuid) or UNKNOWN_LINK
+
+    def to_json(self) -> dict[str, Any]:
+        """The topology as JSON, with its schema's number."""
+        return {
+            "schema": SCHEMA,
+            "device_types": list(self.device_types),
+            "ranks": [info.to_json() for info in self.ranks],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Topology:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: the schema's number isn't this release's.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"this topology has schema {data.get('schema')!r}; this release reads {SCHEMA}")
+        return cls.of(map(RankInfo.from_json, data["ranks"]), tuple(data["device_types"]))
+
+    @classmethod
+    def of(cls, ranks: Iterable[RankInfo], device_types: tuple[str, ...] = ("cpu",)) -> Topology:
+        """A topology from what each rank reported, by group rank."""
+        return cls(tuple(ranks), device_types)
+
+
+def _compact(value: Any) -> Any:
+    """JSON of a value, in which a dataclass is the fields that differ from their default."""
+    if dataclasses.is_dataclass(value):
+        fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: _compact(item) for field, item in fields if item != _default(field)}
+    if isinstance(value, Mapping):
+        return {key: _compact(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_compact(item) for item in value]
+    return value
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -1,0 +1,176 @@
+"""The README's plugin, built outside this checkout and installed by name: its backend serves a real group."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sysconfig
+import venv
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from wheelhouse import ROOT, BuildWheel, Pip, read_metadata
+
+WORLD_SIZE = 2
+
+JOB = """
+import importlib.metadata
+import json
+import os
+import pathlib
+
+import comm  # Jupyter's
+import comm_core
+import thirdparty_collectives
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+group = dist.group.WORLD
+rank = dist.get_rank()
+
+backend = comm_core.get_backend(group)
+x = torch.full((1024,), float(rank + 1))
+y = backend.all_reduce(x)
+facts = {
+    "files": [module.__file__ for module in (comm, comm_core, thirdparty_collectives)],
+    "entry_points": [entry.name for entry in importlib.metadata.entry_points(group="comm_core.backends")],
+    "name": backend.name,
+    "routed_to": backend.decision.route("all_reduce", "eager", "cpu", "float32").backend_for(x.nbytes),
+    "input": x.unique().tolist(),
+    "sum": y.unique().tolist(),
+    "in_place": backend.all_reduce(x, out=x) is x and torch.equal(x, y),
+    "explained": "thirdparty" in str(backend.explain()),
+    "jupyter": type(comm.create_comm(target_name="greeting")).__module__,
+}
+comm_core.close(group)
+dist.destroy_process_group()
+pathlib.Path(f"rank{rank}.json").write_text(json.dumps(facts))
+"""
+
+
+class Venv:
+    """A virtual environment by its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        paths = sysconfig.get_paths("posix_prefix", vars={"base": str(folder), "platbase": str(folder)})
+        self.site_packages = Path(paths["purelib"])
+
+
+@pytest.fixture(scope="module")
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with the files that the README tells a newcomer to write."""
+    folder = tmp_path_factory.mktemp("third_party")
+    readme = (ROOT / "README.md").read_text()
+    for name, text in re.findall(r"^```\w+\n# ([\w.]+)\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL):
+        (folder / name).write_text(text)
+    assert {path.name for path in folder.iterdir()} == {"pyproject.toml", "thirdparty_collectives.py"}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(third_party: Path, build_wheel: BuildWheel, pip: Pip, tmp_path_factory: pytest.TempPathFactory) -> Venv:
+    """A venv in which core and the plugin are installed by name, from wheels in a folder.
+
+    Torch and the like are too large to install anew. They are borrowed by links to them alone: to put all of this
+    interpreter's packages on the path would make pip, and entry points, see the checkout's own editable installs.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    wheels, borrowed = folder / "wheels", folder / "borrowed"
+    for path in (wheels, borrowed):
+        path.mkdir()
+    core = build_wheel(ROOT / "core")
+    for wheel in (core, build_wheel(third_party)):
+        (wheels / wheel.name).symlink_to(wheel)
+    for path in paths_of_dependencies(read_metadata(core).requires or []):
+        (borrowed / path.name).symlink_to(path)
+    fresh = Venv(folder / "venv")
+    venv.create(fresh.folder)
+    (fresh.site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
+    pip(
+        "--python", fresh.python, "install", "--no-index", "--find-links", wheels, "comm-core", "thirdparty-collectives"
+    )
+    return fresh
+
+
+def paths_of_dependencies(requirements: Iterable[str]) -> Iterable[Path]:
+    """The files and folders in this interpreter's site-packages that `requirements` and theirs consist of."""
+    found: dict[Path, None] = {}
+    seen: set[str] = set()
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in seen or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(name)
+        distribution = importlib.metadata.distribution(name)
+        waiting += [Requirement(text) for text in distribution.requires or []]
+        tops = {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
+        found.update(dict.fromkeys(Path(str(distribution.locate_file(top))) for top in tops))
+    return found
+
+
+def test_installed_by_name_away_from_the_checkout(installed: Venv, clean_environ: dict[str, str]) -> None:
+    code = "import comm_core; from importlib.metadata import version; print(comm_core.__file__, version('comm-core'))"
+    output = subprocess.run(
+        [installed.python, "-c", code],
+        cwd=installed.folder,
+        env=clean_environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    file, version = output.split()
+    assert Path(file) == installed.site_packages / "comm_core" / "__init__.py"
+    assert version in (ROOT / "core" / "src" / "comm_core" / "_version.py").read_text()
+    assert (installed.folder / "bin" / "comm-core").is_file()
+    assert not (installed.folder / "bin" / "comm").exists()
+
+
+def test_plugin_serves_a_group_beside_jupyters_comm(
+    installed: Venv, pip: Pip, clean_environ: dict[str, str], tmp_path: Path
+) -> None:
+    pip("--python", installed.python, "install", "comm")
+    (tmp_path / "job.py").write_text(JOB)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}", "job.py"]
+    job = subprocess.Popen(
+        [installed.python, *launch],
+        cwd=tmp_path,
+        env={**clean_environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = job.communicate(timeout=200)
+    finally:
+        # It ends its workers on this signal; killed, it would leave them behind. Nothing happens where it has ended.
+        job.terminate()
+        job.wait()
+    assert job.returncode == 0, output
+    site = installed.site_packages
+    for rank in range(WORLD_SIZE):
+        facts = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert facts == {
+            "files": [
+                str(site / "comm" / "__init__.py"),
+                str(site / "comm_core" / "__init__.py"),
+                str(site / "thirdparty_collectives.py"),
+            ],
+            "entry_points": ["thirdparty"],
+            "name": "thirdparty",
+            "routed_to": "thirdparty",
+            "input": [rank + 1],
+            "sum": [3],
+            "in_place": True,
+            "explained": True,
+            "jupyter": "comm",
+        }

@@ -1,0 +1,79 @@
+"""What is inside the wheels, and what the development root installs."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from importlib.metadata import EntryPoint
+from pathlib import Path, PurePosixPath
+
+import pytest
+from wheelhouse import ROOT, BuildWheel, Pip, read_metadata
+
+PROJECTS = ["core", *sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("plugins/*/pyproject.toml"))]
+
+
+def module_of(project: str) -> str:
+    return "comm_core" if project == "core" else f"comm_plugin_{Path(project).name}"
+
+
+def entry_points(wheel: Path, group: str) -> list[EntryPoint]:
+    return [entry for entry in read_metadata(wheel).entry_points if entry.group == group]
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_wheel_has_one_typed_package_and_its_licence(project: str, build_wheel: BuildWheel) -> None:
+    wheel, module = build_wheel(ROOT / project), module_of(project)
+    with zipfile.ZipFile(wheel) as archive:
+        names = [PurePosixPath(name) for name in archive.namelist()]
+        (licence,) = (name for name in names if name.match("*.dist-info/licenses/LICENSE"))
+        assert archive.read(str(licence)) == (ROOT / "LICENSE").read_bytes()
+    top_level = {name.parts[0] for name in names}
+    assert top_level == {module, licence.parts[0]}
+    assert PurePosixPath(module, "py.typed") in names
+    assert not [name for name in names if "tests" in name.parts or name.name.startswith(("test_", "conftest"))]
+
+
+def test_core_wheel_has_its_script_and_no_backend(build_wheel: BuildWheel) -> None:
+    wheel = build_wheel(ROOT / "core")
+    assert [(entry.name, entry.value) for entry in entry_points(wheel, "console_scripts")] == [
+        ("comm-core", "comm_core.cli:main")
+    ]
+    assert entry_points(wheel, "comm_core.backends") == []
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_names_are_this_projects_own(project: str, build_wheel: BuildWheel) -> None:
+    wheel = build_wheel(ROOT / project)
+    assert read_metadata(wheel).metadata["Name"] == module_of(project).replace("_", "-", 2)
+    # Jupyter's `comm` must be left what is Jupyter's.
+    assert "comm" not in [entry.name for entry in entry_points(wheel, "console_scripts")]
+    backends = [entry.name for entry in entry_points(wheel, "comm_core.backends")]
+    assert backends == ([] if project == "core" else [Path(project).name])
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_project_file_holds_its_own_facts_alone(project: str) -> None:
+    text = (ROOT / project / "pyproject.toml").read_text()
+    tools = set(re.findall(r"^\[+tool\.([\w-]+)", text, flags=re.MULTILINE))
+    assert tools <= {"hatch", "setuptools", "scikit-build"}, (
+        "settings of other tools belong into the root's pyproject.toml"
+    )
+
+
+def test_root_installs_core_and_names_every_plugin(pip: Pip) -> None:
+    # Torch is there already, as in any environment that runs this: with no index, a name that only an index has fails.
+    report = json.loads(
+        pip("install", "--dry-run", "--no-index", "--no-build-isolation", "--quiet", "--report", "-", ROOT)
+    )
+    installs = {item["metadata"]["name"]: item for item in report["install"]}
+    assert installs["comm-core"]["download_info"]["url"] == (ROOT / "core").as_uri()
+    required = installs["comm-workspace"]["metadata"]["requires_dist"]
+    for project in PROJECTS:
+        assert any((ROOT / project).as_uri() in line for line in required), f"pyproject.toml doesn't name {project}"
+
+
+def test_root_ships_no_code(build_wheel: BuildWheel) -> None:
+    with zipfile.ZipFile(build_wheel(ROOT)) as archive:
+        assert [name for name in archive.namelist() if ".dist-info/" not in name] == []
