@@ -1,8 +1,11 @@
-"""GPU tests: skipped in sight by default, and never skipped in a run that promises GPUs.
+"""What all packages' tests share: real processes, and GPU tests.
 
-A test marked `@pytest.mark.gpus(2)` needs two GPUs. `pytest --require-gpus 2` runs those that need up to two. It ends
-at once where the machine has fewer or where no such test was selected; a skip inside one of them, or of a whole file,
-fails. Tests that need more than was promised still skip, in sight.
+The fixture `ranks` runs functions in real processes; see tests/harness.py.
+
+GPU tests are skipped in sight by default, and never skipped in a run that promises GPUs. A test marked
+`@pytest.mark.gpus(2)` needs two GPUs. `pytest --require-gpus 2` runs those that need up to two. It ends at once where
+the machine has fewer or where no such test was selected; a skip inside one of them, or of a whole file, fails. Tests
+that need more than was promised still skip, in sight.
 """
 
 from __future__ import annotations
@@ -12,9 +15,25 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
+
+    from harness import Ranks
 
 pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Runs functions in real processes; see harness.py."""
+    from harness import Ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        # torch looks up the name of the address of every connection to a store. No such name exists for 127.0.0.1 as
+        # IPv6 writes it, and where the name server loses the question, each connection takes the resolver's 5 seconds.
+        patch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
+        pool = Ranks(tmp_path_factory.mktemp("ranks"))
+        yield pool
+        pool.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +32,10 @@ _EXACT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 _PERIOD = 1021
 # Elements a row of the fused operation's cases: small enough for many rows at small sizes.
 _HIDDEN_SIZE = 1024
+# How many neighbours of an edge are looked at for one that another backend doesn't take.
+_NEAR = 8
+# The largest message, in bytes, that is tested because fewer tokens are another backend's.
+_STEPPED_NBYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +59,11 @@ def cases(routes: Iterable[Route], name: str) -> tuple[Case, ...]:
         for index, rule in enumerate(route.rules):
             if rule.backend != name:
                 continue
-            step = math.lcm(DTYPES[route.dtype], rule.multiple_nbytes)
             for low, high in owned(route, index):
-                top = max(low, UNBOUNDED_NBYTES) if high is None else high
-                for nbytes in (low, min(top, max(low, LARGEST_NBYTES[route.op])) // step * step):
-                    shape = _shape(route, nbytes, rule.hidden_multiple, rule.max_tokens, up=nbytes == low)
-                    if shape is not None and _goes_to(route, shape, name):
+                top = max(low, UNBOUNDED_NBYTES) if high is None else min(high, max(low, LARGEST_NBYTES[route.op]))
+                for shapes in (_upwards(route, index, low), _downwards(route, index, top)):
+                    shape = next((shape for shape in shapes if _goes_to(route, shape, name)), None)
+                    if shape is not None:
                         found[Case(cell, shape)] = None
     return tuple(found)
 
@@ -71,8 +76,9 @@ def run(
     rank: int,
     world_size: int,
     device: torch.device,
+    all_gather: Callable[[list[int]], list[list[int]]],
 ) -> dict[Cell, str]:
-    """Put every case through a backend. Collective: every rank runs every case, wrong or raising.
+    """Put every case through a backend. Collective: every rank makes every call, whatever came of those before.
 
     Args:
         plugin_hooks: the plugin's hooks by name.
@@ -81,42 +87,50 @@ def run(
         rank: this rank's group rank.
         world_size: ranks in the group.
         device: of the group's accelerator, else the CPU.
+        all_gather: every rank's value, by group rank; called where there are cases of the mode "graph".
 
     Returns:
         Why a kind of message failed on this rank; empty where all is well.
     """
     tester = _Tester(plugin_hooks, session, rank, world_size, device)
     wrong: dict[Cell, str] = {}
-    for salt, case in enumerate(case for case in todo if case.cell[1] == "eager"):
-        reason = _reason(lambda case=case, salt=salt: tester.eager(case, salt))  # type: ignore[misc]
-        if reason:
-            wrong.setdefault(case.cell, reason)
-    wrong.update(_run_graphs(tester, [case for case in todo if case.cell[1] == "graph"]))
+    eager = [case for case in todo if case.cell[1] == "eager"]
+    # Each call has data of its own, so that nobody passes with what is left of the call before.
+    for salt, (case, step) in enumerate(itertools.product(eager, (tester.out_of_place, tester.in_place))):
+        _note(wrong, case, functools.partial(step, case, salt))
+    graphs = [case for case in todo if case.cell[1] == "graph"]
+    if graphs:
+        _run_graphs(tester, graphs, wrong, all_gather)
     return wrong
 
 
-def _run_graphs(tester: _Tester, todo: Sequence[Case]) -> dict[Cell, str]:
+def _run_graphs(
+    tester: _Tester,
+    todo: Sequence[Case],
+    wrong: dict[Cell, str],
+    all_gather: Callable[[list[int]], list[list[int]]],
+) -> None:
     """Record every case inside one capture context, leave it, then replay each graph twice with other data."""
-    if not todo:
-        return {}
-    wrong: dict[Cell, str] = {}
-    replays: list[tuple[Case, Callable[[int], None]]] = []
+    graphs: dict[int, Callable[[int], None]] = {}
+
+    def record(number: int, case: Case) -> None:
+        graphs[number] = tester.record(case)
+
     hook = tester.hooks.get("capture_ctx")
     with hook(tester.session) if hook else contextlib.nullcontext():
-        for case in todo:
+        for number, case in enumerate(todo):
+            _note(wrong, case, functools.partial(record, number, case))
+    # A graph that only some ranks have would wait for the others for ever.
+    everywhere = set(graphs).intersection(*all_gather(sorted(graphs)))
+    for number, salt in itertools.product(sorted(everywhere), (1, 2)):
+        _note(wrong, todo[number], functools.partial(graphs[number], salt))
 
-            def record(case: Case = case) -> None:
-                replays.append((case, tester.graph(case)))
 
-            reason = _reason(record)
-            if reason:
-                wrong.setdefault(case.cell, reason)
-    for case, replay in replays:
-        for salt in (1, 2):
-            reason = _reason(lambda replay=replay, salt=salt: replay(salt))  # type: ignore[misc]
-            if reason:
-                wrong.setdefault(case.cell, reason)
-    return wrong
+def _note(wrong: dict[Cell, str], case: Case, step: Callable[[], None]) -> None:
+    """Take a step, and keep why it failed, the first time for each kind of message."""
+    reason = _reason(step)
+    if reason:
+        wrong.setdefault(case.cell, reason)
 
 
 def _reason(step: Callable[[], None]) -> str:
@@ -140,19 +154,23 @@ class _Tester:
         self.world_size = world_size
         self.device = device
 
-    def eager(self, case: Case, salt: int) -> None:
-        """Out of place, then in place; the input of the first must be left alone."""
+    def out_of_place(self, case: Case, salt: int) -> None:
+        """One call that allocates its output; the inputs must be left alone."""
         inputs = self._inputs(case, salt)
-        kept = inputs[0].clone()
+        kept = [tensor.clone() for tensor in inputs]
         self._compare(case, salt, self._call(case, inputs, False))
-        if not torch.equal(inputs[0], kept):
-            raise ArithmeticError(f"{_what(case)}: the input was overwritten")
+        if not all(map(torch.equal, inputs, kept)):
+            raise ArithmeticError(f"{_what(case)}: an input was overwritten")
+
+    def in_place(self, case: Case, salt: int) -> None:
+        """One call whose output is its input."""
+        inputs = self._inputs(case, salt)
         results = self._call(case, inputs, True)
-        if results[0] is not inputs[0]:
+        if any(result is not out for result, out in zip(results, inputs, strict=False)):
             raise ArithmeticError(f"{_what(case)}: `out` wasn't returned")
         self._compare(case, salt, results)
 
-    def graph(self, case: Case) -> Callable[[int], None]:
+    def record(self, case: Case) -> Callable[[int], None]:
         """Record a call; what is returned replays it with other data and compares."""
         inputs = self._inputs(case, 0)
         graph = torch.cuda.CUDAGraph()
@@ -181,7 +199,10 @@ class _Tester:
         """One period of small integers that differ between ranks, whose sum over ranks and residual is exact."""
         terms, limit = self.world_size + 1, min(_EXACT.get(dtype, 4096), 4096)
         index = torch.arange(_PERIOD)
-        values = (index * 7919 + rank * 104729 + salt * 31) % (max(limit // terms, 1) + 1)
+        # Mixed, so that two ranks, or one rank's data a few elements on, have nothing in common even as zeros and ones.
+        mixed = (index * 7919 + rank * 104729 + salt * 31) * 2654435761 % (1 << 32)
+        mixed = (mixed ^ mixed >> 15) * 2246822519 % (1 << 32) >> 13
+        values = mixed % (max(limit // terms, 1) + 1)
         # In a group of more ranks than the dtype can count, only some ranks add to each element.
         return values * ((index + rank) % -(-terms // limit) == 0)
 
@@ -198,13 +219,15 @@ class _Tester:
         if case.cell[0] == "all_reduce":
             return (hook(self.session, inputs[0], out),)
         residual_out = inputs[1] if in_place else None
-        results: tuple[torch.Tensor, ...] = hook(self.session, *inputs, 1e-6, 0.0, out, residual_out)
-        return results
+        normed, summed = hook(self.session, *inputs, 1e-6, 0.0, out, residual_out)
+        return normed, summed
 
     def _compare(self, case: Case, salt: int, results: tuple[torch.Tensor, ...]) -> None:
         terms = self.world_size + (case.cell[0] != "all_reduce")
         total = torch.stack([self._values(case.cell[3], rank, salt) for rank in range(terms)]).sum(0)
         expected = self._pattern(case, total)
+        for result in results:
+            _check_kind(case, result, expected)
         _equal(case, results[-1], expected)
         if case.cell[0] == "all_reduce":
             return
@@ -221,9 +244,12 @@ def _what(case: Case) -> str:
     return f"{case.cell[3]} {list(case.shape)}"
 
 
-def _equal(case: Case, result: object, expected: torch.Tensor) -> None:
+def _check_kind(case: Case, result: object, expected: torch.Tensor) -> None:
     if not isinstance(result, torch.Tensor) or result.dtype != expected.dtype or result.shape != expected.shape:
         raise ArithmeticError(f"{_what(case)}: the result isn't a tensor of that shape and dtype")
+
+
+def _equal(case: Case, result: torch.Tensor, expected: torch.Tensor) -> None:
     if not torch.equal(result, expected):
         wrong = (result != expected).flatten()
         first = int(wrong.nonzero()[0])
@@ -233,17 +259,47 @@ def _equal(case: Case, result: object, expected: torch.Tensor) -> None:
         )
 
 
-def _shape(
-    route: Route, nbytes: int, hidden_multiple: int, max_tokens: int | None, *, up: bool
-) -> tuple[int, ...] | None:
-    """A tensor's shape of `nbytes` bytes; for the fused operation the nearest whole number of rows, upwards or down."""
-    itemsize = DTYPES[route.dtype]
+def _upwards(route: Route, index: int, low: int) -> Iterator[tuple[int, ...]]:
+    """Shapes that rule `index` may own, the first the smallest of at least `low` bytes, a multiple of the rule's.
+
+    Another rule can take the nearest ones without taking the whole stretch: the multiples of a larger number, or fewer
+    tokens. Its share is stepped over.
+    """
+    rule, itemsize = route.rules[index], DTYPES[route.dtype]
+    step = math.lcm(itemsize, rule.multiple_nbytes)
     if route.op == "all_reduce":
-        return (nbytes // itemsize,)
-    hidden_size = -(-_HIDDEN_SIZE // hidden_multiple) * hidden_multiple
-    num_tokens = -(-nbytes // (hidden_size * itemsize)) if up else nbytes // (hidden_size * itemsize)
-    num_tokens = min(num_tokens, max_tokens or num_tokens)
-    return (num_tokens, hidden_size) if num_tokens else None
+        yield from (((low + near * step) // itemsize,) for near in range(_NEAR))
+        return
+    beyond = [other.max_tokens + 1 for other in route.rules[:index] if other.max_tokens is not None]
+    for hidden_size, unit in _rows(route, index):
+        row = hidden_size * itemsize
+        stepped = (count for count in sorted(beyond) if low < count * row <= _STEPPED_NBYTES)
+        for num_tokens in (-(-low // row), *stepped):
+            yield -(-num_tokens // unit) * unit, hidden_size
+
+
+def _downwards(route: Route, index: int, top: int) -> Iterator[tuple[int, ...]]:
+    """Shapes that rule `index` may own, the first the largest of at most `top` bytes; see `_upwards`."""
+    rule, itemsize = route.rules[index], DTYPES[route.dtype]
+    step = math.lcm(itemsize, rule.multiple_nbytes)
+    if route.op == "all_reduce":
+        last = top // step * step
+        yield from (((last - near * step) // itemsize,) for near in range(min(_NEAR, last // step)))
+        return
+    for hidden_size, unit in _rows(route, index):
+        num_tokens = top // (hidden_size * itemsize)
+        num_tokens = min(num_tokens, rule.max_tokens or num_tokens) // unit * unit
+        if num_tokens:
+            yield num_tokens, hidden_size
+
+
+def _rows(route: Route, index: int) -> Iterator[tuple[int, int]]:
+    """Hidden sizes that rule `index` takes, and of how many rows each makes a multiple of the rule's bytes."""
+    rule, itemsize = route.rules[index], DTYPES[route.dtype]
+    base = -(-_HIDDEN_SIZE // rule.hidden_multiple) * rule.hidden_multiple
+    for near in range(_NEAR):
+        hidden_size = base + near * rule.hidden_multiple
+        yield hidden_size, rule.multiple_nbytes // math.gcd(rule.multiple_nbytes, hidden_size * itemsize)
 
 
 def _goes_to(route: Route, shape: tuple[int, ...], name: str) -> bool:

@@ -30,6 +30,8 @@ __all__ = ["FACTS_NBYTES", "Agreed", "Local", "Request", "agree", "foresee", "ga
 _log = logging.getLogger("comm_core")
 #: The longest facts of one plugin, as JSON text in bytes.
 FACTS_NBYTES = 512
+# The longest reason, in characters: those of all plugins must fit into one message.
+_REASON_CHARS = 1000
 # What a plugin without `is_available` answers; see the hook's spec.
 _DEFAULT = Available(priority=500)
 
@@ -114,12 +116,12 @@ def gather_local(group: dist.ProcessGroup, request: Request) -> Local:
         failures.update(unusable)
         device = _device_of(group)
     except Exception as raised:  # noqa: BLE001 - whatever it is, all ranks are told and raise together
-        error = describe(raised)
+        error = _short(describe(raised))
     info = probe_rank(dist.get_rank(), device, plugins=found.listed, facts=facts)
     policy = {
         "get_backend(backends=...)": request.backends,
         "get_backend(timeout_s=...)": request.timeout_s,
-        **{PREFIX + name.upper(): value for name, value in dataclasses.asdict(settings).items()},
+        **settings.shared(),
         "the process group's backend": dist.get_backend_config(group),
         "the kind of device": device.type,
     }
@@ -156,7 +158,7 @@ def agree(group: dist.ProcessGroup, title: str, control: Control, local: Local) 
     slate, sessions = establish(slate, local.plugins, _member(group, topology, control, local))
     notes = {name: session.refused() for name, session in sessions.items() if session.wrong}
     agreed = Agreed(topology, slate.decision(topology.device_types, notes), sessions)
-    _report(agreed, title, control, local)
+    _report(agreed, title, control, local, broken={name for item in evidence for name in item.failures})
     return agreed
 
 
@@ -190,7 +192,11 @@ def _member(group: dist.ProcessGroup, topology: Topology, control: Control, loca
     return Member(context, topology, control, local.connect_timeout_s)
 
 
-def _report(agreed: Agreed, title: str, control: Control, local: Local) -> None:
+# What this process has said of plugins that are broken: once, however many groups they are missed in.
+_said: set[str] = set()
+
+
+def _report(agreed: Agreed, title: str, control: Control, local: Local, broken: set[str]) -> None:
     """Raise where a backend that the caller named can't serve; log the outcome, once a group."""
     wanted, source = local.wanted
     lost = [
@@ -201,9 +207,10 @@ def _report(agreed: Agreed, title: str, control: Control, local: Local) -> None:
     if lost and local.request.backends is not None:
         for session in agreed.sessions.values():
             session.close(orderly=False)
+        others = "".join(f"; neither can {other.name!r}: {_reason(other, control)}" for other in lost[1:])
         raise BackendUnavailableError(
-            f"backend {lost[0].name!r} was named for {title} but can't serve it: {_reason(lost[0], control)}. No other "
-            f"is tried, because {source} names it. Leave it out to negotiate, or see: comm-core explain"
+            f"backend {lost[0].name!r} was named for {title} but can't serve it: {_reason(lost[0], control)}{others}. "
+            f"No other is tried, because {source} names it. Leave it out to negotiate, or see: comm-core explain"
         )
     if control.rank != 0:
         return
@@ -215,6 +222,11 @@ def _report(agreed: Agreed, title: str, control: Control, local: Local) -> None:
             title,
             _reason(candidate, control),
         )
+    for candidate in agreed.decision.candidates:
+        text = f"backend {candidate.name!r} can't be used: {_reason(candidate, control)}"
+        if candidate.name in broken and candidate.verdict == "unavailable" and text not in _said:
+            _said.add(text)
+            _log.warning("%s", text)
     rules = agreed.decision.route("all_reduce", "eager", agreed.topology.device_types[0], "float32").rules
     failed = [f"{c.name}: {_reason(c, control)}" for c in agreed.decision.candidates if c.verdict == "failed"]
     _log.info(
@@ -236,7 +248,7 @@ def _discover(settings: Settings, allowed: tuple[str, ...] | None) -> tuple[disc
     found = discovery.discover(
         lambda name: (allowed is None or name in allowed) and name not in settings.disable, settings.import_timeout_s
     )
-    return found, {name: f"{failure.reason}. {failure.remedy}" for name, failure in found.failures.items()}
+    return found, {name: f"{_short(failure.reason)}. {failure.remedy}" for name, failure in found.failures.items()}
 
 
 def _facts(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -251,8 +263,10 @@ def _facts(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, Any], dic
             if not isinstance(found, dict) or len(text.encode()) > FACTS_NBYTES:
                 raise ValueError(f"a JSON object of at most {FACTS_NBYTES} bytes is needed, not {text[:60]}")
             facts[name] = found
-        except Exception as error:  # noqa: BLE001 - the plugin border: one that raises puts only itself out
-            unusable[name] = f"probe() failed: {describe(error)}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the plugin border: also `SystemExit` puts only the plugin out
+            unusable[name] = f"probe() failed: {_short(describe(error))}"
     return facts, unusable
 
 
@@ -261,13 +275,19 @@ def _answer(plugin: discovery.Plugin, topology: Topology) -> Available | Unavail
     if plugin.has("is_available"):
         try:
             answer = plugin.hooks["is_available"](topology)
-        except Exception as error:  # noqa: BLE001 - the plugin border: one that raises puts only itself out
-            return Unavailable(f"is_available raised {describe(error)}")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the plugin border, as in `_facts`
+            return Unavailable(f"is_available raised {_short(describe(error))}")
     if isinstance(answer, Available):
         return negotiate.implied(answer, tuple(plugin.hooks))
     if isinstance(answer, Unavailable):
-        return answer
-    return Unavailable(f"is_available returned {answer!r}, neither Available nor Unavailable")
+        return Unavailable(_short(answer.reason))
+    return Unavailable(_short(f"is_available returned {answer!r}, neither Available nor Unavailable"))
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= _REASON_CHARS else reason[: _REASON_CHARS - 3] + "..."
 
 
 def _device_types(group: dist.ProcessGroup, device: torch.device) -> tuple[str, ...]:

@@ -101,9 +101,13 @@ class Backend:
                 `CommTimeoutError` where a peer didn't come.
         """
         rules = self._plain.get((tensor.device, tensor.dtype))
-        if rules is None or tensor.data_ptr() & 15 or not tensor.is_contiguous():
+        try:
+            odd = tensor.data_ptr() & 15 or not tensor.is_contiguous()
+        except RuntimeError:  # a sparse tensor has neither, and a look at every tensor's layout costs each call 50 ns
+            odd = True
+        if odd or rules is None:
             return self._reduce_odd(tensor, out)
-        if out is not None and out is not tensor and not self._fits(tensor, out):
+        if out is not None and out is not tensor and not _fits(tensor, out):
             return out.copy_(self.all_reduce(tensor))
         nbytes = tensor.nbytes
         for low, high, multiple, function, session, name in rules:
@@ -152,6 +156,9 @@ class Backend:
             )
         if not tensor.dtype == residual.dtype == weight.dtype or not tensor.is_floating_point():
             raise TypeError(f"one floating dtype is needed, not {tensor.dtype}, {residual.dtype} and {weight.dtype}")
+        for target in (out, residual_out):
+            if target is not None:
+                _check_out(tensor, target)
         nbytes, (num_tokens, hidden_size) = tensor.nbytes, tensor.shape
         for low, high, multiple, function, session, name, most_tokens, hidden_multiple in self._fused.get(
             (tensor.device, tensor.dtype), ()
@@ -163,10 +170,7 @@ class Backend:
                 and not hidden_size % hidden_multiple
             ):
                 x, r, w = _plain_copy(tensor), _plain_copy(residual), _plain_copy(weight)
-                y_out = out if out is None or out is tensor or self._fits(tensor, out) else None
-                s_out = residual_out
-                if s_out is not None and s_out is not residual and not self._fits(tensor, s_out):
-                    s_out = None
+                y_out, s_out = _direct(out, x, (r, w)), _direct(residual_out, r, (x, w))
                 try:
                     y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
@@ -195,6 +199,15 @@ class Backend:
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
                     self._raise(error, name, "check")
 
+    def limits(self) -> dict[str, dict[str, float]]:
+        """What bounds each backend on this machine, by backend and by what it is, in microseconds.
+
+        Collective. A session that can tell has a method `limits`; most have none.
+        """
+        return {
+            name: session.value.limits() for name, session in self._sessions.items() if hasattr(session.value, "limits")
+        }
+
     def explain(self) -> str:
         """Who serves what in this group and why the others don't: text, equal on every rank."""
         from comm_core.report import explain
@@ -209,36 +222,28 @@ class Backend:
         self._failure = why
         self._plain.clear()
         self._fused.clear()
-
-    def _fits(self, tensor: torch.Tensor, out: torch.Tensor) -> bool:
-        """Whether a hook may write to `out` directly; what it can't be at all raises."""
-        if out.shape != tensor.shape or out.dtype != tensor.dtype or out.device != tensor.device:
-            raise ValueError(
-                f"out is {out.dtype} {list(out.shape)} on {out.device}; the tensor is {tensor.dtype} "
-                f"{list(tensor.shape)} on {tensor.device}"
-            )
-        target, source = out.data_ptr(), tensor.data_ptr()
-        disjoint = target + tensor.nbytes <= source or source + tensor.nbytes <= target
-        return disjoint and not target & 15 and out.is_contiguous()
+        self._sessions.clear()
 
     def _reduce_odd(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Everything that the hot path leaves: staged through a copy, answered at once, or refused."""
         if self._failure is not None:
             raise CommError(self._failure)
-        if out is not None and (out.shape, out.dtype, out.device) != (tensor.shape, tensor.dtype, tensor.device):
-            self._fits(tensor, out)
+        self._check_kind(tensor)
+        if out is not None:
+            _check_out(tensor, out)
         if tensor.is_complex():
-            self._route_of(torch.view_as_real(tensor.new_empty(0)))
             result = torch.view_as_complex(self.all_reduce(torch.view_as_real(tensor.resolve_conj())))
-        else:
-            self._route_of(tensor)
+        elif tensor.numel() == 0:
             # An empty sum needs no messages: every rank has the same shape.
-            result = torch.empty_like(tensor) if tensor.numel() == 0 else self.all_reduce(_plain_copy(tensor))
+            result = torch.empty_like(tensor)
+        else:
+            result = self.all_reduce(_plain_copy(tensor))
         return result if out is None else out.copy_(result)
 
-    def _route_of(self, tensor: torch.Tensor) -> None:
+    def _check_kind(self, tensor: torch.Tensor) -> None:
         """Raise why there is no route for tensors of this kind; a dtype and device of the group have one."""
-        if (tensor.device, tensor.dtype) in self._plain and tensor.layout is torch.strided:
+        dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+        if (tensor.device, dtype) in self._plain and tensor.layout is torch.strided:
             return
         kinds = {device for device, _ in self._plain}
         if tensor.device not in kinds:
@@ -258,6 +263,41 @@ class Backend:
             self.retire(f"{text}. It isn't used any more; close the group's handle and make a new group")
             raise CommTimeoutError(text, error.ranks) from error
         raise CommError(text) from error
+
+
+def _check_out(tensor: torch.Tensor, out: torch.Tensor) -> None:
+    """Raise where `out` can't take what becomes of `tensor`."""
+    if (
+        out.shape != tensor.shape
+        or out.dtype != tensor.dtype
+        or out.device != tensor.device
+        or out.layout != tensor.layout
+    ):
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)}, {out.layout}, on {out.device}; the tensor is {tensor.dtype} "
+            f"{list(tensor.shape)}, {tensor.layout}, on {tensor.device}"
+        )
+
+
+def _fits(tensor: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether a hook may write to `out` directly; what it can't be at all raises."""
+    _check_out(tensor, out)
+    return out.is_contiguous() and not out.data_ptr() & 15 and _disjoint(tensor, out)
+
+
+def _direct(out: torch.Tensor | None, itself: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """`out` where the fused hook may write to it: it is `itself` or apart from it, and apart from the others."""
+    if out is None or not out.is_contiguous() or out.data_ptr() & 15:
+        return None
+    if out is not itself and not _disjoint(itself, out):
+        return None
+    return out if all(_disjoint(other, out) for other in others) else None
+
+
+def _disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two contiguous tensors share no memory."""
+    first, second = one.data_ptr(), other.data_ptr()
+    return first + one.nbytes <= second or second + other.nbytes <= first
 
 
 def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:

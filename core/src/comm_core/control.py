@@ -19,18 +19,20 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from comm_core._deadline import describe, run_with_deadline
 from comm_core.context import Agreement
 from comm_core.errors import CommError, CommTimeoutError
 
@@ -39,12 +41,16 @@ Store = Any
 
 __all__ = ["Control", "SessionChannel", "Stage", "StageAbortedError", "store_of"]
 
+T = TypeVar("T")
+
 #: The longest message of one rank, as JSON text in bytes.
 MESSAGE_NBYTES = 64 * 1024
 # The longest reason that is carried; a traceback's tail fits, a core dump doesn't.
 _REASON_CHARS = 4000
 # The most that a verdict may unpack to, so that a corrupt one can't take the host's memory: 64 KiB from 4,096 ranks.
 _VERDICT_NBYTES = 4096 * MESSAGE_NBYTES
+# How long the store itself may take, in seconds: far more than it needs under load, far less than anybody's patience.
+_STORE_S = 20.0
 
 
 class StageAbortedError(CommError):
@@ -87,7 +93,7 @@ class Control:
     """One rank's end of its group's control channel. It works in stages, each a Collective step of core's; see `stage`.
 
     Args:
-        store: the group's store; each thread works on a clone, since a blocked read holds the client's lock.
+        store: the group's store; whoever talks to it does so on a clone, since a blocked read holds the client's lock.
         rank: this rank's group rank.
         global_ranks: the job's rank of each group rank.
         timeout_s: how long an exchange waits for the others where its stage has no deadline, in seconds.
@@ -98,11 +104,12 @@ class Control:
         self.global_ranks = global_ranks
         self.timeout_s = timeout_s
         self._store = store
-        self._clones = threading.local()
+        self._idle: list[Store] = []  # clones that nobody is using
+        self._lost = ""  # why the store is given up
         self._incarnation = ""
-        # Keys of exchanges that every rank has left, or will have left before the next exchange ends.
-        self.leftover: list[str] = []
-        # Keys of aborted exchanges: a thread that a deadline left behind may still be reading them.
+        # The last exchange that succeeded: every rank will have left it before the next one ends.
+        self.leftover = ""
+        # Exchanges that were aborted: a thread that a deadline left behind may still be reading their keys.
         self.aborted: list[str] = []
 
     @property
@@ -115,13 +122,29 @@ class Control:
         """What the keys of this incarnation begin with."""
         return f"comm_core/{self._incarnation}"
 
-    @property
-    def client(self) -> Store:
-        """This thread's own clone of the store."""
-        client: Store | None = getattr(self._clones, "store", None)
-        if client is None:
-            client = self._clones.store = self._store.clone()
-        return client
+    def ask(self, what: str, operation: Callable[[Store], T], timeout_s: float = _STORE_S) -> T:
+        """Do `operation` with a clone of the store, in a thread: a store whose host is cut off never answers.
+
+        Args:
+            what: who asks, for errors.
+            operation: called once, with the clone.
+            timeout_s: how long it may take, in seconds.
+
+        Raises:
+            CommError: the store is gone, now or in an earlier call; as `CommTimeoutError`, it doesn't answer.
+        """
+        if self._lost:
+            raise CommError(f"{what}: {self._lost}")
+        try:
+            return run_with_deadline(functools.partial(self._lend, operation), timeout_s, name="the job's store")
+        except CommError:
+            raise
+        except TimeoutError as error:
+            self._lost = f"the job's store gave no answer in {timeout_s:g} s: it is frozen, or its host cut off"
+            raise CommTimeoutError(f"{what}: {self._lost}") from error
+        except RuntimeError as error:
+            self._lost = f"the job's store can't be reached any more: {error}"
+            raise CommError(f"{what}: {self._lost}") from error
 
     def join(self, seen: set[str]) -> None:
         """Enter the group's newest incarnation, or found one where this process has used that up.
@@ -131,11 +154,13 @@ class Control:
 
         Args:
             seen: incarnations of this group that this process has been in; the one that is joined is added.
+
+        Raises:
+            CommError: the store is gone.
         """
-        mine, current = uuid.uuid4().hex, ""
+        key, mine, current = "comm_core/incarnation", uuid.uuid4().hex, ""
         while True:
-            # Sets the key where it holds `current`; returns what it holds afterwards.
-            newest = self.client.compare_set("comm_core/incarnation", current, mine).decode()
+            newest = self.ask("joining the group", functools.partial(_compare_set, key, current, mine))
             if newest not in seen:
                 break
             current = newest
@@ -157,22 +182,50 @@ class Control:
             yield stage
         except BaseException as error:
             if stage.aborted is None:
-                stage.abort(f"{type(error).__name__}: {error}")
+                stage.abort(describe(error))
             raise
 
     def finish(self) -> None:
         """Leave the incarnation. Waits for nobody; the last rank to leave deletes what is left of its keys."""
-        left = f"{self.prefix}/left"
-        with contextlib.suppress(dist.DistNetworkError):  # a store that is gone has no keys to delete
-            if self.client.add(left, 1) == self.world_size:
-                for key in (*self.leftover, *self.aborted, left):
-                    self.client.delete_key(key)
-        self.leftover, self.aborted = [], []
+        with contextlib.suppress(CommError):  # a store that is gone has no keys to delete
+            self.ask("leaving the group", self._leave)
+        self.leftover, self.aborted = "", []
 
     def label(self, *ranks: int) -> str:
         """Group ranks for people, with the job's rank where that differs: "rank 1 (3 in the job)"."""
         names = [str(r) if self.global_ranks[r] == r else f"{r} ({self.global_ranks[r]} in the job)" for r in ranks]
         return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+    def keys(self, exchange: str) -> list[str]:
+        """All keys of an exchange."""
+        return [f"{exchange}/verdict", f"{exchange}/arrived", *(f"{exchange}/{r}" for r in range(self.world_size))]
+
+    def _lend(self, operation: Callable[[Store], T]) -> T:
+        try:
+            client = self._idle.pop()
+        except IndexError:
+            client = self._store.clone()
+        value = operation(client)
+        self._idle.append(client)
+        return value
+
+    def _leave(self, store: Store) -> None:
+        left = f"{self.prefix}/left"
+        notes = [f"{left}/{rank}" for rank in range(self.world_size)]
+        if self.aborted:
+            # Others needn't have met these: a rank may fail where they have left the stage already.
+            store.set(notes[self.rank], json.dumps(list(dict.fromkeys(self.aborted))))
+        if store.add(left, 1) < self.world_size:
+            return
+        exchanges = {self.leftover} - {""}
+        for note in notes:
+            if store.check([note]):
+                exchanges.update(json.loads(store.get(note)))
+                store.delete_key(note)
+        for exchange in exchanges:
+            for key in self.keys(exchange):
+                store.delete_key(key)
+        store.delete_key(left)
 
 
 class Stage:
@@ -190,13 +243,13 @@ class Stage:
         self._next = 0
         self._lock = threading.Lock()
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, by group rank; see `ControlChannel.all_gather`.
+    def all_gather(self, value: Any, kind: str = "all_gather") -> list[Any]:
+        """Every rank's `value`, by group rank; see `ControlChannel.all_gather`. Kinds that differ abort the stage.
 
         Raises:
             ValueError, TypeError: `value` isn't JSON or is too long; before anything is sent.
             StageAbortedError: a rank failed; as `StageTimeoutError`, a rank didn't come in time.
-            CommError: the store is gone.
+            CommError: the store is gone; as `CommTimeoutError`, it doesn't answer.
         """
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
         if len(text.encode()) > MESSAGE_NBYTES:
@@ -206,22 +259,27 @@ class Stage:
                 raise self.aborted
             key = self._key(self._next)
             self._next += 1
-        try:
-            verdict = self._exchange(key, text)
-        except dist.DistNetworkError as error:
-            raise CommError(f"{self._name}: the job's store can't be reached any more: {error}") from error
-        if "abort" in verdict:
-            raise self._note_abort(key, verdict["abort"])
-        values: list[Any] = verdict["values"]
-        return values
+            done = self._control.leftover
+        left_s = self._control.timeout_s if self._deadline is None else max(self._deadline - time.monotonic(), 0)
+        exchange = functools.partial(self._exchange, key, f'["{kind}",{text}]', done, left_s)
+        verdict = self._control.ask(self._name, exchange, left_s + _STORE_S)
+        with self._lock:
+            if "abort" in verdict:
+                self._control.aborted.append(key)
+                self.aborted = self.aborted or self._error(verdict["abort"])
+                raise self.aborted
+            # Where another thread aborted the stage meanwhile, this rank may be in a later one: `abort` noted the key.
+            if self.aborted is None:
+                self._control.leftover = key
+        return list(verdict["values"])
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
-        self.all_gather(None)
+        self.all_gather(None, "barrier")
 
     def agree(self, ok: bool, reason: str = "") -> Agreement:
         """Vote; see `ControlChannel.agree`."""
-        votes = self.all_gather(None if ok else str(reason)[:_REASON_CHARS])
+        votes = self.all_gather(None if ok else str(reason)[:_REASON_CHARS], "agree")
         reasons = {rank: why for rank, why in enumerate(votes) if why is not None}
         return Agreement(not reasons, reasons)
 
@@ -231,77 +289,67 @@ class Stage:
         Returns:
             What this and every other rank's calls in the stage raise: the first abort's, where there were several.
         """
-        mine = {"reason": reason[:_REASON_CHARS], "rank": self._control.rank, "absent": []}
+        # Kept until the verdict is known: no thread of this rank begins another exchange, nor raises anything else than
+        # the other ranks will.
         with self._lock:
-            # From here on no thread of this rank begins another exchange.
-            self.aborted = self.aborted or self._error(mine)
-            begun = self._next
+            if self.aborted is None:
+                mine = {"reason": reason[:_REASON_CHARS], "rank": self._control.rank, "absent": None}
+                self.aborted = self._post_abort(mine)
+            return self.aborted
+
+    def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
         # The exchange that another thread is in may have succeeded meanwhile. Then the other ranks are bound for the
         # next one, which can't succeed without this rank, and meet the abort there.
-        with contextlib.suppress(dist.DistNetworkError):  # whoever is cut off from the store finds that out alone
-            for sequence in range(max(begun - 1, 0), begun + 1):
-                key = self._key(sequence)
-                verdict = self._publish(key, {"abort": mine})
-                if "abort" in verdict:
-                    return self._note_abort(key, verdict["abort"])
-        return self.aborted
+        for sequence in range(max(self._next - 1, 0), self._next + 1):
+            key = self._key(sequence)
+            self._control.aborted.append(key)
+            try:
+                verdict = self._control.ask(self._name, functools.partial(_publish, key, {"abort": abort}))
+            except CommError:  # whoever is cut off from the store finds that out alone
+                break
+            if "abort" in verdict:
+                return self._error(verdict["abort"])
+        return self._error(abort)
 
-    def _exchange(self, key: str, text: str) -> dict[str, Any]:
+    def _exchange(self, key: str, text: str, done: str, timeout_s: float, store: Store) -> dict[str, Any]:
         control = self._control
-        store = control.client
         messages = [f"{key}/{rank}" for rank in range(control.world_size)]
         store.set(messages[control.rank], text)
-        if store.add(f"{key}/arrived", 1) == control.world_size:
-            verdict = self._publish(key, {"values": [json.loads(message) for message in store.multi_get(messages)]})
-            # Every rank has come here, so every rank has left the exchanges before.
-            for old in control.leftover:
+        if store.add(f"{key}/arrived", 1) < control.world_size:
+            return self._await_verdict(key, messages, timeout_s, store)
+        kinds, values = zip(*map(json.loads, store.multi_get(messages)), strict=True)
+        odd = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
+        lost = {"reason": f"exchanges don't match: {kinds[odd]} here, not as elsewhere", "rank": odd, "absent": None}
+        verdict = _publish(key, {"values": values} if len(set(kinds)) == 1 else {"abort": lost}, store)
+        if done:
+            # Every rank has come here, so every rank has left the exchange before.
+            for old in control.keys(done):
                 store.delete_key(old)
-        else:
-            verdict = self._await_verdict(key, messages)
-        if "values" in verdict:
-            control.leftover = self._keys(key)
         return verdict
 
-    def _await_verdict(self, key: str, messages: list[str]) -> dict[str, Any]:
-        store, control = self._control.client, self._control
-        left_s = control.timeout_s if self._deadline is None else self._deadline - time.monotonic()
+    def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
         try:
             # Zero would mean "for ever" to some stores.
-            store.wait([f"{key}/verdict"], timedelta(seconds=max(left_s, 0.001)))
+            store.wait([f"{key}/verdict"], timedelta(seconds=max(timeout_s, 0.001)))
         except dist.DistNetworkError:
             raise
         except RuntimeError:
             # Not every store has its own error for a wait that ended. Publishing tells whether there is a verdict.
             absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
-            who = control.label(*absent) if absent else "the rank that came last"
-            abort = {"reason": f"{who} didn't come in time", "rank": control.rank, "absent": absent}
-            return self._publish(key, {"abort": abort})
+            who = self._control.label(*absent) if absent else "the rank that came last"
+            abort = {"reason": f"{who} didn't come in time", "rank": self._control.rank, "absent": absent}
+            return _publish(key, {"abort": abort}, store)
         return _unpack(store.get(f"{key}/verdict"))
-
-    def _publish(self, key: str, verdict: dict[str, Any]) -> dict[str, Any]:
-        packed = zlib.compress(json.dumps(verdict, separators=(",", ":")).encode(), 1)
-        # As text, since a store's Python binding promises nothing else.
-        text = base64.b64encode(packed).decode()
-        return _unpack(self._control.client.compare_set(f"{key}/verdict", "", text))
-
-    def _note_abort(self, key: str, abort: dict[str, Any]) -> StageAbortedError:
-        with self._lock:
-            self.aborted = self._error(abort)
-            self._control.aborted += self._keys(key)
-            return self.aborted
 
     def _error(self, abort: dict[str, Any]) -> StageAbortedError:
         rank, reason = abort["rank"], abort["reason"]
-        if abort["absent"]:
+        if abort["absent"] is not None:
             message = f"{self._name}: {reason}, says {self._control.label(rank)}"
             return StageTimeoutError(message, reason, rank, tuple(abort["absent"]))
         return StageAbortedError(f"{self._name}: {self._control.label(rank)} failed: {reason}", reason, rank)
 
     def _key(self, sequence: int) -> str:
         return f"{self._control.prefix}/{self._name}/{sequence}"
-
-    def _keys(self, key: str) -> list[str]:
-        return [f"{key}/verdict", f"{key}/arrived", *(f"{key}/{rank}" for rank in range(self._control.world_size))]
 
 
 class SessionChannel:
@@ -331,10 +379,21 @@ class SessionChannel:
         return self.stage
 
 
-def _unpack(packed: bytes) -> dict[str, Any]:
+def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:
+    """Make `verdict` the exchange's, unless it has one; returns the one it has."""
+    packed = zlib.compress(json.dumps(verdict, separators=(",", ":")).encode(), 1)
+    # As text, since a store's Python binding promises nothing else.
+    return _unpack(_compare_set(f"{key}/verdict", "", base64.b64encode(packed).decode(), store))
+
+
+def _compare_set(key: str, expected: str, value: str, store: Store) -> str:
+    """Set `key` where it holds `expected`, or nothing where that is empty; returns what it holds afterwards."""
+    return str(store.compare_set(key, expected, value), "ascii")
+
+
+def _unpack(packed: bytes | str) -> dict[str, Any]:
     inflate = zlib.decompressobj()
     text = inflate.decompress(base64.b64decode(packed), _VERDICT_NBYTES)
     if inflate.unconsumed_tail:
         raise CommError(f"a verdict of more than {_VERDICT_NBYTES} bytes: the job's store holds something else")
-    verdict: dict[str, Any] = json.loads(text)
-    return verdict
+    return dict(json.loads(text))

@@ -168,7 +168,8 @@ def _attempt(entry: Entry, timeout_s: float) -> Plugin | LoadFailure:
             f"COMM_CORE_IMPORT_TIMEOUT_S; to go without it, set COMM_CORE_DISABLE={entry.name}."
         )
         failure = failed(entry, Refused(f"its import isn't back after {timeout_s:g} s", remedy))
-    _log.warning("%s", failure)
+    # Every rank and process finds it: who negotiates or is asked says it once, see `agreement` and `comm-core doctor`.
+    _log.debug("%s", failure)
     return failure
 
 

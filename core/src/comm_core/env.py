@@ -1,7 +1,7 @@
 """Every environment variable that core reads, in one place.
 
-Read when a group negotiates, not at import. The ranks of a group compare what they read: settings that differ raise
-`NegotiationError`.
+Read when a group negotiates, not at import. The ranks of a group compare what they read, but for what is each host's
+own: settings that differ raise `NegotiationError`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 __all__ = ["PREFIX", "Settings"]
@@ -17,7 +18,10 @@ PREFIX = "COMM_CORE_"
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ValueError("it names no backend")
+    return names
 
 
 def _positive(text: str) -> float:
@@ -34,8 +38,14 @@ def _nbytes(text: str) -> int:
     return value
 
 
-def _field(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc})
+def _folder(text: str) -> str:
+    if not Path(text).is_absolute():
+        raise ValueError("it must be an absolute path")
+    return text
+
+
+def _field(default: Any, parse: Callable[[str], Any], doc: str, *, local: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "doc": doc, "local": local})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +76,23 @@ class Settings:
     memory_budget_nbytes: int = _field(
         1 << 30, _nbytes, "Device memory, in bytes, that the sessions of one group may take for their buffers."
     )
+    cache_dir: str | None = _field(
+        None,
+        _folder,
+        "An absolute path: where code that is compiled here is kept, in folders that are this user's alone. Each "
+        "host's own: the ranks don't compare it.",
+        local=True,
+    )
 
     @classmethod
     def variables(cls) -> dict[str, str]:
         """Every variable's name and what it means."""
         return {PREFIX + field.name.upper(): field.metadata["doc"] for field in dataclasses.fields(cls)}
+
+    def shared(self) -> dict[str, Any]:
+        """What the ranks of a group compare: each variable's value, but for what is each host's own."""
+        fields = (field for field in dataclasses.fields(self) if not field.metadata["local"])
+        return {PREFIX + field.name.upper(): getattr(self, field.name) for field in fields}
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Settings:

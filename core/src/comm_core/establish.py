@@ -125,11 +125,13 @@ def _try(
         budget = member.context.memory_budget_nbytes - sum(session.memory_nbytes for session in sessions.values())
         outcome = _connect(plugin, member, budget)
         if isinstance(outcome, StageAbortedError):
+            _meet(member, name)
             return slate.without(name, outcome.reason, outcome.rank)
         sessions[name] = outcome
     wrong = _admit(sessions[name], todo, member)
     if isinstance(wrong, StageAbortedError):
         sessions.pop(name).close(orderly=False)
+        _meet(member, name)
         return slate.without(name, f"admission: {wrong.reason}", wrong.rank)
     sessions[name].wrong.update(wrong)
     return _drop_wrong(slate, name, wrong, device_types) if wrong else slate
@@ -167,13 +169,13 @@ def _connect(plugin: Plugin, member: Member, budget: int) -> Session | StageAbor
                 session = Session(plugin, value, channel)
                 if hook is not None:
                     session.memory_nbytes = int(getattr(value, "memory_nbytes", 0))
-                if session.memory_nbytes > budget:
+                if not 0 <= session.memory_nbytes <= budget:
                     raise MemoryError(f"it took {session.memory_nbytes} bytes of a budget of {budget}")
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
                 raise stage.abort(_words(error)) from error
-            session.memory_nbytes = max(stage.all_gather(session.memory_nbytes))
+            session.memory_nbytes = max(stage.all_gather(session.memory_nbytes, "vote"))
     except StageAbortedError as error:
         if session is not None and hook is not None:
             session.close(orderly=False)
@@ -188,25 +190,26 @@ def _admit(
     count = len(session.tested)
     session.tested.update(todo)
     context = member.context
-    test = functools.partial(
-        admission.run,
-        session.plugin.hooks,
-        session.value,
-        todo,
-        rank=context.rank,
-        world_size=context.world_size,
-        device=context.device,
-    )
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
     try:
         with _step(member, f"admit {session.plugin.name} {count}", session.channel) as stage:
+            test = functools.partial(
+                admission.run,
+                session.plugin.hooks,
+                session.value,
+                todo,
+                rank=context.rank,
+                world_size=context.world_size,
+                device=context.device,
+                all_gather=stage.all_gather,
+            )
             try:
                 wrong = _in_worker(test, member, session.plugin, "the admission test", closes=False)
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border, as in `_connect`
                 raise stage.abort(_words(error)) from error
-            votes = stage.all_gather({numbers[cell]: reason for cell, reason in wrong.items()})
+            votes = stage.all_gather({numbers[cell]: reason for cell, reason in wrong.items()}, "vote")
     except StageAbortedError as error:
         return error
     failed: dict[Cell, tuple[str, int | None]] = {}
@@ -227,6 +230,16 @@ def _drop_wrong(
         return slate.narrowed(name, ranges)
     reason, rank = next(iter(wrong.values()))
     return slate.without(name, f"admission: {reason}", rank)
+
+
+def _meet(member: Member, failed: str) -> None:
+    """Wait until every rank has left the failed step and given back what it took.
+
+    A wait of the plugin's own may hold a rank in it until its deadline; the next backend's time begins after that.
+    """
+    step = member.control.stage(f"drop {failed}", member.connect_timeout_s + _VOTE_GRACE_S)
+    with contextlib.suppress(StageAbortedError), step as stage:
+        stage.barrier()
 
 
 @contextlib.contextmanager

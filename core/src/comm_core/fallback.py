@@ -30,6 +30,7 @@ def copy_of_one(_group: object, tensor: torch.Tensor, out: torch.Tensor | None) 
     return out if out is tensor else out.copy_(tensor)
 
 
+@torch.no_grad()  # as in `copy_of_one`; the weight is a parameter as a rule
 def add_rms_norm(
     tensor: torch.Tensor,
     residual: torch.Tensor,

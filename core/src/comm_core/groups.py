@@ -189,10 +189,12 @@ def _close(entry: _Entry) -> None:
     """Close a group's handle, together with its peers where they can still be reached."""
     _forget(entry)
     backend, control, group = entry.backend, entry.control, entry.group
-    if backend is None or control is None or group is None:
+    if backend is None:
         return
     backend.retire(f"{entry.title}: its handle was closed")
     entry.backend = None
+    if control is None or group is None:
+        return
     if not _lives(group):
         _abandon(entry)
         return

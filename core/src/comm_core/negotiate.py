@@ -110,7 +110,7 @@ def differences(values: Sequence[Any]) -> str:
     Args:
         values: one a group rank.
     """
-    texts = [json.dumps(value) if not isinstance(value, str) else repr(value) for value in values]
+    texts = [repr(value) for value in values]
     usual = Counter(texts).most_common(1)[0][0]
     odd = [f"{rank}: {text}" for rank, text in enumerate(texts) if text != usual]
     return "{" + ", ".join([*odd[:8], *(["…"] if len(odd) > 8 else []), f"others: {usual}"]) + "}"
@@ -126,9 +126,17 @@ def check_policies(evidence: Sequence[Evidence], label: Callable[[int], str]) ->
     Raises:
         NegotiationError: naming the ranks and what differs.
     """
-    errors = [f"{label(rank)}: {item.error}" for rank, item in enumerate(evidence) if item.error]
+    errors: dict[str, list[int]] = {}
+    for rank, item in enumerate(evidence):
+        if item.error:
+            errors.setdefault(item.error, []).append(rank)
     if errors:
-        raise NegotiationError("this group can't negotiate: " + "; ".join(errors))
+        # A misspelt setting is the same on thousands of ranks: each text once.
+        told = (
+            f"{label(ranks[0])}{f' and {len(ranks) - 1} more' if len(ranks) > 1 else ''}: {text}"
+            for text, ranks in errors.items()
+        )
+        raise NegotiationError("this group can't negotiate: " + "; ".join(told))
     for key in dict.fromkeys(key for item in evidence for key in item.policy):
         values = [item.policy.get(key) for item in evidence]
         if any(value != values[0] for value in values):
@@ -236,7 +244,8 @@ def _merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int |
     if all(answer == answers[0] for answer in answers):
         return first
     priority, ranges = first.priority, first.ranges
-    for answer in answers[1:]:
+    # Each answer once: thousands of ranks give a handful of different ones.
+    for answer in {json.dumps(answer, sort_keys=True): answer for answer in answers}.values():
         other = _decode(answer)
         priority = min(priority, other.priority)
         pairs = (one.intersect(two) for one in ranges for two in other.ranges)

@@ -63,7 +63,8 @@ def _place(topology: Topology) -> str:
     hosts = list(dict.fromkeys(info.host.id for info in topology.ranks))
     devices = {info.device.name or info.device.type for info in topology.ranks if info.device}
     where = "one host" if len(hosts) == 1 else f"{len(hosts)} hosts"
-    return f"{topology.world_size} ranks on {where}, {' and '.join(sorted(devices)) if devices else 'CPU tensors'}"
+    ranks = "1 rank" if topology.world_size == 1 else f"{topology.world_size} ranks"
+    return f"{ranks} on {where}, {' and '.join(sorted(devices)) if devices else 'CPU tensors'}"
 
 
 def _routes(routes: Iterable[Route]) -> list[str]:

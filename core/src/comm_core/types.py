@@ -95,6 +95,9 @@ class Range:
             unknown = [name for name in getattr(self, field) or () if name not in known]
             if unknown:
                 raise ValueError(f"{field} has {', '.join(unknown)}; known are {', '.join(known)}")
+        for field in ("modes", "dtypes", "device_types"):
+            if getattr(self, field) == ():
+                raise ValueError(f"{field} is empty, which no message satisfies; None means any")
         for field, lowest in (("min_nbytes", 0), ("multiple_nbytes", 1), ("hidden_multiple", 1)):
             _check_int(field, getattr(self, field), lowest)
         if self.max_nbytes is not None:
@@ -123,13 +126,14 @@ class Range:
             sets[field] = both
         low = max(self.min_nbytes, other.min_nbytes)
         high = _smaller(self.max_nbytes, other.max_nbytes)
-        if high is not None and high < low:
+        multiple = math.lcm(self.multiple_nbytes, other.multiple_nbytes)
+        if high is not None and high // multiple * multiple < low:
             return None
         return Range(
             op=self.op,
             min_nbytes=low,
             max_nbytes=high,
-            multiple_nbytes=math.lcm(self.multiple_nbytes, other.multiple_nbytes),
+            multiple_nbytes=multiple,
             max_tokens=_smaller(self.max_tokens, other.max_tokens),
             hidden_multiple=math.lcm(self.hidden_multiple, other.hidden_multiple),
             prepared=self.prepared or other.prepared,

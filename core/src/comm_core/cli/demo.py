@@ -73,9 +73,13 @@ def _demo(rank: int) -> int:
         name = backend.decision.route("all_reduce", "eager", backend.device.type, dtype).backend_for(nbytes)
         figures = (f"{ours:.1f}", f"{theirs:.1f}", f"{theirs / ours:.2f}", str(int(wrong)))
         rows.append((size(nbytes), dtype, name, *figures))
+    limits = backend.limits()
     if rank == 0:
         print(table(rows))
         print(f"\n{world_size} ranks, out of place, eager, the slowest rank's median of {_BLOCKS} blocks")
+        for name, bounds in limits.items():
+            for what, latency_us in bounds.items():
+                print(f"{name}, what bounds it here: {what}, {latency_us:.2f} us")
     return 1 if failures else 0
 
 

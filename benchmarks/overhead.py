@@ -1,0 +1,326 @@
+#!/usr/bin/env python3
+"""What core itself costs: a call through the handle, the import, a decision of thousands of ranks.
+
+    python benchmarks/overhead.py [--json]
+
+No GPU and no process group: the hooks are fakes, so that nothing but core's own work is left. Times are the machine's
+on which it runs; repeat it on yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import comm_core
+import torch
+from comm_core.backend import Backend
+from comm_core.establish import Session
+from comm_core.negotiate import Evidence, check_policies, encode_answer, nominate, slate
+from comm_core.probe import probe_rank
+from comm_core.routes import Offer
+from comm_core.topology import Device, Host, Link, RankInfo, Topology
+from comm_core.types import Available, Decision, Range, Unavailable
+
+SCHEMA = 1
+GPUS_PER_HOST = 8
+#: What a rank's evidence is at least, as JSON in bytes.
+EVIDENCE_NBYTES = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One line of the result.
+
+    Attributes:
+        name: what was measured.
+        value: the figure.
+        unit: of `value`, `worst` and `target`.
+        worst: the largest of the repeats; None where there is one measurement.
+        target: the most that `value` may be; None where there is no target.
+    """
+
+    name: str
+    value: float
+    unit: str
+    worst: float | None = None
+    target: float | None = None
+
+    @property
+    def missed(self) -> bool:
+        """Whether there is a target and `value` is above it."""
+        return self.target is not None and self.value > self.target
+
+
+def _require(truth: bool, why: str) -> None:
+    if not truth:
+        raise RuntimeError(why)
+
+
+def passed_on(session: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 - a hook
+    """A hook that costs a call and nothing else."""
+    return tensor
+
+
+def four_ranges() -> tuple[Range, ...]:
+    """Ranges of which an all-reduce of 64 KiB takes the last."""
+    edges = (0, 4 << 10, 16 << 10, 32 << 10, 1 << 20)
+    return tuple(
+        Range("all_reduce", min_nbytes=low + 1, max_nbytes=high, multiple_nbytes=16)
+        for low, high in itertools.pairwise(edges)
+    )
+
+
+def fake_handle() -> Backend:
+    """A handle of one process whose route has four ranges of one backend before the terminal fallback."""
+    offer = Offer("fake", 300, four_ranges())
+    topology = Topology.of([probe_rank(0, torch.device("cpu"), plugins={}, facts={})])
+    decision = slate({"fake": "1"}, [{"fake": encode_answer(Available(300, offer.ranges))}]).decision(("cpu",))
+    session = Session(cast("Any", SimpleNamespace(hooks={"all_reduce": passed_on})), None, cast("Any", None))
+    return Backend(decision, topology, "the benchmark", torch.device("cpu"), (passed_on, None), {"fake": session})
+
+
+def hot_path(repeats: int) -> Iterator[Figure]:
+    """What the handle adds to a direct call of the hook: the smallest of the medians of interleaved rounds."""
+    backend = fake_handle()
+    rules = backend.decision.route("all_reduce", "eager", "cpu", "bfloat16").rules
+    _require(len(rules) == 5, f"four ranges and the terminal are meant, not {rules}")
+    tensor = torch.zeros(32 << 10, dtype=torch.bfloat16)
+    for label, out, target in (
+        ("out of place", None, 0.8),
+        ("in place", tensor, None),
+        ("into another tensor", torch.empty_like(tensor), None),
+    ):
+        direct = functools.partial(_median_us, passed_on, None, tensor, out)
+        through = functools.partial(_median_us, backend.all_reduce, tensor, out)
+        direct_us, through_us = [], []
+        for _ in range(repeats):
+            direct_us.append(direct())
+            through_us.append(through())
+        added = [through - plain for through, plain in zip(through_us, direct_us, strict=True)]
+        yield Figure(
+            f"handle's share of a call, {label}",
+            min(through_us) - min(direct_us),
+            "us",
+            worst=max(added),
+            target=target,
+        )
+
+
+def _median_us(call: Callable[..., object], *arguments: object) -> float:
+    """Microseconds a call, the median of 25 rounds of 2,000."""
+    variables = {f"_{number}": argument for number, argument in enumerate(arguments)} | {"call": call}
+    statement = f"call({', '.join(f'_{number}' for number in range(len(arguments)))})"
+    return statistics.median(timeit.repeat(statement, globals=variables, repeat=25, number=2000)) / 2000 * 1e6
+
+
+_IMPORT = """
+import time
+import torch
+before = time.perf_counter()
+import comm_core
+took = time.perf_counter() - before
+assert not torch.cuda.is_initialized(), "the import started CUDA"
+print(took)
+"""
+
+
+def import_time(repeats: int) -> Iterator[Figure]:
+    """`import comm_core` on top of `import torch`, in fresh interpreters; what else it does fails."""
+    took_ms = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            # Its one line is the figure: anything that the import printed would fail to be a number.
+            result = subprocess.run(  # noqa: S603 - this interpreter and the text above
+                [sys.executable, "-c", _IMPORT],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(Path(comm_core.__file__).parents[1])},
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            made = list(Path(folder).iterdir())
+        _require(not made, f"the import made {made}")
+        _require(not result.stderr, result.stderr)
+        took_ms.append(float(result.stdout) * 1e3)
+    yield Figure("import comm_core after torch", statistics.median(took_ms), "ms", worst=max(took_ms), target=30.0)
+
+
+def evidence_of(rank: int) -> dict[str, Any]:
+    """A rank's evidence as JSON, as on hosts with eight GPUs that NVSwitch joins."""
+    host, gpu = divmod(rank, GPUS_PER_HOST)
+    boot_id = f"{host:08x}-269e-4d37-b2a7-4de452e6b438"
+    uuids = [f"GPU-{host:08x}-128b-4f33-8c5c-7fd0a6a3a45{number}" for number in range(GPUS_PER_HOST)]
+    names = ("customar_v1", "customar_v2", "flashinfer_fusion", "nccl", "shm")
+    info = RankInfo(
+        global_rank=rank,
+        host=Host(f"node-{host:04}", f"{boot_id} ipc 4:4026532289 shm 131:1", boot_id, 68719476736),
+        device=Device(
+            type="cuda",
+            uuid=uuids[gpu],
+            name="NVIDIA H100 80GB HBM3",
+            capability=(9, 0),
+            memory_nbytes=85017755648,
+            links={uuid: Link(18, True) for uuid in uuids if uuid != uuids[gpu]},
+        ),
+        allocator="native",
+        versions={
+            "comm_core": "0.1.0",
+            "python": "3.12.8",
+            "torch": "2.13.0+cu130",
+            "cuda": "13.0",
+            "nccl": "2.29.7",
+            "driver": "580.95.05",
+        },
+        plugins=dict.fromkeys(names, "0.1.0"),
+        facts={name: {"compiler": "/usr/local/cuda/bin/nvcc", "built": False} for name in names[:3]},
+    )
+    policy: dict[str, Any] = {
+        "get_backend(backends=...)": None,
+        "get_backend(timeout_s=...)": None,
+        "COMM_CORE_BACKENDS": None,
+        "COMM_CORE_DISABLE": [],
+        "COMM_CORE_CONTROL_TIMEOUT_S": 300.0,
+        "COMM_CORE_CONNECT_TIMEOUT_S": 600.0,
+        "COMM_CORE_WAIT_TIMEOUT_S": 300.0,
+        "COMM_CORE_IMPORT_TIMEOUT_S": 60.0,
+        "COMM_CORE_MEMORY_BUDGET_NBYTES": 1 << 30,
+        "the process group's backend": "cpu:gloo,cuda:nccl",
+        "the kind of device": "cuda",
+    }
+    data = Evidence(info, policy).to_json()
+    # Whatever plugins' facts add in real life, up to the size that is promised for.
+    data["info"]["facts"]["nccl"] = {"notes": "x" * max(EVIDENCE_NBYTES - len(json.dumps(data)), 0)}
+    return data
+
+
+def answers_of(rank: int) -> dict[str, Any]:
+    """What five plugins answer on one rank; ranks see different numbers of free bytes, so that their answers differ."""
+    limit = (8 << 20) - 4096 * (rank % 3)
+    return {
+        "customar_v1": encode_answer(
+            Available(200, (Range("all_reduce", None, ("float16", "bfloat16"), None, 0, limit),))
+        ),
+        "customar_v2": encode_answer(Unavailable("the group spans hosts")),
+        "flashinfer_fusion": encode_answer(
+            Available(300, (Range("all_reduce_add_rms_norm", None, ("float16", "bfloat16"), max_tokens=2048),))
+        ),
+        "nccl": encode_answer(Available(100, (Range("all_reduce", device_types=("cuda",)),))),
+        "shm": encode_answer(Unavailable("tensors live on cuda")),
+    }
+
+
+def decide(evidence: list[dict[str, Any]], answers: list[dict[str, Any]]) -> Decision:
+    """What a rank computes between the exchanges."""
+    read = [Evidence.from_json(item) for item in evidence]
+    check_policies(read, str)
+    asked, dropped = nominate(read, None, (), "COMM_CORE_BACKENDS")
+    return slate(asked, answers, dropped).decision(("cuda", "cpu"))
+
+
+def deciding(repeats: int) -> Iterator[Figure]:
+    """The decision of groups of 512 and 4,096 ranks, and what it takes of memory."""
+    medians = {}
+    for world_size in (512, 4096):
+        evidence = [evidence_of(rank) for rank in range(world_size)]
+        _require(all(len(json.dumps(item)) >= EVIDENCE_NBYTES for item in evidence), "the evidence is too small")
+        answers = [answers_of(rank) for rank in range(world_size)]
+        _require(decide(evidence, answers) == decide(evidence, answers), "one evidence, two decisions")
+        took_s = []
+        for _ in range(repeats):
+            gc.collect()
+            before = time.perf_counter()
+            decide(evidence, answers)
+            took_s.append(time.perf_counter() - before)
+        medians[world_size] = statistics.median(took_s)
+        target = 0.5 if world_size == 4096 else None
+        yield Figure(f"decide, {world_size} ranks", medians[world_size], "s", worst=max(took_s), target=target)
+    yield Figure("decide, 4096 ranks over 512", medians[4096] / medians[512], "times")
+    most = _memory_nbytes(lambda: decide(evidence, answers))[1]
+    yield Figure("decide, 4096 ranks, memory beside the evidence", most / (1 << 20), "MiB")
+
+
+def handle_memory() -> Iterator[Figure]:
+    """What a handle takes of Python's memory; the buffers of kernels are the plugins'."""
+    fake_handle()
+    yield Figure("a handle's memory", _memory_nbytes(fake_handle)[0] / 1024, "KiB")
+
+
+def _memory_nbytes(call: Callable[[], object]) -> tuple[int, int]:
+    """What is left of Python's memory while the call's result lives, and the most while it ran."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        kept = call()
+        gc.collect()
+        figures = tracemalloc.get_traced_memory()
+        del kept
+        return figures
+    finally:
+        tracemalloc.stop()
+
+
+def table(figures: list[Figure]) -> str:
+    """The figures as text."""
+    rows = [("what", "value", "worst", "target", "")]
+    rows += [
+        (
+            figure.name,
+            f"{figure.value:.3g} {figure.unit}",
+            "" if figure.worst is None else f"{figure.worst:.3g} {figure.unit}",
+            "" if figure.target is None else f"{figure.target:g} {figure.unit}",
+            "missed" if figure.missed else "",
+        )
+        for figure in figures
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def main() -> int:
+    """Measure and print; 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="how often each is measured (default 5)")
+    options = parser.parse_args()
+    figures = [
+        *hot_path(options.repeats),
+        *import_time(options.repeats),
+        *deciding(options.repeats),
+        *handle_memory(),
+    ]
+    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    if options.json:
+        data = {
+            "schema": SCHEMA,
+            "machine": machine,
+            "figures": [{**dataclasses.asdict(figure), "missed": figure.missed} for figure in figures],
+        }
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    else:
+        sys.stdout.write(f"{table(figures)}\n({machine})\n")
+    return 1 if any(figure.missed for figure in figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

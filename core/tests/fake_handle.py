@@ -1,0 +1,106 @@
+"""A handle in one process, whose backends are fakes that hold it to the hooks' contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from comm_core import fallback
+from comm_core.backend import Backend
+from comm_core.establish import Session
+from comm_core.negotiate import Slate
+from comm_core.routes import Offer
+from comm_core.topology import Host, RankInfo, Topology
+from comm_core.types import OPS, TERMINAL, Range
+
+ALL_REDUCE, FUSED = OPS
+TITLE = "group 'tp' (ranks 0-1)"
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """What hooks may rely on: contiguous, aligned to 16 bytes, not empty."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+
+
+def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
+    first, second = one.data_ptr(), other.data_ptr()
+    return first + one.nbytes <= second or second + other.nbytes <= first
+
+
+class Fake:
+    """A backend of two ranks with equal tensors: every sum is twice the tensor.
+
+    Its hooks hold their caller to the contract.
+    """
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.calls: list[tuple[Any, ...]] = []
+
+    def all_reduce(self, session: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        self.calls.append((session, tensor, out))
+        assert is_plain(tensor)
+        if out is not None:
+            assert is_plain(out)
+            assert (out.shape, out.dtype, out.device) == (tensor.shape, tensor.dtype, tensor.device)
+            assert out is tensor or disjoint(out, tensor)
+        if self.error is not None:
+            raise self.error
+        return torch.add(tensor, tensor, out=out)
+
+    def fused(self, session: object, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls.append((session, *arguments))
+        tensor, residual, weight, eps, offset, out, residual_out = arguments
+        assert all(map(is_plain, (tensor, residual, weight)))
+        for target, itself in ((out, tensor), (residual_out, residual)):
+            if target is not None:
+                assert is_plain(target)
+                assert target.shape == tensor.shape
+                others = [t for t in (tensor, residual, weight) if not (t is itself and t is target)]
+                assert all(disjoint(target, other) for other in others)
+        assert out is None or residual_out is None or disjoint(out, residual_out)
+        if self.error is not None:
+            raise self.error
+        # As a kernel might: the results are written before the inputs are read again.
+        normed, summed = fallback.add_rms_norm(2 * tensor, residual, weight, eps, offset, None, None)
+        return (
+            normed if out is None else out.copy_(normed),
+            summed if residual_out is None else residual_out.copy_(summed),
+        )
+
+    def hooks(self) -> dict[str, Callable[..., Any]]:
+        return {ALL_REDUCE: self.all_reduce, FUSED: self.fused}
+
+
+def handle(made: Sequence[Offer], fakes: Mapping[str, Fake], **hooks: Callable[..., Any]) -> Backend:
+    """A handle whose sessions are named after their backends; `fakes` has the terminal fallback's, too."""
+    sessions = {
+        offer.name: Session(
+            cast("Any", SimpleNamespace(name=offer.name, hooks={**fakes[offer.name].hooks(), **hooks})),
+            f"session of {offer.name}",
+            cast("Any", None),
+        )
+        for offer in made
+    }
+    topology = Topology.of([RankInfo(rank, Host("node", "id")) for rank in range(2)])
+    terminal = (fakes[TERMINAL].all_reduce, "the process group")
+    return Backend(Slate(tuple(made)).decision(("cpu",)), topology, TITLE, torch.device("cpu"), terminal, sessions)
+
+
+def one_backend(
+    *ranges: Range, error: BaseException | None = None, **hooks: Callable[..., Any]
+) -> tuple[Backend, Fake, Fake]:
+    """A handle with the backend "fast", its fake and the terminal fallback's."""
+    fast, last = Fake(error), Fake()
+    made = [Offer("fast", 300, ranges or (Range(ALL_REDUCE), Range(FUSED)))]
+    return handle(made, {"fast": fast, TERMINAL: last}, **hooks), fast, last
+
+
+def aligned(numel: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> torch.Tensor:
+    """Numbers from 1 on, `offset` elements after an address that is a multiple of 64 bytes."""
+    room = torch.zeros((numel + offset) * dtype.itemsize + 64, dtype=torch.uint8)
+    start = -room.data_ptr() % 64
+    tensor = room[start : start + (numel + offset) * dtype.itemsize].view(dtype)[offset:]
+    return tensor.copy_(torch.arange(1, numel + 1) % 50)

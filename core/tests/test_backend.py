@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from comm_core.routes import Offer
+from comm_core.types import DTYPES, TERMINAL, Range
+from fake_handle import ALL_REDUCE, Fake, aligned, handle, one_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_up import Message, offers, serves
+
+# Routing
+
+
+@settings(deadline=None, max_examples=150)
+@given(offers(largest=512), st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.integers(1, 600)), max_size=20))
+def test_each_size_goes_to_the_backend_of_its_route(made: tuple[Offer, ...], sizes: list[tuple[str, int]]) -> None:
+    fakes = {name: Fake() for name in (*"abcdefgh", TERMINAL)}
+    backend = handle(made, fakes)
+    for dtype, numel in sizes:
+        x = aligned(numel, getattr(torch, dtype))
+        message = Message(ALL_REDUCE, "eager", "cpu", dtype, x.nbytes)
+        expected = serves(made, message)
+        assert backend.decision.route(ALL_REDUCE, "eager", "cpu", dtype).backend_for(x.nbytes) == expected
+        assert torch.equal(backend.all_reduce(x), x + x)
+        assert [name for name, fake in fakes.items() if fake.calls] == [expected]
+        assert fakes[expected].calls.pop()[0] == (
+            "the process group" if expected == TERMINAL else f"session of {expected}"
+        )
+
+
+def test_the_edges_of_four_ranges_are_where_the_next_backend_begins() -> None:
+    edges = {"a": 64, "b": 256, "c": 1024, "d": 4096}
+    made = [Offer(n, 300, (Range(ALL_REDUCE, max_nbytes=edge, multiple_nbytes=4),)) for n, edge in edges.items()]
+    fakes = {name: Fake() for name in (*edges, TERMINAL)}
+    backend = handle(made, fakes)
+    assert backend.name == "a"
+    served = {}
+    for edge in edges.values():
+        for numel in (edge // 2 - 1, edge // 2, edge // 2 + 1):
+            backend.all_reduce(aligned(numel, torch.bfloat16))
+            (served[numel * 2],) = [name for name, fake in fakes.items() if fake.calls and fake.calls.pop()]
+    assert served == {edge + off: TERMINAL if off else name for name, edge in edges.items() for off in (-2, 0, 2)}
+
+
+def test_the_name_is_that_of_the_smallest_eager_float_message() -> None:
+    assert one_backend(Range(ALL_REDUCE, min_nbytes=5))[0].name == TERMINAL
+    assert one_backend(Range(ALL_REDUCE, max_nbytes=4))[0].name == "fast"
+    assert one_backend(Range(ALL_REDUCE, dtypes=("bfloat16",)))[0].name == TERMINAL
+
+
+# Where the result goes
+
+
+def test_without_out_the_result_is_new_and_the_tensor_is_left_alone() -> None:
+    backend, fast, _ = one_backend()
+    x = aligned(32)
+    result = backend.all_reduce(x)
+    assert torch.equal(result, 2 * aligned(32))
+    assert torch.equal(x, aligned(32))
+    assert fast.calls == [("session of fast", x, None)]
+
+
+def test_in_place_and_into_another_tensor_go_to_the_hook_as_they_are() -> None:
+    backend, fast, _ = one_backend()
+    x, out = aligned(32), aligned(32)
+    assert backend.all_reduce(x, out) is out
+    assert backend.all_reduce(x, x) is x
+    assert torch.equal(out, x)
+    assert [call[2] for call in fast.calls] == [out, x]
+    assert fast.calls[0][2] is out
+    assert fast.calls[1][2] is fast.calls[1][1] is x
+
+
+ODD: dict[str, Callable[[], torch.Tensor]] = {
+    "transposed": lambda: aligned(32).view(4, 8).t(),
+    "every other": lambda: aligned(64)[::2].view(32),
+    "misaligned": lambda: aligned(32, offset=1),
+    "a row further on": lambda: aligned(33)[1:],
+    "expanded": lambda: aligned(1).expand(32),
+    "of one element, misaligned": lambda: aligned(1, offset=3),
+    "channels last": lambda: aligned(32).view(1, 2, 4, 4).to(memory_format=torch.channels_last),
+    "no dimension": lambda: aligned(1, offset=1)[0],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_that_hooks_cannot_take_is_staged_and_keeps_its_route(kind: str) -> None:
+    backend, fast, last = one_backend(Range(ALL_REDUCE, max_nbytes=128))
+    x = ODD[kind]()
+    expected = 2 * x.clone()
+    assert torch.equal(backend.all_reduce(x), expected)
+    out = torch.zeros(x.shape)
+    assert backend.all_reduce(x, out) is out
+    assert torch.equal(out, expected)
+    if kind != "expanded":
+        assert backend.all_reduce(x, x) is x
+        assert torch.equal(x, expected)
+    assert len(fast.calls) == (2 if kind == "expanded" else 3)
+    assert not last.calls
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ODD if kind != "expanded"])
+def test_an_out_that_hooks_cannot_take_is_staged(kind: str) -> None:
+    backend, fast, _ = one_backend()
+    out = ODD[kind]()
+    x = aligned(out.numel()).view(out.shape)
+    assert backend.all_reduce(x, out) is out
+    assert torch.equal(out, 2 * x)
+    assert torch.equal(x, aligned(out.numel()).view(out.shape))
+    assert len(fast.calls) == 1
+
+
+@pytest.mark.parametrize("shift", [-28, -4, 0, 4, 28])
+def test_an_out_that_overlaps_is_staged(shift: int) -> None:
+    backend, fast, _ = one_backend()
+    room = aligned(96)
+    x, out = room[32:64], room[32 + shift : 64 + shift]
+    expected = 2 * x.clone()
+    assert backend.all_reduce(x, out) is out
+    assert torch.equal(out, expected)
+    assert fast.calls[0][2] is None
+
+
+@pytest.mark.parametrize("shift", [-32, 32])
+def test_an_out_next_to_the_tensor_is_used_directly(shift: int) -> None:
+    backend, fast, _ = one_backend()
+    room = aligned(96)
+    x, out = room[32:64], room[32 + shift : 64 + shift]
+    assert torch.equal(backend.all_reduce(x, out), 2 * x)
+    assert fast.calls[0][2] is out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.complex64])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 8)])
+def test_an_empty_sum_asks_nobody(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    backend, fast, last = one_backend()
+    x, out = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    result = backend.all_reduce(x)
+    assert (result.shape, result.dtype) == (x.shape, dtype)
+    assert backend.all_reduce(x, out) is out
+    assert backend.all_reduce(x, x) is x
+    assert not fast.calls
+    assert not last.calls
+    with pytest.raises(ValueError, match="out is"):
+        backend.all_reduce(x, torch.empty(7, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_tensors_travel_as_pairs_of_floats(dtype: torch.dtype) -> None:
+    backend, fast, _ = one_backend()
+    for x in (
+        torch.randn(6, dtype=dtype),
+        torch.randn(4, 6, dtype=dtype).t(),
+        torch.randn(6, dtype=dtype).conj(),
+        torch.randn(7, dtype=dtype)[1:],
+        torch.randn((), dtype=dtype),
+    ):
+        expected = 2 * x.resolve_conj().clone()
+        result, out = backend.all_reduce(x), torch.empty_like(expected)
+        assert (result.shape, result.dtype, result.is_conj()) == (x.shape, dtype, False)
+        assert torch.equal(result, expected)
+        assert backend.all_reduce(x, out) is out
+        assert torch.equal(out, expected)
+        assert backend.all_reduce(x, x) is x
+        assert torch.equal(x, expected)
+    assert {call[1].dtype for call in fast.calls} == {dtype.to_real()}
+
+
+def test_a_real_view_with_a_pending_negation_is_resolved() -> None:
+    backend, _, _ = one_backend()
+    x = torch.tensor([1 + 2j]).conj().imag
+    assert x.is_neg()
+    assert backend.all_reduce(x).tolist() == [-4.0]
+
+
+# Refusals
+
+
+def without_warning(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda: torch.ones(4, dtype=torch.bool), TypeError, "torch.bool"),
+        (lambda: torch.ones(4, dtype=torch.uint16), TypeError, "torch.uint16"),
+        (lambda: torch.ones(4).to(torch.float8_e4m3fn), TypeError, "torch.float8_e4m3fn"),
+        (lambda: torch.ones(0, dtype=torch.bool), TypeError, "torch.bool"),
+        (lambda: torch.eye(4).to_sparse(), TypeError, "torch.sparse_coo"),
+        (lambda: torch.eye(4).to_sparse_csr(), TypeError, "torch.sparse_csr"),
+        (lambda: torch.eye(4, dtype=torch.complex64).to_sparse(), TypeError, "torch.sparse_coo"),
+        (lambda: torch.ones(4, device="meta"), ValueError, "a tensor on meta can't be reduced in group 'tp'"),
+        (lambda: torch.ones(4, device="meta", dtype=torch.complex64), ValueError, "whose tensors live on cpu"),
+    ],
+)
+def test_what_no_backend_takes_is_refused_before_anything_is_sent(
+    make: Callable[[], torch.Tensor], kind: type[Exception], words: str
+) -> None:
+    backend, fast, last = one_backend()
+    x = without_warning(make)
+    for out in (None, x):
+        with pytest.raises(kind) as raised:
+            backend.all_reduce(x, out)
+        assert words in str(raised.value)
+    assert not fast.calls
+    assert not last.calls
+
+
+@pytest.mark.parametrize(
+    "x", [torch.ones(4), torch.ones(9)[1:5], torch.ones(8)[::2], torch.ones(4, dtype=torch.cfloat)]
+)
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.ones(5),
+        torch.ones(2, 2),
+        torch.ones(4, dtype=torch.float64),
+        torch.ones(4, device="meta"),
+        torch.ones(4).to_sparse(),
+    ],
+)
+def test_an_out_that_is_not_like_the_tensor_is_refused(x: torch.Tensor, out: torch.Tensor) -> None:
+    backend, fast, _ = one_backend()
+    with pytest.raises(ValueError, match="out is"):
+        backend.all_reduce(x, out)
+    assert not fast.calls

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from comm_core import fallback
+from comm_core.types import TERMINAL, Range
+from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, handle, one_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_up import Message, offers, serves
+
+if TYPE_CHECKING:
+    from comm_core.routes import Offer
+
+
+def expected_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return fallback.add_rms_norm(2 * x.clone(), residual.clone(), weight.clone(), 1e-5, 1.0, None, None)
+
+
+def fused_inputs() -> dict[str, torch.Tensor]:
+    """Three inputs of a fused call and two outputs, apart from each other."""
+    return {
+        "x": aligned(32).view(4, 8),
+        "residual": aligned(32).view(4, 8) + 3,
+        "weight": aligned(8),
+        "new": torch.empty(4, 8),
+        "other": torch.empty(4, 8),
+    }
+
+
+OUTS = (None, "x", "residual", "other", "transposed", "misaligned")
+RESIDUAL_OUTS = (None, "residual", "x", "new", "transposed", "misaligned")
+
+
+@pytest.mark.parametrize("served", [Range(FUSED), Range(ALL_REDUCE)])
+@pytest.mark.parametrize(
+    ("out", "residual_out"), [(y, s) for y, s in itertools.product(OUTS, RESIDUAL_OUTS) if y is None or y != s]
+)
+def test_fused_results_go_where_they_are_asked_to(served: Range, out: str | None, residual_out: str | None) -> None:
+    backend, _, _ = one_backend(served)
+    tensors = fused_inputs()
+    tensors["transposed"], tensors["misaligned"] = torch.empty(8, 4).t(), aligned(32, offset=1).view(4, 8)
+    x, residual, weight = tensors["x"], tensors["residual"], tensors["weight"]
+    expected = expected_norm(x, residual, weight)
+    targets = [None if name is None else tensors[name] for name in (out, residual_out)]
+    results = backend.all_reduce_add_rms_norm(x, residual, weight, 1e-5, 1.0, out=targets[0], residual_out=targets[1])
+    for result, target, due in zip(results, targets, expected, strict=True):
+        assert result is target or target is None
+        assert torch.equal(result, due)
+
+
+@pytest.mark.parametrize("odd", ["x", "residual", "weight"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_fused_inputs_that_hooks_cannot_take_are_staged(odd: str, *, in_place: bool) -> None:
+    backend, fast, _ = one_backend()
+    tensors = fused_inputs()
+    numel = tensors[odd].numel()
+    strided = torch.zeros(2 * numel)[::2].copy_(tensors[odd].flatten())
+    misaligned = aligned(numel, offset=1).copy_(tensors[odd].flatten())
+    for variant in (strided.as_strided(tensors[odd].shape, [s * 2 for s in tensors[odd].stride()]), misaligned):
+        mine = {name: tensor.clone() for name, tensor in tensors.items()} | {odd: variant.view(tensors[odd].shape)}
+        x, residual, weight = mine["x"], mine["residual"], mine["weight"]
+        expected = expected_norm(x, residual, weight)
+        targets = {"out": x, "residual_out": residual} if in_place else {}
+        y, s = backend.all_reduce_add_rms_norm(x, residual, weight, 1e-5, 1.0, **targets)
+        assert torch.equal(y, expected[0])
+        assert torch.equal(s, expected[1])
+        assert not in_place or (y is x and s is residual)
+    assert len(fast.calls) == 2
+
+
+def test_fused_outputs_in_place_reach_the_hook() -> None:
+    backend, fast, _ = one_backend()
+    tensors = fused_inputs()
+    x, residual = tensors["x"], tensors["residual"]
+    backend.all_reduce_add_rms_norm(x, residual, tensors["weight"], out=x, residual_out=residual)
+    assert fast.calls[0][-2] is x
+    assert fast.calls[0][-1] is residual
+
+
+def test_one_tensor_may_be_both_input_and_residual() -> None:
+    for targets in ({}, {"out": 0}, {"residual_out": 0}):
+        backend, _, _ = one_backend()
+        x, weight = aligned(32).view(4, 8), aligned(8)
+        expected = expected_norm(x, x, weight)
+        results = backend.all_reduce_add_rms_norm(x, x, weight, 1e-5, 1.0, **dict.fromkeys(targets, x))
+        assert all(map(torch.equal, results, expected))
+
+
+@settings(deadline=None, max_examples=150)
+@given(offers(largest=512), st.integers(1, 70), st.sampled_from([1, 2, 8, 24, 64, 192]))
+def test_each_shape_of_the_fused_operation_goes_to_the_backend_of_its_route(
+    made: tuple[Offer, ...], num_tokens: int, hidden_size: int
+) -> None:
+    fakes = {name: Fake() for name in (*"abcdefgh", TERMINAL)}
+    backend = handle(made, fakes)
+    x, weight = aligned(num_tokens * hidden_size).view(num_tokens, hidden_size), aligned(hidden_size)
+    residual = x.clone()
+    fused = serves(made, Message(FUSED, "eager", "cpu", "float32", x.nbytes, num_tokens, hidden_size))
+    plain = serves(made, Message(ALL_REDUCE, "eager", "cpu", "float32", x.nbytes))
+    _, s = backend.all_reduce_add_rms_norm(x, residual, weight)
+    assert torch.equal(s, 3 * x)
+    assert [name for name, fake in fakes.items() if fake.calls] == [plain if fused == TERMINAL else fused]
+
+
+def test_tokens_and_hidden_sizes_have_edges() -> None:
+    backend, fast, last = one_backend(Range(FUSED, max_tokens=4, hidden_multiple=8))
+    for num_tokens, hidden_size, goes_to in ((4, 8, fast), (5, 8, last), (4, 12, last), (1, 16, fast), (4, 4, last)):
+        x = aligned(num_tokens * hidden_size).view(num_tokens, hidden_size)
+        backend.all_reduce_add_rms_norm(x, x.clone(), torch.ones(hidden_size))
+        assert goes_to.calls.pop()
+        assert fast.calls == last.calls == []
+
+
+def test_an_empty_fused_call_asks_nobody() -> None:
+    backend, fast, last = one_backend()
+    y, s = backend.all_reduce_add_rms_norm(torch.empty(0, 8), torch.empty(0, 8), torch.ones(8))
+    assert (y.shape, s.shape) == ((0, 8), (0, 8))
+    assert not fast.calls
+    assert not last.calls
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((4,), (4,), (4,)),
+        ((2, 4), (2, 3), (4,)),
+        ((2, 4), (2, 4), (2,)),
+        ((2, 4), (2, 4), (1, 4)),
+        ((1, 2, 4), (1, 2, 4), (2, 4)),
+    ],
+)
+def test_fused_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
+    backend, fast, _ = one_backend()
+    x, residual, weight = map(torch.ones, shapes)
+    with pytest.raises(ValueError, match="num_tokens, hidden_size"):
+        backend.all_reduce_add_rms_norm(x, residual, weight)
+    assert not fast.calls
+
+
+def test_fused_dtypes_that_do_not_fit_are_refused() -> None:
+    backend, fast, _ = one_backend()
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    for arguments in ((x, x.double(), weight), (x, x, weight.double()), (x.int(), x.int(), weight.int())):
+        with pytest.raises(TypeError, match="one floating dtype"):
+            backend.all_reduce_add_rms_norm(*arguments)
+    assert not fast.calls
+
+
+@pytest.mark.parametrize("served", [Range(FUSED), Range(ALL_REDUCE)])
+@pytest.mark.parametrize("out", [torch.ones(2, 3), torch.ones(1, 4), torch.ones(2, 4, dtype=torch.float64)])
+def test_a_fused_out_that_is_not_like_the_tensor_is_refused_whoever_serves(served: Range, out: torch.Tensor) -> None:
+    backend, fast, last = one_backend(served)
+    each: list[dict[str, Any]] = [{"out": out}, {"residual_out": out}]
+    for targets in each:
+        with pytest.raises(ValueError, match="out is"):
+            backend.all_reduce_add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), **targets)
+    assert not fast.calls
+    assert not last.calls

@@ -1,0 +1,309 @@
+"""What the control channel leaves in the store, asks of it, and does without it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from comm_core import control as control_module
+from comm_core.control import Control, StageAbortedError, StageTimeoutError
+from comm_core.errors import CommError, CommTimeoutError
+from control_ranks import PATIENCE_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
+
+SHORT_S = 0.1
+
+
+@pytest.fixture(params=["hash", "tcp", "file"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> dist.Store:
+    match request.param:
+        case "hash":
+            return dist.HashStore()
+        case "tcp":
+            return server()
+        case _:
+            return dist.FileStore(str(tmp_path / "store"), -1)
+
+
+def gather(member: Control, name: str, value: Any = None, timeout_s: float | None = None) -> list[Any]:
+    return in_stage(member, name, lambda stage: stage.all_gather(value), timeout_s)
+
+
+def finish(members: list[Control]) -> None:
+    assert in_threads(members, Control.finish) == [None] * len(members)
+
+
+# --- incarnations ---
+
+
+def test_all_ranks_join_one_incarnation_each_time(store: dist.Store) -> None:
+    seen: list[set[str]] = [set(), set(), set()]
+    prefixes = set()
+    for _ in range(5):
+        members = [Control(store, rank, (0, 1, 2), PATIENCE_S) for rank in range(3)]
+        in_threads(members, lambda member: member.join(seen[member.rank]))
+        (prefix,) = {member.prefix for member in members}
+        prefixes.add(prefix)
+        assert in_threads(members, lambda member: gather(member, "step", member.rank)) == [[0, 1, 2]] * 3
+        finish(members)
+    assert len(prefixes) == 5
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) == 5
+
+
+def test_a_late_rank_joins_the_try_that_the_others_founded_and_reads_how_it_ended() -> None:
+    store, seen = dist.HashStore(), [set[str](), set[str]()]
+    finish(group_of(store, 2, seen=seen))
+    early = Control(store, 0, (0, 1), SHORT_S)
+    early.join(seen[0])
+    with pytest.raises(StageTimeoutError) as missed:
+        gather(early, "step")
+    early.finish()
+    late = Control(store, 1, (0, 1), PATIENCE_S)
+    late.join(seen[1])
+    assert late.prefix == early.prefix
+    with pytest.raises(StageTimeoutError) as read:
+        gather(late, "step")
+    assert str(read.value) == str(missed.value)
+
+
+def test_after_two_failed_tries_the_ranks_meet_in_a_third() -> None:
+    store, seen = dist.HashStore(), [set[str](), set[str]()]
+    for _ in range(2):
+        alone = Control(store, 0, (0, 1), SHORT_S)
+        alone.join(seen[0])
+        with pytest.raises(StageTimeoutError):
+            gather(alone, "step", "stale")
+        alone.finish()
+    late = Control(store, 1, (0, 1), PATIENCE_S)
+    late.join(seen[1])
+    with pytest.raises(StageTimeoutError):
+        gather(late, "step", "stale")
+    late.finish()
+    members = group_of(store, 2, seen=seen)
+    assert in_threads(members, lambda member: gather(member, "step", member.rank)) == [[0, 1]] * 2
+
+
+def test_groups_on_one_store_do_not_hear_each_other() -> None:
+    store = server()
+    groups = {name: group_of(dist.PrefixStore(name, store), 3) for name in ("tp", "pp", "ep")}
+
+    def talk(name: str, member: Control) -> list[list[Any]]:
+        return [gather(member, f"step {number}", [name, member.rank]) for number in range(20)]
+
+    talking = {
+        (name, member.rank): start(lambda name=name, member=member: talk(name, member))
+        for name, members in groups.items()
+        for member in members
+    }
+    for (name, _), future in talking.items():
+        assert outcome(future) == [[[name, rank] for rank in range(3)]] * 20
+
+
+# --- keys ---
+
+
+def steps_that_succeed(member: Control) -> None:
+    for number in range(3):
+        gather(member, f"step {number}")
+
+
+def a_rank_fails_first(member: Control) -> None:
+    with contextlib.suppress(ValueError, StageAbortedError), member.stage("step") as stage:
+        if member.rank == 0:
+            raise ValueError
+        stage.barrier()
+    gather(member, "next")
+
+
+def a_rank_fails_after_the_others_left(member: Control) -> None:
+    with contextlib.suppress(ValueError), member.stage("step") as stage:
+        stage.barrier()
+        if member.rank == 0:
+            raise ValueError
+
+
+def a_rank_comes_too_late(member: Control) -> None:
+    with contextlib.suppress(StageTimeoutError), member.stage("step", SHORT_S) as stage:
+        if member.rank == 0:
+            time.sleep(2 * SHORT_S)
+        stage.barrier()
+    gather(member, "next")
+
+
+def all_fail(member: Control) -> None:
+    for number in range(3):
+        with contextlib.suppress(ValueError), member.stage(f"step {number}"):
+            raise ValueError
+
+
+def nothing_at_all(member: Control) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        steps_that_succeed,
+        a_rank_fails_first,
+        a_rank_fails_after_the_others_left,
+        a_rank_comes_too_late,
+        all_fail,
+        nothing_at_all,
+    ],
+)
+@pytest.mark.parametrize("last", [0, 2])
+def test_once_all_have_left_only_the_incarnation_stays(store: dist.Store, work: Any, last: int) -> None:
+    before = store.num_keys()
+    members = group_of(store, 3)
+    assert in_threads(members, work) == [None] * 3
+    finish([member for member in members if member.rank != last])
+    assert store.num_keys() > before + 1
+    members[last].finish()
+    assert store.check(["comm_core/incarnation"])
+    assert store.num_keys() == before + 1
+
+
+def test_a_late_rank_takes_the_keys_of_a_failed_try_with_it() -> None:
+    store = dist.HashStore()
+    early, late = group_of(store, 2, timeout_s=SHORT_S)
+    for member in (early, late):
+        with pytest.raises(StageTimeoutError):
+            gather(member, "step")
+        member.finish()
+    assert store.num_keys() == 1
+
+
+def test_a_thousand_exchanges_keep_the_number_of_keys_bounded() -> None:
+    store, counts = dist.HashStore(), set()
+
+    def talk(member: Control) -> None:
+        for number in range(10):
+            with member.stage(f"step {number}") as stage:
+                for _ in range(100):
+                    stage.barrier()
+                    counts.add(store.num_keys())
+
+    assert in_threads(group_of(store, 4), talk) == [None] * 4
+    # The incarnation; a verdict, a counter and four messages of the exchange that ended, of the one before while it is
+    # being cleared, and of the one that others have begun.
+    assert 1 + 6 <= max(counts) <= 1 + 3 * 6
+
+
+def test_a_thread_left_behind_deletes_nothing_of_a_later_stage() -> None:
+    """The last to arrive clears the exchange before; until it comes to that, its rank may be two stages further."""
+    store = dist.HashStore()
+    publishing = Hold(lambda name, key: name == "multi_get" and "/first/1/" in key[0])
+    reading = Hold(lambda name, key: name == "get" and key.endswith("/second/0/verdict"))
+    members = group_of([WatchedStore(store, publishing), WatchedStore(store, reading)], 2)
+    in_threads(members, lambda member: gather(member, "zeroth"))
+    with members[0].stage("first") as stage, members[1].stage("first") as other:
+        begun = start(other.barrier)
+        stage.barrier()
+        assert outcome(begun) is None
+        waiting = start(other.barrier)
+        while not store.check([f"{members[0].prefix}/first/1/arrived"]):
+            time.sleep(0.001)
+        left_behind = start(stage.barrier)
+        publishing.wait()
+        stage.abort("no time left")
+        assert isinstance(outcome(waiting), StageAbortedError)
+    slow = start(lambda: gather(members[1], "second", 1))
+    while not store.check([f"{members[0].prefix}/second/0/arrived"]):
+        time.sleep(0.001)
+    assert gather(members[0], "second", 0) == [0, 1]
+    reading.wait()
+    publishing.release()
+    assert isinstance(outcome(left_behind), StageAbortedError)
+    reading.release()
+    assert outcome(slow) == [0, 1]
+
+
+# --- how often the store is asked ---
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8, 16])
+def test_the_store_is_asked_in_proportion_to_the_ranks(world_size: int) -> None:
+    asked: Counter[str] = Counter()
+    members = group_of(WatchedStore(dist.HashStore(), lambda name, _: asked.update([name])), world_size)
+    in_threads(members, lambda member: gather(member, "step"))
+    finish(members)
+    assert asked["add"] == 2 * world_size
+    assert asked.total() <= 10 * world_size
+    asked.clear()
+    members = group_of(WatchedStore(dist.HashStore(), lambda name, _: asked.update([name])), world_size)
+    in_threads(members, lambda member: [gather(member, f"step {number}") for number in range(20)])
+    assert asked.total() <= 20 * 6 * world_size
+
+
+# --- a store that is gone ---
+
+
+@contextlib.contextmanager
+def server_elsewhere() -> Iterator[tuple[subprocess.Popen[str], dist.TCPStore]]:
+    """A TCP store in a process of its own, and a client of it."""
+    code = (
+        "import sys, torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "print(store.port, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            yield process, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=PATIENCE_S))
+        finally:
+            process.kill()
+
+
+def assert_lost(members: list[Control], words: str) -> None:
+    """Every further call says so at once, and a rank that leaves isn't kept."""
+    for number in range(2):
+        for error in in_threads(members, lambda member, n=number: gather(member, f"after {n}")):
+            assert isinstance(error, CommError)
+            assert words in str(error)
+    finish(members)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_store_that_died_is_named(waiting: bool) -> None:
+    with server_elsewhere() as (process, store):
+        members = group_of(store, 3)
+        talking: list[concurrent.futures.Future[list[Any]]] = []
+        if waiting:
+            talking = [start(lambda member=member: gather(member, "step")) for member in members[:2]]
+            arrived = store.clone()
+            while not arrived.check([f"{members[0].prefix}/step/0/0", f"{members[0].prefix}/step/0/1"]):
+                time.sleep(0.001)
+        process.kill()
+        process.wait()
+        for error in map(outcome, talking):
+            assert isinstance(error, CommError)
+            assert str(error).startswith("step: the job's store can't be reached any more")
+        assert_lost(members, "the job's store can't be reached any more")
+        with pytest.raises(CommError, match="joining the group: the job's store can't be reached"):
+            members[0].join(set())
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with server_elsewhere() as (process, store):
+        members = group_of(store, 2)
+        monkeypatch.setattr(control_module, "_STORE_S", SHORT_S)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(CommTimeoutError, match=r"step: the job's store gave no answer") as caught:
+            gather(members[0], "step", timeout_s=SHORT_S)
+        assert caught.value.ranks == ()
+        assert_lost(members[:1], "the job's store gave no answer")

@@ -1,0 +1,112 @@
+"""What runs in the ranks for test_tensors.py: tensors and outputs of every make, through one handle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comm_core as comm
+import torch
+import torch.distributed as dist
+
+#: What makes a tensor of a value; sums of what it makes are what it makes of the sum.
+Make = Callable[[int], torch.Tensor]
+
+
+def _full(dtype: torch.dtype, *shape: int) -> Make:
+    return lambda value: torch.full(shape or (16,), value).to(dtype)
+
+
+def _misaligned(value: int) -> torch.Tensor:
+    return torch.full((17,), float(value))[1:]
+
+
+def _expanded(value: int) -> torch.Tensor:
+    return torch.tensor(float(value)).expand(4, 4)
+
+
+SUMMED: dict[str, Make] = {
+    **{name: _full(getattr(torch, name)) for name in comm.types.DTYPES},
+    "large": _full(torch.float32, 5000),
+    "scalar": lambda value: torch.tensor(float(value)),
+    "empty": _full(torch.float32, 3, 0),
+    "complex32": lambda value: torch.full((16,), value * (1 + 2j)).to(torch.complex32),
+    "complex64": lambda value: torch.full((16,), value * (1 + 2j)),
+    "complex128": lambda value: torch.full((16,), value * (1 + 2j), dtype=torch.complex128),
+    "an empty complex one": lambda value: torch.full((0,), value * 1j),
+    "a conjugate": lambda value: torch.full((16,), value * (1 + 2j)).conj(),
+    "a negative view": lambda value: torch.full((1,), value * (1 + 2j)).conj().imag,
+    "transposed": lambda value: (torch.arange(12.0).reshape(3, 4) * value).t(),
+    "strided": lambda value: (torch.arange(24.0) * value)[::2],
+    "channels last": lambda value: _full(torch.float32, 1, 3, 2, 2)(value).to(memory_format=torch.channels_last),
+    "misaligned": _misaligned,
+    "expanded": _expanded,
+    "with a gradient": lambda value: torch.full((16,), float(value), requires_grad=True),
+}
+REFUSED: dict[str, tuple[Make, type[Exception]]] = {
+    "bool": (_full(torch.bool), TypeError),
+    "uint16": (_full(torch.uint16), TypeError),
+    "float8": (_full(torch.float8_e4m3fn), TypeError),
+    "sparse": (lambda value: torch.eye(4).to_sparse() * value, TypeError),
+    "compressed": (lambda value: (torch.eye(4) * value).to_sparse_csr(), TypeError),
+    "on another device": (lambda value: torch.full((16,), value, device="meta"), ValueError),
+    "sparse on another device": (lambda value: (torch.eye(4) * value).to_sparse().to("meta"), ValueError),
+}
+OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "itself": lambda x: x,
+    "another": torch.zeros_like,
+    "the same memory": lambda x: x.view(-1),
+    "overlapping": lambda x: x.new_zeros(0).set_(x.untyped_storage(), 4, x.shape, x.stride()),
+    "misaligned": lambda x: torch.zeros(x.numel() + 1)[1:],
+    "strided": lambda x: torch.zeros(2 * x.numel())[::2],
+    "a negative view": lambda x: torch.zeros(x.numel(), dtype=torch.complex64).conj().imag,
+}
+#: Elements of the tensors that are given outputs.
+SIZES = (1, 16, 5000)
+WRONG_OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "of another shape": lambda x: torch.zeros(x.numel() + 1),
+    "of another shape, as large": lambda x: torch.zeros(x.numel(), 1),
+    "of another dtype": lambda x: torch.zeros(x.shape, dtype=torch.float64),
+    "on another device": lambda x: torch.zeros(x.shape, device="meta"),
+}
+
+
+def _call(call: Callable[[], bool]) -> str:
+    try:
+        return str(call())
+    except Exception as error:  # noqa: BLE001 - the test looks at whatever it is
+        return f"{type(error).__name__}: {error}"
+
+
+def reduce_everything() -> dict[str, str]:
+    """ "True" for each tensor whose sum was right, else what was raised."""
+    backend = comm.get_backend()
+    size, mine = dist.get_world_size(), dist.get_rank() + 1
+    total = size * (size + 1) // 2
+
+    def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+        # torch compares no complex32.
+        return torch.equal(*(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (one, other)))
+
+    def is_sum(make: Make) -> bool:
+        x = make(mine)
+        kept = x.detach().clone()
+        y = backend.all_reduce(x)
+        fresh = y.is_contiguous() and not y.requires_grad and (y.data_ptr() != x.data_ptr() or x.numel() == 0)
+        return equal(y, make(total)) and equal(x, kept) and fresh and y.dtype is x.dtype
+
+    def fills(output: Callable[[torch.Tensor], torch.Tensor], numel: int) -> bool:
+        # Room behind it, for an output that overlaps it.
+        x = torch.full((numel + 4,), float(mine))[:numel]
+        out = output(x)
+        return backend.all_reduce(x, out=out) is out and torch.equal(out, torch.full((numel,), float(total)))
+
+    found = {f"sum {name}": _call(lambda make=make: is_sum(make)) for name, make in SUMMED.items()}  # type: ignore[misc]
+    for name, (make, _) in REFUSED.items():
+        found[f"refused {name}"] = _call(lambda make=make: is_sum(make))  # type: ignore[misc]
+    for numel in SIZES:
+        for name, output in {**OUTPUTS, **WRONG_OUTPUTS}.items():
+            found[f"out {numel} {name}"] = _call(lambda output=output, numel=numel: fills(output, numel))  # type: ignore[misc]
+    # Whatever was refused left nothing behind on any rank.
+    found["sum at last"] = _call(lambda: is_sum(SUMMED["float32"]))
+    comm.close()
+    return found
