@@ -34,9 +34,9 @@ lint: $(STAMP)  ## ruff, mypy and clang-format; changes nothing
 	find $(PACKAGES) -type f \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \) \
 		-exec $(BIN)/clang-format --dry-run -Werror {} +
 
-wheels: $(STAMP)  ## dist/: a wheel of core and of every plugin
+wheels: $(STAMP)  ## dist/: a wheel of core and of every plugin, kernels compiled
 	rm -rf dist
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist $(PACKAGES)
+	HATCH_BUILD_HOOKS_ENABLE=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist $(PACKAGES)
 
 clean:  ## remove .venv, dist and caches
 	rm -rf .venv dist .hypothesis

@@ -1,0 +1,257 @@
+// All-reduce over a segment of memory that the ranks' processes share.
+//
+// Every rank has a counter, `step`, that it alone advances, and two slots that it alone writes, but for what is said
+// below. A message is cut into chunks that fit a slot; consecutive chunks use the two slots in turn. For each chunk
+//
+//   one-shot   write my input to my slot, advance my step; wait for every rank's step; sum all slots, in rank order.
+//   two-shot   the chunk is cut into one part a rank. As above, but sum only my own part, and put it where my slot has
+//              my own input's part, which nobody else reads; advance my step again; wait for every rank's step again,
+//              and copy its part.
+//
+// Why two slots are enough, without a barrier: a rank advances its step for chunk k + 1 only after it is done with
+// chunk k. I write chunk k + 2, over chunk k, only after I saw every rank's step for chunk k + 1. So nobody reads chunk
+// k any more.
+//
+// Order of memory accesses. `step` is stored with release order and loaded with acquire order: who sees a step sees
+// what was written to the slot before it; and what a rank read from others' slots before it advanced its step has been
+// read when others, who saw that step, overwrite them. Both are sequentially consistent on top, together with
+// `sleepers`: the rank that advances stores its step, then loads its sleepers; a rank that goes to sleep counts itself
+// in, then loads the step. In the one order of these four, one of the two sees the other, so no wake-up is lost.
+// `abort` is relaxed: it carries a rank's number and nothing else.
+#pragma once
+
+#include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "reduce.h"
+
+namespace comm_shm {
+
+constexpr int kMaxRanks = 64;
+// Two lines, since processors fetch them in pairs: one rank's steps must not slow another's.
+constexpr size_t kLine = 128;
+// Slots and parts begin at multiples of it, in bytes: the widest vector.
+constexpr size_t kAlign = 64;
+
+struct alignas(kLine) RankState {
+    std::atomic<uint32_t> step;
+    std::atomic<uint32_t> sleepers;  // ranks that sleep until `step` changes
+};
+
+// What the segment begins with; all zero at first.
+struct Header {
+    alignas(kLine) std::atomic<uint32_t> abort;  // 0, or 1 + the rank that was waited for in vain: no call works again
+    alignas(kLine) std::atomic<uint32_t> ping;   // of `round_trip_s` alone
+    alignas(kLine) std::atomic<uint32_t> pong;
+    RankState ranks[kMaxRanks];
+};
+static_assert(std::atomic<uint32_t>::is_always_lock_free, "the counters are shared between processes");
+
+struct Config {
+    int rank;
+    int world_size;
+    size_t chunk_nbytes;      // of a slot; a multiple of kAlign times kMaxRanks
+    size_t two_shot_nbytes;   // chunks from this size on go two-shot
+    double timeout_s;         // of one wait
+    int spins;                // looks at a peer's step before yielding the processor
+    std::vector<int> pidfds;  // by rank; readable once that process has ended; -1: not watched
+    // Called now and then during long waits; false gives up, as for a signal.
+    std::function<bool()> go_on = [] { return true; };
+};
+
+inline size_t segment_nbytes(int world_size, size_t chunk_nbytes) {
+    return sizeof(Header) + 2 * static_cast<size_t>(world_size) * chunk_nbytes;
+}
+
+class AllReduce {
+  public:
+    // How a call ended, else 1 + the rank that didn't come.
+    static constexpr int kDone = 0;
+    static constexpr int kInterrupted = -1;
+
+    AllReduce(void* segment, Config config)
+        : header_(static_cast<Header*>(segment)),
+          slots_(static_cast<char*>(segment) + sizeof(Header)),
+          config_(std::move(config)) {}
+
+    // The sum over the ranks, elementwise. `out` may be `input`; both are aligned to the element's size.
+    int operator()(const void* input, void* out, size_t numel, int64_t dtype) {
+        if (const uint32_t culprit = header_->abort.load(std::memory_order_relaxed)) return static_cast<int>(culprit);
+        const size_t item = item_nbytes(dtype);
+        const size_t nbytes = numel * item;
+        for (size_t start = 0; start < nbytes; start += config_.chunk_nbytes) {
+            const size_t length = std::min(config_.chunk_nbytes, nbytes - start);
+            const char* from = static_cast<const char*>(input) + start;
+            char* to = static_cast<char*>(out) + start;
+            const bool two_shot = config_.world_size > 2 && length >= config_.two_shot_nbytes;
+            const int ended = two_shot ? two_shot_chunk(from, to, length, item, dtype)
+                                       : one_shot_chunk(from, to, length, item, dtype);
+            if (ended != kDone) return ended;
+            parity_ ^= 1;
+        }
+        return kDone;
+    }
+
+    // How long a flag takes to the other rank and back, in seconds: the least that any exchange of ranks 0 and 1 takes.
+    // For these two, called by both at once; 0 for others, and where the peer doesn't come.
+    double round_trip_s(uint32_t rounds) {
+        if (config_.rank > 1) return 0;
+        std::atomic<uint32_t>& mine = config_.rank == 0 ? header_->ping : header_->pong;
+        const std::atomic<uint32_t>& theirs = config_.rank == 0 ? header_->pong : header_->ping;
+        const double deadline = now_s() + config_.timeout_s;
+        double start = 0;
+        for (uint32_t round = 0; round <= rounds; ++round) {
+            if (round == 1) start = now_s();  // the first one only meets the peer
+            ++flag_;
+            if (config_.rank == 0) mine.store(flag_, std::memory_order_release);
+            while (theirs.load(std::memory_order_acquire) != flag_) {
+                if (round == 0 && now_s() > deadline) return 0;
+            }
+            if (config_.rank == 1) mine.store(flag_, std::memory_order_release);
+        }
+        return (now_s() - start) / rounds;
+    }
+
+  private:
+    int one_shot_chunk(const char* input, char* out, size_t length, size_t item, int64_t dtype) {
+        std::memcpy(slot(config_.rank), input, length);
+        advance();
+        const void* inputs[kMaxRanks];
+        for (int rank = 0; rank < config_.world_size; ++rank) {
+            // My own input is in my cache, and still there when `out` isn't it or is it.
+            inputs[rank] = rank == config_.rank ? input : slot(rank);
+            if (const int ended = await(rank)) return ended;
+        }
+        sum(out, inputs, config_.world_size, length / item, dtype);
+        return kDone;
+    }
+
+    int two_shot_chunk(const char* input, char* out, size_t length, size_t item, int64_t dtype) {
+        const size_t ranks = static_cast<size_t>(config_.world_size);
+        const size_t part = ((length + ranks - 1) / ranks + kAlign - 1) / kAlign * kAlign;
+        const auto begin = [&](int rank) { return std::min(static_cast<size_t>(rank) * part, length); };
+        const size_t mine = begin(config_.rank);
+        const size_t mine_end = begin(config_.rank + 1);
+        char* my_slot = slot(config_.rank);
+        std::memcpy(my_slot, input, mine);
+        std::memcpy(my_slot + mine_end, input + mine_end, length - mine_end);
+        advance();
+        const void* inputs[kMaxRanks];
+        for (int rank = 0; rank < config_.world_size; ++rank) {
+            inputs[rank] = (rank == config_.rank ? input : slot(rank)) + mine;
+            if (const int ended = await(rank)) return ended;
+        }
+        if (mine < mine_end) {
+            sum(my_slot + mine, inputs, config_.world_size, (mine_end - mine) / item, dtype);
+            std::memcpy(out + mine, my_slot + mine, mine_end - mine);
+        }
+        advance();
+        // Everybody begins with another rank's part, so that not all read from one at once.
+        for (int offset = 1; offset < config_.world_size; ++offset) {
+            const int rank = (config_.rank + offset) % config_.world_size;
+            if (const int ended = await(rank)) return ended;
+            std::memcpy(out + begin(rank), slot(rank) + begin(rank), begin(rank + 1) - begin(rank));
+        }
+        return kDone;
+    }
+
+    char* slot(int rank) const { return slots_ + (2 * static_cast<size_t>(rank) + parity_) * config_.chunk_nbytes; }
+
+    // Say that I have come one step further.
+    void advance() {
+        RankState& mine = header_->ranks[config_.rank];
+        mine.step.store(++step_, std::memory_order_seq_cst);
+        if (mine.sleepers.load(std::memory_order_seq_cst) != 0) {
+            syscall(SYS_futex, &mine.step, FUTEX_WAKE, kMaxRanks, nullptr, nullptr, 0);
+        }
+    }
+
+    // Wait until `rank` has come as far as I have.
+    int await(int rank) {
+        if (rank == config_.rank) return kDone;
+        const std::atomic<uint32_t>& step = header_->ranks[rank].step;
+        for (int look = 0; look < config_.spins; ++look) {
+            if (reached(step.load(std::memory_order_acquire))) return kDone;
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#elif defined(__aarch64__)
+            asm volatile("yield");
+#endif
+        }
+        return await_long(rank);
+    }
+
+    bool reached(uint32_t step) const { return static_cast<int32_t>(step - step_) >= 0; }
+
+    int await_long(int rank) {
+        RankState& peer = header_->ranks[rank];
+        // With more ranks than processors the peer may only be waiting for this one.
+        for (int look = 0; look < 64; ++look) {
+            if (reached(peer.step.load(std::memory_order_acquire))) return kDone;
+            sched_yield();
+        }
+        const double deadline = now_s() + config_.timeout_s;
+        while (true) {
+            peer.sleepers.fetch_add(1, std::memory_order_seq_cst);
+            const uint32_t seen = peer.step.load(std::memory_order_seq_cst);
+            if (!reached(seen)) sleep_while(peer.step, seen);
+            peer.sleepers.fetch_sub(1, std::memory_order_relaxed);
+            if (reached(peer.step.load(std::memory_order_acquire))) return kDone;
+            if (const uint32_t culprit = header_->abort.load(std::memory_order_relaxed))
+                return static_cast<int>(culprit);
+            if (ended(rank) && !reached(peer.step.load(std::memory_order_acquire))) return give_up(rank);
+            if (now_s() >= deadline) return give_up(rank);
+            if (!config_.go_on()) {
+                // This rank has left the sequence of calls, so it is the one that the others wait for in vain.
+                give_up(config_.rank);
+                return kInterrupted;
+            }
+        }
+    }
+
+    // Tell everybody whom I waited for in vain, or learn who was faster in saying so.
+    int give_up(int culprit) {
+        uint32_t none = 0;
+        const uint32_t mine = static_cast<uint32_t>(culprit) + 1;
+        const bool first = header_->abort.compare_exchange_strong(none, mine, std::memory_order_relaxed);
+        return static_cast<int>(first ? mine : none);
+    }
+
+    // Sleeps until `word` changes from `seen`, for a tenth of a second at most: who is asleep for long looks around.
+    static void sleep_while(std::atomic<uint32_t>& word, uint32_t seen) {
+        const timespec slice = {0, 100'000'000};
+        syscall(SYS_futex, &word, FUTEX_WAIT, seen, &slice, nullptr, 0);
+    }
+
+    bool ended(int rank) const {
+        const int descriptor = config_.pidfds[static_cast<size_t>(rank)];
+        if (descriptor < 0) return false;
+        pollfd watched = {descriptor, POLLIN, 0};
+        return poll(&watched, 1, 0) > 0;
+    }
+
+    static double now_s() {
+        timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+    }
+
+    Header* header_;
+    char* slots_;
+    Config config_;
+    uint32_t step_ = 0;  // equal to my step in the header
+    size_t parity_ = 0;  // of the slots that the next chunk uses
+    uint32_t flag_ = 0;  // of `round_trip_s`
+};
+
+}  // namespace comm_shm

@@ -1,0 +1,59 @@
+"""Where the backend says yes, and why it says no elsewhere: from made-up topologies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comm_core as comm
+import comm_plugin_shm as shm
+import pytest
+
+HERE = comm.Host("node", "boot ipc 1 shm 1", "boot")
+FACTS = {"missing": None, "pid_namespace": "pid:[1]"}
+
+
+def group(
+    count: int = 2, hosts: dict[int, comm.Host] | None = None, facts: dict[int, dict[str, Any]] | None = None
+) -> comm.Topology:
+    ranks = (
+        comm.RankInfo(rank, (hosts or {}).get(rank, HERE), facts={"shm": FACTS | (facts or {}).get(rank, {})})
+        for rank in range(count)
+    )
+    return comm.Topology.of(ranks)
+
+
+@pytest.mark.parametrize("count", [2, 3, 64])
+def test_cpu_tensors_of_one_host(count: int) -> None:
+    answer = shm.is_available(group(count))
+    assert isinstance(answer, comm.Available)
+    assert answer.priority == 300
+    assert [(item.op, item.device_types, item.modes) for item in answer.ranges] == [
+        ("all_reduce", ("cpu",), ("eager",))
+    ]
+
+
+def test_a_group_of_gpus_that_also_takes_cpu_tensors() -> None:
+    topology = comm.Topology(group().ranks, ("cuda", "cpu"))
+    assert isinstance(shm.is_available(topology), comm.Available)
+
+
+@pytest.mark.parametrize(
+    ("topology", "reason"),
+    [
+        (group(hosts={1: comm.Host("node", "other", "other")}), "2 hosts"),
+        (group(65), "64 ranks at most"),
+        (group(3, facts={2: {"missing": "there is no C++ compiler"}}), "on rank 2 there is no C++ compiler"),
+        (group(facts={1: {"pid_namespace": "pid:[2]"}}), "PID namespaces differ"),
+        (comm.Topology(group().ranks, ("cuda",)), "CPU tensors"),
+        (comm.Topology.of([comm.RankInfo(rank, HERE) for rank in range(2)]), "rank 0 didn't report"),
+    ],
+)
+def test_no_with_the_reason(topology: comm.Topology, reason: str) -> None:
+    answer = shm.is_available(topology)
+    assert isinstance(answer, comm.Unavailable)
+    assert reason in answer.reason
+
+
+def test_its_facts_are_small() -> None:
+    facts = shm.probe()
+    assert set(facts) == {"missing", "pid_namespace"}

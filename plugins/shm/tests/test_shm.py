@@ -1,0 +1,301 @@
+"""The backend in real processes: exact, bounded, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import comm_core as comm
+import pytest
+import torch
+import torch.distributed as dist
+from harness import DEAD, Ranks, install
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)
+# Around the sizes of vectors, pages and the protocol's chunks and thresholds.
+SIZES = (1, 3, 4095, 4096, 4097, 16 << 10, (512 << 10) - 8, 512 << 10, (512 << 10) + 8, (1 << 20) + 40)
+
+
+@pytest.fixture
+def shm(tmp_path: Path) -> Path:
+    """A folder in which the installed plugin, alone, is found."""
+    return install(tmp_path, "shm", "import comm_plugin_shm as plugin\n")
+
+
+def left_behind() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - looked at, not written to
+
+
+def made_of(rank: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """A rank's input: random bits, so that all kinds of numbers and of non-numbers are among the floating ones."""
+    generator = torch.Generator().manual_seed(rank * 1_000_003 + nbytes)
+    words = torch.randint(
+        0, 256, (-(-nbytes // dtype.itemsize) * dtype.itemsize,), dtype=torch.uint8, generator=generator
+    )
+    return words.view(dtype)
+
+
+def reference(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """From left to right; half precisions in float32, rounded once."""
+    dtype = tensors[0].dtype
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    total = tensors[0].to(wide)
+    for tensor in tensors[1:]:
+        total = total + tensor.to(wide)
+    return total.to(dtype)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit, but for what kind of NaN a NaN is."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    numbers = ~one.isnan()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.view(bits)[numbers], other.view(bits)[numbers])
+
+
+def backend_of_shm(group: dist.ProcessGroup | None = None) -> comm.Backend:
+    backend = comm.get_backend(group, backends=("shm",))
+    assert backend.name == "shm"
+    return backend
+
+
+def sums(sizes: tuple[int, ...]) -> None:
+    backend = backend_of_shm()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for dtype in DTYPES:
+        assert backend.all_reduce(torch.empty(0, 5, dtype=dtype)).shape == (0, 5)
+        for nbytes in sizes:
+            inputs = [made_of(r, nbytes, dtype) for r in range(world_size)]
+            expected = reference(inputs)
+            mine = inputs[rank].clone()
+            result = backend.all_reduce(mine)
+            assert same(result, expected), (dtype, nbytes)
+            assert same(mine, inputs[rank]), "the input changed"
+            assert backend.all_reduce(mine, out=mine) is mine
+            assert same(mine, expected), (dtype, nbytes, "in place")
+    square = torch.arange(60).reshape(6, 10) + rank
+    expected = (torch.arange(60).reshape(6, 10) * world_size + sum(range(world_size))).t()
+    assert torch.equal(backend.all_reduce(square.t()), expected)
+    apart = torch.empty(20, 6, dtype=torch.int64)[::2]
+    assert backend.all_reduce(square.t(), out=apart) is apart
+    assert torch.equal(apart, expected)
+    comm.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_every_sum_is_that_of_the_reference_bit_for_bit(ranks: Ranks, shm: Path, world_size: int) -> None:
+    ranks.run(sums, SIZES, world_size=world_size, path=[[shm]] * world_size, deadline_s=280)
+
+
+def large() -> None:
+    backend = backend_of_shm()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [made_of(r, 64 << 20, dtype) for r in range(world_size)]
+        assert same(backend.all_reduce(inputs[rank]), reference(inputs))
+    comm.close()
+
+
+def test_64_mib(ranks: Ranks, shm: Path) -> None:
+    ranks.run(large, path=[[shm]] * 2)
+
+
+def every_half() -> None:
+    """All 65,536 bit patterns of a half precision, against each of several others."""
+    backend = backend_of_shm()
+    rank = dist.get_rank()
+    for dtype in (torch.float16, torch.bfloat16):
+        patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+        for other in (0.0, -0.0, 1.0, -1.0, 65504.0, 6e-8, 3e-5, 1 / 3, float("inf"), float("nan")):
+            inputs = [patterns, torch.full_like(patterns, other)]
+            assert same(backend.all_reduce(inputs[rank]), reference(inputs)), (dtype, other)
+    comm.close()
+
+
+def test_every_bit_pattern_of_the_half_precisions(ranks: Ranks, shm: Path) -> None:
+    ranks.run(every_half, path=[[shm]] * 2)
+
+
+def soak(calls: int) -> int:
+    """Random sizes, dtypes and placements in two groups over the same ranks, every result checked."""
+    backends = [backend_of_shm(), backend_of_shm(dist.new_group(list(range(dist.get_world_size()))))]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dice = random.Random(5)  # noqa: S311 - dice, the same on every rank
+    for call in range(calls):
+        dtype = dice.choice(DTYPES)
+        numel = int(2 ** dice.uniform(0, 9 if call % 100 else 18))
+        factor = dice.randrange(1, 8)
+        base = torch.arange(numel) % 13
+        x = (base + factor * rank).to(dtype)
+        expected = (base * world_size + factor * sum(range(world_size))).to(dtype)
+        result = dice.choice(backends).all_reduce(x, out=x if dice.random() < 0.3 else None)
+        assert torch.equal(result, expected), (call, dtype, numel)
+    comm.close()
+    return calls
+
+
+def test_a_soak(ranks: Ranks, shm: Path) -> None:
+    calls = int(os.environ.get("SOAK_CALLS", "20000"))
+    assert ranks.run(soak, calls, path=[[shm]] * 2, deadline_s=max(120, calls // 500)) == [calls] * 2
+
+
+def reruns() -> list[str]:
+    backend = backend_of_shm()
+    x = torch.randn(70_001, generator=torch.Generator().manual_seed(dist.get_rank())).to(torch.bfloat16)
+    results = [backend.all_reduce(x).view(torch.int16).numpy().tobytes().hex() for _ in range(3)]
+    comm.close()
+    return results
+
+
+def test_a_rerun_and_every_rank_have_the_same_bits(ranks: Ranks, shm: Path) -> None:
+    results = ranks.run(reruns, world_size=3, path=[[shm]] * 3)
+    assert len({bits for result in results for bits in result}) == 1
+
+
+def interrupted_by_death(victim: int) -> dict[str, Any]:
+    backend = backend_of_shm()
+    x = torch.ones(1000)
+    for call in range(1_000_000):
+        if dist.get_rank() == victim and call == 1234:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            backend.all_reduce(x)
+        except comm.CommTimeoutError as error:
+            with pytest.raises(comm.CommError, match="isn't used any more"):
+                backend.all_reduce(x)
+            return {"call": call, "ranks": error.ranks, "text": str(error)}
+    raise AssertionError("nobody noticed")
+
+
+@pytest.mark.parametrize(("world_size", "victim"), [(2, 1), (4, 0), (4, 2)])
+def test_a_killed_rank_is_named_by_all_others(ranks: Ranks, shm: Path, world_size: int, victim: int) -> None:
+    before = left_behind()
+    results = ranks.run(interrupted_by_death, victim, world_size=world_size, path=[[shm]] * world_size, dying=[victim])
+    assert results[victim] == DEAD
+    for result in results[:victim] + results[victim + 1 :]:
+        assert result["ranks"] == (victim,), result
+        assert f"rank {victim}, process" in result["text"]
+        assert "has ended" in result["text"]
+        assert result["call"] in (1233, 1234)
+    assert left_behind() == before
+
+
+def late() -> str:
+    backend = backend_of_shm()
+    x = torch.ones(10)
+    backend.all_reduce(x)
+    if dist.get_rank() == 1:
+        time.sleep(4)
+    with pytest.raises(comm.CommTimeoutError) as caught:
+        backend.all_reduce(x)
+    assert caught.value.ranks == (1,)
+    return str(caught.value)
+
+
+def test_a_late_rank_is_named_by_all_and_the_session_is_over(ranks: Ranks, shm: Path) -> None:
+    results = ranks.run(late, world_size=3, path=[[shm]] * 3, env={"COMM_CORE_WAIT_TIMEOUT_S": "1"})
+    assert all("didn't come within 1 s" in text for text in results)
+
+
+def interrupted_by_a_signal() -> str:
+    backend = backend_of_shm()
+    if dist.get_rank() == 0:
+        # Python's own; a job in a shell's background is started without.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            backend.all_reduce(torch.ones(10))
+        return "interrupted"
+    time.sleep(3)
+    with pytest.raises(comm.CommTimeoutError) as caught:
+        backend.all_reduce(torch.ones(10))
+    assert caught.value.ranks == (0,)
+    return "told"
+
+
+def test_a_wait_can_be_interrupted_and_the_others_are_told(ranks: Ranks, shm: Path) -> None:
+    assert ranks.run(interrupted_by_a_signal, path=[[shm]] * 2) == ["interrupted", "told"]
+
+
+# A rank that dies in the middle of the exchange in which the segment is handed over.
+DYING = """
+import os, signal
+import comm_plugin_shm as plugin
+
+exchange = plugin.{where}
+
+def die(*arguments, **keywords):
+    if os.environ.get("VICTIM"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return exchange(*arguments, **keywords)
+
+plugin.{where} = die
+"""
+
+
+def connecting() -> str:
+    candidate = comm.get_backend(timeout_s=3).decision.candidate("shm")
+    assert candidate is not None
+    assert candidate.verdict == "failed"
+    return candidate.reason
+
+
+@pytest.mark.parametrize("where", ["_create", "_open", "Session"])
+def test_a_rank_killed_while_it_connects_leaves_nothing(ranks: Ranks, tmp_path: Path, where: str) -> None:
+    folder = install(tmp_path, "shm", DYING.format(where=where))
+    before = left_behind()
+    results = ranks.run(connecting, path=[[folder]] * 2, env=[{"VICTIM": "1"}, {}], dying=[0])
+    assert results[0] == DEAD
+    assert "isn't back after 3 s" in results[1] or "rank 0 didn't come in time" in results[1]
+    assert left_behind() == before
+
+
+def mapped() -> list[int]:
+    def count() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:comm-plugin-shm")
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    counts, open_files = [count()], 0
+    for _ in range(5):
+        backend_of_shm()
+        counts.append(count())
+        comm.close()
+        counts.append(count())
+        open_files = open_files or descriptors()
+    assert descriptors() == open_files
+    return counts
+
+
+def test_close_unmaps_the_segment(ranks: Ranks, shm: Path) -> None:
+    assert ranks.run(mapped, path=[[shm]] * 2) == [[0, *[1, 0] * 5]] * 2
+
+
+def below_budget() -> tuple[str, str]:
+    candidate = comm.get_backend().decision.candidate("shm")
+    assert candidate is not None
+    comm.close()
+    return candidate.verdict, candidate.reason
+
+
+def test_a_small_budget_is_kept(ranks: Ranks, shm: Path) -> None:
+    for verdict, reason in ranks.run(below_budget, path=[[shm]] * 2, env={"COMM_CORE_MEMORY_BUDGET_NBYTES": "1000"}):
+        assert verdict == "failed"
+        assert "1000" in reason
