@@ -104,7 +104,7 @@ class Package:
 
     def start(self, code: str, **environ: str) -> subprocess.Popen[str]:
         ours = {
-            "PYTHONPATH": os.pathsep.join((str(self.folder / "site"), SOURCE)),
+            "PYTHONPATH": os.pathsep.join((str(self.folder / "site"), SOURCE, *sys.path[1:])),
             "COMM_CORE_CACHE_DIR": str(self.cache),
             "CXX": str(self.compiler),
         }
