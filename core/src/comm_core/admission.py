@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from comm_core._deadline import describe
 from comm_core.routes import Cell, owned
 from comm_core.types import DTYPES, Route
 
@@ -138,7 +139,7 @@ def _reason(step: Callable[[], None]) -> str:
     try:
         step()
     except Exception as error:  # noqa: BLE001 - the plugin border: whatever a backend raises here is a reason not to use it
-        return f"{type(error).__name__}: {error}"[:300]
+        return describe(error)[:300]
     return ""
 
 

@@ -35,6 +35,7 @@ from torch.distributed import distributed_c10d
 from comm_core._deadline import describe, run_with_deadline
 from comm_core.context import Agreement
 from comm_core.errors import CommError, CommTimeoutError
+from comm_core.types import rank_label
 
 # torch.distributed.Store: torch's stubs leave out its name, and `clone`.
 Store = Any
@@ -193,7 +194,7 @@ class Control:
 
     def label(self, *ranks: int) -> str:
         """Group ranks for people, with the job's rank where that differs: "rank 1 (3 in the job)"."""
-        names = [str(r) if self.global_ranks[r] == r else f"{r} ({self.global_ranks[r]} in the job)" for r in ranks]
+        names = [rank_label(rank, self.global_ranks[rank]) for rank in ranks]
         return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
     def keys(self, exchange: str) -> list[str]:

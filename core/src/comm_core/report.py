@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from comm_core.topology import Topology
-from comm_core.types import DTYPES, Candidate, Decision, Route, Rule
+from comm_core.types import DTYPES, Candidate, Decision, Route, Rule, rank_label
 
 __all__ = ["explain", "size", "table"]
 
@@ -54,9 +54,7 @@ def explain(title: str, topology: Topology, decision: Decision) -> str:
 def _why(candidate: Candidate, topology: Topology) -> str:
     if candidate.rank is None:
         return candidate.reason
-    job = topology.ranks[candidate.rank].global_rank
-    rank = f"rank {candidate.rank}" if job == candidate.rank else f"rank {candidate.rank} ({job} in the job)"
-    return f"{rank}: {candidate.reason}"
+    return f"rank {rank_label(candidate.rank, topology.ranks[candidate.rank].global_rank)}: {candidate.reason}"
 
 
 def _place(topology: Topology) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "Route",
     "Rule",
     "Unavailable",
+    "rank_label",
 ]
 
 #: The operations that a backend may serve.
@@ -42,6 +43,11 @@ DTYPES = {
 }
 #: The backend at the end of every route; it can't be disabled.
 TERMINAL = "torch_distributed"
+
+
+def rank_label(rank: int, job_rank: int) -> str:
+    """A group rank for people, with the job's rank where that differs: "1", "1 (3 in the job)"."""
+    return str(rank) if rank == job_rank else f"{rank} ({job_rank} in the job)"
 
 
 def _names(values: Iterable[Any] | None, prefix: str = "") -> tuple[str, ...] | None:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import comm_core as comm
 import torch
 from comm_core import kernels
+from comm_core.types import rank_label
 
 __all__ = ["COMM_HOOK_API", "Session", "all_reduce", "close", "connect", "is_available", "probe"]
 
@@ -92,8 +93,7 @@ class Session:
 
     def fail(self, culprit: int) -> NoReturn:
         """Raise that the group rank `culprit` didn't come."""
-        job = self._context.global_ranks[culprit]
-        rank = f"rank {culprit}" if job == culprit else f"rank {culprit} ({job} in the job)"
+        rank = f"rank {rank_label(culprit, self._context.global_ranks[culprit])}"
         pid = self._pids[culprit]
         why = "has ended" if _ended(pid) else f"didn't come within {self._context.wait_timeout_s:g} s"
         raise comm.CommTimeoutError(f"{rank}, process {pid}, {why}", (culprit,))
