@@ -1,7 +1,7 @@
 # What the README, CI and people call. `make demo` and `make test` need no step before them.
 
 PYTHON ?= python3
-# Arguments for pytest, such as ARGS="--require-gpus 2" or ARGS="-k control -x".
+# Arguments for pytest, such as ARGS="--require-gpus 2" or ARGS="-k control -x"; or for the benchmark.
 ARGS ?=
 
 BIN := .venv/bin
@@ -14,7 +14,7 @@ TYPED := $(addsuffix /src,$(PACKAGES))
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint wheels clean
+.PHONY: help setup demo bench test lint wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -23,6 +23,9 @@ setup: $(STAMP)  ## .venv with core and every plugin, editable, and the tools to
 
 demo: $(STAMP)  ## two CPU processes agree on a backend and sum a tensor
 	$(BIN)/comm-core demo
+
+bench: $(STAMP)  ## every backend beside torch.distributed and the machine's limits; ARGS="-b 8K -e 8M --plot out.png"
+	$(BIN)/comm-core bench $(ARGS)
 
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
 	$(BIN)/pytest $(ARGS)

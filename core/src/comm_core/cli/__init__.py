@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 
 __all__ = ["main"]
 
-_COMMANDS = ("demo", "doctor", "explain")
+_COMMANDS = ("bench", "demo", "doctor", "explain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for command in _COMMANDS:
         importlib.import_module(f"comm_core.cli.{command}").add_parser(subparsers)
-    args = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(arguments)
+    args.arguments = arguments  # for a command that starts itself again in other processes
     status: int = args.run(args)
     return status

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-__all__ = ["joined", "launch", "under_torchrun"]
+__all__ = ["enough_gpus", "joined", "launch", "under_torchrun"]
 
 
 def under_torchrun() -> bool:
@@ -22,9 +22,19 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
     # torchrun warns where this isn't set, and takes one thread a process then.
     environ = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(  # noqa: S603 - torchrun with our own arguments
-        [*torchrun, "-m", "comm_core", *arguments], env=environ, check=False
+        # After "--" torchrun takes none of our options for its own.
+        [*torchrun, "-m", "--", "comm_core", *arguments],
+        env=environ,
+        check=False,
     )
     return 1 if done.returncode else 0
+
+
+def enough_gpus(nproc: int) -> bool:
+    """Whether each of so many processes on this host can have a GPU of its own."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.device_count() >= nproc
 
 
 @contextlib.contextmanager
@@ -37,7 +47,7 @@ def joined() -> Iterator[int]:
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    if torch.cuda.is_available() and torch.cuda.device_count() >= local_size:
+    if enough_gpus(local_size):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)

@@ -1,0 +1,233 @@
+"""Who is measured: this group's backends, plain torch.distributed, and the limits and peers of other modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+import comm_core as comm
+from comm_core import fallback
+from comm_core._deadline import describe
+from comm_core.bench.cases import Case
+from comm_core.bench.watch import Watch
+from comm_core.types import TERMINAL
+
+if TYPE_CHECKING:
+    from comm_core.backend import Backend
+
+__all__ = ["Absent", "Contender", "Job", "State", "backends", "terminal"]
+
+# Of tensors in memory that several share, in bytes: as torch's allocator has it.
+_ALIGNMENT = 512
+#: What a call hands on to the next: the tensor, and for the fused operation the residual.
+State = tuple[torch.Tensor, ...]
+
+
+class Absent(Exception):  # noqa: N818 - it isn't an error, but the reason why a row is missing
+    """A contender that can't take part on this rank, and why."""
+
+
+class Job:
+    """The ranks that measure together.
+
+    Attributes:
+        rank: of this process.
+        world_size: ranks.
+        device: where the tensors live.
+        watch: ends this process if a step doesn't.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = device
+        self.watch = Watch()
+        # For what the ranks tell each other, beside the groups that are measured.
+        self._group = dist.new_group(backend="gloo")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective."""
+        dist.barrier(group=self._group)
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        self.watch.close()
+
+    def together(self, step: Callable[[], Any]) -> Any:
+        """Run a step on every rank; where one fails, all of them raise `Absent` with that rank's reason. Collective."""
+        result, reason = None, ""
+        try:
+            result = step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except Absent as absent:
+            reason = str(absent)
+        except Exception as error:  # noqa: BLE001 - a contender's border: it is somebody else's code, and becomes a row less
+            reason = describe(error)
+        for rank, said in enumerate(self.gather(reason)):
+            if said:
+                raise Absent(f"rank {rank}: {said}")
+        return result
+
+
+class Contender:
+    """Something that all-reduces, or a limit on that; a row of each table whose case it takes.
+
+    Attributes:
+        name: of the row.
+        kind: "backend", "terminal", "peer" or "limit".
+        unit: how many of what is measured one call does.
+    """
+
+    kind = "peer"
+    unit = 1
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # Peers may have opened whatever a call has seen, and must not lose it: it lives as long as the contender.
+        self._inputs: list[torch.Tensor] = []
+        self._pool: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def takes(self, case: Case) -> bool:
+        """Whether it serves such calls. Local, the same on every rank."""
+        raise NotImplementedError
+
+    def inputs(self, case: Case) -> State:
+        """Memory for what the first call reads; the residual second. Local, once a case; what it held before goes."""
+        count, room = 1 + case.fused, -(-case.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if not self._inputs or self._inputs[-1].nbytes < count * room:
+            self._inputs.append(torch.empty(count * room, dtype=torch.uint8, device=case.device_type))
+        parts = (self._inputs[-1][number * room :][: case.nbytes] for number in range(count))
+        return tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
+
+    def record(self, body: Callable[[], None]) -> Callable[[], object]:
+        """A graph of what `body` does; its replay. The one before it must not be replayed any more. Collective."""
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # "thread_local": other threads of the process may use CUDA meanwhile.
+        with self.capture(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            body()
+        # A pool lives as long as one of its graphs.
+        self._graph = graph
+        return graph.replay
+
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
+        """One call, with an epsilon of 1e-6; what the next one gets.
+
+        Args:
+            state: the tensor to be reduced, for the fused operation then the residual.
+            weight: `[hidden_size]` for the fused operation, else None.
+            in_place: whether the output goes to the input's memory, of the fused operation the residual's.
+        """
+        raise NotImplementedError
+
+    def spaced(self, case: Case) -> bool:  # noqa: ARG002 - most never are
+        """Whether a chain of its calls needs a kernel of somebody else's between them, whose time is subtracted."""
+        return False
+
+    def capture(self) -> AbstractContextManager[None]:
+        """What its calls need around a graph's capture. Collective."""
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        """Give back what it holds. Collective."""
+
+
+class _Named(Contender):
+    """A backend of comm-core, as users call it: through a group's handle that has to use this one."""
+
+    kind = "backend"
+
+    def __init__(self, name: str, handle: Backend, group: dist.ProcessGroup) -> None:
+        super().__init__(name)
+        self._handle = handle
+        self._group = group
+
+    def takes(self, case: Case) -> bool:
+        # Outside comm.capture() a graph records the eager plan, so that decides in both modes.
+        decision = self._handle.decision
+        sizes = (case.nbytes, *case.shape) if case.fused else (case.nbytes,)
+        owner = decision.route(case.op, "eager", case.device_type, case.dtype).backend_for(*sizes)
+        if case.fused and owner == TERMINAL:
+            # Core composes it of the plain sum and a norm.
+            owner = decision.route("all_reduce", "eager", case.device_type, case.dtype).backend_for(case.nbytes)
+        return owner == self.name
+
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
+        if weight is None:
+            return (self._handle.all_reduce(state[0], state[0] if in_place else None),)
+        tensor, residual = state
+        return self._handle.all_reduce_add_rms_norm(
+            tensor, residual, weight, residual_out=residual if in_place else None
+        )
+
+    def close(self) -> None:
+        comm.close(self._group)
+
+
+class _Terminal(Contender):
+    """torch.distributed itself, and for the fused operation core's composition on top of it."""
+
+    kind = "terminal"
+
+    def __init__(self) -> None:
+        super().__init__(TERMINAL)
+
+    def takes(self, case: Case) -> bool:  # noqa: ARG002 - it takes every one
+        return True
+
+    def spaced(self, case: Case) -> bool:
+        # Right behind itself NCCL's kernel takes three times as long in a graph as behind any other kernel, if only of
+        # one element: 20 us against 7 for 1 KiB, 29 to 36 against 15 for 1 MiB (two H200, torch 2.11, NCCL 2.28.9). A
+        # model always has one there; out of place the copy is.
+        return case.mode == "graph" and case.place == "in" and not case.fused
+
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
+        group = dist.group.WORLD
+        if group is None:
+            raise RuntimeError("torch.distributed isn't initialised")
+        if weight is None:
+            return (fallback.torch_distributed(group, state[0], state[0] if in_place else None),)
+        tensor, residual = state
+        total = fallback.torch_distributed(group, tensor, None)
+        return fallback.add_rms_norm(total, residual, weight, 1e-6, 0.0, None, residual if in_place else None)
+
+
+def terminal() -> Contender:
+    """The reference: what every route ends in."""
+    return _Terminal()
+
+
+def backends(decision: comm.Decision, only: Sequence[str]) -> Iterator[Contender | tuple[str, str]]:
+    """A contender for each installed backend that this group can use; (name, reason) for the others. Collective.
+
+    Args:
+        decision: the world group's.
+        only: names; empty for all.
+    """
+    for candidate in decision.candidates:
+        if candidate.name == TERMINAL or (only and candidate.name not in only):
+            continue
+        if candidate.verdict not in {"serves", "standby"}:
+            yield candidate.name, candidate.reason
+            continue
+        # A handle of its own, in a group of its own: one group has one handle.
+        group = dist.new_group()
+        try:
+            handle = comm.get_backend(group, backends=(candidate.name,))
+        except comm.BackendUnavailableError as error:
+            yield candidate.name, str(error)
+            continue
+        yield _Named(candidate.name, handle, group)
