@@ -95,10 +95,11 @@ class Contender:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        # Peers may have opened whatever a call has seen, and must not lose it: it lives as long as the contender.
+        # Peers may have opened, by IPC, whatever a recorded call has seen, and libraries let go of it at times of their
+        # own: so graphs, their memory and their inputs live as long as the contender.
         self._inputs: list[torch.Tensor] = []
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool: Any = None
-        self._graph: torch.cuda.CUDAGraph | None = None
 
     def takes(self, case: Case) -> bool:
         """Whether it serves such calls. Local, the same on every rank."""
@@ -113,15 +114,20 @@ class Contender:
         return tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
 
     def record(self, body: Callable[[], None]) -> Callable[[], object]:
-        """A graph of what `body` does; its replay. The one before it must not be replayed any more. Collective."""
+        """A graph of what `body` does; its replay. Earlier graphs must not be replayed any more. Collective."""
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # "thread_local": other threads of the process may use CUDA meanwhile.
         with self.capture(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             body()
-        # A pool lives as long as one of its graphs.
-        self._graph = graph
+        self._graphs.append(graph)
         return graph.replay
+
+    def forget(self) -> None:
+        """Let go of graphs and memory, before `close`. Local, once all ranks are done with them."""
+        self._graphs.clear()
+        self._inputs.clear()
+        self._pool = None
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
         """One call, with an epsilon of 1e-6; what the next one gets.

@@ -129,13 +129,14 @@ class _GraphInputs:
 
 
 class _Push(Contender):
-    """Pushes, out of place: the module is looked up once a dtype, as its own cached plan does in eager mode."""
+    """Pushes, out of place. Eager calls look their launch up by size and dtype, which is SGLang's own fast path."""
 
     def __init__(self, planes: _Planes, algorithm: str) -> None:
         super().__init__(f"sglang_{algorithm}")
         self._planes = planes
         self._algorithm = algorithm
-        self._module: Any = None
+        # By bytes and dtype: the module, the algorithm, and whether it multicasts.
+        self._plans: dict[tuple[int, torch.dtype], tuple[Any, str, bool]] = {}
         planes.module("bfloat16")
 
     def takes(self, case: Case) -> bool:
@@ -144,11 +145,14 @@ class _Push(Contender):
         return _fits(case, most) and case.place == "out"
 
     def inputs(self, case: Case) -> State:
-        self._module = self._planes.module(case.dtype)
+        plan = self._planes.module(case.dtype), self._algorithm, False
+        self._plans[case.nbytes, getattr(torch, case.dtype)] = plan
         return super().inputs(case)
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - as `takes` says
-        return (self._module.all_reduce(self._planes.communicator, state[0], self._algorithm, None, False),)
+        tensor = state[0]
+        module, algorithm, multicast = self._plans[tensor.numel() * tensor.element_size(), tensor.dtype]
+        return (module.all_reduce(self._planes.communicator, tensor, algorithm, None, multicast),)
 
 
 class _Pull(_Push):
@@ -165,7 +169,8 @@ class _Pull(_Push):
             # A warm-up of the graph's plan: that has no eager form.
             return (state[0].copy_(super().call(state, weight, in_place=False)[0]),)
         row = self._planes.inputs.row(state[0].data_ptr())
-        out = self._module.all_reduce(self._planes.communicator, state[0], self._algorithm, row, False)
+        module, algorithm, multicast = self._plans[state[0].nbytes, state[0].dtype]
+        out = module.all_reduce(self._planes.communicator, state[0], algorithm, row, multicast)
         return state if in_place else (out,)
 
     def capture(self) -> AbstractContextManager[None]:

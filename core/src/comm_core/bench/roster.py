@@ -34,6 +34,7 @@ class Roster:
     def close(self) -> None:
         """Give everything back. Collective."""
         for contender in reversed(self.contenders):
+            contender.forget()
             contender.close()
         self.contenders.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +65,9 @@ def measure_all(
         "dropped": dropped,
     }
     listener.begins(document)
+    # Torch collects garbage before every capture, and this process has much that is none: seconds a case.
+    gc.collect()
+    gc.freeze()
     rows: list[Row] = []
     for number, case in enumerate(todo, 1):
         listener.measures(number, len(todo), case)
@@ -76,6 +80,7 @@ def measure_all(
         found = rows_of(_row(each, job) for each in measure(job, case, roster.contenders, settings, drop))
         listener.measured(found)
         rows += found
+    gc.unfreeze()
     document["clocks"]["after"] = job.gather(clocks(job))
     roster.close()
     job.close()
