@@ -23,12 +23,17 @@ def clean_environ() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def pip(clean_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pip:
-    """Runs this interpreter's pip, away from the checkout; returns what it wrote to stdout."""
+    """Runs this interpreter's pip, away from the checkout; returns what it wrote to stdout.
+
+    `environ` takes the place of the clean environment.
+    """
     elsewhere = tmp_path_factory.mktemp("pip")
 
-    def run(*arguments: str | Path) -> str:
+    def run(*arguments: str | Path, environ: dict[str, str] | None = None) -> str:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
-        done = subprocess.run(command, cwd=elsewhere, env=clean_environ, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=elsewhere, env=environ or clean_environ, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

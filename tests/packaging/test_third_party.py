@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 import subprocess
-import sysconfig
-import venv
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from wheelhouse import ROOT, BuildWheel, Pip, read_metadata
+from wheelhouse import ROOT, BuildWheel, Pip, Venv, read_metadata
 
 WORLD_SIZE = 2
 
@@ -54,16 +48,6 @@ pathlib.Path(f"rank{rank}.json").write_text(json.dumps(facts))
 """
 
 
-class Venv:
-    """A virtual environment by its folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.python = folder / "bin" / "python"
-        paths = sysconfig.get_paths("posix_prefix", vars={"base": str(folder), "platbase": str(folder)})
-        self.site_packages = Path(paths["purelib"])
-
-
 @pytest.fixture(scope="module")
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with the files that the README tells a newcomer to write."""
@@ -77,45 +61,18 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(third_party: Path, build_wheel: BuildWheel, pip: Pip, tmp_path_factory: pytest.TempPathFactory) -> Venv:
-    """A venv in which core and the plugin are installed by name, from wheels in a folder.
-
-    Torch and the like are too large to install anew. They are borrowed by links to them alone: to put all of this
-    interpreter's packages on the path would make pip, and entry points, see the checkout's own editable installs.
-    """
+    """A venv in which core and the plugin are installed by name, from wheels in a folder."""
     folder = tmp_path_factory.mktemp("installed")
-    wheels, borrowed = folder / "wheels", folder / "borrowed"
-    for path in (wheels, borrowed):
-        path.mkdir()
+    wheels = folder / "wheels"
+    wheels.mkdir()
     core = build_wheel(ROOT / "core")
     for wheel in (core, build_wheel(third_party)):
         (wheels / wheel.name).symlink_to(wheel)
-    for path in paths_of_dependencies(read_metadata(core).requires or []):
-        (borrowed / path.name).symlink_to(path)
-    fresh = Venv(folder / "venv")
-    venv.create(fresh.folder)
-    (fresh.site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
+    fresh = Venv(folder, read_metadata(core).requires or [])
     pip(
         "--python", fresh.python, "install", "--no-index", "--find-links", wheels, "comm-core", "thirdparty-collectives"
     )
     return fresh
-
-
-def paths_of_dependencies(requirements: Iterable[str]) -> Iterable[Path]:
-    """The files and folders in this interpreter's site-packages that `requirements` and theirs consist of."""
-    found: dict[Path, None] = {}
-    seen: set[str] = set()
-    waiting = [Requirement(text) for text in requirements]
-    while waiting:
-        requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        if name in seen or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
-            continue
-        seen.add(name)
-        distribution = importlib.metadata.distribution(name)
-        waiting += [Requirement(text) for text in distribution.requires or []]
-        tops = {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
-        found.update(dict.fromkeys(Path(str(distribution.locate_file(top))) for top in tops))
-    return found
 
 
 def test_installed_by_name_away_from_the_checkout(installed: Venv, clean_environ: dict[str, str]) -> None:

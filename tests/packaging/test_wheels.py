@@ -46,7 +46,7 @@ def test_core_wheel_has_its_script_and_no_backend(build_wheel: BuildWheel) -> No
 @pytest.mark.parametrize("project", PROJECTS)
 def test_names_are_this_projects_own(project: str, build_wheel: BuildWheel) -> None:
     wheel = build_wheel(ROOT / project)
-    assert read_metadata(wheel).metadata["Name"] == module_of(project).replace("_", "-", 2)
+    assert read_metadata(wheel).metadata["Name"] == module_of(project).replace("_", "-")
     # Jupyter's `comm` must be left what is Jupyter's.
     assert "comm" not in [entry.name for entry in entry_points(wheel, "console_scripts")]
     backends = [entry.name for entry in entry_points(wheel, "comm_core.backends")]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import sysconfig
+import venv
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PathDistribution
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,3 +22,42 @@ BuildWheel = Callable[[Path], Path]
 def read_metadata(wheel: Path) -> PathDistribution:
     (folder,) = (path for path in zipfile.Path(wheel).iterdir() if path.name.endswith(".dist-info"))
     return PathDistribution(folder)
+
+
+class Venv:
+    """A virtual environment without this checkout, in a folder of `folder`.
+
+    Torch and the like are too large to install anew. What `requirements` name, and what that needs, is borrowed by
+    links to it alone: to put all of this interpreter's packages on the path would make pip, and entry points, see the
+    checkout's own editable installs.
+    """
+
+    def __init__(self, folder: Path, requirements: Iterable[str]) -> None:
+        self.folder = folder / "venv"
+        self.python = self.folder / "bin" / "python"
+        paths = sysconfig.get_paths("posix_prefix", vars={"base": str(self.folder), "platbase": str(self.folder)})
+        self.site_packages = Path(paths["purelib"])
+        venv.create(self.folder)
+        borrowed = folder / "borrowed"
+        borrowed.mkdir()
+        for path in paths_of_dependencies(requirements):
+            (borrowed / path.name).symlink_to(path)
+        (self.site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
+
+
+def paths_of_dependencies(requirements: Iterable[str]) -> Iterable[Path]:
+    """The files and folders in this interpreter's site-packages that `requirements` and theirs consist of."""
+    found: dict[Path, None] = {}
+    seen: set[str] = set()
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in seen or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(name)
+        distribution = importlib.metadata.distribution(name)
+        waiting += [Requirement(text) for text in distribution.requires or []]
+        tops = {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
+        found.update(dict.fromkeys(Path(str(distribution.locate_file(top))) for top in tops))
+    return found

@@ -1,0 +1,61 @@
+// Loads and stores that other GPUs take part in, each named by what PTX calls it.
+//
+// All of them bypass the first-level cache, which isn't coherent with other processors, and are `volatile`: none is
+// left out, merged or moved across another. "memory" is clobbered only where ordinary accesses must stay on their side
+// as well.
+#pragma once
+
+#include "vec.cuh"
+
+namespace comm_core {
+
+// Relaxed: carries its own data and orders nothing else. PTX promises that each 32-bit word arrives whole, no more;
+// what polls such a vector judges it word by word.
+__device__ __forceinline__ void store_relaxed_sys(void* address, const Vec& vec) {
+    asm volatile("st.relaxed.sys.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+                 "r"(vec.x),
+                 "r"(vec.y),
+                 "r"(vec.z),
+                 "r"(vec.w));
+}
+
+__device__ __forceinline__ Vec load_relaxed_sys(const void* address) {
+    Vec vec;
+    asm volatile("ld.relaxed.sys.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(vec.x), "=r"(vec.y), "=r"(vec.z), "=r"(vec.w)
+                 : "l"(address));
+    return vec;
+}
+
+__device__ __forceinline__ void store_relaxed_sys(uint32_t* address, uint32_t word) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(word) : "memory");
+}
+
+// Release: whatever this thread did before, and what it saw of others' doing (a barrier's threads, say), is visible to
+// who reads this word with acquire order.
+__device__ __forceinline__ void store_release_sys(uint32_t* address, uint32_t word) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire_sys(const uint32_t* address) {
+    uint32_t word;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
+    return word;
+}
+
+// An ordinary load of 16 bytes: of what this launch's predecessors wrote, or a barrier ordered. Asm, so that a loop's
+// loads stay together in front of the stores that follow.
+__device__ __forceinline__ Vec load(const void* address) {
+    Vec vec;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(vec.x), "=r"(vec.y), "=r"(vec.z), "=r"(vec.w)
+                 : "l"(address));
+    return vec;
+}
+
+__device__ __forceinline__ void store(void* address, const Vec& vec) {
+    asm volatile(
+        "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(vec.x), "r"(vec.y), "r"(vec.z), "r"(vec.w));
+}
+
+}  // namespace comm_core

@@ -1,0 +1,153 @@
+"""All-reduce by kernels of our own, for GPUs that NVLink joins.
+
+What each algorithm does is told at the top of its file in `csrc/`, and which serves which size in `policy.py`. Sums are
+in rank order, in float32, rounded once: every rank holds the same bits, and a rerun gives them again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import comm_core as comm
+from comm_core import kernels
+
+from comm_plugin_customar_v2 import policy, session
+from comm_plugin_customar_v2.session import Session
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["COMM_HOOK_API", "all_reduce", "check", "close", "connect", "is_available", "probe"]
+
+COMM_HOOK_API = (1, 0)
+
+#: `kMaxRanks` in csrc/params.cuh.
+MAX_RANKS = 8
+DTYPES = ("float32", "float16", "bfloat16")
+
+_library = kernels.Library("comm_plugin_customar_v2")
+
+
+@comm.hookimpl
+def probe() -> dict[str, Any]:
+    """Whether the native code can be had here, and what the option says."""
+    try:
+        forced, wrong = policy.parse(), None
+    except ValueError as error:
+        forced, wrong = None, str(error)[:300]  # facts are small, and what it quotes may be any text
+    return {"missing": _library.missing() or wrong, "forced": forced and list(forced.numbers())}
+
+
+@comm.hookimpl
+def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
+    """NVLink between every two of the group's devices, which are two to eight, distinct, and of one generation."""
+    reason = _reason(topology)
+    if reason:
+        return comm.Unavailable(reason)
+    rows = policy.rows_for(_major(topology), topology.world_size, _forced(topology))
+    # Any number of elements: the kernels touch nothing behind the last one, not even to read it.
+    served = comm.Range("all_reduce", dtypes=DTYPES, device_types=("cuda",), max_nbytes=rows[-1].up_to_nbytes)
+    return comm.Available(300, (served,))
+
+
+def _reason(topology: comm.Topology) -> str:
+    """Why the group can't be served; "" where it can."""
+    if "cuda" not in topology.device_types:
+        return "it sums CUDA tensors, and this group has none"
+    if not 2 <= topology.world_size <= MAX_RANKS:
+        return f"it takes 2 to {MAX_RANKS} ranks, and the group has {topology.world_size}"
+    devices = [info.device for info in topology.ranks]
+    if None in devices or not all(device is not None and device.type == "cuda" for device in devices):
+        return "not every rank has a CUDA device"
+    return _unfit_facts(topology) or _unfit_devices(topology) or _unfit_links(topology)
+
+
+def _unfit_facts(topology: comm.Topology) -> str:
+    forced = []
+    for rank, info in enumerate(topology.ranks):
+        facts = info.facts.get("customar_v2")
+        if facts is None:
+            return f"rank {rank} didn't report whether it has the native code"
+        if facts["missing"]:
+            return f"on rank {rank} {facts['missing']}"
+        forced.append(facts["forced"])
+    differing = [rank for rank, value in enumerate(forced) if value != forced[0]]
+    return f"{policy.OPTION} differs between ranks 0 and {differing[0]}" if differing else ""
+
+
+def _unfit_devices(topology: comm.Topology) -> str:
+    devices = [info.device for info in topology.ranks if info.device is not None]
+    uuids = [device.uuid for device in devices]
+    for rank, uuid in enumerate(uuids):
+        if uuid in uuids[:rank]:
+            return f"ranks {uuids.index(uuid)} and {rank} share the device {uuid}"
+    capabilities = {device.capability for device in devices}
+    if len(capabilities) > 1:
+        listed = ", ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+        return f"its devices have different compute capabilities: {listed}"
+    major, minor = capabilities.pop()
+    return "" if major >= 8 else f"it takes compute capability 8.0 or newer, and the devices have {major}.{minor}"
+
+
+def _unfit_links(topology: comm.Topology) -> str:
+    fabrics = {info.device.fabric for info in topology.ranks if info.device is not None}
+    if not topology.one_host:
+        hosts = len({info.host.id for info in topology.ranks})
+        clique = len(fabrics) == 1 and None not in fabrics
+        return (
+            ""
+            if clique
+            else f"its ranks are on {hosts} hosts, or in containers apart, and in no NVLink clique in common"
+        )
+    for rank in range(topology.world_size):
+        for peer in range(rank):
+            link = topology.link(peer, rank)
+            if not link.nvlinks:
+                return f"ranks {peer} and {rank} have no NVLink between them: {link.reason or 'none was found'}"
+            if not link.p2p:
+                return f"ranks {peer} and {rank} have no peer access: {link.reason or 'the driver gives none'}"
+    return ""
+
+
+def _major(topology: comm.Topology) -> int:
+    device = topology.ranks[0].device
+    return 0 if device is None else device.capability[0]
+
+
+def _forced(topology: comm.Topology) -> policy.Row | None:
+    numbers = topology.ranks[0].facts["customar_v2"]["forced"]
+    if numbers is None:
+        return None
+    names = {code: name for name, code in policy.ALGORITHMS.items()}
+    return policy.Row(numbers[0], names[numbers[1]], *numbers[2:])
+
+
+@comm.hookimpl
+def connect(topology: comm.Topology, context: comm.GroupContext) -> Session:
+    """Build, allocate and map; see `session.connect`."""
+    return session.connect(_library.load(), _major(topology), _forced(topology), context)
+
+
+@comm.hookimpl
+def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Sum over the ranks; see the hook's spec."""
+    try:
+        if out is None:
+            return session.fresh(tensor, 0)  # type: ignore[no-any-return]
+        session.into(tensor, out, 0)
+    except RuntimeError:
+        session.check()  # a kernel gave up: that is what is to be told
+        raise
+    return out
+
+
+@comm.hookimpl
+def check(session: Session) -> None:
+    """Raise where a kernel gave up waiting."""
+    session.check()
+
+
+@comm.hookimpl
+def close(session: Session, orderly: bool) -> None:
+    """Give the buffer back."""
+    session.close(orderly)

@@ -1,0 +1,121 @@
+// What the Python side calls; session.cuh for what it does.
+
+#include <memory>
+#include <string>
+
+#include "session.cuh"
+
+namespace comm_customar_v2 {
+namespace {
+
+using tvm::ffi::Array;
+using tvm::ffi::Function;
+using tvm::ffi::Optional;
+using tvm::ffi::Tensor;
+using tvm::ffi::TensorView;
+
+Element element_of(DLDataType dtype) {
+    if (dtype.lanes == 1) {
+        if (dtype.code == kDLFloat && dtype.bits == 32) return Element::kFloat32;
+        if (dtype.code == kDLFloat && dtype.bits == 16) return Element::kFloat16;
+        if (dtype.code == kDLBfloat && dtype.bits == 16) return Element::kBFloat16;
+    }
+    TVM_FFI_THROW(TypeError) << "float32, float16 and bfloat16 are summed, not this dtype";
+    return Element::kFloat32;
+}
+
+std::vector<int64_t> listed(const Array<int64_t>& values) {
+    return {values.begin(), values.end()};
+}
+
+// A table's rows, six numbers each, as in Shape.
+std::vector<Shape> shapes_of(const Array<int64_t>& numbers) {
+    std::vector<Shape> shapes;
+    if (numbers.size() == 0 || numbers.size() % 6 != 0) TVM_FFI_THROW(ValueError) << "rows of six numbers are needed";
+    for (size_t row = 0; row < numbers.size(); row += 6) {
+        const auto at = [&](size_t column) { return static_cast<int64_t>(numbers[row + column]); };
+        const Shape shape{at(0),
+                          static_cast<Algorithm>(at(1)),
+                          static_cast<int>(at(2)),
+                          static_cast<uint32_t>(at(3)),
+                          static_cast<uint32_t>(at(4)),
+                          static_cast<uint32_t>(at(5))};
+        if (at(1) < 0 || at(1) >= static_cast<int64_t>(Algorithm::kCount) || at(3) < 32 || at(3) > 1024 ||
+            at(3) % 32 != 0 || at(4) < 1 || at(5) < 0) {
+            TVM_FFI_THROW(ValueError) << "row " << row / 6 << " of the table can't be launched";
+        }
+        shapes.push_back(shape);
+    }
+    return shapes;
+}
+
+template <typename AnyTensor>
+char* data_of(const AnyTensor& tensor) {
+    return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
+}
+
+// Raises where a kernel gave up: the text is for a person, the caller reads `error()`.
+void refuse_if_poisoned(const Session& session) {
+    if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel waited in vain";
+}
+
+// A session, as functions:
+//   into(tensor, out, inputs)  sums into `out`, which may be `tensor`
+//   fresh(tensor, inputs)      sums into a tensor that the caller's allocator gives
+//   set_shapes(numbers)        the table from now on
+//   error()                    0, or 1 + the rank that was waited for in vain
+//   algorithm_of(nbytes)       the code of the algorithm that serves a size
+//   abort()                    ends every wait of kernels in flight
+//   set_early(early)           whether blocks may start while the kernel before still runs; at first they may
+//   attach(buffers, count)     every rank's buffer and the multiprocessors to count on; once, before the first call
+// The stream is the one that the binding found current for the tensors' device.
+Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
+    auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
+    const auto run = [session](const auto& tensor, char* out, int64_t inputs) {
+        const DLDevice place = tensor.device();
+        auto* const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id));
+        const DLDataType dtype = tensor.dtype();
+        session->run(data_of(tensor), out, tensor.numel() * dtype.bits / 8, element_of(dtype), stream, inputs);
+    };
+    const auto into = [session, run](TensorView tensor, TensorView out, int64_t inputs) {
+        refuse_if_poisoned(*session);
+        run(tensor, data_of(out), inputs);
+    };
+    const auto fresh = [session, run](TensorView tensor, int64_t inputs) -> Tensor {
+        refuse_if_poisoned(*session);
+        Tensor out = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, tensor.shape(), tensor.dtype(), tensor.device());
+        run(tensor, data_of(out), inputs);
+        return out;
+    };
+    const auto set_shapes = [session](Array<int64_t> numbers) { session->set_shapes(shapes_of(numbers)); };
+    const auto error = [session]() -> int64_t { return session->error(); };
+    const auto algorithm_of = [session](int64_t nbytes) -> int64_t {
+        return static_cast<int64_t>(session->shape_of(nbytes).algorithm);
+    };
+    const auto abort = [session]() { session->abort(); };
+    const auto set_early = [session](bool early) { session->set_early(early); };
+    const auto attach = [session](Array<int64_t> buffers, int64_t multiprocessors) {
+        session->attach(listed(buffers), multiprocessors);
+    };
+    return {Function::FromTyped(into),
+            Function::FromTyped(fresh),
+            Function::FromTyped(set_shapes),
+            Function::FromTyped(error),
+            Function::FromTyped(algorithm_of),
+            Function::FromTyped(abort),
+            Function::FromTyped(set_early),
+            Function::FromTyped(attach)};
+}
+
+// What the Python side must agree with: bytes of the counter and the barriers' flags, and how many algorithms there
+// are.
+Array<int64_t> constants() {
+    return {static_cast<int64_t>(kFlagsAt + kMaxBlocks * comm_core::kFlagLineNbytes),
+            static_cast<int64_t>(Algorithm::kCount)};
+}
+
+}  // namespace
+}  // namespace comm_customar_v2
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(connect, comm_customar_v2::connect);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(constants, comm_customar_v2::constants);

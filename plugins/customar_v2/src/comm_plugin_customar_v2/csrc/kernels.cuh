@@ -1,0 +1,63 @@
+// Every kernel of one world size, by what the host asks for. Each world size is a source file of its own, world*.cu, so
+// that they compile side by side.
+#pragma once
+
+#include "oneshot_push.cuh"
+#include "oneshot_stream.cuh"
+#include "pull.cuh"
+#include "twoshot_push.cuh"
+
+namespace comm_customar_v2 {
+
+// By the codes that the host uses; session.cuh has them from DLPack.
+enum class Element : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// The most vectors that a thread has in flight, by world size: beyond two ranks one vector already keeps several peers'
+// links busy.
+constexpr int max_vecs(int world_size) {
+    return world_size == 2 ? 4 : 1;
+}
+
+template <typename T, int W, int V>
+const void* kernel_of(Algorithm algorithm) {
+    switch (algorithm) {
+        case Algorithm::kOneShotPush:
+            return reinterpret_cast<const void*>(&oneshot_push<T, W, V>);
+        case Algorithm::kOneShotStream:
+            return reinterpret_cast<const void*>(&oneshot_stream<T, W, V>);
+        case Algorithm::kTwoShotPush:
+            return reinterpret_cast<const void*>(&twoshot_push<T, W, V>);
+        case Algorithm::kOneShotPull:
+            return reinterpret_cast<const void*>(&oneshot_pull<T, W, V>);
+        case Algorithm::kTwoShotPull:
+            return reinterpret_cast<const void*>(&twoshot_pull<T, W, V>);
+        default:
+            return nullptr;
+    }
+}
+
+template <typename T, int W>
+const void* kernel_of(Algorithm algorithm, int vecs) {
+    if (vecs == 1) return kernel_of<T, W, 1>(algorithm);
+    if constexpr (max_vecs(W) == 4) {
+        if (vecs == 2) return kernel_of<T, W, 2>(algorithm);
+        if (vecs == 4) return kernel_of<T, W, 4>(algorithm);
+    }
+    return nullptr;
+}
+
+// null: there is none of that kind.
+template <int W>
+const void* kernel_of(Element element, Algorithm algorithm, int vecs) {
+    switch (element) {
+        case Element::kFloat32:
+            return kernel_of<comm_core::Float32, W>(algorithm, vecs);
+        case Element::kFloat16:
+            return kernel_of<comm_core::Float16, W>(algorithm, vecs);
+        case Element::kBFloat16:
+            return kernel_of<comm_core::BFloat16, W>(algorithm, vecs);
+    }
+    return nullptr;
+}
+
+}  // namespace comm_customar_v2

@@ -1,0 +1,67 @@
+// One-shot push: every rank puts its message into a slot at every peer, and sums what arrives.
+//
+// No barrier, no fence: a cell is its own flag (cells.cuh). A thread has V vectors in flight: it loads them all, sends
+// them all, then takes in the peers' and writes the sums; its own part stays in registers. For messages that the grid
+// takes in one or two rounds; oneshot_stream.cuh is for more.
+#pragma once
+
+#include "cells.cuh"
+#include "tail.cuh"
+
+namespace comm_customar_v2 {
+
+template <typename T, int W, int V>
+__global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __grid_constant__ Params params) {
+    const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
+    const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
+    comm_core::Patience patience;
+    // All addresses before the wait, so that the input's load comes right after it.
+    const uint32_t num_vecs = comm_core::ready(params.num_vecs), stride = comm_core::ready(threads_in_grid());
+    const uint32_t thread = comm_core::ready(thread_in_grid());
+    const char* input = comm_core::ready(params.input + thread * 16);
+    char* output = comm_core::ready(params.output + thread * 16);
+    Cells<W> cells(slots, thread * 16);
+    // From here on on what others wrote and read: the input, the cells, the output.
+    comm_core::wait_for_predecessors();
+
+    for (uint32_t first = thread; first < num_vecs; first += V * stride) {
+        Vec own[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if (first + j * stride < num_vecs) own[j] = comm_core::load(input + j * stride * 16);
+        }
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if (first + j * stride < num_vecs) cells.fill_theirs(j * stride * 16, sendable(own[j]));
+        }
+        constexpr int kAhead = looks_ahead(W, V, 8);
+        Arrivals<W> arrivals[kAhead];
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const uint32_t offset = j * stride * 16;
+            Arrivals<W>& arrival = arrivals[j % kAhead];
+            if (j % kAhead == 0) {
+                // All the first looks go out before the first is waited for.
+#pragma unroll
+                for (int ahead = 0; ahead < kAhead; ++ahead) {
+                    if (first + (j + ahead) * stride < num_vecs)
+                        arrivals[ahead].look(cells, offset + ahead * stride * 16);
+                }
+            }
+            if (first + j * stride >= num_vecs) continue;
+            arrival.settle(cells, offset, params, patience);
+            comm_core::store(output + offset, sum_in_rank_order<T, W>(own[j], arrival.vecs, params.rank));
+        }
+        // Late: the next launch waits for the sums, and nobody for empty cells before the launch after it.
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if (first + j * stride < num_vecs) cells.empty_mine(j * stride * 16);
+        }
+        input += V * stride * 16;
+        output += V * stride * 16;
+        cells.advance(V * stride * 16);
+    }
+    sum_tail<T, W>(params, epoch, patience);
+}
+
+}  // namespace comm_customar_v2

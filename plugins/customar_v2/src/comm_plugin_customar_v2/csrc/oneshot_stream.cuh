@@ -1,0 +1,69 @@
+// One-shot push of messages that take the grid several rounds.
+//
+// As oneshot_push.cuh, but a thread's pushes are `lead` rounds ahead of its sums: when it comes to look, its peers'
+// cells have mostly arrived, so that the links are busy all the time and few looks are in vain. The own part is loaded
+// anew for the sum, from the second-level cache, where a round that isn't long ago still is.
+#pragma once
+
+#include "cells.cuh"
+#include "tail.cuh"
+
+namespace comm_customar_v2 {
+
+template <typename T, int W, int V>
+__global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_stream(const __grid_constant__ Params params) {
+    const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
+    const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
+    const uint32_t num_vecs = params.num_vecs, stride = threads_in_grid(), thread = thread_in_grid();
+    const uint32_t rounds = (num_vecs + V * stride - 1) / (V * stride);
+    const Cells<W> cells(slots, 0);
+    comm_core::Patience patience;
+    comm_core::wait_for_predecessors();
+
+    for (uint32_t step = 0; step < rounds + params.lead; ++step) {
+        if (step < rounds) {
+            const uint32_t first = thread + step * V * stride;
+            Vec own[V];
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const uint32_t vec = first + j * stride;
+                if (vec < num_vecs) own[j] = comm_core::load(params.input + vec * 16);
+            }
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const uint32_t vec = first + j * stride;
+                if (vec < num_vecs) cells.fill_theirs(vec * 16, sendable(own[j]));
+            }
+        }
+        if (step < params.lead) continue;
+        const uint32_t first = thread + (step - params.lead) * V * stride;
+        // Where the sums go over the input, nobody needs it any more: this thread alone reads these vectors, and has.
+        Vec own[V];
+        constexpr int kAhead = looks_ahead(W, V, 4);
+        Arrivals<W> arrivals[kAhead];
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const uint32_t vec = first + j * stride;
+            if (vec < num_vecs) own[j] = comm_core::load(params.input + vec * 16);
+        }
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const uint32_t vec = first + j * stride;
+            if (j % kAhead == 0) {
+#pragma unroll
+                for (int ahead = 0; ahead < kAhead; ++ahead) {
+                    const uint32_t next = vec + ahead * stride;
+                    if (next < num_vecs) arrivals[ahead].look(cells, next * 16);
+                }
+            }
+            if (vec >= num_vecs) continue;
+            Arrivals<W>& arrival = arrivals[j % kAhead];
+            arrival.settle(cells, vec * 16, params, patience);
+            comm_core::store(params.output + vec * 16, sum_in_rank_order<T, W>(own[j], arrival.vecs, params.rank));
+            cells.empty_mine(vec * 16);
+        }
+    }
+    sum_tail<T, W>(params, epoch, patience);
+}
+
+}  // namespace comm_customar_v2

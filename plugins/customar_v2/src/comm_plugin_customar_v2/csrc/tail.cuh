@@ -1,0 +1,31 @@
+// The tail: what of a message is less than a vector.
+//
+// Whatever the algorithm, one thread pushes it one-shot, through cells of its own. It reads and writes the tail element
+// by element: behind it may lie another tensor's data, or nothing. In a launch of one round the thread is in a warp
+// that has nothing else to do, so that nobody waits for two arrivals one after the other.
+#pragma once
+
+#include "cells.cuh"
+
+namespace comm_customar_v2 {
+
+template <typename T, int W>
+__device__ __forceinline__ void sum_tail(const Params& params,
+                                         unsigned long long epoch,
+                                         comm_core::Patience& patience) {
+    if (params.tail_nbytes == 0) return;
+    // The first of the warp after the last that has vectors; `run` in session.cuh makes room for it.
+    if (thread_in_grid() != (params.num_vecs + 31) / 32 * 32 % threads_in_grid()) return;
+    const char* const input = params.input + params.num_vecs * 16;
+    char* const output = params.output + params.num_vecs * 16;
+    const Cells<W> cells(Slots<W>(params, params.tails_at, comm_core::kVecNbytes, epoch), 0);
+    const Vec own = comm_core::load_part(input, params.tail_nbytes);
+    cells.fill_theirs(0, sendable(own));
+    Arrivals<W> arrivals;
+    arrivals.look(cells, 0);
+    arrivals.settle(cells, 0, params, patience);
+    comm_core::store_part(output, sum_in_rank_order<T, W>(own, arrivals.vecs, params.rank), params.tail_nbytes);
+    cells.empty_mine(0);
+}
+
+}  // namespace comm_customar_v2

@@ -1,0 +1,107 @@
+// Two-shot push: each rank owns a part of the message; parts go to their owner, who sums and sends the sum to all.
+//
+// W - 1 W-ths of the message twice, instead of the whole to each of W - 1 peers. Cells as in cells.cuh: the lower half
+// of a slot takes a peer's share of my part, the upper half the sum of the peer's part. A thread works on the same
+// places of every part, so that it depends on its likes at the peers alone, and a block on blocks of its own number.
+//
+// In rounds: shares go out `lead` rounds ahead of the sums, and sums `lead` rounds ahead of being gathered.
+#pragma once
+
+#include "cells.cuh"
+#include "tail.cuh"
+
+namespace comm_customar_v2 {
+
+template <typename T, int W, int V>
+__global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __grid_constant__ Params params) {
+    const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
+    const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
+    const uint32_t num_vecs = params.num_vecs, rank = params.rank, stride = threads_in_grid();
+    const uint32_t thread = thread_in_grid(), part = (num_vecs + W - 1) / W;
+    const uint32_t rounds = (part + V * stride - 1) / (V * stride), lead = params.lead;
+    const uint32_t upper = static_cast<uint32_t>(params.cells_nbytes / 2);
+    const Cells<W> cells(slots, 0);
+    comm_core::Patience patience;
+    comm_core::wait_for_predecessors();
+
+    for (uint32_t step = 0; step < rounds + 2 * lead; ++step) {
+        if (step < rounds) {
+            const uint32_t first = thread + step * V * stride;
+#pragma unroll
+            for (int d = 0; d < W - 1; ++d) {
+                const uint32_t begin = Slots<W>::after(rank, d) * part,
+                               end = min(part, num_vecs - min(num_vecs, begin));
+                Vec share[V];
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    const uint32_t vec = first + j * stride;
+                    if (vec < end) share[j] = comm_core::load(params.input + (begin + vec) * 16);
+                }
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    const uint32_t vec = first + j * stride;
+                    if (vec < end) fill(slots.theirs(d) + vec * 16, sendable(share[j]));
+                }
+            }
+        }
+        if (step >= lead && step - lead < rounds) {
+            const uint32_t first = thread + (step - lead) * V * stride;
+            const uint32_t begin = rank * part, end = min(part, num_vecs - min(num_vecs, begin));
+            Vec own[V];
+            constexpr int kAhead = looks_ahead(W, V, 4);
+            Arrivals<W> arrivals[kAhead];
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const uint32_t vec = first + j * stride;
+                if (vec < end) own[j] = comm_core::load(params.input + (begin + vec) * 16);
+            }
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                if (j % kAhead == 0) {
+#pragma unroll
+                    for (int ahead = 0; ahead < kAhead; ++ahead) {
+                        const uint32_t vec = first + (j + ahead) * stride;
+                        if (vec < end) arrivals[ahead].look(cells, vec * 16);
+                    }
+                }
+                const uint32_t vec = first + j * stride;
+                if (vec >= end) continue;
+                Arrivals<W>& arrival = arrivals[j % kAhead];
+                arrival.settle(cells, vec * 16, params, patience);
+                // What the peers get is what stays here, to the bit.
+                const Vec sum = sendable(sum_in_rank_order<T, W>(own[j], arrival.vecs, rank));
+                cells.fill_theirs(upper + vec * 16, sum);
+                comm_core::store(params.output + (begin + vec) * 16, sum);
+                cells.empty_mine(vec * 16);
+            }
+        }
+        if (step < 2 * lead) continue;
+        const uint32_t first = thread + (step - 2 * lead) * V * stride;
+#pragma unroll
+        for (int s = 0; s < W - 1; ++s) {
+            const uint32_t owner = Slots<W>::source(rank, s);
+            const uint32_t begin = owner * part, end = min(part, num_vecs - min(num_vecs, begin));
+            char* const gathered = slots.mine(s) + upper;
+            Vec sums[V];
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const uint32_t vec = first + j * stride;
+                if (vec < end) sums[j] = comm_core::load_relaxed_sys(gathered + vec * 16);
+            }
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const uint32_t vec = first + j * stride;
+                if (vec >= end) continue;
+                while (!full(sums[j])) {
+                    if (patience.ends(params.bound, owner)) break;
+                    sums[j] = comm_core::load_relaxed_sys(gathered + vec * 16);
+                }
+                comm_core::store(params.output + (begin + vec) * 16, sums[j]);
+                empty(gathered + vec * 16);
+            }
+        }
+    }
+    sum_tail<T, W>(params, epoch, patience);
+}
+
+}  // namespace comm_customar_v2

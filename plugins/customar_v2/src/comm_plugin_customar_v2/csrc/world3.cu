@@ -1,0 +1,10 @@
+// The kernels of 3 ranks.
+#include "kernels.cuh"
+
+namespace comm_customar_v2 {
+
+const void* kernel_of_3(Element element, Algorithm algorithm, int vecs) {
+    return kernel_of<3>(element, algorithm, vecs);
+}
+
+}  // namespace comm_customar_v2

@@ -1,0 +1,219 @@
+// The kernels on a CPU, a thread for each of theirs: every algorithm, with real concurrency between ranks, judged by
+// the sum in rank order. What only a GPU has, its caches, its links and the overlap of launches, isn't in here.
+//
+//     emulated WORLD_SIZE ROUNDS
+//
+// Compiled against copies of the headers in which the inline PTX is replaced by `fake_ptx.h`;
+// test_customar_v2_emulated.py.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "fake_ptx.h"
+#include "oneshot_push.cuh"
+#include "oneshot_stream.cuh"
+#include "pull.cuh"
+#include "twoshot_push.cuh"
+
+using namespace comm_customar_v2;
+
+namespace {
+
+constexpr size_t kLargest = 40016;  // bytes of a message
+constexpr size_t kBehind = 32;      // bytes of somebody else's after it
+constexpr char kCanary = 0x5a;
+
+struct Launch {
+    std::string name;
+    std::function<void(const Params&)> kernel;
+    int vecs;
+    uint32_t threads, max_blocks, lead;
+    bool registered = false;
+};
+
+struct Rank {
+    std::vector<char> buffer;
+    std::vector<char> input, output;
+    std::vector<char*> inputs;
+};
+
+uint32_t error_word = 0;
+
+// Where the regions of a buffer begin.
+constexpr uint64_t tails_at = 1 << 17, cells_at = tails_at + 4096;
+
+uint64_t staging_at(size_t world_size) {
+    return cells_at + 2 * (world_size - 1) * 2 * kLargest;
+}
+
+Params params_of(std::vector<Rank>& ranks, size_t rank, size_t nbytes, const Launch& launch, bool in_place) {
+    Params params{};
+    for (size_t peer = 0; peer < ranks.size(); ++peer) params.buffers[peer] = ranks[peer].buffer.data();
+    params.tails_at = tails_at;
+    params.cells_at = cells_at;
+    params.cells_nbytes = 2 * kLargest;
+    params.staging_at = staging_at(ranks.size());
+    params.staging_nbytes = kLargest;
+    params.bound = {&error_word, 60'000'000'000ull};
+    params.input = ranks[rank].input.data();
+    params.output = in_place ? ranks[rank].input.data() : ranks[rank].output.data();
+    params.num_vecs = static_cast<uint32_t>(nbytes / 16);
+    params.tail_nbytes = static_cast<uint32_t>(nbytes % 16);
+    params.rank = static_cast<uint32_t>(rank);
+    params.lead = launch.lead;
+    params.inputs = launch.registered ? ranks[rank].inputs.data() : nullptr;
+    return params;
+}
+
+void run(std::vector<Rank>& ranks, size_t nbytes, const Launch& launch, bool in_place) {
+    const auto world_size = static_cast<uint32_t>(ranks.size()), num_vecs = static_cast<uint32_t>(nbytes / 16);
+    const bool parts = launch.name.rfind("twoshot", 0) == 0;
+    uint32_t work = parts ? (num_vecs + world_size - 1) / world_size : num_vecs;
+    if (nbytes % 16 != 0) work = (work + 31) / 32 * 32 + 32;
+    const uint32_t a_block = launch.threads * static_cast<uint32_t>(launch.vecs);
+    const uint32_t blocks = std::max(1u, std::min(launch.max_blocks, (work + a_block - 1) / a_block));
+    std::vector<fake::Block> all(ranks.size() * blocks);
+    for (fake::Block& block : all) block.sync = std::make_unique<std::barrier<>>(launch.threads);
+    std::vector<std::thread> threads;
+    for (size_t rank = 0; rank < ranks.size(); ++rank) {
+        const Params params = params_of(ranks, rank, nbytes, launch, in_place);
+        for (uint32_t block = 0; block < blocks; ++block) {
+            for (uint32_t thread = 0; thread < launch.threads; ++thread) {
+                threads.emplace_back([&, params, rank, block, thread] {
+                    fake::block = &all[rank * blocks + block];
+                    blockIdx.x = block;
+                    threadIdx.x = thread;
+                    gridDim.x = blocks;
+                    blockDim.x = launch.threads;
+                    launch.kernel(params);
+                    fake::block->sync->arrive_and_drop();
+                });
+            }
+        }
+    }
+    for (std::thread& thread : threads) thread.join();
+}
+
+template <typename T>
+float at(const char* data, size_t index) {
+    uint32_t word;
+    std::memcpy(&word, data + index / T::count * 4, 4);
+    float values[T::count];
+    T::unpack(word, values);
+    return values[index % T::count];
+}
+
+template <typename T, int W>
+int check(int rounds) {
+    std::vector<Launch> launches = {
+        {"oneshot_push 1", oneshot_push<T, W, 1>, 1, 32, 3, 0},
+        {"oneshot_push 4", oneshot_push<T, W, 4>, 4, 32, 2, 0},
+        {"oneshot_stream 2", oneshot_stream<T, W, 2>, 2, 32, 2, 1},
+        {"oneshot_stream 1", oneshot_stream<T, W, 1>, 1, 64, 2, 3},
+        {"oneshot_stream 4", oneshot_stream<T, W, 4>, 4, 32, 2, 0},
+        {"twoshot_push 1", twoshot_push<T, W, 1>, 1, 32, 3, 0},
+        {"twoshot_push 2", twoshot_push<T, W, 2>, 2, 32, 2, 1},
+        {"twoshot_push 4", twoshot_push<T, W, 4>, 4, 32, 2, 5},
+        {"oneshot_pull staged", oneshot_pull<T, W, 2>, 2, 32, 3, 0},
+        {"twoshot_pull staged", twoshot_pull<T, W, 2>, 2, 32, 2, 0},
+        {"oneshot_pull registered", oneshot_pull<T, W, 1>, 1, 32, 3, 0, true},
+        {"twoshot_pull registered", twoshot_pull<T, W, 2>, 2, 64, 2, 0, true},
+    };
+    std::vector<Rank> ranks(W);
+    for (Rank& rank : ranks) {
+        rank.buffer.assign(staging_at(W) + 2 * kLargest + 64, 0);
+        rank.input.resize(kLargest + kBehind);
+        rank.output.resize(kLargest + kBehind);
+        const unsigned long long first = comm_core::kOneEpoch;
+        std::memcpy(rank.buffer.data(), &first, 8);
+        std::memset(rank.buffer.data() + tails_at, 0xff, staging_at(W) - tails_at);
+    }
+    for (Rank& rank : ranks) {
+        for (Rank& other : ranks) rank.inputs.push_back(other.input.data());
+    }
+    std::mt19937 dice(5);
+    int done = 0;
+    for (int round = 0; round < rounds; ++round) {
+        for (const Launch& launch : launches) {
+            const uint32_t sizes[] = {0, 1, 3, 31, 32, two_shot_vecs(W), 97, 600, 2500};
+            uint32_t num_vecs = sizes[dice() % 9];
+            if (launch.name.rfind("twoshot_push", 0) == 0) num_vecs = std::max(num_vecs, two_shot_vecs(W));
+            constexpr size_t element = 4 / T::count;
+            size_t nbytes = num_vecs * 16 + dice() % 2 * (dice() % (16 / element) * element);
+            if (nbytes == 0) nbytes = element;
+            for (Rank& rank : ranks) {
+                std::fill(rank.output.begin(), rank.output.end(), kCanary);
+                for (size_t byte = 0; byte < kLargest; byte += 4) {
+                    // Any bits, and many of those that mean something to the protocols.
+                    const uint32_t odd[] = {0, 0xffffffffu, 0x80008000u, 0x80000000u};
+                    const uint32_t word = dice() % 8 == 0 ? odd[dice() % 4] : static_cast<uint32_t>(dice());
+                    std::memcpy(rank.input.data() + byte, &word, 4);
+                }
+            }
+            std::vector<std::vector<char>> inputs;
+            for (const Rank& rank : ranks) inputs.push_back(rank.input);
+            const bool in_place = !launch.registered && dice() % 2 == 0;
+            run(ranks, nbytes, launch, in_place);
+            for (int rank = 0; rank < W; ++rank) {
+                const std::vector<char>& result = in_place ? ranks[rank].input : ranks[rank].output;
+                const std::vector<char>& before =
+                    in_place ? inputs[rank] : std::vector<char>(kLargest + kBehind, kCanary);
+                if (!std::equal(result.begin() + nbytes, result.end(), before.begin() + nbytes)) {
+                    std::printf("%s, %zu bytes, rank %d of %d: written beyond\n", launch.name.c_str(), nbytes, rank, W);
+                    return 1;
+                }
+                const char* got = result.data();
+                for (size_t index = 0; index < nbytes / element; ++index) {
+                    float sum = at<T>(inputs[0].data(), index);
+                    for (int q = 1; q < W; ++q) sum += at<T>(inputs[q].data(), index);
+                    float rounded[T::count] = {};
+                    rounded[0] = sum;
+                    const uint32_t word = T::pack(rounded);
+                    const float expected = at<T>(reinterpret_cast<const char*>(&word), 0), is = at<T>(got, index);
+                    const bool right = expected != expected ? is != is : std::memcmp(&expected, &is, 4) == 0;
+                    if (!right) {
+                        std::printf("%s, %zu bytes, rank %d of %d, element %zu: %g instead of %g\n",
+                                    launch.name.c_str(),
+                                    nbytes,
+                                    rank,
+                                    W,
+                                    index,
+                                    is,
+                                    expected);
+                        return 1;
+                    }
+                }
+            }
+            if (error_word != 0) {
+                std::printf("%s, %zu bytes: gave up\n", launch.name.c_str(), nbytes);
+                return 1;
+            }
+            ++done;
+        }
+    }
+    std::printf("%d launches of %d ranks, every sum is right\n", done, W);
+    return 0;
+}
+
+template <int W>
+int check_all(int rounds) {
+    return check<comm_core::BFloat16, W>(rounds) || check<comm_core::Float32, W>(rounds) ||
+           check<comm_core::Float16, W>(rounds);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int world_size = argc > 1 ? std::atoi(argv[1]) : 2, rounds = argc > 2 ? std::atoi(argv[2]) : 1;
+    if (world_size == 2) return check_all<2>(rounds);
+    if (world_size == 3) return check_all<3>(rounds);
+    if (world_size == 4) return check_all<4>(rounds);
+    return 2;
+}

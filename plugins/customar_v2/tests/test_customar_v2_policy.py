@@ -1,0 +1,89 @@
+"""The table, the option and the layout of the buffers: pure, so they are looked at whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+from comm_plugin_customar_v2 import layout, policy
+
+FLAGS = 65792
+KINDS = [(major, count) for major in (8, 9, 10) for count in range(2, 9)]
+
+
+@pytest.mark.parametrize(("major", "count"), KINDS)
+def test_every_table_can_be_launched(major: int, count: int) -> None:
+    rows = policy.rows_for(major, count)
+    assert all(one.up_to_nbytes < other.up_to_nbytes for one, other in pairwise(rows))
+    for row in rows:
+        assert row.algorithm in policy.ALGORITHMS
+        assert row.vecs in ((1, 2, 4) if count == 2 else (1,))
+        assert row.threads % 32 == 0
+        # `max_threads` in csrc/params.cuh.
+        most = (512 if row.vecs >= 4 else 1024) if count == 2 else 256 if (count - 1) * row.vecs >= 6 else 512
+        assert 32 <= row.threads <= most
+        assert 1 <= row.blocks <= 512
+        assert row.up_to_nbytes % 16 == 0
+
+
+@pytest.mark.parametrize(("major", "count"), KINDS)
+def test_the_buffers_hold_the_table_and_no_more_than_the_budget(major: int, count: int) -> None:
+    rows = policy.rows_for(major, count)
+    plan = layout.plan(count, rows, 1 << 30, FLAGS)
+    regions = [
+        (0, FLAGS),
+        (plan.tails_at, 2 * (count - 1) * 16),
+        (plan.cells_at, 2 * (count - 1) * plan.cells_nbytes),
+        (plan.staging_at, 2 * plan.staging_nbytes),
+        (plan.nbytes, 0),
+    ]
+    assert all(begin + nbytes <= following for (begin, nbytes), (following, _) in pairwise(regions))
+    assert all(begin % 4096 == 0 for begin, _ in regions)
+    for row in rows:
+        if row.algorithm == "twoshot_push":
+            assert (plan.cells_nbytes // 2 - 16) // 16 * 16 * count >= row.up_to_nbytes
+    small = layout.plan(count, rows, 2 << 20, FLAGS)
+    assert small.nbytes <= 2 << 20
+    with pytest.raises(MemoryError, match="the budget is 1000"):
+        layout.plan(count, rows, 1000, FLAGS)
+
+
+def test_the_memory_that_the_readme_names() -> None:
+    plan = layout.plan(2, policy.rows_for(9, 2), 1 << 30, FLAGS)
+    assert 2 * plan.cells_nbytes == 64 << 20
+    assert plan.nbytes < 65 << 20
+
+
+def test_every_algorithm_has_room_once_it_is_forced() -> None:
+    for name in policy.ALGORITHMS:
+        rows = policy.rows_for(9, 4, policy.parse_row(name))
+        plan = layout.plan(4, rows, 1 << 30, FLAGS)
+        room = plan.staging_nbytes if name.endswith("pull") else plan.cells_nbytes
+        assert room >= 64 << 10
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("oneshot_push", policy.Row(0, "oneshot_push")),
+        ("twoshot_push:vecs=4,threads=128,blocks=99,lead=2", policy.Row(0, "twoshot_push", 4, 128, 99, 2)),
+    ],
+)
+def test_the_option(text: str, row: policy.Row) -> None:
+    assert policy.parse({policy.OPTION: text}) == row
+    assert policy.parse({}) is None
+    assert policy.parse({policy.OPTION: " "}) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["nccl", "oneshot_push:vecs=3", "oneshot_push:threads=33", "oneshot_push:x=1", "a:vecs=-1"]
+)
+def test_an_option_that_is_wrong(text: str) -> None:
+    with pytest.raises(ValueError, match=policy.OPTION):
+        policy.parse({policy.OPTION: text})
+
+
+def test_the_rows_numbers_are_in_the_native_codes_order() -> None:
+    row = policy.Row(16, "twoshot_push", 2, 64, 3, 4)
+    assert policy.flat([row, dataclasses.replace(row, lead=5)]) == [16, 2, 2, 64, 3, 4, 16, 2, 2, 64, 3, 5]

@@ -1,0 +1,153 @@
+"""What a session does on the host, against a fake of the native code."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import comm_core as comm
+import comm_plugin_customar_v2 as customar_v2
+import pytest
+import torch
+from comm_plugin_customar_v2 import memory, policy, session
+
+
+class Native:
+    """Takes what the module takes, and notes it."""
+
+    def __init__(self, algorithms: int = len(policy.ALGORITHMS)) -> None:
+        self.algorithms = algorithms
+        self.calls: list[Any] = []
+        self.missing = 0
+
+    def constants(self) -> list[int]:
+        return [65792, self.algorithms]
+
+    def connect(self, *arguments: Any) -> list[Any]:
+        self.calls.append(("connect", *arguments))
+
+        def into(tensor: torch.Tensor, out: torch.Tensor, inputs: int) -> None:
+            if self.missing:
+                raise RuntimeError("a kernel waited in vain")
+            out.copy_(tensor * 2)
+
+        def fresh(tensor: torch.Tensor, inputs: int) -> torch.Tensor:
+            into(tensor, out := torch.empty_like(tensor), inputs)
+            return out
+
+        return [
+            into,
+            fresh,
+            lambda numbers: self.calls.append(("shapes", numbers)),
+            lambda: self.missing,
+            lambda _: 2,
+            lambda: self.calls.append("abort"),
+            lambda _: None,
+            lambda addresses, count: self.calls.append(("attach", addresses, count)),
+        ]
+
+
+@pytest.fixture
+def context(monkeypatch: pytest.MonkeyPatch) -> comm.GroupContext:
+    steps: list[str] = []
+
+    def all_gather(value: Any) -> list[Any]:
+        steps.append("gather")
+        return [value, 114]
+
+    control = SimpleNamespace(barrier=lambda: steps.append("barrier"), all_gather=all_gather, steps=steps)
+
+    def exchange(self: memory.Symmetric, group: Any) -> None:
+        steps.append("exchange")
+        self.addresses = (self.tensor.data_ptr(), 4096)
+
+    monkeypatch.setattr(memory.Symmetric, "exchange", exchange)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: steps.append("filled"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    group: Any = object()
+    return comm.GroupContext(group, 0, 2, torch.device("cpu"), (4, 7), control, 256 << 20, 3.0)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(nbytes: int, device: torch.device) -> memory.Symmetric:
+        return memory.Symmetric(torch.empty(nbytes, dtype=torch.uint8))
+
+    monkeypatch.setattr(memory, "allocate", allocate)
+
+
+def test_connect_fills_the_buffer_before_anybody_can_write_to_it(context: comm.GroupContext) -> None:
+    native = Native()
+    own = session.connect(native, 9, None, context)
+    assert context.control.steps == ["filled", "gather", "exchange", "barrier"]  # type: ignore[attr-defined]
+    (name, rank, world_size, layout, timeout_s, _), (_, shapes), attached = native.calls
+    assert (name, rank, world_size, timeout_s, len(layout)) == ("connect", 0, 2, 3.0, 5)
+    assert shapes == policy.flat(policy.rows_for(9, 2))
+    buffer = own._buffer
+    assert buffer is not None
+    # The fewest multiprocessors of all ranks.
+    assert attached == ("attach", [buffer.tensor.data_ptr(), 4096], 114)
+    assert own.memory_nbytes == buffer.tensor.nbytes
+    tails_at, staging_at = layout[0], layout[3]
+    assert (buffer.tensor[tails_at:staging_at] == 0xFF).all()
+    assert buffer.tensor[:8].view(torch.int64).item() == 1 << 20
+    assert not buffer.tensor[8:tails_at].any()
+
+
+def test_native_code_of_another_version_is_refused_before_the_exchange(context: comm.GroupContext) -> None:
+    with pytest.raises(RuntimeError, match="another version"):
+        session.connect(Native(3), 9, None, context)
+    assert context.control.steps == []  # type: ignore[attr-defined]
+
+
+def test_the_hot_path(context: comm.GroupContext) -> None:
+    own = session.connect(Native(), 9, None, context)
+    x = torch.ones(8)
+    assert torch.equal(customar_v2.all_reduce(own, x, None), x * 2)
+    assert customar_v2.all_reduce(own, x, x) is x
+    assert torch.equal(x, torch.full((8,), 2.0))
+    assert own.algorithm_of(16) == "twoshot_push"
+
+
+def test_a_kernel_that_gave_up_names_the_rank(context: comm.GroupContext) -> None:
+    native = Native()
+    own = session.connect(native, 9, None, context)
+    customar_v2.check(own)
+    native.missing = 2
+    for call in (
+        lambda: customar_v2.check(own),
+        lambda: customar_v2.all_reduce(own, torch.ones(8), None),
+    ):
+        with pytest.raises(comm.CommTimeoutError, match=r"rank 1 \(7 in the job\) didn't come within 3 s") as caught:
+            call()
+        assert caught.value.ranks == (1,)
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+def test_close_is_idempotent_and_frees_nothing_under_running_kernels(
+    context: comm.GroupContext, orderly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    abandoned: list[Any] = []
+    monkeypatch.setattr(session, "_abandoned", abandoned)
+    native = Native()
+    own = session.connect(native, 9, None, context)
+    customar_v2.close(own, orderly)
+    customar_v2.close(own, orderly)
+    assert ("abort" in native.calls) is not orderly
+    assert len(abandoned) == (0 if orderly else 1)
+    customar_v2.check(own)
+
+
+def test_what_fails_on_one_rank_alone_fails_before_the_exchange(context: comm.GroupContext) -> None:
+    class NoKernel(Native):
+        def connect(self, *arguments: Any) -> list[Any]:
+            functions = super().connect(*arguments)
+
+            def refuse(numbers: list[int]) -> None:
+                raise ValueError("no such kernel")
+
+            return [*functions[:2], refuse, *functions[3:]]
+
+    with pytest.raises(ValueError, match="no such kernel"):
+        session.connect(NoKernel(), 9, None, context)
+    assert context.control.steps == ["filled"]  # type: ignore[attr-defined]

@@ -1,0 +1,138 @@
+"""The wheel of comm-plugin-customar-v2 with its kernels, built once as `make wheels` builds it.
+
+No kernel in it spills a register, on any architecture; and it works where there is no compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from wheelhouse import ROOT, BuildWheel, Pip, Venv, read_metadata
+
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", re.DOTALL
+)
+ALGORITHMS = ("oneshot_push", "oneshot_stream", "twoshot_push", "oneshot_pull", "twoshot_pull")
+
+LOAD = """
+from comm_core.kernels import Library
+library = Library("comm_plugin_customar_v2")
+print(library.missing(), library.load().constants()[1])
+"""
+
+# Two ranks without a CUDA device.
+TOPOLOGY = ROOT / "core" / "tests" / "topologies" / "cpus-one-host.json"
+
+
+class Built(NamedTuple):
+    wheel: Path
+    said: str  # by nvcc
+
+
+@pytest.fixture(scope="module")
+def built(
+    build_wheel: BuildWheel, pip: Pip, clean_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Built:
+    """The wheel, and what the assembler says of each kernel: through an nvcc that asks it to, and keeps the answer."""
+    search = os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")])
+    nvcc = shutil.which("nvcc", path=search)
+    if nvcc is None:
+        pytest.skip("there is no nvcc on this machine")
+    folder = tmp_path_factory.mktemp("customar_v2")
+    for name in ("bin", "said", "dist"):
+        (folder / name).mkdir()
+    wrapper = folder / "bin" / "nvcc"
+    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@" -Xptxas=-v 2>"{folder}/said/$$"\n')
+    wrapper.chmod(0o755)
+    # Core as it is distributed: its build hook and its headers.
+    pip("install", "--target", folder / "core", "--no-deps", "--no-index", build_wheel(ROOT / "core"))
+    chosen = {"CUDA_HOME": str(folder), "HATCH_BUILD_HOOKS_ENABLE": "1", "PYTHONPATH": str(folder / "core")}
+    pip(
+        *("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "dist"),
+        ROOT / "plugins" / "customar_v2",
+        environ={**clean_environ, **chosen},
+    )
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return Built(wheel, "\n".join(path.read_text() for path in sorted((folder / "said").iterdir())))
+
+
+@pytest.fixture(scope="module")
+def installed(built: Built, build_wheel: BuildWheel, pip: Pip, tmp_path_factory: pytest.TempPathFactory) -> Venv:
+    """A venv in which the plugin was installed by its name alone, from a folder like `dist`."""
+    folder = tmp_path_factory.mktemp("installed")
+    dist = folder / "dist"
+    dist.mkdir()
+    core = build_wheel(ROOT / "core")
+    for wheel in (core, built.wheel):
+        (dist / wheel.name).symlink_to(wheel)
+    fresh = Venv(folder, [*(read_metadata(core).requires or []), "apache-tvm-ffi"])
+    pip("--python", fresh.python, "install", "--no-index", "--find-links", dist, "comm-plugin-customar-v2")
+    return fresh
+
+
+@pytest.fixture
+def no_compiler(installed: Venv, clean_environ: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """An environment whose PATH is the venv's alone, and whose nvcc and C++ compiler would fail."""
+    return {
+        **clean_environ,
+        "PATH": str(installed.folder / "bin"),
+        "CUDA_HOME": str(tmp_path),
+        "CXX": "false",
+        "COMM_CORE_CACHE_DIR": str(tmp_path / "cache"),
+    }
+
+
+def test_no_kernel_spills(built: Built) -> None:
+    entries = ENTRY.findall(built.said)
+    found = {(algorithm, world, arch) for name, arch, _, _ in entries for algorithm, world in [kind_of(name)]}
+    assert found == {
+        (algorithm, world, arch)
+        for algorithm in ALGORITHMS
+        for world in range(2, 9)
+        for arch in ("sm_80", "sm_90", "sm_100")
+    }
+    assert [entry for entry in entries if entry[2:] != ("0", "0")] == []
+
+
+def test_nvcc_warns_of_nothing(built: Built) -> None:
+    assert [line for line in built.said.splitlines() if "warning" in line.lower()] == []
+
+
+def kind_of(name: str) -> tuple[str, int]:
+    """A kernel's algorithm and world size, from its mangled name."""
+    found = re.search(r"\d((?:one|two)shot_[a-z]+?)IN9comm_core\w*?ELi(\d)E", name)
+    assert found is not None, name
+    return found[1], int(found[2])
+
+
+def test_its_files(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        files = {name.removeprefix("comm_plugin_customar_v2/") for name in archive.namelist()}
+    assert {"_lib/comm_plugin_customar_v2.so", "csrc/world2.cu", "csrc/tail.cuh", "py.typed"} <= files
+    assert not built.wheel.name.endswith("-any.whl")
+
+
+def test_installed_by_name_it_brings_core_and_works_where_there_is_no_compiler(
+    installed: Venv, no_compiler: dict[str, str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [installed.python, "-c", LOAD], cwd=tmp_path, env=no_compiler, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.returncode) == (f"None {len(ALGORITHMS)}\n", 0), done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_without_cuda_it_says_so_in_a_sentence(installed: Venv, no_compiler: dict[str, str], tmp_path: Path) -> None:
+    command = [installed.folder / "bin" / "comm-core", "explain", "--json", "--topology", TOPOLOGY]
+    done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    candidates = {item["name"]: item for item in json.loads(done.stdout)["decision"]["candidates"]}
+    assert candidates["customar_v2"]["reason"] == "it sums CUDA tensors, and this group has none"
