@@ -129,7 +129,7 @@ class _GraphInputs:
 
 
 class _Push(Contender):
-    """Pushes, out of place. Eager calls look their launch up by size and dtype, which is SGLang's own fast path."""
+    """Pushes, out of place. Eager calls do what SGLang does for each: judge the tensor, and look its launch up."""
 
     def __init__(self, planes: _Planes, algorithm: str) -> None:
         super().__init__(f"sglang_{algorithm}")
@@ -150,9 +150,14 @@ class _Push(Contender):
         return super().inputs(case)
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - as `takes` says
-        tensor = state[0]
-        module, algorithm, multicast = self._plans[tensor.numel() * tensor.element_size(), tensor.dtype]
-        return (module.all_reduce(self._planes.communicator, tensor, algorithm, None, multicast),)
+        module, algorithm, multicast = self._plan(state[0])
+        return (module.all_reduce(self._planes.communicator, state[0], algorithm, None, multicast),)
+
+    def _plan(self, tensor: torch.Tensor) -> tuple[Any, str, bool]:
+        nbytes = tensor.numel() * tensor.element_size()
+        if nbytes % _VECTOR_NBYTES or not tensor.is_contiguous():
+            raise ValueError(f"SGLang doesn't take {nbytes} bytes, or not with these strides")
+        return self._plans[nbytes, tensor.dtype]
 
 
 class _Pull(_Push):
@@ -169,7 +174,7 @@ class _Pull(_Push):
             # A warm-up of the graph's plan: that has no eager form.
             return (state[0].copy_(super().call(state, weight, in_place=False)[0]),)
         row = self._planes.inputs.row(state[0].data_ptr())
-        module, algorithm, multicast = self._plans[state[0].nbytes, state[0].dtype]
+        module, algorithm, multicast = self._plan(state[0])
         out = module.all_reduce(self._planes.communicator, state[0], algorithm, row, multicast)
         return state if in_place else (out,)
 
