@@ -24,6 +24,7 @@ from comm_core.errors import (
     PluginLoadError,
 )
 from comm_core.hookspecs import hookimpl, hookspec
+from comm_core.tokens import TokenCounts, local_num_tokens_non_padded
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
 from comm_core.types import Available, Candidate, Decision, Range, Route, Rule, Unavailable
 
@@ -53,6 +54,7 @@ __all__ = [
     "Route",
     "Rule",
     "Shapes",
+    "TokenCounts",
     "Topology",
     "Unavailable",
     "__version__",
@@ -60,6 +62,7 @@ __all__ = [
     "get_backend",
     "hookimpl",
     "hookspec",
+    "local_num_tokens_non_padded",
 ]
 
 # These need torch, whose import takes a second, and which may be broken on a host that `comm-core doctor` looks at.

@@ -1,0 +1,103 @@
+"""How many of a padded batch's tokens are real on each rank: one function, at capture and at replay.
+
+A batch of `num_tokens` real tokens is padded at its end to a bucket, for which a graph was captured; where ranks share
+its rows, each has a chunk of `bucket / world_size` of them. What a captured kernel reads, and what chooses that kernel,
+has to come from the same arithmetic: with a whole batch's count at capture and a rank's share at replay, or the other
+way round, kernels take padding for tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TokenCounts", "local_num_tokens_non_padded"]
+
+Count = TypeVar("Count", int, "torch.Tensor")
+
+
+def local_num_tokens_non_padded(num_tokens: Count, bucket: int, rank: int, world_size: int) -> Count:
+    """This rank's share of the real tokens: `min(max(num_tokens - rank * c, 0), c)` with `c = bucket / world_size`.
+
+    Local, without synchronisation. Over all ranks the shares add up to `num_tokens`.
+
+    Args:
+        num_tokens: real tokens in the batch, 0 to `bucket`: a number, or an integer tensor of any shape and device,
+            whose values aren't checked.
+        bucket: rows of the padded batch, a multiple of `world_size`.
+        rank: of the group, 0 to `world_size - 1`.
+        world_size: ranks in the group.
+
+    Returns:
+        A number; for a tensor one of the same shape, dtype and device, which may be computed inside a captured graph.
+
+    Raises:
+        ValueError: the bucket doesn't divide among the ranks, or a number is out of its range.
+    """
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} isn't one of {world_size}")
+    chunk, left = divmod(bucket, world_size)
+    if bucket < 0 or left:
+        raise ValueError(f"a bucket of {bucket} rows doesn't divide among {world_size} ranks")
+    if isinstance(num_tokens, int):
+        if not 0 <= num_tokens <= bucket:
+            raise ValueError(f"{num_tokens} tokens don't fit into a bucket of {bucket}")
+        return min(max(num_tokens - rank * chunk, 0), chunk)
+    return (num_tokens - rank * chunk).clamp(0, chunk)
+
+
+class TokenCounts:
+    """The counts that the kernels of one captured graph read, at addresses that stay.
+
+    Made before the graph is captured; its kernels are given `total` and `local`. `fill` before the capture, and before
+    each replay.
+
+    Attributes:
+        bucket: rows of the padded batch.
+        total: the batch's real tokens: int32, `[1]`, on the device.
+        local: of those, the rank's: int32, `[1]`, on the device.
+    """
+
+    def __init__(self, bucket: int, rank: int, world_size: int, device: torch.device | str) -> None:
+        import torch
+
+        # What can't be right is refused here rather than at the first batch.
+        local_num_tokens_non_padded(0, bucket, rank, world_size)
+        self.bucket = bucket
+        self.total = torch.zeros(1, dtype=torch.int32, device=device)
+        self.local = torch.zeros(1, dtype=torch.int32, device=device)
+        self._rank = rank
+        self._world_size = world_size
+
+    def fill(self, num_tokens: int | torch.Tensor) -> None:
+        """Set both counts for a batch. Local; queued on the current stream, without waiting for it.
+
+        Args:
+            num_tokens: real tokens in the batch, 0 to `bucket`: a number, or an integer tensor of one element.
+
+        Raises:
+            CaptureError: a number, while a stream captures: the graph would keep it for ever. A tensor on the device is
+                read anew at each replay.
+            ValueError: as `local_num_tokens_non_padded`.
+        """
+        if isinstance(num_tokens, int):
+            self._refuse_capture()
+            local = local_num_tokens_non_padded(num_tokens, self.bucket, self._rank, self._world_size)
+            self.total.fill_(num_tokens)
+            self.local.fill_(local)
+        else:
+            self.total.copy_(num_tokens.reshape(1))
+            self.local.copy_(local_num_tokens_non_padded(self.total, self.bucket, self._rank, self._world_size))
+
+    def _refuse_capture(self) -> None:
+        import torch
+
+        from comm_core.errors import CaptureError
+
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise CaptureError(
+                "a number of tokens can't be filled in while a stream captures: every replay would read this one. Call "
+                "fill before the capture, or give it a tensor on the device"
+            )
