@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from comm_core.types import TERMINAL
 if TYPE_CHECKING:
     from comm_core.backend import Backend
 
-__all__ = ["Absent", "Contender", "Job", "State", "backends", "terminal"]
+__all__ = ["Absent", "Contender", "Job", "Recorder", "State", "backends", "terminal"]
 
 # Of tensors in memory that several share, in bytes: as torch's allocator has it.
 _ALIGNMENT = 512
@@ -81,7 +82,36 @@ class Job:
         return result
 
 
-class Contender:
+class Recorder:
+    """Records calls in CUDA graphs, and keeps these."""
+
+    def __init__(self) -> None:
+        # Peers may have opened, by IPC, whatever a recorded call has seen, and libraries let go of it at times of their
+        # own: so graphs and their memory live as long as this does.
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool: Any = None
+
+    def record(self, body: Callable[[], None]) -> Callable[[], object]:
+        """A graph of what `body` does; its replay. Earlier graphs must not be replayed any more. Collective."""
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # "thread_local": other threads of the process may use CUDA meanwhile.
+        with self.capture(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            body()
+        self._graphs.append(graph)
+        return graph.replay
+
+    def capture(self) -> AbstractContextManager[None]:
+        """What the calls need around a graph's capture. Collective."""
+        return contextlib.nullcontext()
+
+    def forget(self) -> None:
+        """Let go of what is kept. Local, once all ranks are done with it."""
+        self._graphs.clear()
+        self._pool = None
+
+
+class Contender(Recorder, abc.ABC):
     """Something that all-reduces, or a limit on that; a row of each table whose case it takes.
 
     Attributes:
@@ -94,16 +124,23 @@ class Contender:
     unit = 1
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
-        # Peers may have opened, by IPC, whatever a recorded call has seen, and libraries let go of it at times of their
-        # own: so graphs, their memory and their inputs live as long as the contender.
-        self._inputs: list[torch.Tensor] = []
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._pool: Any = None
+        self._inputs: list[torch.Tensor] = []  # kept like the graphs that read them
 
+    @abc.abstractmethod
     def takes(self, case: Case) -> bool:
         """Whether it serves such calls. Local, the same on every rank."""
-        raise NotImplementedError
+
+    @abc.abstractmethod
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
+        """One call, with an epsilon of 1e-6; what the next one gets.
+
+        Args:
+            state: the tensor to be reduced, for the fused operation then the residual.
+            weight: `[hidden_size]` for the fused operation, else None.
+            in_place: whether the output goes to the input's memory, of the fused operation the residual's.
+        """
 
     def inputs(self, case: Case) -> State:
         """Memory for what the first call reads; the residual second. Local, once a case; what it held before goes."""
@@ -113,42 +150,17 @@ class Contender:
         parts = (self._inputs[-1][number * room :][: case.nbytes] for number in range(count))
         return tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
 
-    def record(self, body: Callable[[], None]) -> Callable[[], object]:
-        """A graph of what `body` does; its replay. Earlier graphs must not be replayed any more. Collective."""
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # "thread_local": other threads of the process may use CUDA meanwhile.
-        with self.capture(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            body()
-        self._graphs.append(graph)
-        return graph.replay
-
-    def forget(self) -> None:
-        """Let go of graphs and memory, before `close`. Local, once all ranks are done with them."""
-        self._graphs.clear()
-        self._inputs.clear()
-        self._pool = None
-
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
-        """One call, with an epsilon of 1e-6; what the next one gets.
-
-        Args:
-            state: the tensor to be reduced, for the fused operation then the residual.
-            weight: `[hidden_size]` for the fused operation, else None.
-            in_place: whether the output goes to the input's memory, of the fused operation the residual's.
-        """
-        raise NotImplementedError
-
     def spaced(self, case: Case) -> bool:  # noqa: ARG002 - most never are
         """Whether a chain of its calls needs a kernel of somebody else's between them, whose time is subtracted."""
         return False
 
-    def capture(self) -> AbstractContextManager[None]:
-        """What its calls need around a graph's capture. Collective."""
-        return contextlib.nullcontext()
+    def forget(self) -> None:
+        """As a recorder does, and of the inputs."""
+        super().forget()
+        self._inputs.clear()
 
     def close(self) -> None:
-        """Give back what it holds. Collective."""
+        """Give back what it holds, after `forget`. Collective."""
 
 
 class _Named(Contender):

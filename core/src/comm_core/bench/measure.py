@@ -12,7 +12,7 @@ import torch
 from comm_core import env
 from comm_core.bench.cases import Case, calls_for
 from comm_core.bench.chains import Chain, Check, Spacer, start
-from comm_core.bench.contenders import Absent, Contender, Job
+from comm_core.bench.contenders import Absent, Contender, Job, Recorder
 
 __all__ = ["Measured", "Settings", "measure"]
 
@@ -168,7 +168,7 @@ def _copies(case: Case, job: Job) -> _Timed:
             for buffer, value in zip(buffers, values, strict=True):
                 buffer.copy_(value)
 
-    return _Timed("copies", _recorded(job, case, Contender("copies"), body), _COPIES)
+    return _Timed("copies", _recorded(job, case, Recorder(), body), _COPIES)
 
 
 def _spacers(case: Case, job: Job) -> _Timed:
@@ -179,14 +179,14 @@ def _spacers(case: Case, job: Job) -> _Timed:
         for _ in range(_SPACERS):
             spacer.run()
 
-    return _Timed("spacers", _recorded(job, case, Contender("spacers"), body), _SPACERS)
+    return _Timed("spacers", _recorded(job, case, Recorder(), body), _SPACERS)
 
 
-def _recorded(job: Job, case: Case, contender: Contender, body: Callable[[], None]) -> Callable[[], object]:
+def _recorded(job: Job, case: Case, recorder: Recorder, body: Callable[[], None]) -> Callable[[], object]:
     """In graph mode a replay of what `body` does, else `body` itself; run once. Collective."""
     launch: Callable[[], object] = body
     if case.mode == "graph":
-        launch = job.together(lambda: contender.record(body))
+        launch = job.together(lambda: recorder.record(body))
     job.together(launch)
     return launch
 
