@@ -31,6 +31,7 @@ from typing import Any, cast
 
 import comm_core
 import torch
+from comm_core import ops
 from comm_core.backend import Backend
 from comm_core.establish import Session
 from comm_core.negotiate import Evidence, check_policies, encode_answer, nominate, slate
@@ -122,6 +123,24 @@ def hot_path(repeats: int) -> Iterator[Figure]:
             worst=max(added),
             target=target,
         )
+
+
+def operator(repeats: int) -> Iterator[Figure]:
+    """What calling `torch.ops.comm_core` eagerly adds to a call through the handle."""
+    backend = fake_handle()
+    ops.enlist(("the benchmark",), backend)
+    tensor = torch.zeros(32 << 10, dtype=torch.bfloat16)
+    for label, call, out in (
+        ("out of place", torch.ops.comm_core.all_reduce, None),
+        ("in place", torch.ops.comm_core.all_reduce_, tensor),
+    ):
+        handle_us, operator_us = [], []
+        for _ in range(repeats):
+            handle_us.append(_median_us(backend.all_reduce, tensor, out))
+            operator_us.append(_median_us(call, tensor, "the benchmark"))
+        added = [through - plain for through, plain in zip(operator_us, handle_us, strict=True)]
+        yield Figure(f"operator over handle, {label}", min(operator_us) - min(handle_us), "us", worst=max(added))
+    ops.strike(backend)
 
 
 def _median_us(call: Callable[..., object], *arguments: object) -> float:
@@ -305,6 +324,7 @@ def main() -> int:
     options = parser.parse_args()
     figures = [
         *hot_path(options.repeats),
+        *operator(options.repeats),
         *import_time(options.repeats),
         *deciding(options.repeats),
         *handle_memory(),

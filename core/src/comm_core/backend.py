@@ -38,6 +38,7 @@ class Backend:
         decision: what the ranks agreed on, equal on all of them.
         topology: what they agreed on it from.
         device: where the group's main tensors live.
+        group_name: the process group's, by which `torch.ops.comm_core` finds this handle; "" for a process alone.
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Backend:
         device: torch.device,
         terminal: tuple[Callable[..., torch.Tensor], Any],
         sessions: Mapping[str, Session],
+        group_name: str = "",
     ) -> None:
         self.decision = decision
         self.topology = topology
         self.device = device
+        self.group_name = group_name
         self._title = title
         self._sessions = dict(sessions)
         self._failure: str | None = None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from comm_core import fallback, negotiate
+from comm_core import fallback, negotiate, ops
 from comm_core.agreement import Request, agree, gather_local
 from comm_core.backend import Backend
 from comm_core.control import Control, StageAbortedError, StageTimeoutError, store_of
@@ -102,6 +102,8 @@ def get_backend(
             except BaseException:
                 _forget(entry)
                 raise
+            world = entry.group is not None and entry.group is dist.group.WORLD
+            ops.enlist((entry.name, "") if world else (entry.name,), entry.backend)
         elif entry.request != request:
             raise ValueError(
                 f"{entry.title} has a handle with {entry.request}, and one with {request} was asked for. Call "
@@ -171,7 +173,7 @@ def _negotiate(entry: _Entry, group: dist.ProcessGroup) -> Backend:
         raise
     entry.sessions = agreed.sessions
     terminal = (fallback.torch_distributed, group)
-    return Backend(agreed.decision, agreed.topology, entry.title, local.device, terminal, agreed.sessions)
+    return Backend(agreed.decision, agreed.topology, entry.title, local.device, terminal, agreed.sessions, entry.name)
 
 
 def _alone(entry: _Entry) -> Backend:
@@ -182,7 +184,7 @@ def _alone(entry: _Entry) -> Backend:
     rank = dist.get_rank() if entry.group is not None else 0
     topology = Topology.of([probe_rank(rank, device, plugins={}, facts={})], kinds)
     decision = negotiate.Slate(()).decision(kinds)
-    return Backend(decision, topology, entry.title, device, (fallback.copy_of_one, entry.group), {})
+    return Backend(decision, topology, entry.title, device, (fallback.copy_of_one, entry.group), {}, entry.name)
 
 
 def _close(entry: _Entry) -> None:
@@ -232,6 +234,8 @@ def _abandon(entry: _Entry) -> None:
 
 
 def _forget(entry: _Entry) -> None:
+    if entry.backend is not None:
+        ops.strike(entry.backend)
     with _entries_lock:
         if _entries.get(entry.name) is entry:
             del _entries[entry.name]
