@@ -40,6 +40,7 @@ class Job:
         rank: of this process.
         world_size: ranks.
         device: where the tensors live.
+        world: the group that has all of them.
         watch: ends this process if a step doesn't.
     """
 
@@ -47,6 +48,9 @@ class Job:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = device
+        if dist.group.WORLD is None:
+            raise RuntimeError("torch.distributed isn't initialised")
+        self.world = dist.group.WORLD
         self.watch = Watch()
         # For what the ranks tell each other, beside the groups that are measured.
         self._group = dist.new_group(backend="gloo")
@@ -200,8 +204,9 @@ class _Terminal(Contender):
 
     kind = "terminal"
 
-    def __init__(self) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__(TERMINAL)
+        self._group = job.world
 
     def takes(self, case: Case) -> bool:  # noqa: ARG002 - it takes every one
         return True
@@ -213,19 +218,16 @@ class _Terminal(Contender):
         return case.mode == "graph" and case.place == "in" and not case.fused
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
-        group = dist.group.WORLD
-        if group is None:
-            raise RuntimeError("torch.distributed isn't initialised")
         if weight is None:
-            return (fallback.torch_distributed(group, state[0], state[0] if in_place else None),)
+            return (fallback.torch_distributed(self._group, state[0], state[0] if in_place else None),)
         tensor, residual = state
-        total = fallback.torch_distributed(group, tensor, None)
+        total = fallback.torch_distributed(self._group, tensor, None)
         return fallback.add_rms_norm(total, residual, weight, 1e-6, 0.0, None, residual if in_place else None)
 
 
-def terminal() -> Contender:
+def terminal(job: Job) -> Contender:
     """The reference: what every route ends in."""
-    return _Terminal()
+    return _Terminal(job)
 
 
 def backends(decision: comm.Decision, only: Sequence[str]) -> Iterator[Contender | tuple[str, str]]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from comm_core import kernels
 from comm_core.bench.cases import Case
@@ -65,10 +64,7 @@ def limits(job: Job, capacity: int) -> list[tuple[str, Callable[[], Contender]]]
 
     def symmetric() -> Symmetric:
         if "symmetric" not in shared:
-            group = dist.group.WORLD
-            if group is None:
-                raise Absent("torch.distributed isn't initialised")
-            shared["symmetric"] = allocate(job, _share(job, capacity) * (job.world_size - 1) + 256, group)
+            shared["symmetric"] = allocate(job, _share(job, capacity) * (job.world_size - 1) + 256)
         found: Symmetric = shared["symmetric"]
         return found
 

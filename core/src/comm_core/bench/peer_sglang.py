@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from comm_core.bench.cases import Case
 from comm_core.bench.contenders import Absent, Contender, Job, State
@@ -62,16 +61,13 @@ class _Planes:
             api = self.api = importlib.import_module(_MODULE)
         except ImportError as error:
             raise Absent(f"sglang isn't there: {error}") from error
-        group = dist.group.WORLD
-        if group is None:
-            raise Absent("torch.distributed isn't initialised")
         self.job = job
         self.capacity = -(-capacity // 1024) * 1024
         world_size = job.world_size
         self.slot = min(self.capacity, _MOST_PUSHED_NBYTES)
         pushed = 2 * world_size * self.slot
         blocks = torch.cuda.get_device_properties(job.device).multi_processor_count
-        self._memory = allocate(job, pushed + self.capacity + _SEMAPHORE_NBYTES * _PULL_BLOCKS, group)
+        self._memory = allocate(job, pushed + self.capacity + _SEMAPHORE_NBYTES * _PULL_BLOCKS)
         job.barrier()  # a peer's first push must find zeros
         slabs = [self._memory.of(rank, self._memory.own.nbytes) for rank in range(world_size)]
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from comm_core.bench.cases import Case
-from comm_core.bench.contenders import Absent, Contender, Job, State
+from comm_core.bench.contenders import Contender, Job, State
 from comm_core.bench.symmetric import Symmetric, allocate
 
 __all__ = ["peers"]
@@ -36,12 +35,9 @@ class _Symmetric(Contender):
 
     def __init__(self, name: str, job: Job, capacity: int, buffers: int) -> None:
         super().__init__(name)
-        group = dist.group.WORLD
-        if group is None:
-            raise Absent("torch.distributed isn't initialised")
         self._capacity = capacity
-        self._group_name = group.group_name
-        self._buffers: list[Symmetric] = [allocate(job, capacity, group) for _ in range(buffers)]
+        self._group_name = job.world.group_name
+        self._buffers: list[Symmetric] = [allocate(job, capacity) for _ in range(buffers)]
         self._views: tuple[torch.Tensor, ...] = ()
         self._ops: Any = torch.ops.symm_mem
 

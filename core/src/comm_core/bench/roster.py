@@ -51,7 +51,7 @@ def assemble(job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only
             so are the limits.
     """
     handle = comm.get_backend()
-    roster = Roster([terminal()], {}, handle.topology)
+    roster = Roster([terminal(job)], {}, handle.topology)
     for found in backends(handle.decision, only):
         if isinstance(found, Contender):
             roster.contenders.append(found)

@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from comm_core.bench.contenders import Absent, Job
 
@@ -34,8 +33,8 @@ class Symmetric:
         return view
 
 
-def allocate(job: Job, nbytes: int, group: dist.ProcessGroup) -> Symmetric:
-    """Allocate and exchange. Collective in `group`, which has the job's ranks.
+def allocate(job: Job, nbytes: int) -> Symmetric:
+    """Allocate and exchange. Collective.
 
     Raises:
         Absent: this torch has none, or not between these devices.
@@ -48,9 +47,9 @@ def allocate(job: Job, nbytes: int, group: dist.ProcessGroup) -> Symmetric:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from torch 2.9 on this is deprecated, since it isn't needed
-            symmetric_memory.enable_symm_mem_for_group(group.group_name)
+            symmetric_memory.enable_symm_mem_for_group(job.world.group_name)
         own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=job.device)
-        handle = symmetric_memory.rendezvous(own, group.group_name)
+        handle = symmetric_memory.rendezvous(own, job.world.group_name)
     except (AttributeError, ImportError, RuntimeError) as error:
         raise Absent(f"no symmetric memory: {error}") from error
     own.zero_()
