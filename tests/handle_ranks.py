@@ -189,10 +189,10 @@ def destroy_before_close(closes: bool) -> dict[str, Any]:
 
 
 def close_without(killed: int) -> dict[str, Any]:
-    """One rank's process is killed while all hold a handle."""
-    faulty.LOG.clear()
-    backend = comm.get_backend(timeout_s=3)
+    """One rank's process is killed while all hold a handle; what happened from then on."""
+    backend = comm.get_backend(timeout_s=10)
     meet("got it")
+    faulty.LOG.clear()
     if dist.get_rank() == killed:
         os.kill(os.getpid(), signal.SIGKILL)
     with warnings_of_core() as texts:
