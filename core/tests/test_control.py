@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from comm_core.channel import SessionChannel
 from comm_core.context import Agreement
-from comm_core.control import MESSAGE_NBYTES, Control, SessionChannel, Stage, StageAbortedError, StageTimeoutError
+from comm_core.control import MESSAGE_NBYTES, Control, Stage, StageAbortedError, StageTimeoutError
 from comm_core.errors import CommError, CommTimeoutError
 from control_ranks import NEVER_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
 
@@ -269,8 +270,7 @@ def test_no_later_stage_gets_a_message_of_a_thread_that_was_left_behind(store: d
     def talk(member: Control) -> list[Any]:
         return [in_stage(member, f"step {n}", lambda stage: stage.all_gather(member.rank)) for n in range(30)]
 
-    with members[0].stage("connect") as stage:
-        channel.stage = stage
+    with channel.opened(members[0], "connect") as stage:
         late = start(left_behind)
         stage.abort("no time left")
     assert in_threads(members, talk) == [[[0, 1]] * 30] * 2

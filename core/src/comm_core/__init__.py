@@ -30,7 +30,7 @@ from comm_core.types import Available, Candidate, Decision, Range, Route, Rule, 
 
 if TYPE_CHECKING:
     from comm_core.backend import Backend
-    from comm_core.groups import close, get_backend
+    from comm_core.groups import capture, close, get_backend, pre_capture_init
 
 __all__ = [
     "Agreement",
@@ -58,15 +58,23 @@ __all__ = [
     "Topology",
     "Unavailable",
     "__version__",
+    "capture",
     "close",
     "get_backend",
     "hookimpl",
     "hookspec",
     "local_num_tokens_non_padded",
+    "pre_capture_init",
 ]
 
 # These need torch, whose import takes a second, and which may be broken on a host that `comm-core doctor` looks at.
-_WITH_TORCH = {"Backend": "comm_core.backend", "close": "comm_core.groups", "get_backend": "comm_core.groups"}
+_WITH_TORCH = {
+    "Backend": "comm_core.backend",
+    "capture": "comm_core.groups",
+    "close": "comm_core.groups",
+    "get_backend": "comm_core.groups",
+    "pre_capture_init": "comm_core.groups",
+}
 
 
 def __getattr__(name: str) -> Any:

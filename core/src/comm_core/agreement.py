@@ -16,11 +16,13 @@ import torch.distributed as dist
 
 from comm_core import discovery, negotiate
 from comm_core._deadline import describe
-from comm_core.context import GroupContext
-from comm_core.control import Control, SessionChannel
+from comm_core.channel import SessionChannel
+from comm_core.context import GroupContext, Shapes
+from comm_core.control import Control
 from comm_core.env import PREFIX, Settings
 from comm_core.errors import BackendUnavailableError
 from comm_core.establish import Member, Session, establish
+from comm_core.negotiate import Slate
 from comm_core.probe import probe_rank
 from comm_core.topology import Topology
 from comm_core.types import Available, Candidate, Decision, Unavailable
@@ -96,11 +98,28 @@ class Agreed:
         topology: what the ranks reported.
         decision: what they agreed on.
         sessions: this rank's connected backends, by name.
+        slate: what the decision follows from.
+        plugins: this rank's plugins, by name.
+        member: this rank in the group.
+        prepared: what `comm.pre_capture_init` has prepared the backends for.
     """
 
     topology: Topology
     decision: Decision
     sessions: dict[str, Session]
+    slate: Slate
+    plugins: Mapping[str, discovery.Plugin]
+    member: Member
+    prepared: tuple[Shapes, ...] = ()
+
+    @classmethod
+    def of(
+        cls, slate: Slate, sessions: dict[str, Session], plugins: Mapping[str, discovery.Plugin], member: Member
+    ) -> Agreed:
+        """What follows from a slate and its sessions."""
+        notes = {name: session.refused() for name, session in sessions.items() if session.wrong}
+        decision = slate.decision(member.topology.device_types, notes)
+        return cls(member.topology, decision, sessions, slate, plugins, member)
 
 
 def gather_local(group: dist.ProcessGroup, request: Request) -> Local:
@@ -149,15 +168,15 @@ def agree(group: dist.ProcessGroup, title: str, control: Control, local: Local) 
 
     wanted, source = local.wanted
     asked, dropped = negotiate.nominate(evidence, wanted, local.settings.disable, source)
-    slate = negotiate.Slate((), dropped)
+    slate = Slate((), dropped)
     if asked:
         mine = {name: negotiate.encode_answer(_answer(local.plugins[name], topology)) for name in asked}
         with control.stage("ask") as stage:
             slate = negotiate.slate(asked, stage.all_gather(mine), dropped)
 
-    slate, sessions = establish(slate, local.plugins, _member(group, topology, control, local))
-    notes = {name: session.refused() for name, session in sessions.items() if session.wrong}
-    agreed = Agreed(topology, slate.decision(topology.device_types, notes), sessions)
+    member = _member(group, topology, control, local)
+    slate, sessions = establish(slate, local.plugins, member)
+    agreed = Agreed.of(slate, sessions, local.plugins, member)
     _report(agreed, title, control, local, broken={name for item in evidence for name in item.failures})
     return agreed
 

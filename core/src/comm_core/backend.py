@@ -9,7 +9,8 @@ import torch
 
 from comm_core import fallback
 from comm_core.errors import CommError, CommTimeoutError
-from comm_core.types import DTYPES, TERMINAL, Decision
+from comm_core.tables import FusedEntry, Key, PlainEntry, Recording, Tables, bind
+from comm_core.types import DTYPES, Decision
 
 if TYPE_CHECKING:
     from comm_core.establish import Session
@@ -17,13 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend"]
 
-# Past every tensor's size, in bytes, so that a rule without an upper end is compared like the others.
-_NO_LIMIT = 1 << 62
-# (lowest bytes, highest bytes, multiple of bytes, hook, its session, the backend's name)
-_Entry = tuple[int, int, int, Callable[..., torch.Tensor], Any, str]
-# (…, most tokens, multiple of the hidden size)
-_FusedEntry = tuple[int, int, int, Callable[..., tuple[torch.Tensor, torch.Tensor]], Any, str, int, int]
-_TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 _REFUSED = "float8, booleans, unsigned integers above 8 bits, sparse and quantised tensors aren't summed"
 
 
@@ -39,6 +33,8 @@ class Backend:
         topology: what they agreed on it from.
         device: where the group's main tensors live.
         group_name: the process group's, by which `torch.ops.comm_core` finds this handle; "" for a process alone.
+        failure: why every call raises; None while the handle serves.
+        sessions: the connected backends, by name; none once the handle doesn't serve any more.
     """
 
     def __init__(
@@ -51,40 +47,41 @@ class Backend:
         sessions: Mapping[str, Session],
         group_name: str = "",
     ) -> None:
-        self.decision = decision
         self.topology = topology
         self.device = device
         self.group_name = group_name
+        self.failure: str | None = None
         self._title = title
-        self._sessions = dict(sessions)
-        self._failure: str | None = None
-        main = topology.device_types[0]
-        self.name = decision.route("all_reduce", "eager", main, "float32").backend_for(DTYPES["float32"])
-        devices = {kind: device if kind == device.type else torch.device(kind) for kind in topology.device_types}
-        # By device and dtype, so that one look-up finds the route and notices what has none.
-        self._plain: dict[tuple[torch.device, torch.dtype], tuple[_Entry, ...]] = {}
-        self._fused: dict[tuple[torch.device, torch.dtype], tuple[_FusedEntry, ...]] = {}
-        for route in decision.routes:
-            if route.mode != "eager":
-                continue
-            key = (devices[route.device_type], _TORCH_DTYPES[route.dtype])
-            entries: list[Any] = []
-            for rule in route.rules:
-                # An empty tensor is nobody's: see `_reduce_odd`.
-                bounds = (max(rule.min_nbytes, 1), rule.max_nbytes or _NO_LIMIT, rule.multiple_nbytes)
-                if rule.backend != TERMINAL:
-                    session = sessions[rule.backend]
-                    served_by = (session.plugin.hooks[route.op], session.value, rule.backend)
-                elif route.op == "all_reduce":
-                    served_by = (*terminal, TERMINAL)
-                else:
-                    continue  # composed, see `all_reduce_add_rms_norm`
-                limits = () if route.op == "all_reduce" else (rule.max_tokens or _NO_LIMIT, rule.hidden_multiple)
-                entries.append((*bounds, *served_by, *limits))
-            if route.op == "all_reduce":
-                self._plain[key] = tuple(entries)
-            else:
-                self._fused[key] = tuple(entries)
+        self._terminal = terminal
+        self._recording = False
+        self._plain: Mapping[Key, tuple[PlainEntry, ...]] = {}
+        self._fused: Mapping[Key, tuple[FusedEntry, ...]] = {}
+        self.adopt(decision, sessions)
+
+    def adopt(self, decision: Decision, sessions: Mapping[str, Session]) -> None:
+        """Serve by this plan from now on; core calls it.
+
+        Args:
+            decision: what the ranks agreed on.
+            sessions: the backends that it names and maybe others, by name.
+        """
+        kinds = self.topology.device_types
+        devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
+        self._eager = bind(decision, "eager", devices, self._terminal, sessions)
+        self._graph = bind(decision, "graph", devices, self._terminal, sessions)
+        self.decision = decision
+        self.name = decision.route("all_reduce", "eager", kinds[0], "float32").backend_for(DTYPES["float32"])
+        self.sessions = dict(sessions)
+        self.record(self._recording)
+
+    def record(self, on: bool) -> None:
+        """Whether calls ask the stream if it captures, and take the graphs' routes where it does; core calls it."""
+        self._recording = on
+        if self.failure is not None:
+            return
+        eager, graph = self._eager, self._graph
+        self._plain = Recording(eager.plain, graph.plain) if on else eager.plain
+        self._fused = Recording(eager.fused, graph.fused) if on else eager.fused
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum `tensor` over the ranks of the group, elementwise.
@@ -192,9 +189,9 @@ class Backend:
         Raises:
             CommTimeoutError, CommError: earlier results are wrong; the text names the backend.
         """
-        if self._failure is not None:
-            raise CommError(self._failure)
-        for name, session in self._sessions.items():
+        if self.failure is not None:
+            raise CommError(self.failure)
+        for name, session in self.sessions.items():
             hook = session.plugin.hooks.get("check")
             if hook is not None:
                 try:
@@ -202,13 +199,19 @@ class Backend:
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
                     self._raise(error, name, "check")
 
+    def warm_up(self) -> None:
+        """Make the calls whose first time can't be captured; core calls it. Collective."""
+        if self.device.type == "cuda":
+            function, session = self._terminal
+            function(session, torch.zeros(1, device=self.device), None)
+
     def limits(self) -> dict[str, dict[str, float]]:
         """What bounds each backend on this machine, by backend and by what it is, in microseconds.
 
         Collective. A session that can tell has a method `limits`; most have none.
         """
         return {
-            name: session.value.limits() for name, session in self._sessions.items() if hasattr(session.value, "limits")
+            name: session.value.limits() for name, session in self.sessions.items() if hasattr(session.value, "limits")
         }
 
     def explain(self) -> str:
@@ -222,15 +225,14 @@ class Backend:
 
     def retire(self, why: str) -> None:
         """Make every later call raise `CommError(why)`."""
-        self._failure = why
-        self._plain.clear()
-        self._fused.clear()
-        self._sessions.clear()
+        self.failure = why
+        self._eager = self._graph = Tables({}, {})
+        self._plain, self._fused, self.sessions = {}, {}, {}
 
     def _reduce_odd(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Everything that the hot path leaves: staged through a copy, answered at once, or refused."""
-        if self._failure is not None:
-            raise CommError(self._failure)
+        if self.failure is not None:
+            raise CommError(self.failure)
         self._check_kind(tensor)
         if out is not None:
             _check_out(tensor, out)

@@ -40,7 +40,7 @@ from comm_core.types import rank_label
 # torch.distributed.Store: torch's stubs leave out its name, and `clone`.
 Store = Any
 
-__all__ = ["Control", "SessionChannel", "Stage", "StageAbortedError", "store_of"]
+__all__ = ["Control", "Stage", "StageAbortedError", "StageTimeoutError", "store_of"]
 
 T = TypeVar("T")
 
@@ -192,6 +192,11 @@ class Control:
             self.ask("leaving the group", self._leave)
         self.leftover, self.aborted = "", []
 
+    def was_aborted(self, name: str) -> bool:
+        """Whether a stage of this name, which this rank hasn't been in, was aborted. Waits for no other rank."""
+        # Of an exchange that this rank was no part of, an abort is the only verdict that there can be.
+        return bool(self.ask(name, lambda store: store.check([f"{self.prefix}/{name}/0/verdict"])))
+
     def label(self, *ranks: int) -> str:
         """Group ranks for people, with the job's rank where that differs: "rank 1 (3 in the job)"."""
         names = [rank_label(rank, self.global_ranks[rank]) for rank in ranks]
@@ -243,6 +248,11 @@ class Stage:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._next = 0
         self._lock = threading.Lock()
+
+    @property
+    def used(self) -> bool:
+        """Whether this rank has entered an exchange."""
+        return self._next > 0
 
     def all_gather(self, value: Any, kind: str = "all_gather") -> list[Any]:
         """Every rank's `value`, by group rank; see `ControlChannel.all_gather`. Kinds that differ abort the stage.
@@ -351,33 +361,6 @@ class Stage:
 
     def _key(self, sequence: int) -> str:
         return f"{self._control.prefix}/{self._name}/{sequence}"
-
-
-class SessionChannel:
-    """What a plugin holds as `context.control`: the stage that its Collective hook runs in, and none outside.
-
-    A thread that a deadline left behind keeps its own, aborted stage: it never reaches a later one.
-    """
-
-    def __init__(self) -> None:
-        self.stage: Stage | None = None
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """See `ControlChannel.all_gather`."""
-        return self._open().all_gather(value)
-
-    def barrier(self) -> None:
-        """See `ControlChannel.barrier`."""
-        self._open().barrier()
-
-    def agree(self, ok: bool, reason: str = "") -> Agreement:
-        """See `ControlChannel.agree`."""
-        return self._open().agree(ok, reason)
-
-    def _open(self) -> Stage:
-        if self.stage is None:
-            raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
-        return self.stage
 
 
 def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:

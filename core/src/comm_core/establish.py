@@ -6,22 +6,23 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from comm_core import admission
 from comm_core._deadline import describe, run_with_deadline
+from comm_core.channel import SessionChannel
 from comm_core.context import GroupContext
-from comm_core.control import Control, SessionChannel, Stage, StageAbortedError
+from comm_core.control import Control, StageAbortedError
 from comm_core.discovery import Plugin
 from comm_core.negotiate import Slate
 from comm_core.routes import Cell, cells, narrow, owned_cells, owners, plan
 from comm_core.topology import Topology
 from comm_core.types import Route
 
-__all__ = ["Member", "Session", "establish"]
+__all__ = ["Member", "Session", "check_budget", "connected", "dropped", "establish", "in_worker", "words"]
 
 _log = logging.getLogger("comm_core")
 # How much longer than a step's own deadline its vote waits, in seconds: whoever ran out of time says so himself, and
@@ -40,6 +41,9 @@ class Session:
         memory_nbytes: what it took of the group's budget, the most of all ranks.
         tested: the admission cases that it passed or failed.
         wrong: why kinds of message were dropped in its admission, with the group rank that said so, None for all.
+        in_use: whether a handle has served by it. Then it is closed with the group and not before: kernels, peers and
+            captured graphs may still use its memory.
+        captures: how many captures' ends the ranks have met at or given up; see recording.py.
     """
 
     plugin: Plugin
@@ -48,6 +52,8 @@ class Session:
     memory_nbytes: int = 0
     tested: set[admission.Case] = dataclasses.field(default_factory=set)
     wrong: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
+    in_use: bool = False
+    captures: int = 0
 
     def refused(self) -> str:
         """The kinds of message that it isn't used for, and why, for people."""
@@ -59,6 +65,11 @@ class Session:
         """Let the plugin give back what it holds; what it raises is logged."""
         _close(self.plugin, self.value, orderly)
 
+    def release(self) -> None:
+        """Give up a session that isn't needed any more."""
+        if not self.in_use:
+            self.close(orderly=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Member:
@@ -69,15 +80,24 @@ class Member:
         topology: the group.
         control: the group's control channel.
         connect_timeout_s: for each candidate's `connect`, and again for its admission test, in seconds.
+        purpose: what the names of its steps begin with; another each time that the group plans.
     """
 
     context: GroupContext
     topology: Topology
     control: Control
     connect_timeout_s: float
+    purpose: str = ""
+
+    @property
+    def step_timeout_s(self) -> float:
+        """For one step and its vote, in seconds."""
+        return self.connect_timeout_s + _VOTE_GRACE_S
 
 
-def establish(slate: Slate, plugins: Mapping[str, Plugin], member: Member) -> tuple[Slate, dict[str, Session]]:
+def establish(
+    slate: Slate, plugins: Mapping[str, Plugin], member: Member, before: Mapping[str, Session] | None = None
+) -> tuple[Slate, dict[str, Session]]:
     """Connect and admit whoever would own a route, best first; drop who fails and plan anew. Collective.
 
     Every rank takes the same steps, since each follows from votes.
@@ -86,24 +106,27 @@ def establish(slate: Slate, plugins: Mapping[str, Plugin], member: Member) -> tu
         slate: the candidates; equal on every rank.
         plugins: this rank's plugins, by name.
         member: the group and this rank in it.
+        before: the sessions that there are already, by name.
 
     Returns:
-        The slate of those that serve, and their sessions by name.
+        The slate of those that serve, and their sessions by name; with them those of `before` that are in use and
+        didn't fail.
     """
-    sessions: dict[str, Session] = {}
+    sessions = dict(before or {})
     try:
         while True:
             routes = plan(slate.offers, member.topology.device_types)
             for idle in sessions.keys() - owners(routes):
                 # Whoever was admitted since takes all that it had.
-                sessions.pop(idle).close(orderly=False)
+                if not sessions[idle].in_use:
+                    sessions.pop(idle).close(orderly=False)
             name, todo = _next(slate, routes, sessions)
             if name is None:
                 return slate, sessions
             slate = _try(slate, routes, name, todo, plugins[name], sessions, member)
     except BaseException:
         for session in sessions.values():
-            session.close(orderly=False)
+            session.release()
         raise
 
 
@@ -121,20 +144,43 @@ def _try(
     untested = owned_cells(routes, name) - {case.cell for case in admission.cases(routes, name)}
     if untested:
         return _drop_wrong(slate, name, dict.fromkeys(untested, ("no size of it can be tested", None)), device_types)
+    slate = connected(slate, plugin, sessions, member)
     if name not in sessions:
-        budget = member.context.memory_budget_nbytes - sum(session.memory_nbytes for session in sessions.values())
-        outcome = _connect(plugin, member, budget)
-        if isinstance(outcome, StageAbortedError):
-            _meet(member, name)
-            return slate.without(name, outcome.reason, outcome.rank)
-        sessions[name] = outcome
+        return slate
     wrong = _admit(sessions[name], todo, member)
     if isinstance(wrong, StageAbortedError):
-        sessions.pop(name).close(orderly=False)
-        _meet(member, name)
-        return slate.without(name, f"admission: {wrong.reason}", wrong.rank)
+        return dropped(slate, name, "admission", wrong, sessions, member)
     sessions[name].wrong.update(wrong)
     return _drop_wrong(slate, name, wrong, device_types) if wrong else slate
+
+
+def connected(slate: Slate, plugin: Plugin, sessions: dict[str, Session], member: Member) -> Slate:
+    """Connect a backend that has no session yet: the slate that comes of it. Collective."""
+    if plugin.name in sessions:
+        return slate
+    budget = member.context.memory_budget_nbytes - sum(session.memory_nbytes for session in sessions.values())
+    outcome = _connect(plugin, member, budget)
+    if isinstance(outcome, StageAbortedError):
+        return dropped(slate, plugin.name, "", outcome, sessions, member)
+    sessions[plugin.name] = outcome
+    return slate
+
+
+def dropped(
+    slate: Slate, name: str, step: str, error: StageAbortedError, sessions: dict[str, Session], member: Member
+) -> Slate:
+    """Give up a backend that failed in a step: the slate without it. Collective.
+
+    Returns once every rank has left the step and given back what it took. A wait of the plugin's own may hold a rank in
+    it until its deadline; the next backend's time begins after that.
+    """
+    session = sessions.pop(name, None)
+    if session is not None:
+        session.release()
+    step_of_all = member.control.stage(f"{member.purpose}drop {name}", member.step_timeout_s)
+    with contextlib.suppress(StageAbortedError), step_of_all as stage:
+        stage.barrier()
+    return slate.without(name, f"{step}: {error.reason}" if step else error.reason, error.rank)
 
 
 def _next(
@@ -157,24 +203,22 @@ def _connect(plugin: Plugin, member: Member, budget: int) -> Session | StageAbor
     hook = plugin.hooks.get("connect")
     session: Session | None = None
     try:
-        with _step(member, f"connect {plugin.name}", channel) as stage:
+        with channel.opened(member.control, f"{member.purpose}connect {plugin.name}", member.step_timeout_s) as stage:
             try:
                 value: Any = context
                 if hook is not None:
-                    value = _in_worker(
-                        functools.partial(hook, member.topology, context), member, plugin, "connect", closes=True
-                    )
+                    call = functools.partial(hook, member.topology, context)
+                    value = in_worker(call, member, f"connect of {plugin.name}", functools.partial(_late, plugin))
                 if value is None:
                     raise TypeError("connect returned None, which is no session")
                 session = Session(plugin, value, channel)
                 if hook is not None:
                     session.memory_nbytes = int(getattr(value, "memory_nbytes", 0))
-                if not 0 <= session.memory_nbytes <= budget:
-                    raise MemoryError(f"it took {session.memory_nbytes} bytes of a budget of {budget}")
+                check_budget(session.memory_nbytes, budget)
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
-                raise stage.abort(_words(error)) from error
+                raise stage.abort(words(error)) from error
             session.memory_nbytes = max(stage.all_gather(session.memory_nbytes, "vote"))
     except StageAbortedError as error:
         if session is not None and hook is not None:
@@ -192,7 +236,8 @@ def _admit(
     context = member.context
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
     try:
-        with _step(member, f"admit {session.plugin.name} {count}", session.channel) as stage:
+        step = f"{member.purpose}admit {session.plugin.name} {count}"
+        with session.channel.opened(member.control, step, member.step_timeout_s) as stage:
             test = functools.partial(
                 admission.run,
                 session.plugin.hooks,
@@ -204,11 +249,11 @@ def _admit(
                 all_gather=stage.all_gather,
             )
             try:
-                wrong = _in_worker(test, member, session.plugin, "the admission test", closes=False)
+                wrong = in_worker(test, member, f"the admission test of {session.plugin.name}")
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border, as in `_connect`
-                raise stage.abort(_words(error)) from error
+                raise stage.abort(words(error)) from error
             votes = stage.all_gather({numbers[cell]: reason for cell, reason in wrong.items()}, "vote")
     except StageAbortedError as error:
         return error
@@ -232,28 +277,23 @@ def _drop_wrong(
     return slate.without(name, f"admission: {reason}", rank)
 
 
-def _meet(member: Member, failed: str) -> None:
-    """Wait until every rank has left the failed step and given back what it took.
+def check_budget(memory_nbytes: int, budget: int) -> None:
+    """Raise where a session took more device memory than it may, in bytes."""
+    if not 0 <= memory_nbytes <= budget:
+        raise MemoryError(f"it took {memory_nbytes} bytes of a budget of {budget}")
 
-    A wait of the plugin's own may hold a rank in it until its deadline; the next backend's time begins after that.
+
+def in_worker(
+    call: Callable[[], Any], member: Member, name: str, on_late: Callable[[Any], object] | None = None
+) -> Any:
+    """Do what may hang in a thread with the group's device and the caller's stream, under a deadline.
+
+    Args:
+        call: its result is returned, once the stream has done what `call` queued.
+        member: whose device and deadline.
+        name: of what is done, for errors.
+        on_late: is given the result where that comes after the deadline.
     """
-    step = member.control.stage(f"drop {failed}", member.connect_timeout_s + _VOTE_GRACE_S)
-    with contextlib.suppress(StageAbortedError), step as stage:
-        stage.barrier()
-
-
-@contextlib.contextmanager
-def _step(member: Member, name: str, channel: SessionChannel) -> Iterator[Stage]:
-    """A stage of the control channel in which a plugin may talk."""
-    with member.control.stage(name, member.connect_timeout_s + _VOTE_GRACE_S) as stage:
-        channel.stage = stage
-        yield stage
-    # Only after a good end: a thread that was left behind keeps the aborted stage, where every call raises.
-    channel.stage = None
-
-
-def _in_worker(call: Callable[[], Any], member: Member, plugin: Plugin, what: str, *, closes: bool) -> Any:
-    """Call a plugin in a thread with the group's device and the caller's stream, under the deadline."""
     device = member.context.device
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
@@ -263,19 +303,22 @@ def _in_worker(call: Callable[[], Any], member: Member, plugin: Plugin, what: st
                 stack.enter_context(torch.cuda.device(device))
                 stack.enter_context(torch.cuda.stream(stream))
             value = call()
-            if stream is not None and not closes:
+            if stream is not None and on_late is None:
                 stream.synchronize()
             return value
 
-    def late(value: Any) -> None:
-        if closes and value is not None:
-            _close(plugin, value, orderly=False)
-
-    return run_with_deadline(work, member.connect_timeout_s, name=f"{what} of {plugin.name}", on_late=late)
+    return run_with_deadline(work, member.connect_timeout_s, name=name, on_late=on_late)
 
 
-def _words(error: BaseException) -> str:
+def words(error: BaseException) -> str:
+    """Why a step failed, for the other ranks."""
     return str(error) if isinstance(error, TimeoutError) else describe(error)
+
+
+def _late(plugin: Plugin, value: Any) -> None:
+    """Close a session that came after the deadline."""
+    if value is not None:
+        _close(plugin, value, orderly=False)
 
 
 def _close(plugin: Plugin, value: Any, orderly: bool) -> None:

@@ -5,7 +5,38 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-__all__ = ["add_rms_norm", "copy_of_one", "torch_distributed"]
+from comm_core._capturing import refuse_capture
+
+__all__ = ["Terminal", "add_rms_norm", "copy_of_one", "torch_distributed"]
+
+
+class Terminal:
+    """The end of a group's routes. NCCL makes a group's communicator in its first call, which can't be captured.
+
+    Args:
+        group: the process group.
+        title: names it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, title: str) -> None:
+        self._group = group
+        self._title = title
+        # A group that is bound to a device has its communicator from the beginning.
+        self._ready = group.bound_device_id is not None
+
+    def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """As the hook of that name; see `torch_distributed`.
+
+        Raises:
+            CaptureError: a stream captures the group's first CUDA tensor.
+        """
+        if not self._ready and tensor.is_cuda:
+            refuse_capture(
+                f"torch.distributed has no communicator for {self._title} yet, and can't make one",
+                "Call comm.pre_capture_init, or reduce a CUDA tensor of any size, before the capture",
+            )
+            self._ready = True
+        return torch_distributed(self._group, tensor, out)
 
 
 def torch_distributed(group: dist.ProcessGroup, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

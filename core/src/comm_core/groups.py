@@ -2,58 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
 from comm_core import fallback, negotiate, ops
+from comm_core._capturing import refuse_capture
+from comm_core._deadline import describe
 from comm_core.agreement import Request, agree, gather_local
 from comm_core.backend import Backend
-from comm_core.control import Control, StageAbortedError, StageTimeoutError, store_of
-from comm_core.errors import CaptureError, CommTimeoutError, NegotiationError
-from comm_core.establish import Session
+from comm_core.context import Shapes
+from comm_core.control import Control, store_of
+from comm_core.errors import CaptureError, CommError
+from comm_core.establish import in_worker
+from comm_core.prepare import checked, prepare
 from comm_core.probe import probe_rank
+from comm_core.recording import Seat, recording
+from comm_core.registry import Entry, find, forget, live, lives, seen, sweep, told
 from comm_core.topology import Topology
 
-__all__ = ["close", "get_backend"]
+__all__ = ["capture", "close", "get_backend", "pre_capture_init"]
 
 _log = logging.getLogger("comm_core")
-
-
-@dataclasses.dataclass(eq=False)
-class _Entry:
-    """A group and what this process has for it.
-
-    It keeps the process group object alive, so that no other can have its address; `_sweep` lets go of those that
-    torch destroyed.
-    """
-
-    name: str
-    group: dist.ProcessGroup | None
-    request: Request
-    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
-    backend: Backend | None = None
-    control: Control | None = None
-    sessions: dict[str, Session] = dataclasses.field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """Names the group for people."""
-        if self.group is None:
-            return "this process, alone"
-        if self.control is None:
-            return f"group {self.name!r}"
-        return f"group {self.name!r} (ranks {_listed(self.control.global_ranks)})"
-
-
-_entries: dict[str, _Entry] = {}
-_entries_lock = threading.Lock()
-# Incarnations of each group's control channel that this process was in, by the group's name; they outlive the entries.
-_seen: dict[str, set[str]] = {}
 
 
 def get_backend(
@@ -100,7 +74,7 @@ def get_backend(
                 else:
                     entry.backend = _negotiate(entry, member)
             except BaseException:
-                _forget(entry)
+                forget(entry)
                 raise
             world = entry.group is not None and entry.group is dist.group.WORLD
             ops.enlist((entry.name, "") if world else (entry.name,), entry.backend)
@@ -122,15 +96,138 @@ def close(group: dist.ProcessGroup | None = None) -> None:
 
     Args:
         group: None: every group, in the order in which they got their handles.
+
+    Raises:
+        CaptureError: inside `comm.capture()`, or while a stream captures; nothing is closed.
     """
-    with _entries_lock:
-        entries = [entry for entry in _entries.values() if group is None or entry.group is group]
-    for entry in entries:
+    _refuse_in_capture("comm.close")
+    for entry in live():
+        if group is None or entry.group is group:
+            with entry.lock:
+                _close(entry)
+
+
+def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
+    """Let every group's backends do what a capture would otherwise do lazily: build, allocate, exchange.
+
+    Collective, of all ranks of all groups that have a handle, group by group in the order in which they got it. What
+    ranges need it are served from then on, if they pass the admission test; a backend that fails on a rank is dropped
+    on all of its group, and the next candidate serves. Calls beyond what was prepared go to the next candidate, too.
+    May be called again for other or larger shapes; what is prepared already costs one exchange.
+
+    Args:
+        max_tokens: the most rows of `[num_tokens, hidden_size]`, at least 1.
+        hidden_size: elements a row, at least 1.
+        dtype: of the tensors.
+
+    Raises:
+        TypeError, ValueError: an argument that no call could have; before anything is sent.
+        CaptureError: inside `comm.capture()`, or while a stream captures; before anything is sent.
+        NegotiationError: the ranks gave different arguments, or one failed; alike on all ranks of that group. The other
+            groups are prepared all the same.
+        CommTimeoutError: ranks didn't come in time.
+    """
+    shapes = checked(max_tokens, hidden_size, dtype)
+    _refuse_in_capture("comm.pre_capture_init")
+    sweep()
+    # Whatever becomes of one group: ranks of the next ones wait there for this one.
+    failures = [failure for failure in [_failure(entry, shapes) for entry in live()] if failure is not None]
+    if failures:
+        raise failures[0]
+
+
+# Whether `comm.capture()` is open in this process.
+_capturing = False
+_capture_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[None]:
+    """The context in which CUDA graphs are captured: the sessions of all groups that have a handle are entered.
+
+    ```python
+    with comm.capture():
+        with torch.cuda.graph(graph):
+            y = model(x)
+    graph.replay()
+    ```
+
+    Inside it, calls on a stream that captures take the routes of graphs, others the eager ones. At its end, sessions
+    that registered what graphs read exchange it with their peers: Collective, for groups that captured such calls, and
+    only then may a graph be replayed. A `comm.capture()` inside another one is part of that, whatever thread it is in.
+
+    Raises:
+        CaptureError: a stream captures already; a session couldn't be entered or left, on this rank or another: graphs
+            captured inside must not be replayed, and the next capture works.
+        CommTimeoutError: a peer that captured nothing, or hangs, didn't come to the end.
+    """
+    global _capturing  # noqa: PLW0603 - of the process, like the groups
+    with _capture_lock:
+        outer, _capturing = not _capturing, True
+    if not outer:
+        yield
+        return
+    try:
+        refuse_capture("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
+        sweep()
+        entries = [entry for entry in live() if entry.backend is not None]
+        with recording([seat for entry in entries for seat in _seats(entry)]):
+            handles = [entry.backend for entry in entries if entry.backend is not None]
+            try:
+                for handle in handles:
+                    handle.record(True)
+                yield
+            finally:
+                for handle in handles:
+                    handle.record(False)
+    finally:
+        _capturing = False
+
+
+def _seats(entry: Entry) -> Iterator[Seat]:
+    """The sessions of a group that a capture enters."""
+    backend, control = entry.backend, entry.control
+    if backend is not None and control is not None:
+        for session in backend.sessions.values():
+            if session.plugin.has("capture_ctx"):
+                yield Seat(entry.title, backend, control, session)
+
+
+def _failure(entry: Entry, shapes: Shapes) -> CommError | None:
+    """Prepare a group; why that failed, if it did."""
+    try:
         with entry.lock:
-            _close(entry)
+            _prepare(entry, shapes)
+    except CommError as error:
+        return error
+    return None
 
 
-def _entry(group: dist.ProcessGroup | None, request: Request) -> _Entry:
+def _prepare(entry: Entry, shapes: Shapes) -> None:
+    """Prepare a group, if it has a handle that serves and ranks to agree with."""
+    agreed, backend = entry.agreed, entry.backend
+    if agreed is None or backend is None or backend.failure is not None:
+        return
+    entry.preparations += 1
+    with told(entry):
+        planned = prepare(agreed, shapes, entry.preparations)
+    if planned is agreed:
+        return
+    entry.hold(planned)
+    backend.adopt(planned.decision, planned.sessions)
+    try:
+        in_worker(backend.warm_up, planned.member, "torch.distributed's first call")
+    except Exception as error:
+        raise CommError(f"{entry.title}: the fallback can't be used: {describe(error)}") from error
+
+
+def _refuse_in_capture(what: str) -> None:
+    if _capturing:
+        raise CaptureError(f"{what} can't be called inside comm.capture(). Call it before, or after")
+    refuse_capture(f"{what} can't wait for other ranks", "Call it before the capture, or after")
+
+
+def _entry(group: dist.ProcessGroup | None, request: Request) -> Entry:
     """The group's entry; a new one, with `request`, where there is none."""
     member: dist.ProcessGroup | None = None
     name = ""
@@ -141,42 +238,44 @@ def _entry(group: dist.ProcessGroup | None, request: Request) -> _Entry:
         member = dist.group.WORLD if group is None else group
         if not isinstance(member, dist.ProcessGroup):
             raise TypeError(f"a torch.distributed process group is needed, not {group!r}")
-        if not _lives(member):
+        if not lives(member):
             raise ValueError("this process group was destroyed, or isn't this process's own")
         name = member.group_name
     elif group is not None:
         raise ValueError("this process group was destroyed: torch.distributed isn't initialised")
-    _sweep()
-    with _entries_lock:
-        if name not in _entries:
-            _entries[name] = _Entry(name, member, request)
-        return _entries[name]
+    sweep()
+    return find(name, member, request)
 
 
-def _negotiate(entry: _Entry, group: dist.ProcessGroup) -> Backend:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise CaptureError(f"{entry.title} has no handle yet and a graph is being captured: call get_backend before")
+def _negotiate(entry: Entry, group: dist.ProcessGroup) -> Backend:
+    refuse_capture(
+        f"the ranks of {entry.title}, which has no handle yet, can't agree on one",
+        "Call comm.get_backend(group) before the capture",
+    )
     local = gather_local(group, entry.request)
     ranks = tuple(dist.get_process_group_ranks(group))
     control = entry.control = Control(store_of(group), dist.get_rank(group), ranks, local.control_timeout_s)
-    control.join(_seen.setdefault(entry.name, set()))
+    control.join(seen.setdefault(entry.name, set()))
     try:
-        agreed = agree(group, entry.title, control, local)
-    except StageTimeoutError as error:
-        control.finish()
-        raise CommTimeoutError(f"{entry.title}: {error}", error.ranks) from error
-    except StageAbortedError as error:
-        control.finish()
-        raise NegotiationError(f"{entry.title}: {error}") from error
+        with told(entry):
+            agreed = agree(group, entry.title, control, local)
     except BaseException:
         control.finish()
         raise
-    entry.sessions = agreed.sessions
-    terminal = (fallback.torch_distributed, group)
-    return Backend(agreed.decision, agreed.topology, entry.title, local.device, terminal, agreed.sessions, entry.name)
+    entry.hold(agreed)
+    terminal = fallback.Terminal(group, entry.title)
+    return Backend(
+        agreed.decision,
+        agreed.topology,
+        entry.title,
+        local.device,
+        (fallback.Terminal.all_reduce, terminal),
+        agreed.sessions,
+        entry.name,
+    )
 
 
-def _alone(entry: _Entry) -> Backend:
+def _alone(entry: Entry) -> Backend:
     """A handle for a group of one: the sum is a copy, whatever is installed."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -187,9 +286,9 @@ def _alone(entry: _Entry) -> Backend:
     return Backend(decision, topology, entry.title, device, (fallback.copy_of_one, entry.group), {}, entry.name)
 
 
-def _close(entry: _Entry) -> None:
+def _close(entry: Entry) -> None:
     """Close a group's handle, together with its peers where they can still be reached."""
-    _forget(entry)
+    forget(entry)
     backend, control, group = entry.backend, entry.control, entry.group
     if backend is None:
         return
@@ -197,8 +296,8 @@ def _close(entry: _Entry) -> None:
     entry.backend = None
     if control is None or group is None:
         return
-    if not _lives(group):
-        _abandon(entry)
+    if not lives(group):
+        entry.abandon()
         return
     orderly = True
     try:
@@ -209,48 +308,6 @@ def _close(entry: _Entry) -> None:
     except Exception as error:  # noqa: BLE001 - what this rank holds is given back whatever became of the others
         orderly = False
         _log.warning("%s is closed without all its ranks: %s", entry.title, error)
-    for session in entry.sessions.values():
+    for session in entry.sessions:
         session.close(orderly)
     control.finish()
-
-
-def _sweep() -> None:
-    """Let go of groups that were destroyed without `close`."""
-    with _entries_lock:
-        gone = [entry for entry in _entries.values() if entry.group is not None and not _lives(entry.group)]
-    for entry in gone:
-        _forget(entry)
-        _abandon(entry)
-
-
-def _abandon(entry: _Entry) -> None:
-    """Close a group that torch destroyed: its peers can't be reached any more."""
-    if entry.sessions:
-        _log.warning("%s was destroyed before comm.close(group): closing without its peers", entry.title)
-    if entry.backend is not None:
-        entry.backend.retire(f"{entry.title} was destroyed")
-    for session in entry.sessions.values():
-        session.close(orderly=False)
-
-
-def _forget(entry: _Entry) -> None:
-    if entry.backend is not None:
-        ops.strike(entry.backend)
-    with _entries_lock:
-        if _entries.get(entry.name) is entry:
-            del _entries[entry.name]
-
-
-def _lives(group: dist.ProcessGroup) -> bool:
-    """Whether torch still knows the group and this process is in it."""
-    try:
-        return dist.get_rank(group) >= 0
-    except ValueError:
-        return False
-
-
-def _listed(ranks: Sequence[int]) -> str:
-    """Ranks for people: "0-3", "1,3"."""
-    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"{ranks[0]}-{ranks[-1]}"
-    return ",".join(map(str, ranks))

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comm_core import _cache, _toolchain
+from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
 from comm_core._toolchain import include_dir
 from comm_core.env import PREFIX, Settings
-from comm_core.errors import CaptureError, CommError, PluginLoadError
+from comm_core.errors import CommError, PluginLoadError
 
 if TYPE_CHECKING:
     from tvm_ffi import Module
@@ -96,12 +97,11 @@ class Library:
         slot = _slots.setdefault(self.package, _Slot())
         if slot.module is not None:
             return slot.module
-        if _capturing():
-            raise CaptureError(
-                f"the native code of {self.package!r} can't be loaded while a CUDA stream captures, since it may have "
-                f"to be built first. Call comm_core.kernels.Library({self.package!r}).load() before the capture; a "
-                "backend does so in connect, which comm_core.get_backend(group) runs"
-            )
+        refuse_capture(
+            f"the native code of {self.package!r}, which may have to be built first, can't be loaded",
+            f"Call comm_core.kernels.Library({self.package!r}).load() before the capture; a backend does "
+            "so in connect, which comm_core.get_backend(group) runs",
+        )
         with slot.lock:
             if slot.module is None:
                 slot.module = self._load()
@@ -159,12 +159,6 @@ class Library:
 def _prebuilt(folder: Path) -> Path:
     """Where the wheel of the package in `folder` has its shared object, if it has one."""
     return folder / _toolchain.BUILT / f"{folder.name}.so"
-
-
-def _capturing() -> bool:
-    """Whether the calling thread's CUDA stream captures; imports nothing, starts no CUDA context."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _capabilities() -> tuple[int, ...]:

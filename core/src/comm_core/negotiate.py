@@ -20,6 +20,7 @@ __all__ = [
     "differences",
     "encode_answer",
     "implied",
+    "merge",
     "nominate",
     "slate",
 ]
@@ -92,8 +93,7 @@ class Slate:
             Candidate(
                 offer.name,
                 "serves" if offer.name in serving else "standby",
-                (notes or {}).get(offer.name)
-                or ("available on every rank" if offer.name in serving else "others come first everywhere"),
+                (notes or {}).get(offer.name) or _standing(offer, offer.name in serving),
                 priority=offer.priority,
                 version=offer.version,
             )
@@ -102,6 +102,17 @@ class Slate:
         dropped = sorted(self.dropped, key=lambda c: (-(c.priority or 0), c.name))
         terminal = Candidate(TERMINAL, "serves", "always there", priority=0)
         return Decision((*standing, *dropped, terminal), routes)
+
+
+def _standing(offer: Offer, serves: bool) -> str:
+    """What there is to say of a backend that may serve."""
+    if any(item.prepared for item in offer.ranges):
+        return (
+            "available on every rank; more once comm.pre_capture_init has prepared it"
+            if serves
+            else ("serves once comm.pre_capture_init has prepared it")
+        )
+    return "available on every rank" if serves else "others come first everywhere"
 
 
 def differences(values: Sequence[Any]) -> str:
@@ -224,7 +235,7 @@ def slate(
     """
     offers, refused = [], list(dropped)
     for name, version in asked.items():
-        merged = _merge([answer[name] for answer in answers])
+        merged = merge([answer[name] for answer in answers])
         if isinstance(merged, Available):
             offers.append(Offer(name, merged.priority, merged.ranges, version))
         else:
@@ -234,8 +245,12 @@ def slate(
     return Slate(tuple(offers), tuple(refused))
 
 
-def _merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | None]:
-    """What all ranks' answers of one backend amount to, or the reason against it and who gave it."""
+def merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | None]:
+    """What all ranks' answers of one backend amount to, or the reason against it and who gave it.
+
+    Args:
+        answers: what `encode_answer` made of them, by group rank.
+    """
     for rank, answer in enumerate(answers):
         if "reason" in answer:
             everywhere = all(other == answer for other in answers)

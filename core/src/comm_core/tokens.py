@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from comm_core._capturing import refuse_capture
+
 if TYPE_CHECKING:
     import torch
 
@@ -83,21 +85,14 @@ class TokenCounts:
             ValueError: as `local_num_tokens_non_padded`.
         """
         if isinstance(num_tokens, int):
-            self._refuse_capture()
+            # The graph would keep it for ever.
+            refuse_capture(
+                "a number of tokens, which every replay would read again, can't be filled in",
+                "Call fill before the capture, or give it a tensor on the device",
+            )
             local = local_num_tokens_non_padded(num_tokens, self.bucket, self._rank, self._world_size)
             self.total.fill_(num_tokens)
             self.local.fill_(local)
         else:
             self.total.copy_(num_tokens.reshape(1))
             self.local.copy_(local_num_tokens_non_padded(self.total, self.bucket, self._rank, self._world_size))
-
-    def _refuse_capture(self) -> None:
-        import torch
-
-        from comm_core.errors import CaptureError
-
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise CaptureError(
-                "a number of tokens can't be filled in while a stream captures: every replay would read this one. Call "
-                "fill before the capture, or give it a tensor on the device"
-            )

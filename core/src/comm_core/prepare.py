@@ -1,0 +1,141 @@
+"""`comm.pre_capture_init` for one group: the backends prepare what a capture would do lazily, then all plan anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from comm_core import negotiate
+from comm_core.agreement import Agreed
+from comm_core.context import Shapes
+from comm_core.control import StageAbortedError
+from comm_core.discovery import Plugin
+from comm_core.errors import CommError, NegotiationError
+from comm_core.establish import Member, Session, check_budget, connected, dropped, establish, in_worker, words
+from comm_core.negotiate import Slate
+from comm_core.routes import owners, plan
+from comm_core.types import DTYPES, Available, Range, Unavailable
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["checked", "prepare"]
+
+
+def checked(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> Shapes:
+    """The arguments of `comm.pre_capture_init`.
+
+    Raises:
+        TypeError, ValueError: what no call could have.
+    """
+    for name, value in (("max_tokens", max_tokens), ("hidden_size", hidden_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: a number of at least 1 is needed")
+    if str(dtype).removeprefix("torch.") not in DTYPES:
+        raise TypeError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is needed, as a torch dtype")
+    return Shapes(max_tokens, hidden_size, dtype)
+
+
+def prepare(agreed: Agreed, shapes: Shapes, number: int) -> Agreed:
+    """Prepare a group's backends for `shapes`, admit what they serve from then on, and plan. Collective.
+
+    Args:
+        agreed: the group so far; left as it is. Of its sessions that the new plan hasn't, those in use stay open.
+        shapes: what the caller gave.
+        number: which call of it this is for the group.
+
+    Returns:
+        The group from now on; `agreed` itself where it is prepared for these shapes already.
+
+    Raises:
+        NegotiationError: the ranks gave different shapes; on all ranks.
+        StageAbortedError: a rank failed or didn't come.
+    """
+    member = dataclasses.replace(agreed.member, purpose=f"prepare {number}: ")
+    control = member.control
+    with control.stage(f"{member.purpose}shapes") as stage:
+        given = stage.all_gather([shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
+    if any(other != given[0] for other in given):
+        raise NegotiationError(
+            "comm.pre_capture_init's (max_tokens, hidden_size, dtype) differ between the ranks of this group: "
+            f"{negotiate.differences(given)}. Nothing was prepared. Give every rank the same"
+        )
+    if any(_covers(earlier, shapes) for earlier in agreed.prepared):
+        return agreed
+    slate, sessions = agreed.slate, dict(agreed.sessions)
+    for plugin in _to_prepare(agreed):
+        slate = connected(slate, plugin, sessions, member)
+        if plugin.name in sessions:
+            slate = _prepare_one(slate, plugin, shapes, sessions, member)
+    slate, sessions = establish(slate, agreed.plugins, member, sessions)
+    planned = Agreed.of(slate, sessions, agreed.plugins, agreed.member)
+    return dataclasses.replace(planned, prepared=(*agreed.prepared, shapes))
+
+
+def _covers(earlier: Shapes, shapes: Shapes) -> bool:
+    """Whether what was prepared for `earlier` will do for `shapes`."""
+    return dataclasses.replace(earlier, max_tokens=shapes.max_tokens) == shapes and (
+        shapes.max_tokens <= earlier.max_tokens
+    )
+
+
+def _to_prepare(agreed: Agreed) -> Sequence[Plugin]:
+    """The plugins to ask, best first: those connected, and those that could own a route once they are prepared."""
+    hopeful = tuple(dataclasses.replace(offer, ranges=_served(offer.ranges)) for offer in agreed.slate.offers)
+    wanted = owners(plan(hopeful, agreed.topology.device_types)) | agreed.sessions.keys()
+    plugins = (agreed.plugins[offer.name] for offer in agreed.slate.offers if offer.name in wanted)
+    return [plugin for plugin in plugins if plugin.has("pre_capture_init")]
+
+
+def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[str, Session], member: Member) -> Slate:
+    """Run a plugin's `pre_capture_init` on every rank, vote and merge; the slate that comes of it."""
+    name, session = plugin.name, sessions[plugin.name]
+    offer = next(offer for offer in slate.offers if offer.name == name)
+    others = sum(other.memory_nbytes for other in sessions.values() if other is not session)
+    hook = functools.partial(plugin.hooks["pre_capture_init"], session.value, shapes)
+    step = f"{member.purpose}pre_capture_init {name}"
+    try:
+        with session.channel.opened(member.control, step, member.step_timeout_s) as stage:
+            try:
+                ranges = in_worker(hook, member, f"pre_capture_init of {name}")
+                memory_nbytes = int(getattr(session.value, "memory_nbytes", 0)) if plugin.has("connect") else 0
+                check_budget(memory_nbytes, member.context.memory_budget_nbytes - others)
+                answer = None if ranges is None else _answer(ranges, offer.priority, plugin)
+            except StageAbortedError:
+                raise
+            except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
+                raise stage.abort(words(error)) from error
+            votes = stage.all_gather([memory_nbytes, answer], "vote")
+            unchanged = negotiate.encode_answer(Available(offer.priority, offer.ranges))
+            merged = negotiate.merge([unchanged if answer is None else answer for _, answer in votes])
+            if not isinstance(merged, Available):
+                raise stage.abort(merged[0])
+    except StageAbortedError as error:
+        return dropped(slate, name, "pre_capture_init", error, sessions, member)
+    session.memory_nbytes = max(nbytes for nbytes, _ in votes)
+    if all(answer is None for _, answer in votes):
+        return slate
+    # Buffers may be others now: what was seen to work is to be seen again.
+    session.tested.clear()
+    return slate.narrowed(name, merged.ranges)
+
+
+def _answer(ranges: Sequence[Range], priority: int, plugin: Plugin) -> dict[str, object]:
+    """What a plugin returned, as the ranks exchange it.
+
+    Raises:
+        TypeError, ValueError, CommError: it can't be right.
+    """
+    if not ranges:
+        raise ValueError("pre_capture_init returned no ranges: it serves nothing any more; None stands for unchanged")
+    answer = negotiate.implied(Available(priority, _served(ranges)), tuple(plugin.hooks))
+    if isinstance(answer, Unavailable):
+        raise CommError(answer.reason.replace("is_available", "pre_capture_init"))
+    return negotiate.encode_answer(answer)
+
+
+def _served(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """The ranges, none of them waiting to be prepared."""
+    return tuple(dataclasses.replace(item, prepared=False) for item in ranges)

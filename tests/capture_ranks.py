@@ -1,0 +1,291 @@
+"""What runs in the ranks for test_capture.py and test_prepare.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comm_core as comm
+import torch
+import torch.distributed as dist
+from faulty_plugins import LOG
+from handle_ranks import Outcome, hear, meet, outcome, say, summed
+from recording_plugins import SESSIONS, fake_capture
+
+
+def events(name: str = "") -> list[str]:
+    """What happened to the sessions of `name`, or to all of them, since `LOG` was cleared; calls aside."""
+    return [
+        event if name else f"{backend} {event}"
+        for backend, _, event in LOG
+        if event != "all_reduce" and backend.startswith(name)
+    ]
+
+
+def record(backend: comm.Backend, numel: int = 5) -> None:
+    """Make a call that the current stream captures."""
+    with fake_capture():
+        backend.all_reduce(torch.ones(numel))
+
+
+def registered(name: str, group: dist.ProcessGroup) -> list[list[list[int]]]:
+    return SESSIONS[name, group.group_name].registered
+
+
+def capture(*calls: tuple[comm.Backend, int]) -> None:
+    with comm.capture():
+        for backend, numel in calls:
+            record(backend, numel)
+
+
+def once_a_session() -> dict[str, Any]:
+    """Two groups of the same ranks, one of them under two names, one made late; two captures, the second nested."""
+    world = comm.get_backend()
+    assert comm.get_backend(dist.group.WORLD) is world
+    LOG.clear()
+    capture((world, 5))
+    first = events()
+    group = dist.new_group(range(dist.get_world_size()))
+    late = comm.get_backend(group)
+    LOG.clear()
+    with comm.capture():
+        record(world, 7)
+        with comm.capture():
+            record(late, 8)
+        assert summed(late)  # not captured: a warm-up
+        inside = events()
+    second = events()
+    assert dist.group.WORLD is not None
+    return {
+        "first": first,
+        "inside": inside,
+        "second": second,
+        "world": registered("first", dist.group.WORLD),
+        "late": registered("first", group),
+    }
+
+
+def not_all_capture() -> dict[str, Any]:
+    """4 ranks: {0, 1} captures, {2, 3} doesn't, rank 0 captures something of its own without a call besides."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = groups[dist.get_rank() // 2]
+    assert isinstance(mine, dist.ProcessGroup)
+    world, pair = comm.get_backend(), comm.get_backend(mine)
+    LOG.clear()
+    if dist.get_rank() == 0:
+        capture()
+    if dist.get_rank() < 2:
+        capture((pair, 4))
+    elsewhere = events()
+    # All are still in step.
+    capture((world, 3), (pair, 2))
+    assert dist.group.WORLD is not None
+    return {
+        "elsewhere": elsewhere,
+        "world": registered("first", dist.group.WORLD),
+        "pair": registered("first", mine),
+    }
+
+
+def raise_inside(failing: int, record_before: bool, tries: int = 1) -> dict[str, Any]:
+    """One rank's capture fails by an error of the caller's, `tries` times; then all capture together."""
+    world = comm.get_backend()
+    LOG.clear()
+
+    def attempt() -> None:
+        with comm.capture():
+            if record_before:
+                record(world)
+            if dist.get_rank() == failing:
+                raise ZeroDivisionError("my own")
+            if not record_before:
+                return
+
+    outcomes = [outcome(attempt) for _ in range(tries if dist.get_rank() == failing else 1)]
+    log = events()
+    meet("failed")
+    capture((world, 9))
+    assert dist.group.WORLD is not None
+    return {"outcomes": outcomes, "events": log, "registered": registered("first", dist.group.WORLD)}
+
+
+def fail_then_capture() -> dict[str, Any]:
+    """A capture of three sessions, of which a plugin's fault may break one; then another."""
+    world = comm.get_backend()
+    group = dist.new_group(range(dist.get_world_size()))
+    pair = comm.get_backend(group)
+    LOG.clear()
+    first = outcome(lambda: capture((world, 5), (pair, 5)))
+    log = events()
+    second = outcome(lambda: capture((world, 6), (pair, 6)))
+    assert dist.group.WORLD is not None
+    return {
+        "first": first,
+        "events": log,
+        "second": second,
+        "registered": [registered("first", dist.group.WORLD), registered("first", group)],
+    }
+
+
+def overlap(groups: Sequence[Sequence[int]]) -> list[tuple[list[int], list[list[list[int]]]]]:
+    """Groups that share ranks, recorded together in three captures; of the second only one group is part."""
+    made = [(list(ranks), dist.new_group(ranks)) for ranks in groups]
+    mine = [(ranks, group) for ranks, group in made if isinstance(group, dist.ProcessGroup)]
+    handles = [comm.get_backend(group) for _, group in mine]
+    capture(*((handle, 4) for handle in handles))
+    if dist.get_rank() in groups[0]:
+        capture((handles[0], 5))
+    capture(*((handle, 6) for handle in handles))
+    return [(ranks, registered("first", group)) for ranks, group in mine]
+
+
+def pass_through() -> dict[str, Any]:
+    """A group that was closed, one that was destroyed, and a group of one."""
+    size = dist.get_world_size()
+    closed, destroyed = dist.new_group(range(size)), dist.new_group(range(size))
+    single = [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]
+    handles = [comm.get_backend(group) for group in (closed, destroyed, single)]
+    comm.close(closed)
+    dist.destroy_process_group(destroyed)
+    LOG.clear()
+    with comm.capture():
+        alone = handles[2].all_reduce(torch.ones(3))
+    return {"events": events(), "alone": alone.tolist()}
+
+
+def lose_inside() -> dict[str, Any]:
+    """A group is destroyed while it is captured."""
+    group = dist.new_group(range(dist.get_world_size()))
+    handle = comm.get_backend(group)
+    world = comm.get_backend()
+    LOG.clear()
+
+    def lose() -> None:
+        with comm.capture():
+            record(world)
+            dist.destroy_process_group(group)
+            assert handle is not comm.get_backend()
+
+    first = outcome(lose)
+    meet("lost")
+    return {"first": first, "second": outcome(lambda: capture((world, 2)))}
+
+
+def go_wrong() -> dict[str, Outcome]:
+    """What isn't to be done while a graph is captured."""
+    backend = comm.get_backend()
+    found: dict[str, Outcome] = {}
+    shapes = {"max_tokens": 1, "hidden_size": 1, "dtype": torch.float32}
+    group = dist.new_group(range(dist.get_world_size()))
+    with fake_capture():
+        found["enter"] = outcome(lambda: capture((backend, 1)))
+        found["get"] = outcome(lambda: comm.get_backend(group))
+        found["close"] = outcome(comm.close)
+        found["prepare"] = outcome(lambda: comm.pre_capture_init(**shapes))
+    with comm.capture():
+        found["close inside"] = outcome(comm.close)
+        found["prepare inside"] = outcome(lambda: comm.pre_capture_init(**shapes))
+
+    def crossed() -> None:
+        context = comm.capture()
+        context.__enter__()
+        with fake_capture():
+            context.__exit__(None, None, None)
+
+    found["leave"] = outcome(crossed)
+    # None of it has closed or broken anything.
+    found["then"] = outcome(lambda: capture((backend, 3)))
+    found["sum"] = outcome(lambda: summed(backend))
+    return found
+
+
+def wait_for_nobody(absent: int) -> Outcome:
+    """One rank records nothing."""
+    backend = comm.get_backend(timeout_s=10)
+    if dist.get_rank() == absent:
+        hear("told", [rank for rank in range(dist.get_world_size()) if rank != absent])
+        # The capture of which it was no part is over, and it finds its way into the next.
+        found = outcome(capture)
+    else:
+        found = outcome(lambda: capture((backend, 3)))
+        say("told")
+    meet("over")
+    capture((backend, 4))
+    return found
+
+
+SHAPES: dict[str, Any] = {"max_tokens": 4, "hidden_size": 8, "dtype": torch.float32}
+
+
+def who(backend: comm.Backend, *sizes: int) -> list[str]:
+    """Who serves messages of so many bytes: by the plan, and as seen."""
+    seen = []
+    for nbytes in sizes:
+        LOG.clear()
+        x = torch.full((nbytes // 4,), 1.0)
+        assert torch.equal(backend.all_reduce(x), x * dist.get_world_size(backend_group(backend)))
+        called = [name for name, _, event in LOG if event == "all_reduce"]
+        route = backend.decision.route("all_reduce", "eager", "cpu", "float32")
+        assert (called or ["torch_distributed"]) == [route.backend_for(nbytes)]
+        seen += called or ["torch_distributed"]
+    return seen
+
+
+def backend_group(backend: comm.Backend) -> Any:
+    """The process group of a handle."""
+    return dist.distributed_c10d._resolve_process_group(backend.group_name)  # type: ignore[attr-defined]
+
+
+def prepare(steps: Sequence[dict[str, Any]], sizes: Sequence[int] = (8, 128, 256, 260)) -> dict[str, Any]:
+    """Prepare the world for each step's shapes; who serves before and after each, and what became of it."""
+    backend = comm.get_backend()
+    found: dict[str, Any] = {
+        "served": [who(backend, *sizes)],
+        "outcomes": [],
+        "candidates": [backend.decision.candidate("first")],
+        "events": [],
+    }
+    for step in steps:
+        LOG.clear()
+        found["outcomes"].append(outcome(lambda: comm.pre_capture_init(**step)))  # noqa: B023
+        found["events"].append(events())
+        assert comm.get_backend() is backend
+        found["served"].append(who(backend, *sizes))
+        found["candidates"].append(backend.decision.candidate("first"))
+    LOG.clear()
+    comm.close()
+    found["closed"] = events()
+    return found
+
+
+def prepare_differently(shapes: Sequence[dict[str, Any]]) -> tuple[Outcome, list[str], Outcome, list[str]]:
+    backend = comm.get_backend()
+    LOG.clear()
+    first = outcome(lambda: comm.pre_capture_init(**shapes[dist.get_rank()]))
+    log = events()
+    return first, log, outcome(lambda: comm.pre_capture_init(**SHAPES)), who(backend, 128)
+
+
+def prepare_groups(groups: Sequence[Sequence[int]]) -> list[tuple[list[int], list[str]]]:
+    """Groups that share ranks; one made after the others were prepared."""
+    made = [(list(ranks), dist.new_group(ranks)) for ranks in groups]
+    mine = [(ranks, group) for ranks, group in made if isinstance(group, dist.ProcessGroup)]
+    handles = [comm.get_backend(group) for _, group in mine]
+    comm.pre_capture_init(**SHAPES)
+    world = comm.get_backend()
+    served = [(ranks, who(handle, 128)) for (ranks, _), handle in zip(mine, handles, strict=True)]
+    before = who(world, 128)
+    comm.pre_capture_init(**SHAPES)
+    return [*served, ([], before + who(world, 128))]
+
+
+def prepare_late(absent: int) -> tuple[Outcome, Outcome]:
+    """One rank doesn't call."""
+    backend = comm.get_backend(timeout_s=10)
+    if dist.get_rank() == absent:
+        hear("told", [rank for rank in range(dist.get_world_size()) if rank != absent])
+        found = ("ok", "absent")
+    else:
+        found = outcome(lambda: comm.pre_capture_init(**SHAPES))
+        say("told")
+    return found, outcome(lambda: who(backend, 8, 260))
