@@ -8,11 +8,12 @@ import time
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from comm_core.channel import SessionChannel
 from comm_core.context import Agreement
 from comm_core.control import MESSAGE_NBYTES, Control, Stage, StageAbortedError, StageTimeoutError
-from comm_core.errors import CommError, CommTimeoutError
+from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from control_ranks import NEVER_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
 
 SHORT_S = 0.2
@@ -283,6 +284,30 @@ def test_the_channel_is_closed_outside_of_collective_hooks() -> None:
     for call in (channel.barrier, lambda: channel.all_gather(1), lambda: channel.agree(ok=True)):
         with pytest.raises(CommError, match="inside Collective hooks"):
             call()
+
+
+def test_the_channel_waits_for_nobody_while_a_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    (member,) = group_of(dist.HashStore(), 1)
+    channel = SessionChannel()
+    with channel.opened(member, "connect") as stage:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "is_available", lambda: True)
+            patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            with pytest.raises(CaptureError, match="no rank can wait for the others while a CUDA stream captures"):
+                channel.barrier()
+        assert not stage.used
+        assert channel.all_gather(1) == [1]
+        assert stage.used
+
+
+def test_a_stage_that_others_aborted_is_seen_without_waiting(store: dist.Store) -> None:
+    first, second = group_of(store, 2)
+    assert not second.was_aborted("step 1")
+    with first.stage("step 1") as stage:
+        stage.abort("no room")
+    assert second.was_aborted("step 1")
+    assert not second.was_aborted("step 2")
+    assert not second.was_aborted("step")
 
 
 @pytest.mark.parametrize("aborting", [1, 3])

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from comm_core import fallback
+from comm_core.errors import CaptureError
 from comm_core.types import DTYPES
 from torch._C._distributed_c10d import HashStore
 
@@ -96,3 +98,26 @@ def test_torch_sums_every_dtype(group_of_one: dist.ProcessGroup, dtype: str) -> 
         assert result is out or out is None
         assert torch.equal(result, torch.arange(40).to(x.dtype))
     assert fallback.torch_distributed(group_of_one, x, None).data_ptr() != x.data_ptr()
+
+
+def test_the_first_cuda_call_of_a_group_isnt_captured(
+    group_of_one: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnGpu:
+        is_cuda = True
+
+    reduced: list[object] = []
+    monkeypatch.setattr(fallback, "torch_distributed", lambda _group, tensor, _out: reduced.append(tensor))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    terminal = fallback.Terminal(group_of_one, "group 'tp'")
+    on_gpu = cast("torch.Tensor", OnGpu())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(CaptureError, match=r"no communicator for group 'tp' yet.*Call comm.pre_capture_init"):
+        terminal.all_reduce(on_gpu, None)
+    terminal.all_reduce(torch.ones(1), None)
+    assert len(reduced) == 1
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    terminal.all_reduce(on_gpu, None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    terminal.all_reduce(on_gpu, None)
+    assert reduced[1:] == [on_gpu, on_gpu]

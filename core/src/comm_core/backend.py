@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from comm_core import fallback
-from comm_core.errors import CommError, CommTimeoutError
+from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.tables import FusedEntry, Key, PlainEntry, Recording, Tables, bind
 from comm_core.types import DTYPES, Decision
 
@@ -98,7 +98,7 @@ class Backend:
             TypeError, ValueError: a dtype, device or `out` that no backend takes; alike on all ranks, before anything
                 is sent.
             CommError: the backend that serves this message failed, or the handle is closed; the text names it. As
-                `CommTimeoutError` where a peer didn't come.
+                `CommTimeoutError` where a peer didn't come, as `CaptureError` where the call can't be captured yet.
         """
         rules = self._plain.get((tensor.device, tensor.dtype))
         try:
@@ -267,6 +267,8 @@ class Backend:
             # Its peers' counts and its own no longer match: no later call could be right.
             self.retire(f"{text}. It isn't used any more; close the group's handle and make a new group")
             raise CommTimeoutError(text, error.ranks) from error
+        if isinstance(error, CaptureError):
+            raise CaptureError(text) from error
         raise CommError(text) from error
 
 

@@ -178,14 +178,16 @@ class _Named(Contender):
         self._group = group
 
     def takes(self, case: Case) -> bool:
-        # Outside comm.capture() a graph records the eager plan, so that decides in both modes.
         decision = self._handle.decision
         sizes = (case.nbytes, *case.shape) if case.fused else (case.nbytes,)
-        owner = decision.route(case.op, "eager", case.device_type, case.dtype).backend_for(*sizes)
+        owner = decision.route(case.op, case.mode, case.device_type, case.dtype).backend_for(*sizes)
         if case.fused and owner == TERMINAL:
             # Core composes it of the plain sum and a norm.
-            owner = decision.route("all_reduce", "eager", case.device_type, case.dtype).backend_for(case.nbytes)
+            owner = decision.route("all_reduce", case.mode, case.device_type, case.dtype).backend_for(case.nbytes)
         return owner == self.name
+
+    def capture(self) -> AbstractContextManager[None]:
+        return comm.capture()
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
         if weight is None:

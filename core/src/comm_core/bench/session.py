@@ -8,6 +8,8 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 import comm_core as comm
 from comm_core._version import __version__
 from comm_core.bench import stats
@@ -52,6 +54,8 @@ def measure_all(
     widest = max((case.shape[1] for case in todo if case.fused), default=0)
     ops = dict.fromkeys(case.op for case in todo)
     roster = assemble(job, tuple(ops), max(case.nbytes for case in todo), widest, only)
+    for (hidden_size, dtype), num_tokens in _largest(todo).items():
+        comm.pre_capture_init(max_tokens=num_tokens, hidden_size=hidden_size, dtype=getattr(torch, dtype))
     dropped: list[dict[str, str]] = []
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -85,6 +89,16 @@ def measure_all(
     roster.close()
     job.close()
     return closed(document, rows), rows
+
+
+def _largest(todo: Sequence[Case]) -> dict[tuple[int, str], int]:
+    """By hidden size and dtype, the most tokens of the fused operation's cases."""
+    found: dict[tuple[int, str], int] = {}
+    for case in todo:
+        if case.fused:
+            num_tokens, hidden_size = case.shape
+            found[hidden_size, case.dtype] = max(found.get((hidden_size, case.dtype), 1), num_tokens)
+    return found
 
 
 def _row(measured: Measured, job: Job) -> Row:
