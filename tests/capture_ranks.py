@@ -279,8 +279,8 @@ def prepare_groups(groups: Sequence[Sequence[int]]) -> list[tuple[list[int], lis
     return [*served, ([], before + who(world, 128))]
 
 
-def prepare_late(absent: int) -> tuple[Outcome, Outcome]:
-    """One rank doesn't call."""
+def prepare_late(absent: int) -> tuple[Outcome, Outcome, Outcome]:
+    """One rank doesn't call; then all do."""
     backend = comm.get_backend(timeout_s=10)
     if dist.get_rank() == absent:
         hear("told", [rank for rank in range(dist.get_world_size()) if rank != absent])
@@ -288,4 +288,6 @@ def prepare_late(absent: int) -> tuple[Outcome, Outcome]:
     else:
         found = outcome(lambda: comm.pre_capture_init(**SHAPES))
         say("told")
-    return found, outcome(lambda: who(backend, 8, 260))
+    before = outcome(lambda: who(backend, 8, 128))
+    comm.pre_capture_init(**SHAPES)
+    return found, before, outcome(lambda: who(backend, 8, 128))

@@ -133,10 +133,10 @@ def test_all_groups_are_prepared_and_those_made_later_by_the_next_call(ranks: Ra
 
 def test_a_rank_that_doesnt_come_is_named(ranks: Ranks, tmp_path: Path) -> None:
     path = [install(tmp_path, recording.Prepares)] * 2
-    (first, still), (_, too) = ranks.run(capture_ranks.prepare_late, 1, path=path)
+    (first, *after), (_, *too) = ranks.run(capture_ranks.prepare_late, 1, path=path)
     assert first[0] == "CommTimeoutError"
     assert "rank 1 didn't come in time" in first[1]
-    assert still == too == ("ok", f"{['first', LAST]}")
+    assert after == too == [("ok", "['first', 'second']"), ("ok", "['first', 'first']")]
 
 
 @pytest.mark.parametrize(

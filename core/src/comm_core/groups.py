@@ -19,7 +19,7 @@ from comm_core.context import Shapes
 from comm_core.control import Control, store_of
 from comm_core.errors import CaptureError, CommError
 from comm_core.establish import in_worker
-from comm_core.prepare import checked, prepare
+from comm_core.prepare import checked, next_number, prepare
 from comm_core.probe import probe_rank
 from comm_core.recording import Seat, recording
 from comm_core.registry import Entry, find, forget, live, lives, seen, sweep, told
@@ -208,8 +208,8 @@ def _prepare(entry: Entry, shapes: Shapes) -> None:
     agreed, backend = entry.agreed, entry.backend
     if agreed is None or backend is None or backend.failure is not None:
         return
-    entry.preparations += 1
     with told(entry):
+        entry.preparations = next_number(agreed, entry.preparations)
         planned = prepare(agreed, shapes, entry.preparations)
     if planned is agreed:
         return
