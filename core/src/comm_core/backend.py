@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from comm_core import fallback
+from comm_core import fallback, norm
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.tables import FusedEntry, Key, PlainEntry, Recording, Tables, bind
 from comm_core.types import DTYPES, Decision
 
 if TYPE_CHECKING:
+    from comm_core.context import Shapes
     from comm_core.establish import Session
     from comm_core.topology import Topology
 
@@ -199,9 +200,10 @@ class Backend:
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
                     self._raise(error, name, "check")
 
-    def warm_up(self) -> None:
-        """Make the calls whose first time can't be captured; core calls it. Collective."""
+    def warm_up(self, shapes: Shapes) -> None:
+        """Do what can't be captured the first time: NCCL's first call, the norm's kernel; core calls it. Collective."""
         if self.device.type == "cuda":
+            norm.prepare(self.device, shapes.dtype, shapes.hidden_size)
             function, session = self._terminal
             function(session, torch.zeros(1, device=self.device), None)
 

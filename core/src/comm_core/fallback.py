@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from comm_core import norm
 from comm_core._capturing import refuse_capture
 
 __all__ = ["Terminal", "add_rms_norm", "copy_of_one", "torch_distributed"]
@@ -61,7 +62,6 @@ def copy_of_one(_group: object, tensor: torch.Tensor, out: torch.Tensor | None) 
     return out if out is tensor else out.copy_(tensor)
 
 
-@torch.no_grad()  # as in `copy_of_one`; the weight is a parameter as a rule
 def add_rms_norm(
     tensor: torch.Tensor,
     residual: torch.Tensor,
@@ -73,8 +73,26 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`s = tensor + residual` and its RMSNorm, in fp32 (fp64 for fp64), each rounded once.
 
-    Shapes, dtypes and the result are those of the hook `all_reduce_add_rms_norm`, whose formula this is.
+    Shapes, dtypes and the result are those of the hook `all_reduce_add_rms_norm`, whose formula this is. CUDA tensors
+    take one kernel where Triton is there (`comm_core.norm`), and several of torch's elsewhere.
     """
+    if tensor.is_cuda:
+        results = norm.add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out)
+        if results is not None:
+            return results
+    return _by_torch(tensor, residual, weight, eps, weight_offset, out, residual_out)
+
+
+@torch.no_grad()  # as in `copy_of_one`; the weight is a parameter as a rule
+def _by_torch(
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = tensor.dtype
     wide = torch.promote_types(dtype, torch.float32)
     sums = tensor.to(wide) + residual.to(wide)

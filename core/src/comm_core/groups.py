@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -216,7 +217,8 @@ def _prepare(entry: Entry, shapes: Shapes) -> None:
     entry.hold(planned)
     backend.adopt(planned.decision, planned.sessions)
     try:
-        in_worker(backend.warm_up, planned.member, "torch.distributed's first call")
+        warm_up = functools.partial(backend.warm_up, shapes)
+        in_worker(warm_up, planned.member, "torch.distributed's first call")
     except Exception as error:
         raise CommError(f"{entry.title}: the fallback can't be used: {describe(error)}") from error
 

@@ -1,0 +1,198 @@
+#!/usr/bin/env python3
+"""The residual's add and the RMSNorm after an all-reduce, timed on one GPU: torch's kernels, Triton's, FlashInfer's.
+
+    python benchmarks/add_rms_norm.py [--json FILE] [--tokens 1,16,512] [--hidden 4096] [--warps 4,8,16,32]
+
+Each is recorded into a CUDA graph of calls in place, and the graphs are replayed in turn. `fused_add_rmsnorm` of
+FlashInfer works in place alone, in half precisions, without an offset for the weight. Results are checked against fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from comm_core import fallback, norm
+from comm_core.bench import stats
+
+SCHEMA = 1
+EPS = 1e-6
+DTYPES = ("bfloat16", "float16")
+TOKENS = (1, 2, 3, 8, 16, 33, 64, 128, 256, 512, 2048)
+HIDDEN = (2880, 4096, 5120, 7168)
+CALLS = 50
+REPEATS = 25
+
+# (tensor, residual, weight): the norm goes over the first, the sum over the second.
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One contender's times of one case.
+
+    Attributes:
+        name: the contender.
+        dtype: of the tensors.
+        num_tokens: rows.
+        hidden_size: elements a row.
+        us: the median time of a call in a graph, with the tenth and ninetieth percentile, in microseconds.
+        times_as_fast: as torch's kernels, pair by pair of replays: the median, and the ends of its interval.
+        worst: the largest error of the norm, in units of the dtype's epsilon times the norm.
+    """
+
+    name: str
+    dtype: str
+    num_tokens: int
+    hidden_size: int
+    us: tuple[float, float, float]
+    times_as_fast: tuple[float, float, float]
+    worst: float
+
+
+def say(text: str) -> None:
+    """A line on stdout, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def by_torch(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
+    """The kernels that serve where there is no Triton."""
+    return fallback._by_torch(x, r, w, EPS, 0.0, x, r)  # noqa: SLF001 - it has no other door
+
+
+def by_triton(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
+    """What `comm_core.fallback.add_rms_norm` does with CUDA tensors."""
+    return norm.add_rms_norm(x, r, w, EPS, 0.0, x, r)
+
+
+def by_triton_with(warps: int, dtype: torch.dtype, hidden_size: int) -> Call:
+    """The same kernel with another number of warps a program."""
+    launch = importlib.import_module("comm_core._norm_triton").compiled(dtype, hidden_size, warps)
+    return lambda x, r, w: launch(len(x), x, r, w, x, r, EPS, 0.0)
+
+
+def contenders(dtype: torch.dtype, hidden_size: int, warps: list[int]) -> dict[str, Call]:
+    """Whoever is there, by name."""
+    found: dict[str, Call] = {"torch": by_torch}
+    missing = norm.prepare(torch.device("cuda"), dtype, hidden_size)
+    if missing:
+        say(missing)
+    else:
+        found["triton"] = by_triton
+        found |= {f"triton_{count}_warps": by_triton_with(count, dtype, hidden_size) for count in warps}
+    try:
+        theirs: Any = importlib.import_module("flashinfer.norm")
+    except ImportError as error:
+        say(f"no FlashInfer: {error}")
+    else:
+        found["flashinfer"] = lambda x, r, w: theirs.fused_add_rmsnorm(x, r, w, EPS)
+    return found
+
+
+def inputs(dtype: torch.dtype, num_tokens: int, hidden_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normal numbers, the same every time."""
+    generator = torch.Generator(device="cuda").manual_seed(num_tokens)
+    shapes = ((num_tokens, hidden_size), (num_tokens, hidden_size), (hidden_size,))
+    x, r, w = (torch.randn(shape, device="cuda", generator=generator).to(dtype) for shape in shapes)
+    return x, r, w
+
+
+def error_of(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) -> float:
+    """The largest error of the norm, relative, in units of the dtype's epsilon."""
+    x, r, w = inputs(dtype, num_tokens, hidden_size)
+    sums = x.double() + r.double()
+    exact = sums * torch.rsqrt(sums.square().mean(-1, keepdim=True) + EPS) * w.double()
+    call(x, r, w)
+    return float(((x.double() - exact) / exact.abs().clamp_min(1e-3)).abs().max()) / torch.finfo(dtype).eps
+
+
+def recorded(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) -> torch.cuda.CUDAGraph:
+    """A graph of `CALLS` calls, each on what the one before left."""
+    x, r, w = inputs(dtype, num_tokens, hidden_size)
+    call(x, r, w)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call(x, r, w)
+    graph.replay()
+    return graph
+
+
+def timed(graph: torch.cuda.CUDAGraph) -> float:
+    """One replay, in microseconds a call."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3 / CALLS
+
+
+def measure(dtype_name: str, num_tokens: int, hidden_size: int, warps: list[int]) -> Iterator[Line]:
+    """A line for each contender of one case."""
+    dtype = getattr(torch, dtype_name)
+    calls = contenders(dtype, hidden_size, warps)
+    worst = {name: error_of(call, dtype, num_tokens, hidden_size) for name, call in calls.items()}
+    graphs = {name: recorded(call, dtype, num_tokens, hidden_size) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(REPEATS):
+        for name, graph in graphs.items():
+            samples[name].append(timed(graph))
+    for name, times in samples.items():
+        spread, ratio = stats.spread(times), stats.ratio(times, samples["torch"])
+        yield Line(
+            name,
+            dtype_name,
+            num_tokens,
+            hidden_size,
+            (spread.median, spread.p10, spread.p90),
+            (ratio.median, ratio.low, ratio.high),
+            worst[name],
+        )
+
+
+def main() -> None:
+    """Measure every case, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    numbers = {"type": lambda text: [int(part) for part in text.split(",")], "metavar": "N,..."}
+    parser.add_argument("--tokens", default=list(TOKENS), help="rows", **numbers)
+    parser.add_argument("--hidden", default=list(HIDDEN), help="elements a row", **numbers)
+    parser.add_argument("--warps", default=[], help="also the kernel with these numbers of warps", **numbers)
+    parser.add_argument("--json", type=Path, help="where the lines go, with the machine and the versions")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it takes a CUDA device")
+    lines: list[Line] = []
+    say(f"{'dtype':9}{'tokens':>7}{'hidden':>7}  {'':16}{'us':>8}{'times as fast as torch':>26}{'error':>8}")
+    for dtype in DTYPES:
+        for hidden_size in args.hidden:
+            for num_tokens in args.tokens:
+                for line in measure(dtype, num_tokens, hidden_size, args.warps):
+                    lines.append(line)
+                    low, high = line.times_as_fast[1:]
+                    ratio = f"{line.times_as_fast[0]:.2f} ({low:.2f} to {high:.2f})"
+                    case = f"{dtype:9}{num_tokens:7}{hidden_size:7}  {line.name:16}"
+                    say(f"{case}{line.us[0]:8.2f}{ratio:>26}{line.worst:8.2f}")
+    if args.json:
+        machine = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+        }
+        document = {"schema": SCHEMA, **machine, "lines": [dataclasses.asdict(line) for line in lines]}
+        args.json.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
