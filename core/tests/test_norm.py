@@ -135,6 +135,7 @@ def test_what_it_has_no_kernel_for_is_left_to_torch(calls: list[tuple[torch.Tens
 def test_nothing_is_compiled_while_a_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(norm, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert norm.add_rms_norm(*arguments(), 1e-6, 0.0, None, None) is None
     with pytest.raises(
         CaptureError, match=r"torch.bfloat16 rows of 16 on cuda:3 can't be compiled.*Call comm.pre_capture_init"

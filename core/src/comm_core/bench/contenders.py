@@ -21,10 +21,12 @@ from comm_core.types import TERMINAL
 if TYPE_CHECKING:
     from comm_core.backend import Backend
 
-__all__ = ["Absent", "Contender", "Job", "Recorder", "State", "backends", "terminal"]
+__all__ = ["Absent", "Contender", "Job", "Recorder", "State", "backends", "behind_itself", "terminal"]
 
 # Of tensors in memory that several share, in bytes: as torch's allocator has it.
 _ALIGNMENT = 512
+# The backend that launches NCCL's kernels and no other.
+_NCCL = "nccl"
 #: What a call hands on to the next: the tensor, and for the fused operation the residual.
 State = tuple[torch.Tensor, ...]
 
@@ -189,6 +191,9 @@ class _Named(Contender):
     def capture(self) -> AbstractContextManager[None]:
         return comm.capture()
 
+    def spaced(self, case: Case) -> bool:
+        return self.name == _NCCL and behind_itself(case)
+
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
         if weight is None:
             return (self._handle.all_reduce(state[0], state[0] if in_place else None),)
@@ -214,10 +219,8 @@ class _Terminal(Contender):
         return True
 
     def spaced(self, case: Case) -> bool:
-        # Right behind itself NCCL's kernel takes three times as long in a graph as behind any other kernel, if only of
-        # one element: 20 us against 7 for 1 KiB, 29 to 36 against 15 for 1 MiB (two H200, torch 2.11, NCCL 2.28.9). A
-        # model always has one there; out of place the copy is.
-        return case.mode == "graph" and case.place == "in" and not case.fused
+        # Out of place the copy is between its kernels.
+        return case.place == "in" and behind_itself(case)
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
         if weight is None:
@@ -225,6 +228,16 @@ class _Terminal(Contender):
         tensor, residual = state
         total = fallback.torch_distributed(self._group, tensor, None)
         return fallback.add_rms_norm(total, residual, weight, 1e-6, 0.0, None, residual if in_place else None)
+
+
+def behind_itself(case: Case) -> bool:
+    """Whether NCCL's kernels, with nothing else in a chain, need something between them.
+
+    Right behind itself NCCL's kernel takes three times as long in a graph as behind any other kernel, if only of one
+    element: 20 us against 7 for 1 KiB, 29 to 36 against 15 for 1 MiB (two H200, torch 2.11, NCCL 2.28.9). A model
+    always has one there.
+    """
+    return case.mode == "graph" and not case.fused
 
 
 def terminal(job: Job) -> Contender:

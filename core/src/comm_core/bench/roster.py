@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import comm_core as comm
 from comm_core import env
-from comm_core.bench import peer_flashinfer, peer_sglang, peer_torch
+from comm_core.bench import peer_flashinfer, peer_nccl, peer_sglang, peer_torch
 from comm_core.bench.contenders import Absent, Contender, Job, backends, terminal
 from comm_core.bench.limits import limits
 
 __all__ = ["Roster", "assemble"]
 
 # Each has a function `peers(job, ops, capacity, hidden_size)`: names, and what makes a contender.
-_PEERS = (peer_torch, peer_sglang, peer_flashinfer)
+_PEERS = (peer_nccl, peer_torch, peer_sglang, peer_flashinfer)
 
 
 @dataclasses.dataclass
