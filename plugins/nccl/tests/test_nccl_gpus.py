@@ -1,0 +1,337 @@
+"""NCCL on real GPUs: every dtype and size, groups at once, graphs, and what becomes of a group whose peer is killed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import comm_core as comm
+import comm_plugin_nccl as nccl
+import pytest
+import torch
+import torch.distributed as dist
+from comm_plugin_nccl import library, peers, session
+from harness import DEAD, Ranks
+from test_nccl_ranks import planted
+
+pytestmark = pytest.mark.gpus(2)
+GPUS = "cpu:gloo,cuda:nccl"
+# Bytes: none, around elements and vectors, what no power of two divides, and where NCCL changes its protocol.
+SIZES = (
+    0,
+    8,
+    24,
+    1000,
+    1024,
+    8192,
+    8200,
+    65536,
+    500 * 5768,
+    1 << 20,
+    (1 << 20) + 8,
+    16 << 20,
+    (64 << 20) + 8,
+    256 << 20,
+)
+# NCCL takes these two processes for two hosts, with a network between them.
+FAR: dict[str, str] = {
+    "NCCL_NET": "Socket",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_IB_DISABLE": "1",
+    "NCCL_MNNVL_ENABLE": "0",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Path:
+    return planted(tmp_path, "comm_plugin_nccl")
+
+
+@pytest.fixture
+def far_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Processes of their own, since NCCL reads its variables once a process."""
+    pool = Ranks(tmp_path_factory.mktemp("far"))
+    yield pool
+    pool.close()
+
+
+def backend(group: Any = None) -> comm.Backend:
+    handle = comm.get_backend(group, backends=("nccl",))
+    assert handle.name == "nccl", handle.explain()
+    return handle
+
+
+def session_of(handle: comm.Backend) -> session.Session:
+    found = handle._sessions["nccl"].value
+    assert isinstance(found, session.Session)
+    return found
+
+
+def integers(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.arange(numel, device="cuda") * (2 * rank + 3) % 8).to(dtype)
+
+
+def check_sums(handle: comm.Backend, ranks: list[int], sizes: tuple[int, ...]) -> int:
+    checked = 0
+    for dtype, size in itertools.product(session.CODES, sizes):
+        numel = size // dtype.itemsize
+        mine = integers(dist.get_rank(), numel, dtype)
+        kept, expected = mine.clone(), torch.zeros_like(mine)
+        for rank in ranks:
+            expected += integers(rank, numel, dtype)
+        got = handle.all_reduce(mine)
+        assert torch.equal(got, expected), (dtype, size)
+        assert torch.equal(mine, kept), (dtype, size, "the input changed")
+        assert got.dtype is dtype
+        elsewhere = torch.zeros_like(mine)
+        assert handle.all_reduce(mine, out=elsewhere) is elsewhere
+        assert torch.equal(elsewhere, expected), (dtype, size, "out")
+        assert handle.all_reduce(mine, out=mine) is mine
+        assert torch.equal(mine, expected), (dtype, size, "in place")
+        checked += 1
+    handle.check()
+    return checked
+
+
+def sums(sizes: tuple[int, ...]) -> dict[str, Any]:
+    handle = backend()
+    checked = check_sums(handle, list(range(dist.get_world_size())), sizes)
+    short = handle.all_reduce(torch.full((9,), dist.get_rank(), device="cuda", dtype=torch.int16))
+    assert short.tolist() == [sum(range(dist.get_world_size()))] * 9
+    facts = [info.facts["nccl"] for info in handle.topology.ranks]
+    comm.close()
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnccl.so" in line}
+    return {"checked": checked, "facts": facts, "loaded": sorted(loaded)}
+
+
+def test_every_dtype_and_size(ranks: Ranks, found: Path) -> None:
+    results = ranks.run(sums, SIZES, backend=GPUS, path=[[found]] * 2, deadline_s=280)
+    for result in results:
+        assert result["checked"] == len(session.CODES) * len(SIZES)
+        assert len(result["loaded"]) == 1, "one NCCL in the process"
+        for facts in result["facts"]:
+            assert facts["missing"] is None
+            assert facts["nccl"] == ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def who_serves() -> dict[str, Any]:
+    handle = comm.get_backend()
+    decision = handle.decision
+    total = handle.all_reduce(torch.ones(4096, device="cuda", dtype=torch.bfloat16))
+    assert torch.equal(total, torch.full_like(total, dist.get_world_size()))
+    comm.close()
+    modes = {
+        route.mode: [rule.backend for rule in route.rules]
+        for route in decision.routes
+        if (route.op, route.device_type, route.dtype) == ("all_reduce", "cuda", "bfloat16")
+    }
+    return {"name": handle.name, "modes": modes}
+
+
+def test_it_serves_every_size_where_the_others_are_blocked(ranks: Ranks, found: Path, tmp_path: Path) -> None:
+    env = {"COMM_CORE_DISABLE": "customar_v1,customar_v2"}
+    other = planted(tmp_path / "other", "comm_plugin_customar_v2", "customar_v2")
+    for result in ranks.run(who_serves, backend=GPUS, path=[[found, other]] * 2, env=env):
+        assert result["name"] == "nccl"
+        for mode in ("eager", "graph"):
+            assert result["modes"][mode][0] == "nccl", result["modes"]
+
+
+def groups_at_once(calls: int) -> int:
+    """Groups over the same GPUs, called by turns without a wait of the host's; recorded in one graph, and replayed."""
+    handles = [backend(), backend(dist.new_group([0, 1])), backend(dist.new_group([0, 1]))]
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(11)
+    wrong = torch.zeros((), device="cuda", dtype=torch.int64)
+    for call in range(calls):
+        size, which, value = torch.randint(0, 1 << 18, (3,), generator=generator).tolist()
+        x = torch.full((1 + size % (1 << (1 + call % 18)),), value % 64 + rank, device="cuda", dtype=torch.bfloat16)
+        wrong += (handles[which % 3].all_reduce(x) != 2 * (value % 64) + 1).sum()
+    assert wrong.item() == 0
+    for nbytes in (2, 8192, 1 << 20, (6 << 20) + 14):
+        replay(handles, nbytes // 2)
+    for handle in handles:
+        handle.check()
+    comm.close()
+    return calls
+
+
+def replay(handles: list[comm.Backend], numel: int) -> None:
+    rank = dist.get_rank()
+    for handle in handles:
+        nccl.pre_capture_init(session_of(handle), comm.Shapes(1, numel, torch.bfloat16))
+    x = torch.zeros(numel, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = handles[0].all_reduce(x)
+        second = handles[1].all_reduce(first + rank)
+        handles[2].all_reduce(second, out=second)
+        third = handles[0].all_reduce(second)
+    for step in range(50):
+        x.fill_(step % 4 + rank)
+        graph.replay()
+        one = 2 * (step % 4) + 1
+        assert torch.equal(first, torch.full_like(first, one)), (numel, step)
+        assert torch.equal(third, torch.full_like(third, (2 * one + 1) * 4)), (numel, step)
+        eager = handles[step % 3].all_reduce(torch.full((33,), step + rank, device="cuda", dtype=torch.float32))
+        assert torch.equal(eager, torch.full_like(eager, 2 * step + 1))
+
+
+def test_groups_at_once_eager_and_captured(ranks: Ranks, found: Path) -> None:
+    assert ranks.run(groups_at_once, 3000, backend=GPUS, path=[[found]] * 2, deadline_s=280) == [3000] * 2
+
+
+def sub_groups() -> int:
+    members = [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3], [1, 2, 3]]
+    mine = [(ranks, group) for ranks in members if dist.get_rank() in ranks for group in [dist.new_group(ranks)]]
+    handles = [(backend(group), ranks) for ranks, group in mine]
+    checked = sum(check_sums(handle, ranks, (8, 8192, 1 << 20)) for handle, ranks in handles)
+    comm.close()
+    return checked
+
+
+@pytest.mark.gpus(4)
+def test_sub_groups(ranks: Ranks, found: Path) -> None:
+    each = 3 * len(session.CODES)
+    results = ranks.run(sub_groups, world_size=4, backend=GPUS, path=[[found]] * 4, deadline_s=280)
+    assert results == [3 * each, 4 * each, 4 * each, 4 * each]
+
+
+def two_streams() -> None:
+    handle, rank = backend(), dist.get_rank()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [torch.full((1 << 18,), value + rank, device="cuda", dtype=torch.bfloat16) for value in range(50)]
+    torch.cuda.synchronize()
+    results = []
+    for call, tensor in enumerate(inputs):
+        with torch.cuda.stream(streams[(call + rank) % 2]):
+            results.append(handle.all_reduce(tensor))
+    torch.cuda.synchronize()
+    for value, result in enumerate(results):
+        assert torch.equal(result, torch.full_like(result, 2 * value + 1))
+    comm.close()
+
+
+def test_calls_on_two_streams_are_ordered(ranks: Ranks, found: Path) -> None:
+    ranks.run(two_streams, backend=GPUS, path=[[found]] * 2)
+
+
+def killed(in_a_replay: bool) -> dict[str, Any]:
+    handle, rank = backend(), dist.get_rank()
+    x = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
+    handle.all_reduce(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(160):
+            handle.all_reduce(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if in_a_replay:
+        graph.replay()
+        torch.cuda.synchronize()
+    else:
+        # The death may be known before the call is made.
+        try:
+            handle.all_reduce(x)
+            torch.cuda.synchronize()
+        except comm.CommTimeoutError as error:
+            return {"text": str(error), "ranks": error.ranks}
+    with pytest.raises(comm.CommTimeoutError) as caught:
+        handle.check() if in_a_replay else handle.all_reduce(x)
+    return {"text": str(caught.value), "ranks": caught.value.ranks}
+
+
+@pytest.mark.parametrize("in_a_replay", [False, True])
+def test_a_killed_peer_ends_the_wait_and_is_named(ranks: Ranks, found: Path, in_a_replay: bool) -> None:
+    # NCCL at the route's end would take the process with it.
+    env = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    results = ranks.run(killed, in_a_replay, backend=GPUS, path=[[found]] * 2, env=env, dying=[1])
+    assert results[1] == DEAD
+    assert results[0]["ranks"] == (1,)
+    assert "rank 1, process" in results[0]["text"]
+    assert "has ended" in results[0]["text"]
+
+
+def test_over_a_network(far_ranks: Ranks, found: Path) -> None:
+    env = [FAR | {"NCCL_HOSTID": f"host{rank}"} for rank in (0, 1)]
+    sizes = (8, 8192, 1 << 20, 16 << 20)
+    for result in far_ranks.run(sums, sizes, backend=GPUS, path=[[found]] * 2, env=env, deadline_s=200):
+        assert result["checked"] == len(session.CODES) * len(sizes)
+
+
+def killed_far() -> str:
+    """No process of this machine is watched, as if the peer were on another one."""
+    with mock.patch.object(peers, "open_processes", return_value=peers.Processes({}, {})):
+        handle = backend()
+    x = torch.ones(1 << 20, device="cuda")
+    handle.all_reduce(x)
+    torch.cuda.synchronize()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        handle.all_reduce(x)
+        torch.cuda.synchronize()
+    except comm.CommError as error:
+        return str(error)
+    with pytest.raises(comm.CommError) as caught:
+        handle.check()
+    return str(caught.value)
+
+
+def test_a_peer_that_is_killed_beyond_a_network_is_told_in_nccls_words(far_ranks: Ranks, found: Path) -> None:
+    env = [FAR | {"NCCL_HOSTID": f"host{rank}"} for rank in (0, 1)]
+    results = far_ranks.run(killed_far, backend=GPUS, path=[[found]] * 2, env=env, dying=[1])
+    assert results[1] == DEAD
+    assert "NCCL: " in results[0]
+
+
+def closed(graph_lives: bool) -> list[int]:
+    free = []
+    graphs = []
+    for _ in range(4):
+        handle = backend()
+        x = torch.ones(4096, device="cuda")
+        handle.all_reduce(x)
+        torch.cuda.synchronize()
+        if graph_lives:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                handle.all_reduce(x)
+        comm.close()
+        del handle
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+    # Once the graphs are gone, NCCL is done with what it kept for them.
+    graphs.clear()
+    deadline = time.monotonic() + 60
+    while any(thread.name == "comm-core nccl: end" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return free
+
+
+@pytest.mark.parametrize("graph_lives", [False, True])
+def test_close_gives_the_memory_back(ranks: Ranks, found: Path, graph_lives: bool) -> None:
+    for free in ranks.run(closed, graph_lives, backend=GPUS, path=[[found]] * 2, deadline_s=200):
+        assert graph_lives or free[-1] >= free[0] - (64 << 20), free
+
+
+def stream_of_the_device() -> bool:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        return library.raw_stream()(torch.cuda.current_device()) == stream.cuda_stream
+
+
+def test_the_raw_stream_is_the_current_one(ranks: Ranks, found: Path) -> None:
+    assert ranks.run(stream_of_the_device, backend=GPUS, path=[[found]] * 2) == [True, True]
