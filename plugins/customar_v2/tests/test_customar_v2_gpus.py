@@ -80,7 +80,7 @@ def backend() -> comm.Backend:
 
 
 def session_of(handle: comm.Backend) -> Any:
-    return handle._sessions["customar_v2"].value
+    return handle.sessions["customar_v2"].value
 
 
 def sums(sizes: tuple[int, ...]) -> int:

@@ -154,7 +154,7 @@ def errors_by_name() -> list[str]:
     """What an error that the binding raises, and one that comes up by itself, read like."""
     found, binding = handle()
     texts = []
-    with mock.patch.object(found._sessions["nccl"].value, "launch", side_effect=NCCLError("InvalidUsage (5)")):
+    with mock.patch.object(found.sessions["nccl"].value, "launch", side_effect=NCCLError("InvalidUsage (5)")):
         binding.last_error = "too many of them"
         texts.append(raised(found))
     assert found.all_reduce(torch.ones(3)).tolist() == [2.0] * 3
