@@ -7,7 +7,8 @@ namespace comm_core {
 
 // What bounds a wait; the same for all of a session's launches.
 struct Bound {
-    uint32_t* error;      // in host memory that the device sees: 0, or 1 + the rank that was waited for in vain
+    // In host memory that the device sees: 0, 1 + the rank that was waited for in vain, or what registered.cuh says.
+    uint32_t* error;
     uint64_t timeout_ns;  // of one thread's waits in a launch, from the first that is long
 };
 

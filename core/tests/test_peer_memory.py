@@ -1,0 +1,84 @@
+"""The host code that shares device memory, compiled and run against a stand-in for the CUDA driver: fake_cuda.cpp."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from comm_core import _toolchain, kernels
+
+HERE = Path(__file__).parent
+CXX = os.environ.get("CXX", "c++")
+CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+
+
+def compiled(folder: Path, *arguments: str | Path) -> None:
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{kernels.include_dir()}", f"-isystem{CUDA}"]
+    done = subprocess.run(
+        [CXX, *flags, *arguments], cwd=folder, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which(CXX) is None or not (CUDA / "cuda.h").is_file():
+        pytest.skip(f"there is no C++ compiler ({CXX}), or there are no CUDA headers in {CUDA}, on this machine")
+    folder = tmp_path_factory.mktemp("peer_memory")
+    compiled(folder, "-shared", "-fPIC", HERE / "fake_cuda.cpp", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1")
+    return folder
+
+
+def test_memory_of_every_kind_is_shared_or_refused_in_words(built: Path) -> None:
+    compiled(built, HERE / "peer_memory.cpp", "-o", "program", "libcuda.so.1", "-ldl", "-Wl,-rpath,$ORIGIN")
+    done = subprocess.run([built / "program"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == ("0 failures\n", 0), done.stderr
+
+
+def test_it_loads_where_there_is_no_driver(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "ask.cpp").write_text(
+        "#include <comm_core/peer_memory.h>\n"
+        "#include <cstdio>\n"
+        "int main() {\n"
+        "    try { comm_core::PeerMemory memory(0); return 1; }\n"
+        "    catch (const std::runtime_error& error) { std::puts(error.what()); }\n"
+        "}\n"
+    )
+    # A driver that has nothing in it, in front of whatever this machine has.
+    (tmp_path / "empty.cpp").write_text("")
+    compiled(tmp_path, "-shared", "-fPIC", "empty.cpp", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1")
+    compiled(tmp_path, "ask.cpp", "-o", "ask", "-ldl")
+    environ = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([tmp_path / "ask"], env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert "the CUDA driver is too old: it has no cu" in done.stdout
+
+
+def test_two_processes_read_each_others_inputs(built: Path) -> None:
+    (built / "binding.cpp").write_text(
+        "#include <comm_core/peer_memory_functions.h>\n"
+        "TVM_FFI_DLL_EXPORT_TYPED_FUNC(peer_memory, comm_core::peer_memory);\n"
+    )
+    *includes, library = _toolchain._bindings()
+    flags = ["-shared", "-fPIC", *(f"-isystem{path}" for path in includes)]
+    compiled(built, *flags, "binding.cpp", "-o", "binding.so", f"-L{library}", "-ltvm_ffi", "-ldl")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, HERE / "peer_memory_rank.py", str(rank), built],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LD_PRELOAD": str(built / "libcuda.so.1")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [(out, rank.returncode) for rank, (out, _) in zip(ranks, said, strict=True)] == [("right\n", 0)] * 2, said
