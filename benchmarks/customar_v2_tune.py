@@ -3,6 +3,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/customar_v2_tune.py --out FOLDER [--sizes 1K,8K,...] [--only REGEX]
 
+With `--registered` the pulls read their peers' inputs where they are, as in graphs captured inside `comm.capture()`.
 For each size and shape a graph of calls is captured, each reading what the one before wrote, and replayed with an event
 on either side; before each replay the ranks meet in one call, so that they start together. The sums at the chain's end
 are checked. Printed are each size's best shapes, by the slowest rank's median; FOLDER/tune.json has everything.
@@ -11,6 +12,7 @@ are checked. Printed are each size's best shapes, by the slowest rank's median; 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -115,6 +117,7 @@ class Chain:
     numel: int
     dtype: torch.dtype
     calls: int
+    registered: bool = False
 
     def __post_init__(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -139,11 +142,15 @@ class Chain:
         self.own.into(self.start, self.buffers[1], 0)  # eager once: what is wrong here needs no graph to be seen
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            self.enqueue()
-        finally:
-            graph.capture_end()
+        registered = self.registered and row.pulls
+        if registered:
+            self.own.use_captured([row])
+        with self.own.capturing() if registered else contextlib.nullcontext():
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.enqueue()
+            finally:
+                graph.capture_end()
         meet = policy.Row(1 << 40, "oneshot_push", threads=32)
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays + 1)]
         self.own.use([meet])
@@ -177,7 +184,7 @@ def connected(module: Any) -> session.Session:
     context = comm.GroupContext(
         dist.group.WORLD, rank, world_size, device, tuple(range(world_size)), Control(), 4 << 30, WAIT_TIMEOUT_S
     )
-    return session.connect(module, torch.cuda.get_device_capability(device)[0], None, context)
+    return session.connect(module, torch.cuda.get_device_capability(device)[0], None, context, shareable=True)
 
 
 def measure(options: argparse.Namespace, own: session.Session, module: Any) -> list[dict[str, Any]]:
@@ -193,7 +200,7 @@ def measure(options: argparse.Namespace, own: session.Session, module: Any) -> l
     ]
     lines: list[dict[str, Any]] = []
     for nbytes in sizes:
-        chain = Chain(own, nbytes // dtype.itemsize, dtype, calls_of(nbytes, world_size))
+        chain = Chain(own, nbytes // dtype.itemsize, dtype, calls_of(nbytes, world_size), options.registered)
         for row in given or shapes(nbytes, world_size):
             if options.only and not re.search(options.only, text_of(row)):
                 continue
@@ -234,6 +241,7 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=5, help="of each graph; the median counts")
     parser.add_argument("--late", action="store_true", help="no kernel starts before the one before has ended")
     parser.add_argument("--slot", default="32M", help="the largest slot; larger messages are cut (default 32M)")
+    parser.add_argument("--registered", action="store_true", help="pulls in graphs read inputs where they are")
     parser.add_argument("--top", type=int, default=4, help="shapes printed a size")
     options = parser.parse_args()
     started = time.monotonic()
@@ -243,6 +251,7 @@ def main() -> int:
     layout.SLOT_NBYTES = parse_size(options.slot)
     # Room for every algorithm at once.
     policy.rows_for = lambda *_: tuple(policy.Row(64 << 20, name) for name in policy.ALGORITHMS)
+    policy.captured_rows_for = policy.rows_for if options.registered else lambda *_: ()
     library = kernels.Library("comm_plugin_customar_v2")
     if rank == 0:
         library.load()  # one rank builds where nothing is built yet

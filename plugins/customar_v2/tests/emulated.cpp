@@ -36,13 +36,16 @@ struct Launch {
     int vecs;
     uint32_t threads, max_blocks, lead;
     bool registered = false;
+    uint64_t offset = 0;  // of the launch's part in a registered message
 };
 
 struct Rank {
     std::vector<char> buffer;
     std::vector<char> input, output;
-    std::vector<char*> inputs;
+    std::vector<unsigned long long> row;  // of the table of inputs: tag, addresses
 };
+
+constexpr unsigned long long kTag = 7ull << 20;
 
 uint32_t error_word = 0;
 
@@ -60,7 +63,8 @@ Params params_of(std::vector<Rank>& ranks, size_t rank, size_t nbytes, const Lau
     params.cells_at = cells_at;
     params.cells_nbytes = 2 * kLargest;
     params.staging_at = staging_at(ranks.size());
-    params.staging_nbytes = kLargest;
+    // Registered inputs need room for a part's sums alone.
+    params.staging_nbytes = launch.registered ? (kLargest / 16 / ranks.size() + 1) * 16 : kLargest;
     params.bound = {&error_word, 60'000'000'000ull};
     params.input = ranks[rank].input.data();
     params.output = in_place ? ranks[rank].input.data() : ranks[rank].output.data();
@@ -68,7 +72,7 @@ Params params_of(std::vector<Rank>& ranks, size_t rank, size_t nbytes, const Lau
     params.tail_nbytes = static_cast<uint32_t>(nbytes % 16);
     params.rank = static_cast<uint32_t>(rank);
     params.lead = launch.lead;
-    params.inputs = launch.registered ? ranks[rank].inputs.data() : nullptr;
+    if (launch.registered) params.registered = {ranks[rank].row.data(), kTag, launch.offset};
     return params;
 }
 
@@ -110,6 +114,57 @@ float at(const char* data, size_t index) {
     return values[index % T::count];
 }
 
+// A launch that sums what begins some way into its registered message: small integers, the same in all dtypes' sums.
+template <typename T, int W>
+bool part_of_a_message(std::vector<Rank>& ranks) {
+    constexpr size_t from = 1600, nbytes = 8000;
+    for (const bool twoshot : {false, true}) {
+        for (Rank& rank : ranks) {
+            float ones[T::count];
+            for (size_t byte = 0; byte < kLargest; byte += 4) {
+                std::fill(ones, ones + T::count, static_cast<float>(byte / 16 % 16));
+                const uint32_t word = T::pack(ones);
+                std::memcpy(rank.input.data() + byte, &word, 4);
+            }
+            std::fill(rank.output.begin(), rank.output.end(), kCanary);
+        }
+        Launch launch{"", oneshot_pull<T, W, 1>, 1, 32, 3, 0, true, from};
+        if (twoshot) launch = {"twoshot", twoshot_pull<T, W, 1>, 1, 32, 3, 0, true, from};
+        run(ranks, nbytes, launch, false);
+        for (const Rank& rank : ranks) {
+            for (size_t index = 0; index < nbytes / (4 / T::count); ++index) {
+                const float expected = W * static_cast<float>((from + index * (4 / T::count)) / 16 % 16);
+                if (at<T>(rank.output.data(), index) != expected) {
+                    std::printf("%s, %d ranks: a part of a message is wrong at %zu\n", launch.name.c_str(), W, index);
+                    return false;
+                }
+            }
+        }
+    }
+    return error_word == 0;
+}
+
+// Rows that nobody wrote, or that another call has by now: the launch ends, and says so; and it reads nobody's memory.
+template <typename T, int W>
+bool not_registered(std::vector<Rank>& ranks) {
+    for (const unsigned long long tag : {0ull, kTag + (1ull << 20)}) {
+        for (Rank& rank : ranks) std::fill(rank.row.begin(), rank.row.end(), 0xdead0000ull);
+        for (Rank& rank : ranks) rank.row[0] = tag;
+        for (const bool twoshot : {false, true}) {
+            error_word = 0;
+            Launch launch{"", oneshot_pull<T, W, 1>, 1, 32, 3, 0, true};
+            if (twoshot) launch = {"twoshot", twoshot_pull<T, W, 1>, 1, 32, 3, 0, true};
+            run(ranks, 4096, launch, false);
+            if (error_word != comm_core::kNotRegistered) {
+                std::printf("%s, %d ranks: the error word is %u\n", launch.name.c_str(), W, error_word);
+                return false;
+            }
+        }
+    }
+    error_word = 0;
+    return true;
+}
+
 template <typename T, int W>
 int check(int rounds) {
     std::vector<Launch> launches = {
@@ -136,7 +191,8 @@ int check(int rounds) {
         std::memset(rank.buffer.data() + tails_at, 0xff, staging_at(W) - tails_at);
     }
     for (Rank& rank : ranks) {
-        for (Rank& other : ranks) rank.inputs.push_back(other.input.data());
+        rank.row.push_back(kTag);
+        for (Rank& other : ranks) rank.row.push_back(reinterpret_cast<unsigned long long>(other.input.data()));
     }
     std::mt19937 dice(5);
     int done = 0;
@@ -159,7 +215,9 @@ int check(int rounds) {
             }
             std::vector<std::vector<char>> inputs;
             for (const Rank& rank : ranks) inputs.push_back(rank.input);
-            const bool in_place = !launch.registered && dice() % 2 == 0;
+            // The one pull that the host never launches in place (pull.cuh).
+            const bool may = !launch.registered || launch.name.rfind("twoshot", 0) == 0;
+            const bool in_place = may && dice() % 2 == 0;
             run(ranks, nbytes, launch, in_place);
             for (int rank = 0; rank < W; ++rank) {
                 const std::vector<char>& result = in_place ? ranks[rank].input : ranks[rank].output;
@@ -198,6 +256,7 @@ int check(int rounds) {
             ++done;
         }
     }
+    if (!part_of_a_message<T, W>(ranks) || !not_registered<T, W>(ranks)) return 1;
     std::printf("%d launches of %d ranks, every sum is right\n", done, W);
     return 0;
 }

@@ -49,6 +49,24 @@ def test_the_buffers_hold_the_table_and_no_more_than_the_budget(major: int, coun
         layout.plan(count, rows, 1000, FLAGS)
 
 
+@pytest.mark.parametrize(("major", "count"), KINDS)
+def test_only_pulls_are_ever_captured_with_registered_inputs(major: int, count: int) -> None:
+    rows = policy.captured_rows_for(major, count)
+    assert rows == () or any(row.pulls for row in rows)
+    for name in policy.ALGORITHMS:
+        forced = policy.parse_row(name)
+        expected = policy.rows_for(major, count, forced) if name.endswith("_pull") else ()
+        assert policy.captured_rows_for(major, count, forced) == expected
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_what_isnt_staged_needs_room_for_a_parts_sums_alone(count: int) -> None:
+    rows = policy.rows_for(9, count)
+    assert layout.plan(count, rows, 1 << 30, FLAGS, [policy.Row(8 << 20, "oneshot_pull")]).staging_nbytes == 0
+    plan = layout.plan(count, rows, 1 << 30, FLAGS, [policy.Row(8 << 20, "twoshot_pull")])
+    assert (8 << 20) <= plan.staging_nbytes * count <= (9 << 20)
+
+
 def test_the_memory_that_the_readme_names() -> None:
     plan = layout.plan(2, policy.rows_for(9, 2), 1 << 30, FLAGS)
     assert 2 * plan.cells_nbytes == 64 << 20

@@ -6,10 +6,11 @@ in rank order, in float32, rounded once: every rank holds the same bits, and a r
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
-from comm_core import kernels
+from comm_core import kernels, registration
 
 from comm_plugin_customar_v2 import policy, session
 from comm_plugin_customar_v2.session import Session
@@ -17,7 +18,7 @@ from comm_plugin_customar_v2.session import Session
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["COMM_HOOK_API", "all_reduce", "check", "close", "connect", "is_available", "probe"]
+__all__ = ["COMM_HOOK_API", "all_reduce", "capture_ctx", "check", "close", "connect", "is_available", "probe"]
 
 COMM_HOOK_API = (1, 0)
 
@@ -125,7 +126,14 @@ def _forced(topology: comm.Topology) -> policy.Row | None:
 @comm.hookimpl
 def connect(topology: comm.Topology, context: comm.GroupContext) -> Session:
     """Build, allocate and map; see `session.connect`."""
-    return session.connect(_library.load(), _major(topology), _forced(topology), context)
+    shareable = not registration.unshareable(topology)
+    return session.connect(_library.load(), _major(topology), _forced(topology), context, shareable=shareable)
+
+
+@comm.hookimpl
+def capture_ctx(session: Session) -> AbstractContextManager[None]:
+    """Record calls whose inputs the peers read where they are, if some are to be; see `Session.capturing`."""
+    return session.capturing()
 
 
 @comm.hookimpl

@@ -44,12 +44,15 @@ class Layout:
         return list(dataclasses.astuple(self))[:-1]
 
 
-def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int, flags_nbytes: int) -> Layout:
+def plan(
+    world_size: int, rows: Iterable[Row], budget_nbytes: int, flags_nbytes: int, captured: Iterable[Row] = ()
+) -> Layout:
     """Lay out a buffer for what the rows' algorithms need.
 
     Args:
         world_size: ranks in the group.
         rows: the table, or all that the session may use.
+        captured: the table of calls whose inputs aren't staged; its two-shot pulls stage a part's sums.
         budget_nbytes: the most that the buffer may take.
         flags_nbytes: of the counter and the barriers' flags; the native code's `constants()`.
 
@@ -58,7 +61,8 @@ def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int, flags_nbytes:
     """
     needs = list(rows)
     cells = min(SLOT_NBYTES, max((_slot_nbytes(row, world_size) for row in needs), default=0))
-    pulled = (row.up_to_nbytes for row in needs if row.algorithm.endswith("pull"))
+    pulled = [row.up_to_nbytes for row in needs if row.pulls]
+    pulled += [-(-row.up_to_nbytes // world_size) + 16 for row in captured if row.algorithm == "twoshot_pull"]
     staging = min(STAGING_NBYTES, max(pulled, default=0))
     while True:
         layout = _layout(flags_nbytes, _up(cells), _up(staging), world_size - 1)
@@ -73,7 +77,7 @@ def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int, flags_nbytes:
 
 def _slot_nbytes(row: Row, world_size: int) -> int:
     """Bytes of a peer's slot for the largest message of a row in one launch."""
-    if row.algorithm.endswith("pull"):
+    if row.pulls:
         return 0
     if row.algorithm == "twoshot_push":
         # Two halves of a part each, rounded up to a vector; small messages go one-shot.

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
-__all__ = ["ALGORITHMS", "OPTION", "Row", "parse", "rows_for"]
+__all__ = ["ALGORITHMS", "OPTION", "Row", "captured_rows_for", "parse", "rows_for"]
 
 #: `Algorithm` in csrc/params.cuh.
 ALGORITHMS = {
@@ -47,6 +47,11 @@ class Row:
     blocks: int = 264
     lead: int = 0
 
+    @property
+    def pulls(self) -> bool:
+        """Whether ranks read their peers' messages, rather than being sent them."""
+        return self.algorithm.endswith("_pull")
+
     def numbers(self) -> tuple[int, ...]:
         """As `Shape` in csrc/session.cuh has them."""
         return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.threads, self.blocks, self.lead)
@@ -71,6 +76,9 @@ _ONE_SHOT_NBYTES = {2: _MIB, 3: _MIB // 2, 4: _MIB // 2}
 
 # By compute capability's major number and world size; graphs and eager calls alike.
 _TABLES: dict[tuple[int, int], tuple[Row, ...]] = {(9, 2): _HOPPER_2}
+# What replaces them in graphs that are captured inside `comm.capture()`, likewise: pulls in it read the peers' inputs
+# where they are. No measurement has shown such a row to be faster yet, so there is none.
+_CAPTURED: dict[tuple[int, int], tuple[Row, ...]] = {}
 
 
 def rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Row, ...]:
@@ -83,6 +91,17 @@ def rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Ro
     """
     rows = _TABLES.get((major, world_size)) or _conservative(world_size)
     return rows if forced is None else (dataclasses.replace(forced, up_to_nbytes=rows[-1].up_to_nbytes),)
+
+
+def captured_rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Row, ...]:
+    """The table of calls that are captured with inputs that peers can read, sizes ascending; empty for the other one.
+
+    Only its pulls read inputs where they are; the sizes of its other rows, and those beyond its last, are served by
+    `rows_for`. Arguments as there: a pull that is forced is one here, too.
+    """
+    if forced is None:
+        return _CAPTURED.get((major, world_size), ())
+    return rows_for(major, world_size, forced) if forced.pulls else ()
 
 
 def _conservative(world_size: int) -> tuple[Row, ...]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import comm_core as comm
 import torch
+from comm_core import registration
 from comm_core.types import rank_label
 
-from comm_plugin_customar_v2 import layout, memory, policy
+from comm_plugin_customar_v2 import capture, layout, memory, policy
 
 __all__ = ["Session", "connect"]
+
+#: `kNotRegistered` in comm_core/registered.cuh: beyond every rank.
+NOT_REGISTERED = 1 << 16
 
 # Of sessions that ended in disorder: their kernels may still run and their peers' still write, so nothing is freed
 # before the process ends.
@@ -22,10 +27,10 @@ class Session:
     """What the hooks work with.
 
     Attributes:
-        into: (tensor, out, 0) sums into `out`, which may be `tensor`.
-        fresh: (tensor, 0) -> the sum, in a tensor from torch's allocator.
+        into: (tensor, out, 0) sums into `out`, which may be `tensor`. Within `capturing` another function.
+        fresh: (tensor, 0) -> the sum, in a tensor from torch's allocator. Likewise.
         set_early: (early) lets kernels start, or not, while the one before still runs; for comparisons.
-        memory_nbytes: of this rank's buffer.
+        memory_nbytes: of this rank's buffer, and of the table of inputs.
     """
 
     def __init__(self, functions: Sequence[Any], buffer: memory.Symmetric, context: comm.GroupContext) -> None:
@@ -35,6 +40,9 @@ class Session:
         self.memory_nbytes = buffer.tensor.nbytes
         self._buffer: memory.Symmetric | None = buffer
         self._context = context
+        self.registry: registration.Registry | None = None
+        self._captured: tuple[policy.Row, ...] = ()
+        self._set_registered: Any = None
 
     def use(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; the same on every rank."""
@@ -45,9 +53,46 @@ class Session:
         code = self._algorithm_of(nbytes)
         return next(name for name, number in policy.ALGORITHMS.items() if number == code)
 
+    def register(self, registry: registration.Registry, set_registered: Any) -> None:
+        """Have a table of inputs; the same on every rank."""
+        self.registry, self._set_registered = registry, set_registered
+        self.memory_nbytes += registry.table.nbytes
+
+    def use_captured(self, rows: Sequence[policy.Row]) -> None:
+        """Let captured calls that these rows serve by a pull read their peers' inputs; the same on every rank.
+
+        Raises:
+            ValueError: there is no table of inputs.
+        """
+        if self.registry is None:
+            raise ValueError("inputs can't be registered in this group")
+        self._set_registered(policy.flat(rows), self.registry.table.data_ptr())
+        self._captured = tuple(rows)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Calls on streams that capture are recorded with their inputs' addresses; see `capture_ctx` in the hooks."""
+        if self._buffer is None or self.registry is None:
+            yield
+            return
+        plain = self.into, self.fresh
+        recorder = capture.Recorder(*plain, self.registry.take, self._captured)
+        self.into, self.fresh = recorder.into, recorder.fresh
+        try:
+            with self.registry.capture():
+                yield
+        finally:
+            if self._buffer is not None:  # not closed meanwhile
+                self.into, self.fresh = plain
+
     def check(self) -> None:
         """Raise where a kernel gave up; reads one word of the host's memory."""
         missing = 0 if self._error is None else self._error()
+        if missing == NOT_REGISTERED:
+            raise comm.CaptureError(
+                "a graph was replayed whose capture didn't end well: nobody told its calls where the peers' inputs "
+                "are, so their sums are wrong. Close the group's handle, and capture again with a new one"
+            )
         if missing:
             rank = rank_label(missing - 1, self._context.global_ranks[missing - 1])
             raise comm.CommTimeoutError(
@@ -60,14 +105,18 @@ class Session:
             return
         if not orderly:
             self._abort()  # kernels that wait for a peer give up within milliseconds
-            _abandoned.append((self._buffer, self.into))
-        self._buffer = None
+            _abandoned.append((self._buffer, self.into, self.registry))
+        elif self.registry is not None:
+            self.registry.close()
+        self._buffer = self.registry = None
         self.into = self.fresh = self._set_shapes = self._error = self._algorithm_of = self._abort = self.set_early = (
             None
         )
 
 
-def connect(module: Any, major: int, forced: policy.Row | None, context: comm.GroupContext) -> Session:
+def connect(
+    module: Any, major: int, forced: policy.Row | None, context: comm.GroupContext, *, shareable: bool = False
+) -> Session:
     """Allocate, exchange, empty the cells. Collective.
 
     Args:
@@ -75,6 +124,7 @@ def connect(module: Any, major: int, forced: policy.Row | None, context: comm.Gr
         major: of the devices' compute capability.
         forced: what the option says.
         context: the group.
+        shareable: whether peers can read each other's tensors, as far as the topology tells.
     """
     flags_nbytes, algorithms = module.constants()
     if algorithms != len(policy.ALGORITHMS):
@@ -82,7 +132,10 @@ def connect(module: Any, major: int, forced: policy.Row | None, context: comm.Gr
             f"the native code has {algorithms} algorithms, not {len(policy.ALGORITHMS)}: it is another version's"
         )
     rows = policy.rows_for(major, context.world_size, forced)
-    plan = layout.plan(context.world_size, rows, context.memory_budget_nbytes, flags_nbytes)
+    captured = policy.captured_rows_for(major, context.world_size, forced) if shareable else ()
+    registry = _registry(module, context) if captured else None
+    budget_nbytes = context.memory_budget_nbytes - (registry.table.nbytes if registry else 0)
+    plan = layout.plan(context.world_size, rows, budget_nbytes, flags_nbytes, captured)
     functions = module.connect(
         context.rank, context.world_size, plan.numbers(), context.wait_timeout_s, context.device.index
     )
@@ -96,10 +149,19 @@ def connect(module: Any, major: int, forced: policy.Row | None, context: comm.Gr
     session.use(rows)
     # Whoever fails alone has failed by now, and this gathering with it, on all ranks: the exchange waits for everybody,
     # without a deadline of ours.
-    counts = context.control.all_gather(torch.cuda.get_device_properties(context.device).multi_processor_count)
+    count = torch.cuda.get_device_properties(context.device).multi_processor_count
+    gathered = context.control.all_gather([count, registry.problem() if registry else ""])
     buffer.exchange(context.group)
-    attach = functions[7]
-    attach(list(buffer.addresses), min(counts))
+    attach, set_registered = functions[7:9]
+    attach(list(buffer.addresses), min(count for count, _ in gathered))
+    # What one rank's allocator can't share none reads in place.
+    if registry is not None and not any(problem for _, problem in gathered):
+        session.register(registry, set_registered)
+        session.use_captured(captured)
     # Nobody launches before every rank has mapped every buffer.
     context.control.barrier()
     return session
+
+
+def _registry(module: Any, context: comm.GroupContext) -> registration.Registry:
+    return registration.Registry(context, registration.PeerMemory(*module.peer_memory(context.device.index)))

@@ -56,35 +56,37 @@ char* data_of(const AnyTensor& tensor) {
 
 // Raises where a kernel gave up: the text is for a person, the caller reads `error()`.
 void refuse_if_poisoned(const Session& session) {
-    if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel waited in vain";
+    if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel gave up";
 }
 
 // A session, as functions:
-//   into(tensor, out, inputs)  sums into `out`, which may be `tensor`
-//   fresh(tensor, inputs)      sums into a tensor that the caller's allocator gives
+//   into(tensor, out, row)     sums into `out`, which may be `tensor`; `row`: the tag of the call's row in the table of
+//                              inputs, 0 for none
+//   fresh(tensor, row)         sums into a tensor that the caller's allocator gives
 //   set_shapes(numbers)        the table from now on
-//   error()                    0, or 1 + the rank that was waited for in vain
+//   error()                    0, 1 + the rank that was waited for in vain, or kNotRegistered
 //   algorithm_of(nbytes)       the code of the algorithm that serves a size
 //   abort()                    ends every wait of kernels in flight
 //   set_early(early)           whether blocks may start while the kernel before still runs; at first they may
 //   attach(buffers, count)     every rank's buffer and the multiprocessors to count on; once, before the first call
+//   set_registered(numbers, table)  the table for calls that have a row, and where the table of inputs is
 // The stream is the one that the binding found current for the tensors' device.
 Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
     auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
-    const auto run = [session](const auto& tensor, char* out, int64_t inputs) {
+    const auto run = [session](const auto& tensor, char* out, int64_t row) {
         const DLDevice place = tensor.device();
         auto* const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id));
         const DLDataType dtype = tensor.dtype();
-        session->run(data_of(tensor), out, tensor.numel() * dtype.bits / 8, element_of(dtype), stream, inputs);
+        session->run(data_of(tensor), out, tensor.numel() * dtype.bits / 8, element_of(dtype), stream, row);
     };
-    const auto into = [session, run](TensorView tensor, TensorView out, int64_t inputs) {
+    const auto into = [session, run](TensorView tensor, TensorView out, int64_t row) {
         refuse_if_poisoned(*session);
-        run(tensor, data_of(out), inputs);
+        run(tensor, data_of(out), row);
     };
-    const auto fresh = [session, run](TensorView tensor, int64_t inputs) -> Tensor {
+    const auto fresh = [session, run](TensorView tensor, int64_t row) -> Tensor {
         refuse_if_poisoned(*session);
         Tensor out = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, tensor.shape(), tensor.dtype(), tensor.device());
-        run(tensor, data_of(out), inputs);
+        run(tensor, data_of(out), row);
         return out;
     };
     const auto set_shapes = [session](Array<int64_t> numbers) { session->set_shapes(shapes_of(numbers)); };
@@ -94,6 +96,9 @@ Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout,
     };
     const auto abort = [session]() { session->abort(); };
     const auto set_early = [session](bool early) { session->set_early(early); };
+    const auto set_registered = [session](Array<int64_t> numbers, int64_t table) {
+        session->set_registered(shapes_of(numbers), table);
+    };
     const auto attach = [session](Array<int64_t> buffers, int64_t multiprocessors) {
         session->attach(listed(buffers), multiprocessors);
     };
@@ -104,7 +109,8 @@ Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout,
             Function::FromTyped(algorithm_of),
             Function::FromTyped(abort),
             Function::FromTyped(set_early),
-            Function::FromTyped(attach)};
+            Function::FromTyped(attach),
+            Function::FromTyped(set_registered)};
 }
 
 // What the Python side must agree with: bytes of the counter and the barriers' flags, and how many algorithms there

@@ -25,6 +25,7 @@
 #include <comm_core/epoch.cuh>
 #include <comm_core/memory.cuh>
 #include <comm_core/pdl.cuh>
+#include <comm_core/registered.cuh>
 #include <comm_core/vec.cuh>
 #include <comm_core/wait.cuh>
 
@@ -59,9 +60,8 @@ struct Params {
     const char* input;
     char* output;
     char* buffers[kMaxRanks];  // by rank, as this device sees them
-    // Pulls: by rank, where its input is, a table in this device's memory that is filled before the launch runs (for a
-    // graph: before its first replay); null: the inputs are staged.
-    char* const* inputs;
+    // Pulls in a graph: where every rank's input is; without a row the inputs are staged.
+    comm_core::Registered registered;
     comm_core::Bound bound;
     uint64_t tails_at;
     uint64_t cells_at, cells_nbytes;      // of a slot

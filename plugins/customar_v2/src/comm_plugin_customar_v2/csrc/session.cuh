@@ -110,10 +110,18 @@ class Session {
     }
 
     // Also loads the rows' kernels, since the driver can't while a stream captures.
-    void set_shapes(std::vector<Shape> shapes) {
+    void set_shapes(std::vector<Shape> shapes) { shapes_ = loaded(std::move(shapes), false); }
+
+    // What serves calls that have a row of the table of inputs, which is at `table` on this device.
+    void set_registered(std::vector<Shape> shapes, int64_t table) {
+        registered_ = loaded(std::move(shapes), true);
+        table_ = reinterpret_cast<const unsigned long long*>(table);
+    }
+
+    std::vector<Shape> loaded(std::vector<Shape> shapes, bool registered) {
         const OnDevice here(device_);
         for (Shape& shape : shapes) {
-            if (capacity(shape, false) < comm_core::kVecNbytes) {
+            if (capacity(shape, registered) < comm_core::kVecNbytes) {
                 TVM_FFI_THROW(ValueError)
                     << "the buffers have no room for algorithm " << static_cast<int>(shape.algorithm);
             }
@@ -128,13 +136,13 @@ class Session {
                 }
             }
         }
-        shapes_ = std::move(shapes);
+        return shapes;
     }
 
     // Whether blocks may start while the kernel before still runs, where the device can; for comparisons.
     void set_early(bool early) { early_ = early && can_; }
 
-    // 0, or 1 + the rank that a kernel waited for in vain.
+    // 0, 1 + the rank that a kernel waited for in vain, or kNotRegistered.
     int64_t error() const { return *static_cast<volatile uint32_t*>(error_.get()); }
 
     // Ends every wait of kernels in flight, as if a peer hadn't come.
@@ -143,25 +151,31 @@ class Session {
         if (*word == 0) *word = params_.rank + 1;
     }
 
-    // All of a message, cut into several launches where it is larger than the buffers. `inputs`: the table of every
-    // rank's input on this device, for the pulls; 0: staged.
-    void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream, int64_t inputs) {
-        const Shape& shape = shape_of(nbytes);
+    // All of a message, cut into several launches where it is larger than the buffers. `row`: the tag of the call's row
+    // in the table of inputs, whose low bits are the row's index; 0: it has none.
+    void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream, int64_t row) {
+        const Shape& shape = shape_of(nbytes, row != 0);
         order_after_last(stream);
-        const int64_t most = capacity(shape, inputs != 0);
+        const int64_t most = capacity(shape, row != 0);
+        comm_core::Registered call{};
+        if (row != 0) {
+            call.row = table_ + (row & comm_core::kRowMask) * (1 + world_size_);
+            call.tag = static_cast<unsigned long long>(row);
+        }
         for (int64_t done = 0; done < nbytes; done += most) {
+            call.offset = static_cast<uint64_t>(done);
             launch(static_cast<const char*>(input) + done,
                    static_cast<char*>(output) + done,
                    std::min(most, nbytes - done),
                    element,
                    shape,
                    stream,
-                   inputs);
+                   call);
         }
     }
 
-    const Shape& shape_of(int64_t nbytes) const {
-        for (const Shape& shape : shapes_) {
+    const Shape& shape_of(int64_t nbytes, bool registered = false) const {
+        for (const Shape& shape : registered ? registered_ : shapes_) {
             if (nbytes <= shape.up_to_nbytes) return shape;
         }
         TVM_FFI_THROW(ValueError) << nbytes << " bytes are beyond the table's last row";
@@ -197,13 +211,16 @@ class Session {
     // The largest message of one launch, in bytes.
     int64_t capacity(const Shape& shape, bool registered) const {
         const auto cells = static_cast<int64_t>(params_.cells_nbytes);
+        const auto staging = static_cast<int64_t>(params_.staging_nbytes);
         switch (shape.algorithm) {
             case Algorithm::kTwoShotPush:
                 // Half of a slot takes a part, rounded up to a vector.
                 return (cells / 2 - 16) / 16 * 16 * world_size_;
             case Algorithm::kOneShotPull:
+                return registered ? INT64_MAX : staging;
             case Algorithm::kTwoShotPull:
-                return registered ? INT64_MAX : static_cast<int64_t>(params_.staging_nbytes);
+                // Without staged inputs a part's sums are all that is staged.
+                return registered ? staging / 16 * 16 * world_size_ : staging;
             default:
                 return cells;
         }
@@ -237,13 +254,13 @@ class Session {
                 Element element,
                 Shape shape,
                 cudaStream_t stream,
-                int64_t inputs) {
+                const comm_core::Registered& registered) {
         Params params = params_;
         params.input = input;
         params.output = output;
         params.num_vecs = static_cast<uint32_t>(nbytes / comm_core::kVecNbytes);
         params.tail_nbytes = static_cast<uint32_t>(nbytes % comm_core::kVecNbytes);
-        params.inputs = reinterpret_cast<char* const*>(inputs);
+        params.registered = registered;
         const auto world_size = static_cast<uint32_t>(world_size_);
         uint32_t work = params.num_vecs;
         // Blocks wait for their likes at the peers, and nobody promises in which order blocks start: all must have
@@ -284,7 +301,8 @@ class Session {
     Params params_{};
     uint32_t multiprocessors_ = 1;
     std::unique_ptr<uint32_t, FreeHost> error_;
-    std::vector<Shape> shapes_;
+    std::vector<Shape> shapes_, registered_;
+    const unsigned long long* table_ = nullptr;
     std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, DestroyEvent> order_;
     cudaStream_t last_ = nullptr;
     bool used_ = false;
