@@ -239,6 +239,9 @@ def pools(kind: str) -> int:
         check_replays(graph, results, direct, x)
     handle.check()
     comm.close()
+    dist.barrier()  # the peer has let go as well, before what it read is freed
+    del graphs, graph, results, direct, x
+    kept.clear()
     return taken
 
 

@@ -79,6 +79,17 @@ class Driver {
     static inline void* library_ = nullptr;
 };
 
+// By number, since headers before CUDA 12.3 haven't all of their names.
+constexpr auto kFabricType = static_cast<CUmemAllocationHandleType>(8);
+constexpr auto kMemoryBlockId = static_cast<CUpointer_attribute>(20);
+struct FabricHandle {
+    char data[64];
+};
+#if CUDA_VERSION >= 12030
+static_assert(kFabricType == CU_MEM_HANDLE_TYPE_FABRIC && kMemoryBlockId == CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID &&
+              sizeof(FabricHandle) == sizeof(CUmemFabricHandle));
+#endif
+
 // How an allocation is handed out.
 enum class Sharing : int32_t { kIpc = 0, kFile = 1, kFabric = 2 };
 
@@ -150,13 +161,13 @@ class PeerMemory {
         CUmemGenericAllocationHandle allocation = 0;
         driver_.check(driver_.cuMemRetainAllocationHandle_(&allocation, reinterpret_cast<void*>(base)),
                       "cuMemRetainAllocationHandle");
-        CUmemFabricHandle fabric{};
+        FabricHandle fabric{};
         void* const into = sharing == Sharing::kFile ? static_cast<void*>(&file) : &fabric;
         const CUresult status = driver_.cuMemExportToShareableHandle_(into, allocation, type_of(sharing), 0);
         driver_.cuMemRelease_(allocation);
         driver_.check(status, "cuMemExportToShareableHandle");
         if (sharing == Sharing::kFile) return {};
-        return std::string(reinterpret_cast<const char*>(fabric.data), sizeof fabric.data);
+        return std::string(fabric.data, sizeof fabric.data);
     }
 
     // A peer's allocation, by a handle of CUDA IPC: where it is here.
@@ -175,7 +186,7 @@ class PeerMemory {
     // A peer's physical allocation, by a descriptor, which stays the caller's, or by a fabric handle: its number here.
     int64_t import_piece(Sharing sharing, int file, const std::string& bytes) {
         const Current here(*this);
-        CUmemFabricHandle fabric{};
+        FabricHandle fabric{};
         void* from = reinterpret_cast<void*>(static_cast<uintptr_t>(file));
         if (sharing == Sharing::kFabric) {
             if (bytes.size() != sizeof fabric.data) throw std::runtime_error("this isn't a fabric handle");
@@ -259,7 +270,7 @@ class PeerMemory {
     };
 
     static CUmemAllocationHandleType type_of(Sharing sharing) {
-        return sharing == Sharing::kFile ? CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR : CU_MEM_HANDLE_TYPE_FABRIC;
+        return sharing == Sharing::kFile ? CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR : kFabricType;
     }
 
     Sharing sharing_of(CUdeviceptr address) const {
@@ -272,7 +283,7 @@ class PeerMemory {
         driver_.check(driver_.cuPointerGetAttribute_(&allowed, CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, address),
                       "cuPointerGetAttribute");
         if ((allowed & CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) != 0) return Sharing::kFile;
-        if ((allowed & CU_MEM_HANDLE_TYPE_FABRIC) != 0) return Sharing::kFabric;
+        if ((allowed & kFabricType) != 0) return Sharing::kFabric;
         throw std::runtime_error("its allocation can't be shared, neither by CUDA IPC nor by a shareable handle");
     }
 
@@ -281,7 +292,7 @@ class PeerMemory {
     std::string key_of(CUdeviceptr base) const {
         unsigned long long buffer = 0, block = 0;
         if (driver_.cuPointerGetAttribute_(&buffer, CU_POINTER_ATTRIBUTE_BUFFER_ID, base) != CUDA_SUCCESS) buffer = 0;
-        if (driver_.cuPointerGetAttribute_(&block, CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID, base) != CUDA_SUCCESS) {
+        if (driver_.cuPointerGetAttribute_(&block, kMemoryBlockId, base) != CUDA_SUCCESS) {
             block = 0;
         }
         if (buffer == 0 && block == 0) throw std::runtime_error("the driver has no id for its allocation");
