@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import comm_core as comm
 import torch
 import torch.distributed as dist
-from comm_core.control import SessionChannel
+from comm_core.channel import SessionChannel
 from comm_core.registration import PeerMemory, Registry
 from control_ranks import group_of, outcome, start
 
@@ -137,8 +137,7 @@ class Group:
         name = f"capture {self.captures}"
 
         def on(rank: int) -> T:
-            with self.members[rank].stage(name) as stage:
-                self.channels[rank].stage = stage
+            with self.channels[rank].opened(self.members[rank], name):
                 return work(rank, self.registries[rank])
 
         return [outcome(future) for future in [start(lambda rank=rank: on(rank)) for rank in range(len(self.members))]]

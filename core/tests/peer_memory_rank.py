@@ -14,7 +14,8 @@ import comm_core as comm
 import torch
 import torch.distributed as dist
 import tvm_ffi
-from comm_core.control import Control, SessionChannel
+from comm_core.channel import SessionChannel
+from comm_core.control import Control
 from comm_core.registration import PeerMemory, Registry
 
 UNIT = 1 << 16
@@ -56,8 +57,7 @@ def main(rank: int, folder: Path) -> None:
     for place in places:
         ctypes.memmove(place, text, len(text))
     for capture in range(2):
-        with control.stage(f"capture {capture}") as stage:
-            channel.stage = stage
+        with channel.opened(control, f"capture {capture}") as stage:
             with registry.capture():
                 tags = [registry.take(place, len(text)) for place in places]
             for tag in tags:

@@ -135,7 +135,7 @@ def test_what_one_rank_cant_share_is_refused_alike_and_the_next_capture_copies()
         assert (registry.used, registry.table.count_nonzero().item()) == (0, 0)
         assert "rank 1" in registry.refused
         # Nobody is asked any more: without an open stage, a word to the others would raise.
-        group.channels[rank].stage = None
+        group.channels[rank]._stage = None
         with registry.capture():
             assert registry.take(place(rank), 16) == 0
 

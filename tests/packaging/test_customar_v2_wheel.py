@@ -6,20 +6,14 @@ No kernel in it spills a register, on any architecture; and it works where there
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from wheelhouse import ROOT, BuildWheel, Pip, Venv, read_metadata
+from wheelhouse import ENTRY, ROOT, BuildWheel, Built, Pip, Venv, compile_wheel, read_metadata
 
-ENTRY = re.compile(
-    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", re.DOTALL
-)
 ALGORITHMS = ("oneshot_push", "oneshot_stream", "twoshot_push", "oneshot_pull", "twoshot_pull")
 
 LOAD = """
@@ -32,36 +26,13 @@ print(library.missing(), library.load().constants()[1])
 TOPOLOGY = ROOT / "core" / "tests" / "topologies" / "cpus-one-host.json"
 
 
-class Built(NamedTuple):
-    wheel: Path
-    said: str  # by nvcc
-
-
 @pytest.fixture(scope="module")
 def built(
     build_wheel: BuildWheel, pip: Pip, clean_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Built:
-    """The wheel, and what the assembler says of each kernel: through an nvcc that asks it to, and keeps the answer."""
-    search = os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")])
-    nvcc = shutil.which("nvcc", path=search)
-    if nvcc is None:
-        pytest.skip("there is no nvcc on this machine")
-    folder = tmp_path_factory.mktemp("customar_v2")
-    for name in ("bin", "said", "dist"):
-        (folder / name).mkdir()
-    wrapper = folder / "bin" / "nvcc"
-    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@" -Xptxas=-v 2>"{folder}/said/$$"\n')
-    wrapper.chmod(0o755)
-    # Core as it is distributed: its build hook and its headers.
-    pip("install", "--target", folder / "core", "--no-deps", "--no-index", build_wheel(ROOT / "core"))
-    chosen = {"CUDA_HOME": str(folder), "HATCH_BUILD_HOOKS_ENABLE": "1", "PYTHONPATH": str(folder / "core")}
-    pip(
-        *("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "dist"),
-        ROOT / "plugins" / "customar_v2",
-        environ={**clean_environ, **chosen},
+    return compile_wheel(
+        ROOT / "plugins" / "customar_v2", build_wheel, pip, clean_environ, tmp_path_factory.mktemp("v2")
     )
-    (wheel,) = (folder / "dist").glob("*.whl")
-    return Built(wheel, "\n".join(path.read_text() for path in sorted((folder / "said").iterdir())))
 
 
 @pytest.fixture(scope="module")

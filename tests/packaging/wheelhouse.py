@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import re
+import shutil
 import sysconfig
 import venv
 import zipfile
 from collections.abc import Callable, Iterable
 from importlib.metadata import PathDistribution
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -17,6 +22,44 @@ ROOT = Path(__file__).parents[2]
 
 Pip = Callable[..., str]
 BuildWheel = Callable[[Path], Path]
+
+# A kernel, its architecture, and how many bytes of it are kept in the stack and spilt, in what the assembler says.
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", re.DOTALL
+)
+
+
+class Built(NamedTuple):
+    wheel: Path
+    said: str  # by nvcc
+
+
+def compile_wheel(
+    project: Path, build_wheel: BuildWheel, pip: Pip, clean_environ: dict[str, str], folder: Path
+) -> Built:
+    """Build a plugin's wheel as `make wheels` does, through an nvcc that asks the assembler to tell of each kernel.
+
+    Skips where there is no nvcc. `folder` is an empty one.
+    """
+    search = os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")])
+    nvcc = shutil.which("nvcc", path=search)
+    if nvcc is None:
+        pytest.skip("there is no nvcc on this machine")
+    for name in ("bin", "said", "dist"):
+        (folder / name).mkdir()
+    wrapper = folder / "bin" / "nvcc"
+    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@" -Xptxas=-v 2>"{folder}/said/$$"\n')
+    wrapper.chmod(0o755)
+    # Core as it is distributed: its build hook and its headers.
+    pip("install", "--target", folder / "core", "--no-deps", "--no-index", build_wheel(ROOT / "core"))
+    chosen = {"CUDA_HOME": str(folder), "HATCH_BUILD_HOOKS_ENABLE": "1", "PYTHONPATH": str(folder / "core")}
+    pip(
+        *("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "dist"),
+        project,
+        environ={**clean_environ, **chosen},
+    )
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return Built(wheel, "\n".join(path.read_text() for path in sorted((folder / "said").iterdir())))
 
 
 def read_metadata(wheel: Path) -> PathDistribution:

@@ -312,4 +312,8 @@ def _close(entry: Entry) -> None:
         _log.warning("%s is closed without all its ranks: %s", entry.title, error)
     for session in entry.sessions:
         session.close(orderly)
+    if orderly:
+        # Memory that this rank's graphs read may be freed once it returns: by then no peer has it mapped.
+        with contextlib.suppress(CommError), control.stage("closed") as stage:
+            stage.barrier()
     control.finish()

@@ -1,10 +1,8 @@
-// The kernels on a CPU, a thread for each of theirs: every algorithm, with real concurrency between ranks, judged by
-// the sum in rank order. What only a GPU has, its caches, its links and the overlap of launches, isn't in here.
+// The kernels on a CPU: every algorithm, with real concurrency between ranks, judged by the sum in rank order.
 //
 //     emulated WORLD_SIZE ROUNDS
 //
-// Compiled against copies of the headers in which the inline PTX is replaced by `fake_ptx.h`;
-// test_customar_v2_emulated.py.
+// Compiled against copies of the headers in which the inline PTX is replaced by `fake_ptx.h`; tests/emulation.py.
 
 #include <algorithm>
 #include <cstdio>
@@ -13,16 +11,16 @@
 #include <functional>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "fake_ptx.h"
+#include "emulate.h"
 #include "oneshot_push.cuh"
 #include "oneshot_stream.cuh"
 #include "pull.cuh"
 #include "twoshot_push.cuh"
 
 using namespace comm_customar_v2;
+using fake::at;
 
 namespace {
 
@@ -83,35 +81,10 @@ void run(std::vector<Rank>& ranks, size_t nbytes, const Launch& launch, bool in_
     if (nbytes % 16 != 0) work = (work + 31) / 32 * 32 + 32;
     const uint32_t a_block = launch.threads * static_cast<uint32_t>(launch.vecs);
     const uint32_t blocks = std::max(1u, std::min(launch.max_blocks, (work + a_block - 1) / a_block));
-    std::vector<fake::Block> all(ranks.size() * blocks);
-    for (fake::Block& block : all) block.sync = std::make_unique<std::barrier<>>(launch.threads);
-    std::vector<std::thread> threads;
-    for (size_t rank = 0; rank < ranks.size(); ++rank) {
-        const Params params = params_of(ranks, rank, nbytes, launch, in_place);
-        for (uint32_t block = 0; block < blocks; ++block) {
-            for (uint32_t thread = 0; thread < launch.threads; ++thread) {
-                threads.emplace_back([&, params, rank, block, thread] {
-                    fake::block = &all[rank * blocks + block];
-                    blockIdx.x = block;
-                    threadIdx.x = thread;
-                    gridDim.x = blocks;
-                    blockDim.x = launch.threads;
-                    launch.kernel(params);
-                    fake::block->sync->arrive_and_drop();
-                });
-            }
-        }
-    }
-    for (std::thread& thread : threads) thread.join();
-}
-
-template <typename T>
-float at(const char* data, size_t index) {
-    uint32_t word;
-    std::memcpy(&word, data + index / T::count * 4, 4);
-    float values[T::count];
-    T::unpack(word, values);
-    return values[index % T::count];
+    std::vector<Params> params;
+    for (size_t rank = 0; rank < ranks.size(); ++rank)
+        params.push_back(params_of(ranks, rank, nbytes, launch, in_place));
+    fake::launch(launch.kernel, params, blocks, launch.threads);
 }
 
 // A launch that sums what begins some way into its registered message: small integers, the same in all dtypes' sums.
@@ -186,7 +159,8 @@ int check(int rounds) {
         rank.buffer.assign(staging_at(W) + 2 * kLargest + 64, 0);
         rank.input.resize(kLargest + kBehind);
         rank.output.resize(kLargest + kBehind);
-        const unsigned long long first = comm_core::kOneEpoch;
+        // As if no barrier had been met for so many launches that 32 bits of a flag would have wrapped.
+        const unsigned long long first = ((1ull << 31) + 1) * comm_core::kOneEpoch;
         std::memcpy(rank.buffer.data(), &first, 8);
         std::memset(rank.buffer.data() + tails_at, 0xff, staging_at(W) - tails_at);
     }
@@ -229,14 +203,8 @@ int check(int rounds) {
                 }
                 const char* got = result.data();
                 for (size_t index = 0; index < nbytes / element; ++index) {
-                    float sum = at<T>(inputs[0].data(), index);
-                    for (int q = 1; q < W; ++q) sum += at<T>(inputs[q].data(), index);
-                    float rounded[T::count] = {};
-                    rounded[0] = sum;
-                    const uint32_t word = T::pack(rounded);
-                    const float expected = at<T>(reinterpret_cast<const char*>(&word), 0), is = at<T>(got, index);
-                    const bool right = expected != expected ? is != is : std::memcmp(&expected, &is, 4) == 0;
-                    if (!right) {
+                    const float expected = fake::summed<T>(inputs, index), is = fake::at<T>(got, index);
+                    if (!fake::same(expected, is)) {
                         std::printf("%s, %zu bytes, rank %d of %d, element %zu: %g instead of %g\n",
                                     launch.name.c_str(),
                                     nbytes,

@@ -40,7 +40,7 @@ def handle_of(group: dist.ProcessGroup | None = None) -> comm.Backend:
 
 def rows_of(handle: comm.Backend) -> int:
     """Rows of the table of inputs that are in use; the admission test has taken some."""
-    registry = handle._sessions["customar_v2"].value.registry
+    registry = handle.sessions["customar_v2"].value.registry
     assert registry is not None, "nothing can be registered here"
     return int(registry.used)
 
@@ -137,7 +137,7 @@ def by_the_table() -> int:
         graph, results = captured(layers, x)
     check_replays(graph, results, layers, x)
     handle.check()
-    registry = handle._sessions["customar_v2"].value.registry
+    registry = handle.sessions["customar_v2"].value.registry
     comm.close()
     return 0 if registry is None else registry.used
 
@@ -186,7 +186,7 @@ def test_an_exception_inside_and_then_a_fresh_capture(
 
 def unshareable() -> str:
     handle, rank = handle_of(), dist.get_rank()
-    registry = handle._sessions["customar_v2"].value.registry
+    registry = handle.sessions["customar_v2"].value.registry
     before, layers = rows_of(handle), layers_of(handle)
     x = torch.zeros(8190, device="cuda", dtype=torch.bfloat16)
     if rank == 1:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
-from comm_core import kernels, registration
+from comm_core import eligibility, kernels, registration
 
 from comm_plugin_customar_v2 import policy, session
 from comm_plugin_customar_v2.session import Session
@@ -25,6 +25,8 @@ COMM_HOOK_API = (1, 0)
 #: `kMaxRanks` in csrc/params.cuh.
 MAX_RANKS = 8
 DTYPES = ("float32", "float16", "bfloat16")
+#: The oldest compute capability that there are kernels for.
+OLDEST = (8, 0)
 
 _library = kernels.Library("comm_plugin_customar_v2")
 
@@ -53,41 +55,25 @@ def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
 
 def _reason(topology: comm.Topology) -> str:
     """Why the group can't be served; "" where it can."""
-    if "cuda" not in topology.device_types:
-        return "it sums CUDA tensors, and this group has none"
-    if not 2 <= topology.world_size <= MAX_RANKS:
-        return f"it takes 2 to {MAX_RANKS} ranks, and the group has {topology.world_size}"
-    devices = [info.device for info in topology.ranks]
-    if None in devices or not all(device is not None and device.type == "cuda" for device in devices):
-        return "not every rank has a CUDA device"
-    return _unfit_facts(topology) or _unfit_devices(topology) or _unfit_links(topology)
+    return (
+        eligibility.no_cuda(topology)
+        or _unfit_size(topology)
+        or eligibility.no_native_code(topology, "customar_v2")
+        or _unfit_option(topology)
+        or eligibility.unfit_devices(topology, OLDEST)
+        or _unfit_links(topology)
+    )
 
 
-def _unfit_facts(topology: comm.Topology) -> str:
-    forced = []
-    for rank, info in enumerate(topology.ranks):
-        facts = info.facts.get("customar_v2")
-        if facts is None:
-            return f"rank {rank} didn't report whether it has the native code"
-        if facts["missing"]:
-            return f"on rank {rank} {facts['missing']}"
-        forced.append(facts["forced"])
+def _unfit_size(topology: comm.Topology) -> str:
+    size = topology.world_size
+    return "" if 2 <= size <= MAX_RANKS else f"it takes 2 to {MAX_RANKS} ranks, and the group has {size}"
+
+
+def _unfit_option(topology: comm.Topology) -> str:
+    forced = [info.facts["customar_v2"]["forced"] for info in topology.ranks]
     differing = [rank for rank, value in enumerate(forced) if value != forced[0]]
     return f"{policy.OPTION} differs between ranks 0 and {differing[0]}" if differing else ""
-
-
-def _unfit_devices(topology: comm.Topology) -> str:
-    devices = [info.device for info in topology.ranks if info.device is not None]
-    uuids = [device.uuid for device in devices]
-    for rank, uuid in enumerate(uuids):
-        if uuid in uuids[:rank]:
-            return f"ranks {uuids.index(uuid)} and {rank} share the device {uuid}"
-    capabilities = {device.capability for device in devices}
-    if len(capabilities) > 1:
-        listed = ", ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
-        return f"its devices have different compute capabilities: {listed}"
-    major, minor = capabilities.pop()
-    return "" if major >= 8 else f"it takes compute capability 8.0 or newer, and the devices have {major}.{minor}"
 
 
 def _unfit_links(topology: comm.Topology) -> str:

@@ -32,6 +32,9 @@ __device__ __forceinline__ void store_part(void* address, const Vec& vec, uint32
     }
 }
 
+// Which of the types below, by the codes that a host uses.
+enum class Element : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
 // An element's type, by what a pair of them in one 32-bit word stands for; `count` elements a word.
 struct Float32 {
     static constexpr int count = 1;

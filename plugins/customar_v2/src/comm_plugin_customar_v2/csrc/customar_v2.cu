@@ -8,25 +8,14 @@
 namespace comm_customar_v2 {
 namespace {
 
+using comm_core::data_of;
+using comm_core::element_of;
+using comm_core::listed;
 using tvm::ffi::Array;
 using tvm::ffi::Function;
 using tvm::ffi::Optional;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
-
-Element element_of(DLDataType dtype) {
-    if (dtype.lanes == 1) {
-        if (dtype.code == kDLFloat && dtype.bits == 32) return Element::kFloat32;
-        if (dtype.code == kDLFloat && dtype.bits == 16) return Element::kFloat16;
-        if (dtype.code == kDLBfloat && dtype.bits == 16) return Element::kBFloat16;
-    }
-    TVM_FFI_THROW(TypeError) << "float32, float16 and bfloat16 are summed, not this dtype";
-    return Element::kFloat32;
-}
-
-std::vector<int64_t> listed(const Array<int64_t>& values) {
-    return {values.begin(), values.end()};
-}
 
 // A table's rows, six numbers each, as in Shape.
 std::vector<Shape> shapes_of(const Array<int64_t>& numbers) {
@@ -47,11 +36,6 @@ std::vector<Shape> shapes_of(const Array<int64_t>& numbers) {
         shapes.push_back(shape);
     }
     return shapes;
-}
-
-template <typename AnyTensor>
-char* data_of(const AnyTensor& tensor) {
-    return static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset();
 }
 
 // Raises where a kernel gave up: the text is for a person, the caller reads `error()`.

@@ -9,8 +9,7 @@
 
 namespace comm_customar_v2 {
 
-// By the codes that the host uses; session.cuh has them from DLPack.
-enum class Element : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+using comm_core::Element;
 
 // The most vectors that a thread has in flight, by world size: beyond two ranks one vector already keeps several peers'
 // links busy.

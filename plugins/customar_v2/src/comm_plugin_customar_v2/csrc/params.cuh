@@ -23,6 +23,7 @@
 
 #include <comm_core/barrier.cuh>
 #include <comm_core/epoch.cuh>
+#include <comm_core/grid.cuh>
 #include <comm_core/memory.cuh>
 #include <comm_core/pdl.cuh>
 #include <comm_core/registered.cuh>
@@ -34,6 +35,8 @@
 
 namespace comm_customar_v2 {
 
+using comm_core::thread_in_grid;
+using comm_core::threads_in_grid;
 using comm_core::Vec;
 
 constexpr int kMaxRanks = comm_core::kMaxRanks;
@@ -74,16 +77,6 @@ struct Params {
 
 __device__ __forceinline__ unsigned long long* counter_of(const Params& params) {
     return reinterpret_cast<unsigned long long*>(params.buffers[params.rank]);
-}
-
-// A thread's place in the grid. Consecutive warps go to different blocks, so that what doesn't fill the grid is spread
-// over all of it; a warp's threads have consecutive vectors.
-__device__ __forceinline__ uint32_t thread_in_grid() {
-    return (blockIdx.x + gridDim.x * (threadIdx.x / 32)) * 32 + threadIdx.x % 32;
-}
-
-__device__ __forceinline__ uint32_t threads_in_grid() {
-    return gridDim.x * blockDim.x;
 }
 
 // The slots of a launch's phase in a region of the buffers.

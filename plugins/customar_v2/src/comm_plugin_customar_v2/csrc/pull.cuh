@@ -53,8 +53,7 @@ __device__ __forceinline__ void meet(const Params& params,
                                      uint32_t stage,
                                      unsigned long long epoch,
                                      comm_core::Patience& patience) {
-    comm_core::barrier<W>(
-        params.buffers, kFlagsAt, params.rank, stage, static_cast<uint32_t>(epoch), params.bound, patience);
+    comm_core::barrier<W>(params.buffers, kFlagsAt, params.rank, stage, epoch, params.bound, patience);
 }
 
 template <typename T, int W, int V>

@@ -1,13 +1,11 @@
 // A group's state on the host: where its buffers are, which shape of launch serves which size, and the launch itself.
 #pragma once
 
-#include <cuda_runtime.h>
+#include <comm_core/host.h>
 #include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
 #include <memory>
-#include <type_traits>
 #include <vector>
 
 #include "kernels.cuh"
@@ -22,31 +20,8 @@ const void* kernel_of_6(Element, Algorithm, int);
 const void* kernel_of_7(Element, Algorithm, int);
 const void* kernel_of_8(Element, Algorithm, int);
 
-inline void check(cudaError_t status, const char* call) {
-    if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << call << ": " << cudaGetErrorString(status);
-}
-
-// Makes a device current, and the one before again.
-class OnDevice {
-  public:
-    explicit OnDevice(int device) {
-        check(cudaGetDevice(&before_), "cudaGetDevice");
-        check(cudaSetDevice(device), "cudaSetDevice");
-    }
-    ~OnDevice() { cudaSetDevice(before_); }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-  private:
-    int before_ = 0;
-};
-
-struct FreeHost {
-    void operator()(uint32_t* word) const { cudaFreeHost(word); }
-};
-struct DestroyEvent {
-    void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
-};
+using comm_core::check;
+using comm_core::OnDevice;
 
 // How one message is served; a row of policy.py's table.
 struct Shape {
@@ -79,16 +54,9 @@ class Session {
         int major = 0;
         check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "cudaDeviceGetAttribute");
         early_ = can_ = major >= 9;
-        uint32_t* word = nullptr;
-        check(cudaHostAlloc(&word, sizeof *word, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
-        error_.reset(word);
-        *word = 0;
-        void* seen = nullptr;
-        check(cudaHostGetDevicePointer(&seen, word, 0), "cudaHostGetDevicePointer");
-        params_.bound.error = static_cast<uint32_t*>(seen);
-        cudaEvent_t order = nullptr;
-        check(cudaEventCreateWithFlags(&order, cudaEventDisableTiming), "cudaEventCreate");
-        order_.reset(order);
+        error_ = std::make_unique<comm_core::ErrorWord>();
+        params_.bound.error = error_->on_device();
+        order_ = std::make_unique<comm_core::StreamOrder>();
     }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
@@ -143,19 +111,16 @@ class Session {
     void set_early(bool early) { early_ = early && can_; }
 
     // 0, 1 + the rank that a kernel waited for in vain, or kNotRegistered.
-    int64_t error() const { return *static_cast<volatile uint32_t*>(error_.get()); }
+    int64_t error() const { return error_->read(); }
 
     // Ends every wait of kernels in flight, as if a peer hadn't come.
-    void abort() {
-        auto* const word = static_cast<volatile uint32_t*>(error_.get());
-        if (*word == 0) *word = params_.rank + 1;
-    }
+    void abort() { error_->abort(params_.rank); }
 
     // All of a message, cut into several launches where it is larger than the buffers. `row`: the tag of the call's row
     // in the table of inputs, whose low bits are the row's index; 0: it has none.
     void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream, int64_t row) {
         const Shape& shape = shape_of(nbytes, row != 0);
-        order_after_last(stream);
+        order_->follow(stream);
         const int64_t most = capacity(shape, row != 0);
         comm_core::Registered call{};
         if (row != 0) {
@@ -226,28 +191,6 @@ class Session {
         }
     }
 
-    // Every launch of a session follows the one before, whichever streams they are on; launches that overlapped would
-    // take each other's epochs. While a stream captures nothing can be ordered after what runs outside: replays are the
-    // caller's to order, as are streams that end while calls on them run.
-    void order_after_last(cudaStream_t stream) {
-        if (stream == last_ && used_) return;
-        cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-        check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-        if (status != cudaStreamCaptureStatusNone) return;
-        if (used_) {
-            // An event of a stream that captures by now would draw this stream into the graph.
-            check(cudaStreamIsCapturing(last_, &status), "cudaStreamIsCapturing");
-            if (status != cudaStreamCaptureStatusNone) {
-                TVM_FFI_THROW(ValueError) << "the stream of the call before captures, so that a call on another can't "
-                                             "be ordered after it";
-            }
-            check(cudaEventRecord(order_.get(), last_), "cudaEventRecord");
-            check(cudaStreamWaitEvent(stream, order_.get(), 0), "cudaStreamWaitEvent");
-        }
-        last_ = stream;
-        used_ = true;
-    }
-
     void launch(const char* input,
                 char* output,
                 int64_t nbytes,
@@ -300,12 +243,10 @@ class Session {
     bool early_ = false;  // does so
     Params params_{};
     uint32_t multiprocessors_ = 1;
-    std::unique_ptr<uint32_t, FreeHost> error_;
+    std::unique_ptr<comm_core::ErrorWord> error_;
     std::vector<Shape> shapes_, registered_;
     const unsigned long long* table_ = nullptr;
-    std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, DestroyEvent> order_;
-    cudaStream_t last_ = nullptr;
-    bool used_ = false;
+    std::unique_ptr<comm_core::StreamOrder> order_;
 };
 
 }  // namespace comm_customar_v2

@@ -1,4 +1,4 @@
-// What stands for inline PTX and the GPU's registers where the kernels run on CPU threads; see emulated.cpp.
+// What stands for inline PTX and the GPU's registers where the kernels run on CPU threads; see emulate.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -88,6 +88,13 @@ inline void store_release_sys(uint32_t* address, uint32_t word) {
 inline uint32_t load_acquire_sys(const uint32_t* address) {
     sched_yield();
     return load_word(address, std::memory_order_acquire);
+}
+inline void store_release_sys(uint64_t* address, uint64_t word) {
+    std::atomic_ref<uint64_t>(*address).store(word, std::memory_order_release);
+}
+inline uint64_t load_acquire_sys(const uint64_t* address) {
+    sched_yield();
+    return std::atomic_ref<uint64_t>(*const_cast<uint64_t*>(address)).load(std::memory_order_acquire);
 }
 
 constexpr int kEpochShift = 20;

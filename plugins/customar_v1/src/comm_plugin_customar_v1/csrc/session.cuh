@@ -1,0 +1,215 @@
+// A group's state on the host: its buffers, which shape of launch serves which size, and the launch itself.
+#pragma once
+
+#include <comm_core/host.h>
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.cuh"
+#include "peers.cuh"
+
+namespace comm_customar_v1 {
+
+const void* kernel_of_2(Element, Algorithm, int);
+const void* kernel_of_4(Element, Algorithm, int);
+const void* kernel_of_6(Element, Algorithm, int);
+const void* kernel_of_8(Element, Algorithm, int);
+
+// How one message is served; a row of policy.py's table.
+struct Shape {
+    int64_t up_to_nbytes;  // of a message
+    Algorithm algorithm;
+    int vecs;               // of a rank that a thread has in flight
+    uint32_t threads;       // of a block
+    uint32_t max_blocks;    // the grid is no larger than the message needs, and than this
+    uint32_t resident = 0;  // blocks that a multiprocessor holds at once, of whatever dtype; `set_shapes` finds it
+};
+
+class Session {
+  public:
+    // `layout`: nbytes, letters_at, staging_at, staging_nbytes, as layout.py computes them. Everything that can fail on
+    // one rank alone is here and in the first `set_shapes`, before ranks exchange their handles.
+    Session(int64_t rank, int64_t world_size, const std::vector<int64_t>& layout, double timeout_s, int64_t device)
+        : lookup_(lookup(world_size)),
+          world_size_(static_cast<uint32_t>(world_size)),
+          device_(static_cast<int>(device)) {
+        if (lookup_ == nullptr || rank < 0 || rank >= world_size || layout.size() != 4) {
+            TVM_FFI_THROW(ValueError) << "rank " << rank << " of " << world_size << ", a layout of " << layout.size();
+        }
+        params_.rank = static_cast<uint32_t>(rank);
+        letters_at_ = static_cast<uint64_t>(layout[1]);
+        params_.staging_at = static_cast<uint64_t>(layout[2]);
+        params_.staging_nbytes = static_cast<uint64_t>(layout[3]);
+        params_.bound.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+        const OnDevice here(device_);
+        int major = 0;
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "cudaDeviceGetAttribute");
+        early_ = major >= 9;
+        error_ = std::make_unique<comm_core::ErrorWord>();
+        params_.bound.error = error_->on_device();
+        order_ = std::make_unique<comm_core::StreamOrder>();
+        peers_ = std::make_unique<Peers>(params_.rank, world_size_, static_cast<uint64_t>(layout[0]));
+    }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+    // Runs once the last function that holds the session is gone; nothing is launched after that, and core has waited
+    // for what was, or the session was abandoned and never comes here (session.py).
+    ~Session() = default;
+
+    std::string handle() const { return peers_->handle(); }
+
+    // Opens every peer's buffer. `multiprocessors`: of the rank that has the fewest, since the barriers take grids of
+    // one size on all ranks.
+    void attach(const std::vector<std::string>& handles, int64_t multiprocessors) {
+        if (multiprocessors < 1) TVM_FFI_THROW(ValueError) << multiprocessors << " multiprocessors";
+        const OnDevice here(device_);
+        peers_->open(handles);
+        std::copy(peers_->buffers().begin(), peers_->buffers().end(), params_.buffers);
+        multiprocessors_ = static_cast<uint32_t>(multiprocessors);
+    }
+
+    void write_letters(int64_t number) const {
+        const OnDevice here(device_);
+        peers_->write(letters_at_, static_cast<uint32_t>(number));
+    }
+    std::string read_letters(const std::vector<int64_t>& numbers) const {
+        const OnDevice here(device_);
+        return peers_->read(letters_at_, numbers);
+    }
+
+    void unmap() {
+        const OnDevice here(device_);
+        peers_->unmap();
+    }
+    void free() {
+        const OnDevice here(device_);
+        peers_->free();
+    }
+
+    // Also loads the rows' kernels, since the driver can't while a stream captures.
+    void set_shapes(std::vector<Shape> shapes) {
+        const OnDevice here(device_);
+        for (Shape& shape : shapes) {
+            shape.resident = UINT32_MAX;
+            for (const Element element : {Element::kFloat32, Element::kFloat16, Element::kBFloat16}) {
+                shape.resident = std::min(shape.resident, load(element, shape));
+            }
+        }
+        shapes_ = std::move(shapes);
+    }
+
+    // 0, or 1 + the rank that a kernel waited for in vain.
+    int64_t error() const { return error_->read(); }
+
+    // Ends every wait of kernels in flight, as if a peer hadn't come.
+    void abort() { error_->abort(params_.rank); }
+
+    // All of a message, cut into several launches where it is larger than the staging.
+    void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
+        const Shape& shape = shape_of(nbytes);
+        order_->follow(stream);
+        const auto most = static_cast<int64_t>(params_.staging_nbytes);
+        for (int64_t done = 0; done < nbytes; done += most) {
+            launch(static_cast<const char*>(input) + done,
+                   static_cast<char*>(output) + done,
+                   std::min(most, nbytes - done),
+                   element,
+                   shape,
+                   stream);
+        }
+    }
+
+    const Shape& shape_of(int64_t nbytes) const {
+        for (const Shape& shape : shapes_) {
+            if (nbytes <= shape.up_to_nbytes) return shape;
+        }
+        TVM_FFI_THROW(ValueError) << nbytes << " bytes are beyond the table's last row";
+        return shapes_.front();
+    }
+
+  private:
+    using Lookup = const void* (*)(Element, Algorithm, int);
+
+    static Lookup lookup(int64_t world_size) {
+        switch (world_size) {
+            case 2:
+                return kernel_of_2;
+            case 4:
+                return kernel_of_4;
+            case 6:
+                return kernel_of_6;
+            case 8:
+                return kernel_of_8;
+            default:
+                return nullptr;
+        }
+    }
+
+    // Returns how many blocks a multiprocessor holds at once.
+    uint32_t load(Element element, const Shape& shape) {
+        const void* function = lookup_(element, shape.algorithm, shape.vecs);
+        cudaFuncAttributes attributes{};
+        if (function != nullptr) check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
+        if (function == nullptr || attributes.maxThreadsPerBlock < static_cast<int>(shape.threads)) {
+            TVM_FFI_THROW(ValueError) << "algorithm " << static_cast<int>(shape.algorithm) << " has no kernel with "
+                                      << shape.vecs << " vectors a thread and " << shape.threads << " threads a block";
+        }
+        // Code for older devices has no waits for predecessors, so it may not start before they have ended.
+        early_ = early_ && attributes.ptxVersion >= 90;
+        int resident = 0;
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, static_cast<int>(shape.threads), 0),
+              "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+        return static_cast<uint32_t>(std::max(resident, 1));
+    }
+
+    void launch(const char* input,
+                char* output,
+                int64_t nbytes,
+                Element element,
+                const Shape& shape,
+                cudaStream_t stream) const {
+        Params params = params_;
+        params.input = input;
+        params.output = output;
+        params.num_vecs = static_cast<uint32_t>(nbytes / comm_core::kVecNbytes);
+        params.tail_nbytes = static_cast<uint32_t>(nbytes % comm_core::kVecNbytes);
+        uint32_t work = params.num_vecs;
+        if (shape.algorithm == Algorithm::kTwoStage) work = (work + world_size_ - 1) / world_size_;
+        // The tail takes a warp of its own, where the grid isn't full (params.cuh).
+        if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
+        // Blocks wait for their likes at the peers, and nobody promises in which order blocks start: all must have
+        // room.
+        const uint32_t most = std::min({shape.max_blocks, kMaxBlocks, shape.resident * multiprocessors_});
+        const uint32_t a_block = shape.threads * static_cast<uint32_t>(shape.vecs);
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(std::max(1u, std::min(most, (work + a_block - 1) / a_block)));
+        config.blockDim = dim3(shape.threads);
+        config.stream = stream;
+        cudaLaunchAttribute early{};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &early;
+        config.numAttrs = early_ ? 1 : 0;
+        void* arguments[] = {&params};
+        check(cudaLaunchKernelExC(&config, lookup_(element, shape.algorithm, shape.vecs), arguments),
+              "cudaLaunchKernelExC");
+    }
+
+    Lookup lookup_;
+    uint32_t world_size_;
+    int device_;
+    bool early_ = false;  // launches before the predecessor's end: programmatic dependent launch
+    Params params_{};
+    uint64_t letters_at_ = 0;
+    uint32_t multiprocessors_ = 1;
+    std::unique_ptr<comm_core::ErrorWord> error_;
+    std::unique_ptr<comm_core::StreamOrder> order_;
+    std::unique_ptr<Peers> peers_;
+    std::vector<Shape> shapes_;
+};
+
+}  // namespace comm_customar_v1

@@ -1,0 +1,204 @@
+// The kernels on a CPU: both algorithms, with real concurrency between ranks, judged by the sum in rank order.
+//
+//     emulated WORLD_SIZE ROUNDS
+//
+// Compiled against copies of the headers in which the inline PTX is replaced by `fake_ptx.h`; tests/emulation.py.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "emulate.h"
+#include "letters.cuh"
+#include "one_stage.cuh"
+#include "two_stage.cuh"
+
+using namespace comm_customar_v1;
+
+namespace {
+
+constexpr size_t kLargest = 40016;  // bytes of a message
+constexpr size_t kBehind = 32;      // bytes of somebody else's after it
+constexpr char kCanary = 0x5a;
+constexpr uint64_t kStagingAt = 1 << 17;  // beyond the flags of any grid here
+
+struct Shape {
+    std::string name;
+    std::function<void(const Params&)> kernel;
+    int vecs;
+    uint32_t threads, max_blocks;
+};
+
+// One launch of a series: what it sums, where to, and with what grid.
+struct Step {
+    const Shape* shape;
+    size_t nbytes;
+    bool in_place;
+    std::vector<std::vector<char>> inputs, tensors, outputs;  // by rank; `tensors` are the inputs as ranks have them
+};
+
+uint32_t error_word = 0;
+
+Params params_of(std::vector<std::vector<char>>& buffers, Step& step, size_t rank) {
+    Params params{};
+    for (size_t peer = 0; peer < buffers.size(); ++peer) params.buffers[peer] = buffers[peer].data();
+    params.staging_at = kStagingAt;
+    params.staging_nbytes = kLargest;
+    params.bound = {&error_word, 60'000'000'000ull};
+    params.input = step.tensors[rank].data();
+    params.output = step.in_place ? step.tensors[rank].data() : step.outputs[rank].data();
+    params.num_vecs = static_cast<uint32_t>(step.nbytes / 16);
+    params.tail_nbytes = static_cast<uint32_t>(step.nbytes % 16);
+    params.rank = static_cast<uint32_t>(rank);
+    return params;
+}
+
+// One launch after the other on each rank, whose ranks wait for each other only as the kernels do.
+void run(std::vector<std::vector<char>>& buffers, std::vector<Step>& series) {
+    const auto world_size = static_cast<uint32_t>(buffers.size());
+    fake::on_every_rank(buffers.size(), [&](size_t rank) {
+        for (Step& step : series) {
+            const Params params = params_of(buffers, step, rank);
+            const bool parts = step.shape->name.rfind("two", 0) == 0;
+            uint32_t work = parts ? (params.num_vecs + world_size - 1) / world_size : params.num_vecs;
+            if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
+            const uint32_t a_block = step.shape->threads * static_cast<uint32_t>(step.shape->vecs);
+            const uint32_t blocks = std::max(1u, std::min(step.shape->max_blocks, (work + a_block - 1) / a_block));
+            fake::launch_one(step.shape->kernel, params, blocks, step.shape->threads);
+        }
+    });
+}
+
+// Whether a rank has the sum and nothing but it, `before` being what its output's memory held.
+template <typename T>
+bool is_right(const std::string& what,
+              const std::vector<char>& result,
+              const std::vector<char>& before,
+              const std::vector<std::vector<char>>& inputs,
+              size_t nbytes) {
+    if (!std::equal(
+            result.begin() + static_cast<long>(nbytes), result.end(), before.begin() + static_cast<long>(nbytes))) {
+        std::printf("%s: written beyond\n", what.c_str());
+        return false;
+    }
+    for (size_t index = 0; index < nbytes / (4 / T::count); ++index) {
+        const float expected = fake::summed<T>(inputs, index), is = fake::at<T>(result.data(), index);
+        if (!fake::same(expected, is)) {
+            std::printf("%s, element %zu: %g instead of %g\n", what.c_str(), index, is, expected);
+            return false;
+        }
+    }
+    return true;
+}
+
+template <typename T>
+Step step_of(const Shape& shape, size_t world_size, std::mt19937& dice) {
+    const size_t sizes[] = {0, 1, 3, 31, 32, world_size, 97, 600, 2500};
+    constexpr size_t element = 4 / T::count;
+    Step step{&shape, sizes[dice() % 9] * 16 + dice() % 2 * (dice() % (16 / element) * element), dice() % 2 == 0};
+    if (step.nbytes == 0) step.nbytes = element;
+    for (size_t rank = 0; rank < world_size; ++rank) {
+        std::vector<char> input(step.nbytes / 4 * 4 + 4 + kBehind);
+        for (size_t byte = 0; byte < input.size(); byte += 4) {
+            const auto word = static_cast<uint32_t>(dice());
+            std::memcpy(input.data() + byte, &word, 4);
+        }
+        step.outputs.emplace_back(input.size(), kCanary);
+        step.inputs.push_back(std::move(input));
+    }
+    step.tensors = step.inputs;
+    return step;
+}
+
+template <typename T, int W>
+int check(size_t rounds, unsigned long long epoch) {
+    const std::vector<Shape> shapes = {
+        {"one_stage 1", one_stage<T, W, 1>, 1, 32, 3},
+        {"one_stage 2", one_stage<T, W, 2>, 2, 64, 2},
+        {"one_stage 4", one_stage<T, W, 4>, 4, 32, 2},
+        {"two_stage 1", two_stage<T, W, 1>, 1, 32, 3},
+        {"two_stage 2", two_stage<T, W, 2>, 2, 32, 2},
+        {"two_stage 4", two_stage<T, W, 4>, 4, 64, 2},
+    };
+    std::vector<std::vector<char>> buffers(W, std::vector<char>(kStagingAt + 2 * kLargest));
+    const unsigned long long counter = epoch * comm_core::kOneEpoch;
+    for (std::vector<char>& buffer : buffers) std::memcpy(buffer.data(), &counter, 8);
+    std::mt19937 dice(5);
+    std::vector<Step> series;
+    for (size_t index = 0; index < rounds * shapes.size(); ++index) {
+        series.push_back(step_of<T>(shapes[index < shapes.size() ? index : dice() % shapes.size()], W, dice));
+    }
+    run(buffers, series);
+    if (error_word != 0) {
+        std::printf("a launch gave up\n");
+        return 1;
+    }
+    for (size_t index = 0; index < series.size(); ++index) {
+        const Step& step = series[index];
+        for (size_t rank = 0; rank < W; ++rank) {
+            const std::string what = "launch " + std::to_string(index) + ", " + step.shape->name + ", " +
+                                     std::to_string(step.nbytes) + " bytes, rank " + std::to_string(rank) + " of " +
+                                     std::to_string(W);
+            const std::vector<char>& result = step.in_place ? step.tensors[rank] : step.outputs[rank];
+            const std::vector<char> canaries(result.size(), kCanary);
+            if (!is_right<T>(what, result, step.in_place ? step.inputs[rank] : canaries, step.inputs, step.nbytes)) {
+                return 1;
+            }
+            if (!step.in_place && step.tensors[rank] != step.inputs[rank]) {
+                std::printf("%s: the input changed\n", what.c_str());
+                return 1;
+            }
+        }
+    }
+    std::printf("%zu launches of %d ranks, every sum is right\n", series.size(), W);
+    return 0;
+}
+
+// Every rank's letter arrives and is loaded; another number's, or a word that changed on the way, is noticed.
+int check_letters(uint32_t world_size) {
+    std::vector<std::vector<char>> regions(world_size, std::vector<char>(kLettersNbytes));
+    std::vector<Mail> mails(world_size);
+    for (uint32_t rank = 0; rank < world_size; ++rank) {
+        mails[rank].rank = rank;
+        mails[rank].number = 1000 + 77 * rank;
+        for (uint32_t peer = 0; peer < world_size; ++peer) mails[rank].letters[peer] = regions[peer].data();
+    }
+    fake::launch([](const Mail& mail) { write_letters(mail); }, mails, world_size, 64);
+    fake::launch([](const Mail& mail) { read_letters(mail); }, mails, world_size, 64);
+    for (std::vector<char>& region : regions) {
+        for (uint32_t writer = 0; writer < world_size; ++writer) {
+            for (const uint64_t at : {letter_at(writer), answer_at(writer)}) {
+                auto* const words = reinterpret_cast<uint32_t*>(region.data() + at);
+                const uint32_t number = mails[writer].number, wrong = wrong_words(words, number);
+                words[99] ^= 1u << 31;
+                if (wrong != 0 || wrong_words(words, number) != 1 || wrong_words(words, number + 1) < 1000) {
+                    std::printf("a letter of rank %u has %u wrong words\n", writer, wrong);
+                    return 1;
+                }
+            }
+        }
+    }
+    std::printf("every letter is right\n");
+    return 0;
+}
+
+template <int W>
+int check_all(size_t rounds) {
+    return check<comm_core::BFloat16, W>(rounds, 1) || check<comm_core::Float32, W>(rounds, (1ull << 32) - 4) ||
+           check<comm_core::Float16, W>(rounds, (1ull << 31) + 1) || check_letters(W);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int world_size = argc > 1 ? std::atoi(argv[1]) : 2;
+    const auto rounds = static_cast<size_t>(argc > 2 ? std::atoi(argv[2]) : 1);
+    if (world_size == 2) return check_all<2>(rounds);
+    if (world_size == 4) return check_all<4>(rounds);
+    return 2;
+}

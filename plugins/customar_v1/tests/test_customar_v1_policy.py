@@ -1,0 +1,90 @@
+"""The table, the option and the layout of the buffers: pure, so they are looked at whole."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from comm_plugin_customar_v1 import layout, policy
+
+FLAGS, LETTERS = 131328, 65536
+
+
+@pytest.mark.parametrize("count", policy.WORLD_SIZES)
+def test_every_table_can_be_launched(count: int) -> None:
+    rows = policy.rows_for(count)
+    assert all(one.up_to_nbytes < other.up_to_nbytes for one, other in pairwise(rows))
+    assert rows[-1].up_to_nbytes == policy.MAX_NBYTES
+    for row in rows:
+        assert row.algorithm in policy.ALGORITHMS
+        assert row.vecs in (1, 2, 4)
+        assert row.vecs <= policy.most_vecs(count)
+        assert row.threads % 32 == 0
+        assert 32 <= row.threads <= policy.MAX_THREADS
+        assert 1 <= row.blocks <= policy.MAX_BLOCKS
+
+
+def test_two_ranks_take_one_stage_and_more_two_for_what_is_large() -> None:
+    assert {row.algorithm for row in policy.rows_for(2)} == {"one_stage"}
+    for count in policy.WORLD_SIZES[1:]:
+        assert [policy.rows_for(count)[index].algorithm for index in (0, -1)] == ["one_stage", "two_stage"]
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 18 << 20, 17 << 20, 4 << 20, 2 << 20])
+def test_the_buffer_holds_its_regions_and_no_more_than_the_budget(budget: int) -> None:
+    plan = layout.plan(budget, FLAGS, LETTERS)
+    regions = [
+        (0, FLAGS),
+        (plan.letters_at, LETTERS),
+        (plan.staging_at, 2 * plan.staging_nbytes),
+        (plan.nbytes, 0),
+    ]
+    assert all(begin + nbytes <= following for (begin, nbytes), (following, _) in pairwise(regions))
+    assert all(begin % 4096 == 0 for begin, _ in regions)
+    assert plan.staging_nbytes % 16 == 0
+    assert plan.nbytes % (2 << 20) == 0
+    assert plan.nbytes <= budget
+    assert plan.numbers() == [plan.nbytes, plan.letters_at, plan.staging_at, plan.staging_nbytes]
+
+
+def test_the_memory_that_the_readme_names() -> None:
+    plan = layout.plan(1 << 30, FLAGS, LETTERS)
+    assert plan.nbytes == 18 << 20
+    assert plan.staging_nbytes == policy.MAX_NBYTES
+
+
+def test_a_budget_that_is_too_small() -> None:
+    with pytest.raises(MemoryError, match="the budget is 1000000"):
+        layout.plan(1_000_000, FLAGS, LETTERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("one_stage", policy.Row(8 << 20, "one_stage")),
+        ("two_stage:vecs=4,threads=128,blocks=99", policy.Row(8 << 20, "two_stage", 4, 128, 99)),
+    ],
+)
+def test_the_option(text: str, row: policy.Row) -> None:
+    assert policy.parse({policy.OPTION: text}) == row
+    assert policy.parse({}) is None
+    assert policy.parse({policy.OPTION: " "}) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("nccl", "one_stage:vecs=3", "one_stage:threads=33", "one_stage:threads=1024", "one_stage:x=1"),
+        *("one_stage:vecs", "one_stage:vecs=-1", "one_stage:blocks=0", "one_stage:blocks=513"),
+    ],
+)
+def test_an_option_that_is_wrong(text: str) -> None:
+    with pytest.raises(ValueError, match=policy.OPTION):
+        policy.parse({policy.OPTION: text})
+
+
+def test_the_rows_numbers_are_in_the_native_codes_order() -> None:
+    assert policy.flat([policy.Row(16, "two_stage", 2, 64, 3), policy.Row(32, "one_stage")]) == [
+        *(16, 1, 2, 64, 3),
+        *(32, 0, 1, 256, 264),
+    ]

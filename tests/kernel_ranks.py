@@ -1,0 +1,214 @@
+"""What ranks with GPUs do with a backend of CUDA kernels: the same for every such plugin, run by its own tests.
+
+Each function begins with the backend's name and runs in every rank of `harness.Ranks`, on two GPUs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+
+import comm_core as comm
+import pytest
+import torch
+import torch.distributed as dist
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Bytes: around elements, vectors, warps, blocks and grids; what no power of two divides; where the table changes; one
+# beyond what one launch takes, which goes in two. Where an element doesn't divide them, what it leaves is cut off.
+SIZES = (
+    *(4, 14, 16, 18, 28, 32, 34, 48, 64, 80, 510, 512, 514, 528, 1000, 1024, 8176, 8190, 8192, 8194, 14336, 64 << 10),
+    *((64 << 10) + 2, (64 << 10) + 16, 540672, 540674, 129 * 5760, 1 << 20, (1 << 20) - 6, 264 * 512 * 16 + 4),
+    *(500 * 5762, 500 * 10240, (4 << 20) + 46, (16 << 20) - 16, (32 << 20) + 92),
+)
+
+
+def reference(inputs: list[torch.Tensor]) -> torch.Tensor:
+    """In rank order, in float32, rounded once."""
+    total = inputs[0].float()
+    for tensor in inputs[1:]:
+        total = total + tensor.float()
+    return total.to(inputs[0].dtype)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit, but for what kind of NaN a NaN is."""
+    numbers = ~one.isnan()
+    bits = {2: torch.int16, 4: torch.int32}[one.dtype.itemsize]
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.view(bits)[numbers], other.view(bits)[numbers])
+
+
+def random_bits(rank: int, nbytes: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
+    """Any bits: infinities, denormals, both zeros and NaNs, among them those that a cell can't hold."""
+    generator = torch.Generator(device="cuda").manual_seed(rank * 1_000_003 + nbytes + salt)
+    words = torch.randint(-(1 << 31), 1 << 31, (-(-nbytes // 4),), device="cuda", generator=generator).to(torch.int32)
+    words[:: 7 + rank] = -1
+    words[3 :: 11 + rank] = 0
+    words[5::13] = -(1 << 31)
+    return words.view(dtype)[: nbytes // dtype.itemsize]
+
+
+def with_a_canary(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy of the tensor, and 64 bytes that follow it in memory."""
+    bits = {2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
+    whole = torch.full((tensor.numel() + 64 // tensor.dtype.itemsize,), 12345, device="cuda", dtype=bits)
+    copy, behind = whole.view(tensor.dtype)[: tensor.numel()], whole[tensor.numel() :]
+    return copy.copy_(tensor), behind
+
+
+def backend(name: str) -> comm.Backend:
+    """The world's handle, of which the named backend serves the smallest messages."""
+    handle = comm.get_backend(backends=(name,))
+    assert handle.name == name, handle.explain()
+    return handle
+
+
+def sums(name: str, sizes: tuple[int, ...]) -> int:
+    handle, rank, checked = backend(name), dist.get_rank(), 0
+    for dtype, size in itertools.product(DTYPES, sizes):
+        nbytes = size - size % dtype.itemsize
+        integers = [(torch.arange(nbytes // dtype.itemsize, device="cuda") * (r + 3) % 16).to(dtype) for r in (0, 1)]
+        for salt, inputs in enumerate((integers, [random_bits(r, nbytes, dtype) for r in (0, 1)])):
+            (mine, behind), expected = with_a_canary(inputs[rank]), reference(inputs)
+            got = handle.all_reduce(mine)
+            assert same(got, expected), (dtype, nbytes, salt, (got != expected).nonzero()[:3])
+            assert torch.equal(mine.view(torch.int16), inputs[rank].view(torch.int16)), "the input changed"
+            elsewhere, behind_it = with_a_canary(torch.zeros_like(mine))
+            assert handle.all_reduce(mine, out=elsewhere) is elsewhere
+            assert same(elsewhere, expected), (dtype, nbytes, "out")
+            assert handle.all_reduce(mine, out=mine) is mine
+            assert same(mine, expected), (dtype, nbytes, "in place")
+            assert (behind == 12345).all(), (dtype, nbytes, "in place, written beyond")
+            assert (behind_it == 12345).all(), (dtype, nbytes, "out, written beyond")
+            checked += 1
+    zeros = torch.zeros(4096, device="cuda", dtype=torch.bfloat16)
+    assert same(handle.all_reduce(zeros), zeros)
+    assert same(handle.all_reduce(-zeros), -zeros)
+    handle.check()
+    comm.close()
+    return checked
+
+
+def replays(name: str, sizes: tuple[int, ...], count: int) -> int:
+    """For each size, calls between producers and consumers in one graph; the ranks drift apart between replays."""
+    handle = backend(name)
+    for nbytes in sizes:
+        replay(handle, nbytes // 2, count)
+    handle.check()
+    comm.close()
+    return len(sizes) * count
+
+
+def replay(handle: comm.Backend, numel: int, count: int) -> None:
+    rank = dist.get_rank()
+    x = torch.zeros(numel, device="cuda", dtype=torch.bfloat16)
+    handle.all_reduce(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = handle.all_reduce(x * 2)
+        second = handle.all_reduce(first + rank)
+        handle.all_reduce(second, out=second)
+        third = second - 1
+    generator = torch.Generator(device="cuda").manual_seed(5)
+    for step in range(count):
+        base = torch.randint(0, 4, (numel,), device="cuda", generator=generator)
+        x.copy_((base + rank).to(torch.bfloat16))
+        if (step + rank) % 3 == 0:
+            torch.cuda._sleep(100_000 * (step % 5))
+        graph.replay()
+        one = 2 * (2 * base + 1)
+        assert torch.equal(first, one.to(torch.bfloat16)), (numel, step)
+        assert torch.equal(third, ((2 * one + 1) * 2 - 1).to(torch.bfloat16)), (numel, step)
+        if step % 10 == 0:
+            eager = handle.all_reduce(torch.full((33 * 8 + 1,), step % 7 + rank, device="cuda", dtype=torch.float32))
+            assert torch.equal(eager, torch.full_like(eager, 2 * (step % 7) + 1))
+
+
+def two_streams(name: str) -> None:
+    handle, rank = backend(name), dist.get_rank()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    inputs = [torch.full((1 << 18,), value + rank, device="cuda", dtype=torch.bfloat16) for value in range(50)]
+    torch.cuda.synchronize()
+    results = []
+    for call, tensor in enumerate(inputs):
+        with torch.cuda.stream(streams[(call + rank) % 2]):
+            results.append(handle.all_reduce(tensor))
+    torch.cuda.synchronize()
+    for value, result in enumerate(results):
+        assert torch.equal(result, torch.full_like(result, 2 * value + 1))
+    comm.close()
+
+
+def refused(name: str) -> str:
+    handle = backend(name)
+    x = torch.ones(64, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        handle.all_reduce(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+        y = handle.all_reduce(x)
+        with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(comm.CommError) as caught:
+            handle.all_reduce(x)
+    graph.replay()
+    assert torch.equal(y, 2 * x)
+    return str(caught.value)
+
+
+def mixed(name: str, calls: int) -> int:
+    """Sizes and rows at random in two groups over the same GPUs, without a host's wait between calls."""
+    group = dist.new_group([0, 1], backend="nccl")
+    handles = [backend(name), comm.get_backend(group, backends=(name,))]
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(11)
+    wrong = torch.zeros((), device="cuda", dtype=torch.int64)
+    for call in range(calls):
+        size, which, value = torch.randint(0, 1 << 18, (3,), generator=generator).tolist()
+        numel = 1 + size % (1 << (1 + call % 18))
+        x = torch.full((numel,), value % 64 + rank, device="cuda", dtype=torch.bfloat16)
+        wrong += (handles[which % 2].all_reduce(x) != 2 * (value % 64) + 1).sum()
+    assert wrong.item() == 0
+    comm.close()
+    return calls
+
+
+def killed(name: str, in_a_replay: bool) -> str:
+    handle, rank = backend(name), dist.get_rank()
+    x = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
+    handle.all_reduce(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(160):
+            handle.all_reduce(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    if in_a_replay:
+        graph.replay()
+    else:
+        handle.all_reduce(x)
+    torch.cuda.synchronize()
+    took_s = time.monotonic() - started
+    assert took_s < 20, took_s
+    with pytest.raises(comm.CommTimeoutError) as caught:
+        handle.check() if in_a_replay else handle.all_reduce(x)
+    assert caught.value.ranks == (1,)
+    return str(caught.value)
+
+
+def closed(name: str) -> list[int]:
+    free = []
+    for _ in range(4):
+        handle = backend(name)
+        handle.all_reduce(torch.ones(64, device="cuda"))
+        comm.close()
+        del handle
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+    return free
