@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +88,8 @@ def not_all_capture() -> dict[str, Any]:
     }
 
 
-def raise_inside(failing: int, record_before: bool, tries: int = 1) -> dict[str, Any]:
-    """One rank's capture fails by an error of the caller's, `tries` times; then all capture together."""
+def raise_inside(failing: int, record_before: bool, tries: int = 1, late: bool = False) -> dict[str, Any]:
+    """One rank's captures fail by an error of the caller's, `tries` times, at once; then all capture together."""
     world = comm.get_backend()
     LOG.clear()
 
@@ -98,12 +99,12 @@ def raise_inside(failing: int, record_before: bool, tries: int = 1) -> dict[str,
                 record(world)
             if dist.get_rank() == failing:
                 raise ZeroDivisionError("my own")
-            if not record_before:
-                return
 
-    outcomes = [outcome(attempt) for _ in range(tries if dist.get_rank() == failing else 1)]
+    if dist.get_rank() != failing and late:
+        hear("failed", [failing])
+    outcomes = [outcome(attempt) for _ in range(tries)]
     log = events()
-    meet("failed")
+    say("failed")
     capture((world, 9))
     assert dist.group.WORLD is not None
     return {"outcomes": outcomes, "events": log, "registered": registered("first", dist.group.WORLD)}
@@ -280,10 +281,12 @@ def prepare_groups(groups: Sequence[Sequence[int]]) -> list[tuple[list[int], lis
 
 
 def prepare_late(absent: int) -> tuple[Outcome, Outcome, Outcome]:
-    """One rank doesn't call; then all do."""
+    """One rank doesn't come; then all do."""
     backend = comm.get_backend(timeout_s=10)
     if dist.get_rank() == absent:
         hear("told", [rank for rank in range(dist.get_world_size()) if rank != absent])
+        with contextlib.suppress(ValueError):
+            comm.pre_capture_init(**SHAPES | {"max_tokens": 0})  # it is wrong before anything is sent
         found = ("ok", "absent")
     else:
         found = outcome(lambda: comm.pre_capture_init(**SHAPES))

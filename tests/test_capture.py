@@ -37,36 +37,43 @@ def test_ranks_that_capture_nothing_hold_up_nobody(ranks: Ranks, tmp_path: Path)
         assert found["pair"] == ([[[4]] * 2] if rank < 2 else []) + [[[2]] * 2]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_that_raises_inside_releases_the_others(ranks: Ranks, tmp_path: Path, world_size: int) -> None:
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("world_size", "tries"), [(2, 1), (3, 1), (2, 3)])
+def test_a_rank_that_raises_inside_releases_the_others(
+    ranks: Ranks, tmp_path: Path, world_size: int, tries: int, late: bool
+) -> None:
+    """Also those that come only after it has failed, as often as it likes."""
     everybody = ranks.run(
-        capture_ranks.raise_inside, 1, True, world_size=world_size, path=[install(tmp_path)] * world_size
+        capture_ranks.raise_inside,
+        1,
+        True,
+        tries,
+        late,
+        world_size=world_size,
+        path=[install(tmp_path)] * world_size,
     )
     for rank, found in enumerate(everybody):
-        (first,) = found["outcomes"]
-        if rank == 1:
-            assert first == ("ZeroDivisionError", "my own")
-            assert found["events"] == ["first enter", "first left by ZeroDivisionError"]
-        else:
-            assert first[0] == "CaptureError"
-            assert "rank 1 failed: ZeroDivisionError: my own" in first[1]
-            assert "backend 'first' of group " in first[1]
+        assert len(found["outcomes"]) == tries
+        for outcome in found["outcomes"]:
+            if rank == 1:
+                assert outcome == ("ZeroDivisionError", "my own")
+                assert found["events"] == ["first enter", "first left by ZeroDivisionError"] * tries
+            else:
+                assert outcome[0] == "CaptureError"
+                assert "rank 1 failed: ZeroDivisionError: my own" in outcome[1]
+                assert "backend 'first' of group " in outcome[1]
         assert found["registered"] == [[[9]] * world_size]
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("tries", [1, 3])
-def test_a_rank_that_raises_alone_is_caught_up_with(ranks: Ranks, tmp_path: Path, tries: int) -> None:
-    everybody = ranks.run(capture_ranks.raise_inside, 0, False, tries, path=[install(tmp_path)] * 2)
+def test_a_rank_that_raises_where_nothing_was_recorded_is_caught_up_with(
+    ranks: Ranks, tmp_path: Path, tries: int, late: bool
+) -> None:
+    everybody = ranks.run(capture_ranks.raise_inside, 0, False, tries, late, path=[install(tmp_path)] * 2)
     assert everybody[0]["outcomes"] == [("ZeroDivisionError", "my own")] * tries
-    assert everybody[1]["outcomes"] == [("ok", "None")]
-    assert everybody[1]["events"] == ["first enter", "first leave"]
-    for found in everybody:
-        assert found["registered"] == [[[9]] * 2]
-
-
-def test_a_rank_that_raises_more_often_is_caught_up_with(ranks: Ranks, tmp_path: Path) -> None:
-    everybody = ranks.run(capture_ranks.raise_inside, 0, True, 3, path=[install(tmp_path)] * 2)
-    assert everybody[1]["outcomes"][0][0] == "CaptureError"
+    assert everybody[1]["outcomes"] == [("ok", "None")] * tries
+    assert everybody[1]["events"] == ["first enter", "first leave"] * tries
     for found in everybody:
         assert found["registered"] == [[[9]] * 2]
 

@@ -295,19 +295,33 @@ def test_the_channel_waits_for_nobody_while_a_stream_captures(monkeypatch: pytes
             patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             with pytest.raises(CaptureError, match="no rank can wait for the others while a CUDA stream captures"):
                 channel.barrier()
-        assert not stage.used
+        assert stage.aborted is None
         assert channel.all_gather(1) == [1]
-        assert stage.used
 
 
-def test_a_stage_that_others_aborted_is_seen_without_waiting(store: dist.Store) -> None:
+def test_an_abort_brings_a_note_along(store: dist.Store) -> None:
     first, second = group_of(store, 2)
-    assert not second.was_aborted("step 1")
-    with first.stage("step 1") as stage:
-        stage.abort("no room")
-    assert second.was_aborted("step 1")
-    assert not second.was_aborted("step 2")
-    assert not second.was_aborted("step")
+    assert Stage(first, "step", note=7).abort("no room").note == 7
+    for abort in (lambda stage: stage.abort("nor here"), lambda stage: outcome(start(stage.barrier))):
+        error = abort(Stage(second, "step", note=3))
+        assert (error.note, error.rank, error.reason) == (7, 0, "no room")
+
+
+def test_a_stage_is_met_for_when_the_plugin_begins_to_talk() -> None:
+    (member,) = group_of(dist.HashStore(), 1)
+    channel, met = SessionChannel(), []
+
+    def meet() -> Stage:
+        met.append(Stage(member, "step"))
+        return met[-1]
+
+    with channel.opened_by(meet):
+        assert not met
+        assert channel.all_gather(1) == [1]
+        assert channel.all_gather(2) == [2]
+    assert len(met) == 1
+    with pytest.raises(CommError, match="inside Collective hooks"):
+        channel.barrier()
 
 
 @pytest.mark.parametrize("aborting", [1, 3])

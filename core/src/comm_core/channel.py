@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from comm_core._capturing import refuse_capture
@@ -22,6 +22,7 @@ class SessionChannel:
 
     def __init__(self) -> None:
         self._stage: Stage | None = None
+        self._meet: Callable[[], Stage] | None = None
 
     @contextlib.contextmanager
     def opened(self, control: Control, name: str, timeout_s: float | None = None) -> Iterator[Stage]:
@@ -32,6 +33,15 @@ class SessionChannel:
         # Only after a good end: a thread that was left behind keeps the aborted stage, where every call raises.
         if stage.aborted is None:
             self._stage = None
+
+    @contextlib.contextmanager
+    def opened_by(self, meet: Callable[[], Stage]) -> Iterator[None]:
+        """Let the plugin talk in the stage that `meet` returns, which is called when the plugin begins to, if it does."""
+        self._stage, self._meet = None, meet
+        try:
+            yield
+        finally:
+            self._stage, self._meet = None, None
 
     def all_gather(self, value: Any) -> list[Any]:
         """See `ControlChannel.all_gather`."""
@@ -46,7 +56,9 @@ class SessionChannel:
         return self._open().agree(ok, reason)
 
     def _open(self) -> Stage:
-        if self._stage is None:
+        if self._stage is None and self._meet is None:
             raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
         refuse_capture("no rank can wait for the others", "Talk in connect, pre_capture_init or capture_ctx's exit")
+        if self._stage is None and self._meet is not None:
+            self._stage = self._meet()
         return self._stage

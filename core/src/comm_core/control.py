@@ -60,12 +60,14 @@ class StageAbortedError(CommError):
     Attributes:
         reason: the words of the rank that aborted it.
         rank: that rank, by group rank.
+        note: of that rank's `Stage`.
     """
 
-    def __init__(self, message: str, reason: str, rank: int) -> None:
+    def __init__(self, message: str, reason: str, rank: int, note: int = 0) -> None:
         super().__init__(message)
         self.reason = reason
         self.rank = rank
+        self.note = note
 
 
 class StageTimeoutError(StageAbortedError, CommTimeoutError):
@@ -75,8 +77,8 @@ class StageTimeoutError(StageAbortedError, CommTimeoutError):
         ranks: their group ranks.
     """
 
-    def __init__(self, message: str, reason: str, rank: int, ranks: tuple[int, ...]) -> None:
-        StageAbortedError.__init__(self, message, reason, rank)
+    def __init__(self, message: str, reason: str, rank: int, ranks: tuple[int, ...], note: int = 0) -> None:
+        StageAbortedError.__init__(self, message, reason, rank, note)
         self.ranks = ranks
 
 
@@ -192,11 +194,6 @@ class Control:
             self.ask("leaving the group", self._leave)
         self.leftover, self.aborted = "", []
 
-    def was_aborted(self, name: str) -> bool:
-        """Whether a stage of this name, which this rank hasn't been in, was aborted. Waits for no other rank."""
-        # Of an exchange that this rank was no part of, an abort is the only verdict that there can be.
-        return bool(self.ask(name, lambda store: store.check([f"{self.prefix}/{name}/0/verdict"])))
-
     def label(self, *ranks: int) -> str:
         """Group ranks for people, with the job's rank where that differs: "rank 1 (3 in the job)"."""
         names = [rank_label(rank, self.global_ranks[rank]) for rank in ranks]
@@ -237,22 +234,23 @@ class Control:
 class Stage:
     """A Collective step: a sequence of exchanges that ends for all ranks alike. Implements `ControlChannel`.
 
+    Args:
+        control: this rank's end of the channel.
+        name, timeout_s: see `Control.stage`.
+        note: goes with what ends the stage on this rank.
+
     Attributes:
         aborted: what every call in this stage raises; None while nothing failed.
     """
 
-    def __init__(self, control: Control, name: str, timeout_s: float | None) -> None:
+    def __init__(self, control: Control, name: str, timeout_s: float | None = None, note: int = 0) -> None:
         self.aborted: StageAbortedError | None = None
         self._control = control
         self._name = name
+        self._note = note
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._next = 0
         self._lock = threading.Lock()
-
-    @property
-    def used(self) -> bool:
-        """Whether this rank has entered an exchange."""
-        return self._next > 0
 
     def all_gather(self, value: Any, kind: str = "all_gather") -> list[Any]:
         """Every rank's `value`, by group rank; see `ControlChannel.all_gather`. Kinds that differ abort the stage.
@@ -304,8 +302,7 @@ class Stage:
         # the other ranks will.
         with self._lock:
             if self.aborted is None:
-                mine = {"reason": reason[:_REASON_CHARS], "rank": self._control.rank, "absent": None}
-                self.aborted = self._post_abort(mine)
+                self.aborted = self._post_abort(self._abort(reason[:_REASON_CHARS], self._control.rank))
             return self.aborted
 
     def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
@@ -330,7 +327,7 @@ class Stage:
             return self._await_verdict(key, messages, timeout_s, store)
         kinds, values = zip(*map(json.loads, store.multi_get(messages)), strict=True)
         odd = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
-        lost = {"reason": f"exchanges don't match: {kinds[odd]} here, not as elsewhere", "rank": odd, "absent": None}
+        lost = self._abort(f"exchanges don't match: {kinds[odd]} here, not as elsewhere", odd)
         verdict = _publish(key, {"values": values} if len(set(kinds)) == 1 else {"abort": lost}, store)
         if done:
             # Every rank has come here, so every rank has left the exchange before.
@@ -348,16 +345,19 @@ class Stage:
             # Not every store has its own error for a wait that ended. Publishing tells whether there is a verdict.
             absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
             who = self._control.label(*absent) if absent else "the rank that came last"
-            abort = {"reason": f"{who} didn't come in time", "rank": self._control.rank, "absent": absent}
-            return _publish(key, {"abort": abort}, store)
+            abort = self._abort(f"{who} didn't come in time", self._control.rank)
+            return _publish(key, {"abort": abort | {"absent": absent}}, store)
         return _unpack(store.get(f"{key}/verdict"))
 
+    def _abort(self, reason: str, rank: int) -> dict[str, Any]:
+        return {"reason": reason, "rank": rank, "absent": None, "note": self._note}
+
     def _error(self, abort: dict[str, Any]) -> StageAbortedError:
-        rank, reason = abort["rank"], abort["reason"]
+        rank, reason, note = abort["rank"], abort["reason"], abort["note"]
         if abort["absent"] is not None:
             message = f"{self._name}: {reason}, says {self._control.label(rank)}"
-            return StageTimeoutError(message, reason, rank, tuple(abort["absent"]))
-        return StageAbortedError(f"{self._name}: {self._control.label(rank)} failed: {reason}", reason, rank)
+            return StageTimeoutError(message, reason, rank, tuple(abort["absent"]), note)
+        return StageAbortedError(f"{self._name}: {self._control.label(rank)} failed: {reason}", reason, rank, note)
 
     def _key(self, sequence: int) -> str:
         return f"{self._control.prefix}/{self._name}/{sequence}"

@@ -20,7 +20,7 @@ from comm_core.context import Shapes
 from comm_core.control import Control, store_of
 from comm_core.errors import CaptureError, CommError
 from comm_core.establish import in_worker
-from comm_core.prepare import checked, next_number, prepare
+from comm_core.prepare import checked, prepare
 from comm_core.probe import probe_rank
 from comm_core.recording import Seat, recording
 from comm_core.registry import Entry, find, forget, live, lives, seen, sweep, told
@@ -128,9 +128,11 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
             groups are prepared all the same.
         CommTimeoutError: ranks didn't come in time.
     """
+    sweep()
+    for entry in live():
+        entry.preparations += 1
     shapes = checked(max_tokens, hidden_size, dtype)
     _refuse_in_capture("comm.pre_capture_init")
-    sweep()
     # Whatever becomes of one group: ranks of the next ones wait there for this one.
     failures = [failure for failure in [_failure(entry, shapes) for entry in live()] if failure is not None]
     if failures:
@@ -210,7 +212,6 @@ def _prepare(entry: Entry, shapes: Shapes) -> None:
     if agreed is None or backend is None or backend.failure is not None:
         return
     with told(entry):
-        entry.preparations = next_number(agreed, entry.preparations)
         planned = prepare(agreed, shapes, entry.preparations)
     if planned is agreed:
         return

@@ -21,7 +21,7 @@ from comm_core.types import DTYPES, Available, Range, Unavailable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["checked", "next_number", "prepare"]
+__all__ = ["checked", "prepare"]
 
 
 def checked(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> Shapes:
@@ -38,21 +38,14 @@ def checked(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> Shapes:
     return Shapes(max_tokens, hidden_size, dtype)
 
 
-def next_number(agreed: Agreed, number: int) -> int:
-    """The number of the next call of `prepare`: after `number`, past those that the others made without this rank."""
-    number += 1
-    while agreed.member.control.was_aborted(_first_step(number)):
-        number += 1
-    return number
-
-
 def prepare(agreed: Agreed, shapes: Shapes, number: int) -> Agreed:
     """Prepare a group's backends for `shapes`, admit what they serve from then on, and plan. Collective.
 
     Args:
         agreed: the group so far; left as it is. Of its sessions that the new plan hasn't, those in use stay open.
         shapes: what the caller gave.
-        number: of `next_number`.
+        number: which call of `comm.pre_capture_init` it is for the group, from 1; a call that fails on this rank before
+            anything is sent counts, so that the ranks' numbers stay alike.
 
     Returns:
         The group from now on; `agreed` itself where it is prepared for these shapes already.
@@ -63,7 +56,7 @@ def prepare(agreed: Agreed, shapes: Shapes, number: int) -> Agreed:
     """
     member = dataclasses.replace(agreed.member, purpose=f"prepare {number}: ")
     control = member.control
-    with control.stage(_first_step(number)) as stage:
+    with control.stage(f"{member.purpose}shapes") as stage:
         given = stage.all_gather([shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
     if any(other != given[0] for other in given):
         raise NegotiationError(
@@ -80,10 +73,6 @@ def prepare(agreed: Agreed, shapes: Shapes, number: int) -> Agreed:
     slate, sessions = establish(slate, agreed.plugins, member, sessions)
     planned = Agreed.of(slate, sessions, agreed.plugins, agreed.member)
     return dataclasses.replace(planned, prepared=(*agreed.prepared, shapes))
-
-
-def _first_step(number: int) -> str:
-    return f"prepare {number}: shapes"
 
 
 def _covers(earlier: Shapes, shapes: Shapes) -> bool:
