@@ -36,7 +36,7 @@ class SessionChannel:
 
     @contextlib.contextmanager
     def opened_by(self, meet: Callable[[], Stage]) -> Iterator[None]:
-        """Let the plugin talk in the stage that `meet` returns, which is called when the plugin begins to, if it does."""
+        """Let the plugin talk in the stage that `meet` returns; it is called once the plugin begins to."""
         self._stage, self._meet = None, meet
         try:
             yield
@@ -56,9 +56,9 @@ class SessionChannel:
         return self._open().agree(ok, reason)
 
     def _open(self) -> Stage:
-        if self._stage is None and self._meet is None:
-            raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
         refuse_capture("no rank can wait for the others", "Talk in connect, pre_capture_init or capture_ctx's exit")
-        if self._stage is None and self._meet is not None:
+        if self._stage is None:
+            if self._meet is None:
+                raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
             self._stage = self._meet()
         return self._stage

@@ -77,7 +77,6 @@ class Seat:
             self.leave_by(error)
             raise error
         context, self._context = self._context, None
-        self._stage = self._missed = None
         try:
             with self.session.channel.opened_by(self._meet):
                 if context is not None:
@@ -87,9 +86,7 @@ class Seat:
             raise CommTimeoutError(f"{self._lost}: {error}", error.ranks) from error
         except StageAbortedError as error:
             raise CaptureError(f"{self._lost}: {error}") from error
-        except (
-            BaseException
-        ) as error:  # the plugin border, as in `enter`; and an interrupt mustn't keep the peers waiting
+        except BaseException as error:  # the plugin border, as in `enter`; of an interrupt the peers are told
             told = self._abort(words(error))
             if not isinstance(error, Exception):
                 raise
@@ -107,7 +104,6 @@ class Seat:
             except Exception as raised:  # noqa: BLE001 - the plugin border; a `contextmanager` may raise `error` itself
                 if raised is not error:
                     _log.warning("%s raised while a failed capture was left: %s", self._who, describe(raised))
-        self._stage = None
         with contextlib.suppress(CommError):
             self._abort(describe(error))
 
@@ -145,7 +141,7 @@ class Seat:
     def _is_over(self, error: StageAbortedError) -> bool:
         """Whether what was aborted under this number is an earlier capture than this one; the number is used up then.
 
-        It is also used up by an abort of this very capture, but not by one of a capture that this rank has yet to enter.
+        So it is by an abort of this very capture, but not by one of a capture that this rank has yet to enter.
         """
         earlier = error.note < self.session.entered
         if error.note <= self.session.entered:
