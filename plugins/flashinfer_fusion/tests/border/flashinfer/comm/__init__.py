@@ -50,7 +50,7 @@ class _Workspace:
             self.found.extend(comm.bcast(("root", dist.get_rank()), root=root) for root in range(size))
         self.ipc_handles = [[id(buffer)] for buffer in buffers]
         trtllm_ar._symm_workspace_refs[id(self.ipc_handles)] = buffers
-        self._internal = (self.ipc_handles, buffers)
+        self._internal = (self.ipc_handles, buffers, _Buffer(20))
         comm.barrier()
 
     def destroy(self) -> None:
