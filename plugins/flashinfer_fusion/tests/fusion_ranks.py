@@ -10,7 +10,8 @@ import comm_plugin_flashinfer_fusion as plugin
 import torch
 import torch.distributed as dist
 from comm_core._deadline import describe
-from comm_core.control import Control, SessionChannel, StageAbortedError, store_of
+from comm_core.channel import SessionChannel
+from comm_core.control import Control, StageAbortedError, store_of
 
 BUDGET = 1 << 30
 BF16 = torch.bfloat16
@@ -43,8 +44,7 @@ class Member:
         """What the hook returned; ("failed", the reason, the rank) where it failed on any rank."""
         self.steps += 1
         try:
-            with self.control.stage(f"step {self.steps}", 60.0) as stage:
-                self.channel.stage = stage
+            with self.channel.opened(self.control, f"step {self.steps}", 60.0) as stage:
                 try:
                     value = call()
                 except StageAbortedError:
@@ -54,7 +54,6 @@ class Member:
                 stage.all_gather(None, "vote")
         except StageAbortedError as error:
             return "failed", error.reason, error.rank
-        self.channel.stage = None
         return value
 
     def fused(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
