@@ -10,6 +10,7 @@ that need more than was promised still skip, in sight.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,13 +28,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Runs functions in real processes; see harness.py."""
     from harness import Ranks
 
-    with pytest.MonkeyPatch.context() as patch:
-        # torch looks up the name of the address of every connection to a store. No such name exists for 127.0.0.1 as
-        # IPv6 writes it, and where the name server loses the question, each connection takes the resolver's 5 seconds.
-        patch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
-        pool = Ranks(tmp_path_factory.mktemp("ranks"))
-        yield pool
-        pool.close()
+    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+def pytest_configure() -> None:
+    # Torch looks up the name of the address of every connection to a store. No such name exists for 127.0.0.1 as IPv6
+    # writes it, and where the name server loses the question, each connection takes the resolver's 5 seconds. A process
+    # reads this once, when it first asks.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

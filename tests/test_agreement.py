@@ -211,7 +211,17 @@ def test_ranks_that_exchange_differently_in_connect(
         assert served_by(life) == ["second", "torch_distributed"]
 
 
-@pytest.mark.parametrize("kind", [faulty.ConnectHangs, faulty.ConnectHangsInExchange, faulty.ConnectRaisesAndPeersHang])
+# Each takes its deadline: not every kind of group for every kind of fault.
+@pytest.mark.parametrize(
+    ("members", "kind"),
+    [
+        ((0, 1, 2, 3), faulty.ConnectHangs),
+        ((1, 3), faulty.ConnectHangsInExchange),
+        ((0, 1), faulty.ConnectRaisesAndPeersHang),
+        ((0, 1, 2, 3), faulty.ConnectRaisesAndPeersHang),
+    ],
+    indirect=["members"],
+)
 def test_a_late_session_is_closed_and_never_used(
     ranks: Ranks, members: tuple[int, ...], path: Any, kind: type[faulty.Good]
 ) -> None:
@@ -236,6 +246,7 @@ def test_a_late_session_is_closed_and_never_used(
         assert served_by(life, turn=1) == ["second" if raises else "first", "torch_distributed"]
 
 
+@pytest.mark.parametrize("members", [(0, 1, 2, 3), (1, 3)], indirect=True)
 def test_an_admission_test_that_hangs(ranks: Ranks, members: tuple[int, ...], path: Any) -> None:
     for life in run_lives(ranks, members, path(faulty.SumHangs), SHORT_TIMEOUT_S):
         assert candidate(life, "first")["verdict"] == "failed"
