@@ -15,7 +15,7 @@ __all__ = ["build"]
 SHARED = Path(__file__).parents[1] / "core" / "tests" / "emulation"
 CXX = os.environ.get("CXX", "c++")
 # Core's headers that fake_ptx.h replaces as a whole.
-PTX = ("memory", "pdl", "epoch", "wait")
+PTX = ("memory", "pdl", "epoch", "wait", "cluster")
 
 
 def build(source: Path, csrc: Path, folder: Path) -> Path:

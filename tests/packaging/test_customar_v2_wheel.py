@@ -5,6 +5,7 @@ No kernel in it spills a register, on any architecture; and it works where there
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -15,11 +16,13 @@ import pytest
 from wheelhouse import ENTRY, ROOT, BuildWheel, Built, Pip, Venv, compile_wheel, read_metadata
 
 ALGORITHMS = ("oneshot_push", "oneshot_stream", "twoshot_push", "oneshot_pull", "twoshot_pull")
+FUSED = ("oneshot_push_norm", "twoshot_push_norm")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 LOAD = """
 from comm_core.kernels import Library
 library = Library("comm_plugin_customar_v2")
-print(library.missing(), library.load().constants()[1])
+print(library.missing(), *library.load().constants()[1:])
 """
 
 # Two ranks without a CUDA device.
@@ -63,12 +66,10 @@ def no_compiler(installed: Venv, clean_environ: dict[str, str], tmp_path: Path) 
 
 def test_no_kernel_spills(built: Built) -> None:
     entries = ENTRY.findall(built.said)
-    found = {(algorithm, world, arch) for name, arch, _, _ in entries for algorithm, world in [kind_of(name)]}
-    assert found == {
-        (algorithm, world, arch)
-        for algorithm in ALGORITHMS
-        for world in range(2, 9)
-        for arch in ("sm_80", "sm_90", "sm_100")
+    assert {(*kind_of(name), arch) for name, arch, _, _ in entries} == {
+        # The norm after a plain all-reduce is of one device alone.
+        *(("add_norm", 1, arch) for arch in ARCHITECTURES),
+        *itertools.product((*ALGORITHMS, *FUSED), range(2, 9), ARCHITECTURES),
     }
     assert [entry for entry in entries if entry[2:] != ("0", "0")] == []
 
@@ -79,15 +80,21 @@ def test_nvcc_warns_of_nothing(built: Built) -> None:
 
 def kind_of(name: str) -> tuple[str, int]:
     """A kernel's algorithm and world size, from its mangled name."""
-    found = re.search(r"\d((?:one|two)shot_[a-z]+?)IN9comm_core\w*?ELi(\d)E", name)
+    found = re.search(r"\d((?:one|two)shot_[a-z_]+?|add_norm)IN9comm_core\w*?E(?:Li(\d)E|E)", name)
     assert found is not None, name
-    return found[1], int(found[2])
+    return found[1], int(found[2] or 1)
 
 
 def test_its_files(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as archive:
         files = {name.removeprefix("comm_plugin_customar_v2/") for name in archive.namelist()}
-    assert {"_lib/comm_plugin_customar_v2.so", "csrc/world2.cu", "csrc/tail.cuh", "py.typed"} <= files
+    assert {
+        "_lib/comm_plugin_customar_v2.so",
+        "csrc/world2.cu",
+        "csrc/tail.cuh",
+        "csrc/add_norm.cuh",
+        "py.typed",
+    } <= files
     assert not built.wheel.name.endswith("-any.whl")
 
 
@@ -97,7 +104,8 @@ def test_installed_by_name_it_brings_core_and_works_where_there_is_no_compiler(
     done = subprocess.run(
         [installed.python, "-c", LOAD], cwd=tmp_path, env=no_compiler, capture_output=True, text=True, check=False
     )
-    assert (done.stdout, done.returncode) == (f"None {len(ALGORITHMS)}\n", 0), done.stderr
+    # With "separate".
+    assert (done.stdout, done.returncode) == (f"None {len(ALGORITHMS)} {len(FUSED) + 1}\n", 0), done.stderr
     assert not (tmp_path / "cache").exists()
 
 

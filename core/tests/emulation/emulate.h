@@ -9,6 +9,7 @@
 #include <comm_core/vec.cuh>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
@@ -16,26 +17,48 @@
 
 namespace fake {
 
-// Runs one rank's launch, `kernel(params)` in each of its threads, and waits for it.
-template <typename Params, typename Kernel>
-void launch_one(const Kernel& kernel, const Params& params, uint32_t blocks, uint32_t threads) {
+// Runs `thread()` in each thread of a grid whose blocks are in clusters of `in_cluster`, and waits for all.
+template <typename Thread>
+void run_grid(uint32_t blocks, uint32_t threads, uint32_t in_cluster, const Thread& thread) {
     std::vector<Block> all(blocks);
-    for (Block& each : all) each.sync = std::make_unique<std::barrier<>>(threads);
+    std::vector<std::unique_ptr<Cluster>> clusters;
+    for (uint32_t first = 0; first < blocks; first += in_cluster) {
+        clusters.push_back(std::make_unique<Cluster>(in_cluster * threads));
+        for (uint32_t index = first; index < first + in_cluster; ++index) {
+            Block& each = all[index];
+            each.sync = std::make_unique<std::barrier<>>(threads);
+            each.cluster = clusters.back().get();
+            each.cluster->blocks.push_back(&each);
+            for (uint32_t warp = 0; warp < threads / 32; ++warp) each.warps.push_back(std::make_unique<Warp>());
+        }
+    }
     std::vector<std::thread> running;
     for (uint32_t index = 0; index < blocks; ++index) {
-        for (uint32_t thread = 0; thread < threads; ++thread) {
-            running.emplace_back([&, index, thread] {
+        for (uint32_t number = 0; number < threads; ++number) {
+            running.emplace_back([&, index, number] {
                 block = &all[index];
                 blockIdx.x = index;
-                threadIdx.x = thread;
+                threadIdx.x = number;
                 gridDim.x = blocks;
                 blockDim.x = threads;
-                kernel(params);
+                thread();
                 block->sync->arrive_and_drop();
             });
         }
     }
-    for (std::thread& thread : running) thread.join();
+    for (std::thread& each : running) each.join();
+    for (const Block& each : all) {
+        // On a GPU the block might have been gone.
+        for (const Gate& gate : each.gates) {
+            if (gate.expects || gate.nbytes != 0) std::abort();
+        }
+    }
+}
+
+// Runs one rank's launch, `kernel(params)` in each of its threads, and waits for it.
+template <typename Params, typename Kernel>
+void launch_one(const Kernel& kernel, const Params& params, uint32_t blocks, uint32_t threads) {
+    run_grid(blocks, threads, 1, [&] { kernel(params); });
 }
 
 // Calls `work(rank)` for all ranks at once, and waits for all.

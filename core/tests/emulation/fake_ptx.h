@@ -7,18 +7,65 @@
 
 #include <atomic>
 #include <barrier>
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
 namespace fake {
 
+// Two sets of a lane's numbers in turn: who writes to one again has met the others between.
+struct Warp {
+    std::barrier<> sync{32};
+    float numbers[2][32];
+};
+
+struct Cluster;
+
+// An mbarrier of one arrival a phase.
+struct Gate {
+    std::mutex mutex;
+    bool expects = false;
+    int64_t nbytes = 0;
+    uint32_t openings = 0;
+
+    void count(int64_t change, bool arrival) {
+        const std::scoped_lock lock(mutex);
+        if (arrival && expects) std::abort();
+        expects = expects || arrival;
+        nbytes += change;
+        if (!expects || nbytes != 0) return;
+        expects = false;
+        ++openings;
+    }
+    uint32_t opened() {
+        const std::scoped_lock lock(mutex);
+        return openings;
+    }
+};
+
 struct Block {
     std::unique_ptr<std::barrier<>> sync;
     unsigned long long epoch = 0;
+    Cluster* cluster = nullptr;
+    std::vector<std::unique_ptr<Warp>> warps;
+    alignas(16) float numbers[256];
+    Gate gates[2];
+};
+
+struct Cluster {
+    explicit Cluster(uint32_t threads) : sync(threads) {}
+
+    std::barrier<> sync;
+    std::vector<Block*> blocks;
 };
 
 struct Index {
@@ -26,6 +73,8 @@ struct Index {
 };
 
 inline thread_local Block* block;
+inline thread_local uint32_t warp_turn;
+inline thread_local std::optional<std::barrier<>::arrival_token> arrival;
 
 }  // namespace fake
 
@@ -49,6 +98,10 @@ inline uint32_t min(uint32_t one, uint32_t other) {
 }
 inline uint32_t max(uint32_t one, uint32_t other) {
     return one > other ? one : other;
+}
+
+inline float rsqrtf(float number) {
+    return 1.0f / std::sqrt(number);
 }
 
 namespace comm_core {
@@ -109,7 +162,67 @@ inline unsigned long long next_epoch(unsigned long long* counter) {
     return fake::block->epoch;
 }
 
+inline void launch_successor() {}
 inline void wait_for_predecessors() {}
+inline void prefetch(const void*) {}
+
+inline uint32_t blocks_in_cluster() {
+    return static_cast<uint32_t>(fake::block->cluster->blocks.size());
+}
+inline uint32_t block_in_cluster() {
+    return blockIdx.x % blocks_in_cluster();
+}
+inline uint32_t cluster_in_grid() {
+    return blockIdx.x / blocks_in_cluster();
+}
+inline uint32_t clusters_in_grid() {
+    return gridDim.x / blocks_in_cluster();
+}
+// As the butterfly of shuffles, in its order.
+inline float warp_sum(float number) {
+    fake::Warp& warp = *fake::block->warps[threadIdx.x / 32];
+    float* const numbers = warp.numbers[fake::warp_turn];
+    fake::warp_turn ^= 1;
+    numbers[threadIdx.x % 32] = number;
+    warp.sync.arrive_and_wait();
+    float sums[32];
+    std::memcpy(sums, numbers, sizeof sums);
+    for (int mask = 16; mask > 0; mask /= 2) {
+        for (int lane = 0; lane < mask; ++lane) sums[lane] += sums[lane + mask];
+    }
+    return sums[0];
+}
+using Gate = fake::Gate;
+
+template <uint32_t count>
+Gate* shared_gates() {
+    static_assert(count == 2);
+    return fake::block->gates;
+}
+inline void set_up(Gate*) {}
+inline void cluster_arrive() {
+    fake::arrival = fake::block->cluster->sync.arrive();
+}
+inline void cluster_wait() {
+    fake::block->cluster->sync.wait(std::move(*fake::arrival));
+}
+inline void expect(Gate* gate, uint32_t nbytes) {
+    gate->count(nbytes, true);
+}
+inline void post(float* place, Gate* gate, uint32_t block, float number) {
+    fake::Block& there = *fake::block->cluster->blocks[block];
+    sched_yield();
+    std::atomic_ref<float>(there.numbers[place - fake::block->numbers]).store(number);
+    there.gates[gate - fake::block->gates].count(-4, false);
+}
+inline void pass(Gate* gate, uint32_t parity) {
+    while (gate->opened() % 2 == parity) sched_yield();
+}
+template <uint32_t count>
+float* shared_numbers() {
+    static_assert(count <= sizeof fake::Block::numbers / sizeof(float));
+    return fake::block->numbers;
+}
 
 template <typename T>
 T ready(T value) {

@@ -9,7 +9,7 @@ from typing import Any
 import comm_core as comm
 import comm_plugin_customar_v2 as customar_v2
 import pytest
-from comm_plugin_customar_v2 import policy
+from comm_plugin_customar_v2 import norm_policy, policy
 
 HERE = comm.Host("node", "boot ipc 1 shm 1", "boot")
 FACTS: dict[str, Any] = {"missing": None, "forced": None}
@@ -55,7 +55,16 @@ def test_nvlink_between_every_two(count: int, capability: tuple[int, int]) -> No
     assert answer.priority == 300
     largest = policy.rows_for(capability[0], count)[-1].up_to_nbytes
     dtypes = ("float32", "float16", "bfloat16")
-    assert answer.ranges == (comm.Range("all_reduce", dtypes=dtypes, device_types=("cuda",), max_nbytes=largest),)
+    plain, *fused = answer.ranges
+    assert plain == comm.Range("all_reduce", dtypes=dtypes, device_types=("cuda",), max_nbytes=largest)
+    # Rows of whole vectors of 16 bytes.
+    assert {(item.op, item.dtypes, item.hidden_multiple) for item in fused} == {
+        ("all_reduce_add_rms_norm", dtypes[:1], 4),
+        ("all_reduce_add_rms_norm", dtypes[1:], 8),
+    }
+    for item in fused:
+        assert (item.device_types, item.max_tokens, item.multiple_nbytes) == (("cuda",), None, 1)
+        assert item.max_nbytes == norm_policy.rows_for(capability[0], count)[-1].up_to_nbytes
 
 
 def test_one_clique_on_two_hosts() -> None:

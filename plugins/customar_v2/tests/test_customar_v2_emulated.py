@@ -9,15 +9,31 @@ import comm_plugin_customar_v2
 import emulation
 import pytest
 
+HERE = Path(__file__).parent
+CSRC = Path(comm_plugin_customar_v2.__file__).parent / "csrc"
+
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    csrc = Path(comm_plugin_customar_v2.__file__).parent / "csrc"
-    return emulation.build(Path(__file__).parent / "emulated.cpp", csrc, tmp_path_factory.mktemp("emulated"))
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By name."""
+    return {
+        name: emulation.build(HERE / f"{name}.cpp", CSRC, tmp_path_factory.mktemp(name))
+        for name in ("emulated", "emulated_norm")
+    }
+
+
+def run(program: Path, world_size: int, rounds: int) -> str:
+    command = [program, str(world_size), str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_every_algorithm_sums_in_rank_order(program: Path, world_size: int) -> None:
-    done = subprocess.run([program, str(world_size), "2"], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("every sum is right") == 3
+def test_every_algorithm_sums_in_rank_order(programs: dict[str, Path], world_size: int) -> None:
+    assert run(programs["emulated"], world_size, 2).count("every sum is right") == 3
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_fused_and_plain_calls_on_the_same_buffers(programs: dict[str, Path], world_size: int) -> None:
+    assert run(programs["emulated_norm"], world_size, 3).count("every row is right") == 3

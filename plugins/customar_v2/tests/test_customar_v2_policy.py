@@ -6,7 +6,7 @@ import dataclasses
 from itertools import pairwise
 
 import pytest
-from comm_plugin_customar_v2 import layout, policy
+from comm_plugin_customar_v2 import layout, norm_policy, policy
 
 FLAGS = 65792
 KINDS = [(major, count) for major in (8, 9, 10) for count in range(2, 9)]
@@ -25,6 +25,30 @@ def test_every_table_can_be_launched(major: int, count: int) -> None:
         assert 32 <= row.threads <= most
         assert 1 <= row.blocks <= 512
         assert row.up_to_nbytes % 16 == 0
+
+
+@pytest.mark.parametrize(("major", "count"), KINDS)
+def test_every_fused_table_can_be_launched(major: int, count: int) -> None:
+    rows = norm_policy.rows_for(major, count)
+    assert all(one.up_to_nbytes < other.up_to_nbytes for one, other in pairwise(rows))
+    # Where no fused kernel takes a row, the plain table is asked for a message of that size.
+    assert rows[-1].up_to_nbytes <= policy.rows_for(major, count)[-1].up_to_nbytes
+    for row in rows:
+        assert row.algorithm in norm_policy.ALGORITHMS
+        # `min_norm_vecs` and `max_norm_vecs` in csrc/norm.cuh.
+        assert row.vecs in ((2,) if count > 2 else (1, 2, 4) if row.algorithm == "oneshot_push_norm" else (1, 2))
+        assert row.cluster in ((1, 2, 4, 8) if major >= 9 else (1,))
+        assert row.cluster <= row.blocks
+        assert row.up_to_nbytes % 16 == 0
+
+
+@pytest.mark.parametrize(("major", "count"), KINDS)
+def test_a_forced_algorithm_leaves_the_fused_calls_their_slots(major: int, count: int) -> None:
+    rows = policy.rows_for(major, count, policy.parse_row("twoshot_pull"))
+    fused = norm_policy.rows_for(major, count)
+    plan = layout.plan(count, [*rows, *norm_policy.needs(fused)], 1 << 30, FLAGS)
+    # A row of a model's in each half of a slot.
+    assert plan.cells_nbytes >= 2 * 16384 * 4
 
 
 @pytest.mark.parametrize(("major", "count"), KINDS)
@@ -68,7 +92,8 @@ def test_what_isnt_staged_needs_room_for_a_parts_sums_alone(count: int) -> None:
 
 
 def test_the_memory_that_the_readme_names() -> None:
-    plan = layout.plan(2, policy.rows_for(9, 2), 1 << 30, FLAGS)
+    rows = [*policy.rows_for(9, 2), *norm_policy.needs(norm_policy.rows_for(9, 2))]
+    plan = layout.plan(2, rows, 1 << 30, FLAGS)
     assert 2 * plan.cells_nbytes == 64 << 20
     assert plan.nbytes < 65 << 20
 
@@ -105,3 +130,8 @@ def test_an_option_that_is_wrong(text: str) -> None:
 def test_the_rows_numbers_are_in_the_native_codes_order() -> None:
     row = policy.Row(16, "twoshot_push", 2, 64, 3, 4)
     assert policy.flat([row, dataclasses.replace(row, lead=5)]) == [16, 2, 2, 64, 3, 4, 16, 2, 2, 64, 3, 5]
+
+
+def test_the_fused_rows_numbers_are_in_the_native_codes_order() -> None:
+    row = norm_policy.NormRow(16, "twoshot_push_norm", 2, 4, 64, 3)
+    assert norm_policy.flat([row, norm_policy.NormRow(32, "separate")]) == [16, 1, 2, 4, 64, 3, 32, 2, 1, 1, 1056, 0]

@@ -9,20 +9,21 @@ import comm_core as comm
 import comm_plugin_customar_v2 as customar_v2
 import pytest
 import torch
-from comm_plugin_customar_v2 import memory, policy, session
+from comm_core import fallback
+from comm_plugin_customar_v2 import memory, norm_policy, policy, session
 
 
 class Native:
     """Takes what the module takes, and notes it."""
 
     def __init__(self, algorithms: int = len(policy.ALGORITHMS)) -> None:
-        self.algorithms = algorithms
+        self.algorithms = [algorithms, len(norm_policy.ALGORITHMS)]
         self.calls: list[Any] = []
         self.missing = 0
         self.unshareable = False
 
     def constants(self) -> list[int]:
-        return [65792, self.algorithms]
+        return [65792, *self.algorithms]
 
     def connect(self, *arguments: Any) -> list[Any]:
         self.calls.append(("connect", *arguments))
@@ -48,6 +49,7 @@ class Native:
             lambda _: None,
             lambda addresses, count: self.calls.append(("attach", addresses, count)),
             lambda numbers, table: self.calls.append(("registered", numbers, table)),
+            self.norms,
         ]
 
     def peer_memory(self, _: int | None) -> list[Any]:
@@ -58,6 +60,22 @@ class Native:
 
         # Every allocation of the peer's is opened at the same place; nothing is in pieces.
         return [locate, lambda *_: b"handle", lambda _: 1 << 40, None, None, lambda: self.calls.append("closed")]
+
+    def norms(self) -> list[Any]:
+        def norm_into(
+            tensor: torch.Tensor,
+            residual: torch.Tensor,
+            weight: torch.Tensor,
+            out: torch.Tensor,
+            residual_out: torch.Tensor,
+            eps: float,
+            weight_offset: float,
+        ) -> None:
+            if self.missing:
+                raise RuntimeError("a kernel waited in vain")
+            fallback.add_rms_norm(tensor * 2, residual, weight, eps, weight_offset, out, residual_out)
+
+        return [norm_into, lambda numbers: self.calls.append(("norm shapes", numbers))]
 
 
 @pytest.fixture
@@ -98,9 +116,10 @@ def test_connect_fills_the_buffer_before_anybody_can_write_to_it(context: comm.G
     native = Native()
     own = session.connect(native, 9, None, context)
     assert context.control.steps == ["filled", "gather", "exchange", "barrier"]  # type: ignore[attr-defined]
-    (name, rank, world_size, layout, timeout_s, _), (_, shapes), attached = native.calls
+    (name, rank, world_size, layout, timeout_s, _), (_, shapes), (_, norm_shapes), attached = native.calls
     assert (name, rank, world_size, timeout_s, len(layout)) == ("connect", 0, 2, 3.0, 5)
     assert shapes == policy.flat(policy.rows_for(9, 2))
+    assert norm_shapes == norm_policy.flat(norm_policy.rows_for(9, 2))
     buffer = own._buffer
     assert buffer is not None
     # The fewest multiprocessors of all ranks.
@@ -127,6 +146,18 @@ def test_the_hot_path(context: comm.GroupContext) -> None:
     assert own.algorithm_of(16) == "twoshot_push"
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_fused_call(context: comm.GroupContext, in_place: bool) -> None:
+    own = session.connect(Native(), 9, None, context)
+    x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.nn.Parameter(torch.randn(8))
+    wanted = fallback.add_rms_norm(x * 2, residual, weight, 1e-5, 0.5, None, None)
+    out, residual_out = (x, residual) if in_place else (None, None)
+    got = customar_v2.all_reduce_add_rms_norm(own, x, residual, weight, 1e-5, 0.5, out, residual_out)
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+    assert (got[0] is x, got[1] is residual) == (in_place, in_place)
+
+
 def test_a_kernel_that_gave_up_names_the_rank(context: comm.GroupContext) -> None:
     native = Native()
     own = session.connect(native, 9, None, context)
@@ -135,6 +166,7 @@ def test_a_kernel_that_gave_up_names_the_rank(context: comm.GroupContext) -> Non
     for call in (
         lambda: customar_v2.check(own),
         lambda: customar_v2.all_reduce(own, torch.ones(8), None),
+        lambda: customar_v2.all_reduce_add_rms_norm(own, *map(torch.ones, [(2, 8), (2, 8), 8]), 1e-6, 0.0, None, None),
     ):
         with pytest.raises(comm.CommTimeoutError, match=r"rank 1 \(7 in the job\) didn't come within 3 s") as caught:
             call()

@@ -7,18 +7,26 @@ in rank order, in float32, rounded once: every rank holds the same bits, and a r
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comm_core as comm
+import torch
 from comm_core import eligibility, kernels, registration
 
-from comm_plugin_customar_v2 import policy, session
+from comm_plugin_customar_v2 import norm_policy, policy, session
 from comm_plugin_customar_v2.session import Session
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["COMM_HOOK_API", "all_reduce", "capture_ctx", "check", "close", "connect", "is_available", "probe"]
+__all__ = [
+    "COMM_HOOK_API",
+    "all_reduce",
+    "all_reduce_add_rms_norm",
+    "capture_ctx",
+    "check",
+    "close",
+    "connect",
+    "is_available",
+    "probe",
+]
 
 COMM_HOOK_API = (1, 0)
 
@@ -27,6 +35,8 @@ MAX_RANKS = 8
 DTYPES = ("float32", "float16", "bfloat16")
 #: The oldest compute capability that there are kernels for.
 OLDEST = (8, 0)
+#: `kVecNbytes` in comm_core/vec.cuh.
+VEC_NBYTES = 16
 
 _library = kernels.Library("comm_plugin_customar_v2")
 
@@ -47,10 +57,25 @@ def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     reason = _reason(topology)
     if reason:
         return comm.Unavailable(reason)
-    rows = policy.rows_for(_major(topology), topology.world_size, _forced(topology))
+    kind = _major(topology), topology.world_size
+    rows = policy.rows_for(*kind, _forced(topology))
     # Any number of elements: the kernels touch nothing behind the last one, not even to read it.
     served = comm.Range("all_reduce", dtypes=DTYPES, device_types=("cuda",), max_nbytes=rows[-1].up_to_nbytes)
-    return comm.Available(300, (served,))
+    return comm.Available(300, (served, *_fused(norm_policy.rows_for(*kind)[-1].up_to_nbytes)))
+
+
+def _fused(max_nbytes: int) -> tuple[comm.Range, ...]:
+    """Rows of whole vectors, so that none begins within one."""
+    return tuple(
+        comm.Range(
+            "all_reduce_add_rms_norm",
+            dtypes=dtypes,
+            device_types=("cuda",),
+            max_nbytes=max_nbytes,
+            hidden_multiple=VEC_NBYTES // itemsize,
+        )
+        for dtypes, itemsize in ((DTYPES[:1], 4), (DTYPES[1:], 2))
+    )
 
 
 def _reason(topology: comm.Topology) -> str:
@@ -133,6 +158,34 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
         session.check()  # a kernel gave up: that is what is to be told
         raise
     return out
+
+
+@comm.hookimpl
+def all_reduce_add_rms_norm(
+    session: Session,
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over the ranks, add the residual, normalise; see the hook's spec.
+
+    The norm is that of the sum as it is returned, rounded: a row's bits are the same on every rank, alone or among
+    others.
+    """
+    if out is None:
+        out = torch.empty_like(tensor)
+    if residual_out is None:
+        residual_out = torch.empty_like(residual)
+    try:
+        session.norm_into(tensor, residual, weight, out, residual_out, eps, weight_offset)
+    except RuntimeError:
+        session.check()  # as above
+        raise
+    return out, residual_out
 
 
 @comm.hookimpl

@@ -11,7 +11,7 @@ import torch
 from comm_core import registration
 from comm_core.types import rank_label
 
-from comm_plugin_customar_v2 import capture, layout, memory, policy
+from comm_plugin_customar_v2 import capture, layout, memory, norm_policy, policy
 
 __all__ = ["Session", "connect"]
 
@@ -29,6 +29,8 @@ class Session:
     Attributes:
         into: (tensor, out, 0) sums into `out`, which may be `tensor`. Within `capturing` another function.
         fresh: (tensor, 0) -> the sum, in a tensor from torch's allocator. Likewise.
+        norm_into: (tensor, residual, weight, out, residual_out, eps, weight_offset) sums, adds and normalises; `out`
+            may be `tensor`, and `residual_out` the residual.
         set_early: (early) lets kernels start, or not, while the one before still runs; for comparisons.
         memory_nbytes: of this rank's buffer, and of the table of inputs.
     """
@@ -37,6 +39,7 @@ class Session:
         self.into, self.fresh, self._set_shapes, self._error, self._algorithm_of, self._abort, self.set_early = (
             functions[:7]
         )
+        self.norm_into, self._set_norm_shapes = functions[9]()
         self.memory_nbytes = buffer.tensor.nbytes
         self._buffer: memory.Symmetric | None = buffer
         self._context = context
@@ -47,6 +50,10 @@ class Session:
     def use(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; the same on every rank."""
         self._set_shapes(policy.flat(rows))
+
+    def use_norm(self, rows: Sequence[norm_policy.NormRow]) -> None:
+        """Serve fused calls by these rows from now on; the same on every rank."""
+        self._set_norm_shapes(norm_policy.flat(rows))
 
     def algorithm_of(self, nbytes: int) -> str:
         """The name of the algorithm that serves a message of `nbytes` bytes."""
@@ -112,6 +119,7 @@ class Session:
         self.into = self.fresh = self._set_shapes = self._error = self._algorithm_of = self._abort = self.set_early = (
             None
         )
+        self.norm_into = self._set_norm_shapes = None
 
 
 def connect(
@@ -126,16 +134,17 @@ def connect(
         context: the group.
         shareable: whether peers can read each other's tensors, as far as the topology tells.
     """
-    flags_nbytes, algorithms = module.constants()
-    if algorithms != len(policy.ALGORITHMS):
-        raise RuntimeError(
-            f"the native code has {algorithms} algorithms, not {len(policy.ALGORITHMS)}: it is another version's"
-        )
+    flags_nbytes, *algorithms = module.constants()
+    known = [len(policy.ALGORITHMS), len(norm_policy.ALGORITHMS)]
+    if algorithms != known:
+        raise RuntimeError(f"the native code has {algorithms} algorithms, not {known}: it is another version's")
     rows = policy.rows_for(major, context.world_size, forced)
+    norm_rows = norm_policy.rows_for(major, context.world_size)
     captured = policy.captured_rows_for(major, context.world_size, forced) if shareable else ()
     registry = _registry(module, context) if captured else None
     budget_nbytes = context.memory_budget_nbytes - (registry.table.nbytes if registry else 0)
-    plan = layout.plan(context.world_size, rows, budget_nbytes, flags_nbytes, captured)
+    needs = [*rows, *norm_policy.needs(norm_rows)]
+    plan = layout.plan(context.world_size, needs, budget_nbytes, flags_nbytes, captured)
     functions = module.connect(
         context.rank, context.world_size, plan.numbers(), context.wait_timeout_s, context.device.index
     )
@@ -147,6 +156,7 @@ def connect(
     torch.cuda.synchronize(context.device)
     session = Session(functions, buffer, context)
     session.use(rows)
+    session.use_norm(norm_rows)
     # Whoever fails alone has failed by now, and this gathering with it, on all ranks: the exchange waits for everybody,
     # without a deadline of ours.
     count = torch.cuda.get_device_properties(context.device).multi_processor_count

@@ -68,4 +68,9 @@ __device__ __forceinline__ void store(void* address, const Vec& vec) {
         "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(vec.x), "r"(vec.y), "r"(vec.z), "r"(vec.w));
 }
 
+// Has the line brought to the second-level cache, which is coherent: nothing is read, and nothing has to be ordered.
+__device__ __forceinline__ void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 }  // namespace comm_core

@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "norm_session.cuh"
 #include "session.cuh"
 
 namespace comm_customar_v2 {
@@ -43,6 +44,58 @@ void refuse_if_poisoned(const Session& session) {
     if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel gave up";
 }
 
+// A fused table's rows, six numbers each, as in NormShape.
+std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
+    std::vector<NormShape> shapes;
+    if (numbers.size() == 0 || numbers.size() % 6 != 0) TVM_FFI_THROW(ValueError) << "rows of six numbers are needed";
+    for (size_t row = 0; row < numbers.size(); row += 6) {
+        const auto at = [&](size_t column) { return static_cast<int64_t>(numbers[row + column]); };
+        const auto one_of = [](int64_t number) { return number == 1 || number == 2 || number == 4; };
+        if (at(1) < 0 || at(1) >= static_cast<int64_t>(NormAlgorithm::kCount) || !one_of(at(2)) ||
+            !(one_of(at(3)) || at(3) == 8) || at(4) < 1 || at(5) < 0) {
+            TVM_FFI_THROW(ValueError) << "row " << row / 6 << " of the fused table can't be launched";
+        }
+        shapes.push_back({at(0),
+                          static_cast<NormAlgorithm>(at(1)),
+                          static_cast<int>(at(2)),
+                          static_cast<uint32_t>(at(3)),
+                          static_cast<uint32_t>(at(4)),
+                          static_cast<uint32_t>(at(5))});
+    }
+    return shapes;
+}
+
+// The fused calls of a session, as functions:
+//   into(tensor, residual, weight, out, sum, eps, offset)  `out` may be `tensor`, and `sum` the residual
+//   set_shapes(numbers)                                    the fused table from now on
+Array<Function> norm_functions(const std::shared_ptr<Session>& session) {
+    const auto norms = std::make_shared<Norms>(*session);
+    const auto into = [session, norms](TensorView tensor,
+                                       TensorView residual,
+                                       TensorView weight,
+                                       TensorView out,
+                                       TensorView sum,
+                                       double eps,
+                                       double offset) {
+        refuse_if_poisoned(*session);
+        const DLDevice place = tensor.device();
+        const DLDataType dtype = tensor.dtype();
+        norms->run({data_of(tensor),
+                    data_of(out),
+                    data_of(residual),
+                    data_of(sum),
+                    data_of(weight),
+                    tensor.size(0),
+                    tensor.size(1) * dtype.bits / 8,
+                    static_cast<float>(eps),
+                    static_cast<float>(offset),
+                    element_of(dtype),
+                    static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id))});
+    };
+    const auto set_shapes = [session, norms](Array<int64_t> numbers) { norms->set_shapes(norm_shapes_of(numbers)); };
+    return {Function::FromTyped(into), Function::FromTyped(set_shapes)};
+}
+
 // A session, as functions:
 //   into(tensor, out, row)     sums into `out`, which may be `tensor`; `row`: the tag of the call's row in the table of
 //                              inputs, 0 for none
@@ -54,6 +107,7 @@ void refuse_if_poisoned(const Session& session) {
 //   set_early(early)           whether blocks may start while the kernel before still runs; at first they may
 //   attach(buffers, count)     every rank's buffer and the multiprocessors to count on; once, before the first call
 //   set_registered(numbers, table)  the table for calls that have a row, and where the table of inputs is
+//   norms()                    the fused calls, as functions
 // The stream is the one that the binding found current for the tensors' device.
 Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
     auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
@@ -94,14 +148,16 @@ Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout,
             Function::FromTyped(abort),
             Function::FromTyped(set_early),
             Function::FromTyped(attach),
-            Function::FromTyped(set_registered)};
+            Function::FromTyped(set_registered),
+            Function::FromTyped([session]() { return norm_functions(session); })};
 }
 
 // What the Python side must agree with: bytes of the counter and the barriers' flags, and how many algorithms there
-// are.
+// are, plain and fused.
 Array<int64_t> constants() {
     return {static_cast<int64_t>(kFlagsAt + kMaxBlocks * comm_core::kFlagLineNbytes),
-            static_cast<int64_t>(Algorithm::kCount)};
+            static_cast<int64_t>(Algorithm::kCount),
+            static_cast<int64_t>(NormAlgorithm::kCount)};
 }
 
 }  // namespace

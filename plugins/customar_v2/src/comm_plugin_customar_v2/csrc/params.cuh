@@ -134,13 +134,13 @@ __device__ __forceinline__ Vec either(bool first, const Vec& one, const Vec& oth
 
 // The sum in rank order of this rank's vector and its peers', which come in rank order.
 template <typename T, int W>
-__device__ __forceinline__ Vec sum_in_rank_order(const Vec& own, const Vec (&theirs)[W - 1], uint32_t rank_) {
+__device__ __forceinline__ comm_core::Sum<T> sum_of_ranks(const Vec& own, const Vec (&theirs)[W - 1], uint32_t rank_) {
     const int rank = static_cast<int>(rank_);
     if constexpr (W == 2) {
         // Two terms give the same bits in either order.
         comm_core::Sum<T> sum(own);
         sum.add(theirs[0]);
-        return sum.rounded();
+        return sum;
     } else {
         comm_core::Sum<T> sum(either(rank == 0, own, theirs[0]));
 #pragma unroll
@@ -148,8 +148,13 @@ __device__ __forceinline__ Vec sum_in_rank_order(const Vec& own, const Vec (&the
             const Vec other = q < W - 1 ? either(q < rank, theirs[q < W - 1 ? q : 0], theirs[q - 1]) : theirs[q - 1];
             sum.add(either(q == rank, own, other));
         }
-        return sum.rounded();
+        return sum;
     }
+}
+
+template <typename T, int W>
+__device__ __forceinline__ Vec sum_in_rank_order(const Vec& own, const Vec (&theirs)[W - 1], uint32_t rank) {
+    return sum_of_ranks<T, W>(own, theirs, rank).rounded();
 }
 
 // The most threads of a block, by what each has in flight: what their registers allow.

@@ -148,6 +148,17 @@ class Session {
     }
 
   private:
+    friend class Norms;  // the fused calls, norm_session.cuh
+
+    // Loads a kernel. Code for older devices has no waits for predecessors, so it may not start before they have ended.
+    cudaFuncAttributes prepare(const void* function) {
+        cudaFuncAttributes attributes{};
+        check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
+        can_ = can_ && attributes.ptxVersion >= 90;
+        early_ = early_ && can_;
+        return attributes;
+    }
+
     const void* kernel(Element element, const Shape& shape) const {
         using Lookup = const void* (*)(Element, Algorithm, int);
         constexpr Lookup lookups[] = {
@@ -158,15 +169,10 @@ class Session {
     // Returns how many blocks a multiprocessor holds at once.
     uint32_t load(Element element, const Shape& shape) {
         const void* function = kernel(element, shape);
-        cudaFuncAttributes attributes{};
-        if (function != nullptr) check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
-        if (function == nullptr || attributes.maxThreadsPerBlock < static_cast<int>(shape.threads)) {
+        if (function == nullptr || prepare(function).maxThreadsPerBlock < static_cast<int>(shape.threads)) {
             TVM_FFI_THROW(ValueError) << "algorithm " << static_cast<int>(shape.algorithm) << " has no kernel with "
                                       << shape.vecs << " vectors a thread and " << shape.threads << " threads a block";
         }
-        // Code for older devices has no waits for predecessors, so it may not start before they have ended.
-        can_ = can_ && attributes.ptxVersion >= 90;
-        early_ = early_ && can_;
         int resident = 0;
         check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, static_cast<int>(shape.threads), 0),
               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
@@ -219,27 +225,44 @@ class Session {
         }
         // The tail takes a warp of its own, where the grid isn't full (tail.cuh).
         if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
-        const void* function = kernel(element, shape);
         const uint32_t a_block = shape.threads * static_cast<uint32_t>(shape.vecs);
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(std::max(1u, std::min(max_blocks, (work + a_block - 1) / a_block)));
-        config.blockDim = dim3(shape.threads);
+        const uint32_t blocks = std::max(1u, std::min(max_blocks, (work + a_block - 1) / a_block));
         // No further ahead than there are rounds.
-        const uint32_t a_round = config.gridDim.x * a_block;
+        const uint32_t a_round = blocks * a_block;
         params.lead = std::min(shape.lead, (work + a_round - 1) / a_round);
+        enqueue(kernel(element, shape), blocks, shape.threads, 1, stream, &params);
+    }
+
+    // One launch, of clusters of so many blocks.
+    void enqueue(const void* function,
+                 uint32_t blocks,
+                 uint32_t threads,
+                 uint32_t cluster,
+                 cudaStream_t stream,
+                 void* params) const {
+        cudaLaunchAttribute attributes[2]{};
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(blocks);
+        config.blockDim = dim3(threads);
         config.stream = stream;
-        cudaLaunchAttribute early{};
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
-        config.attrs = &early;
-        config.numAttrs = early_ ? 1 : 0;
-        void* arguments[] = {&params};
+        config.attrs = attributes;
+        if (early_) {
+            attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+        }
+        if (cluster > 1) {
+            attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+            attributes[config.numAttrs].val.clusterDim.x = cluster;
+            attributes[config.numAttrs].val.clusterDim.y = 1;
+            attributes[config.numAttrs++].val.clusterDim.z = 1;
+        }
+        void* arguments[] = {params};
         check(cudaLaunchKernelExC(&config, function, arguments), "cudaLaunchKernelExC");
     }
 
     int world_size_;
     int device_;
-    bool can_ = false;    // launch before the predecessor's end: programmatic dependent launch
+    bool can_ = false;    // launch before the predecessor's end: programmatic dependent launch; and in clusters
     bool early_ = false;  // does so
     Params params_{};
     uint32_t multiprocessors_ = 1;

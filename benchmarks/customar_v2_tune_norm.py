@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Times customar_v2's fused calls in every shape of launch that makes sense, in CUDA graphs of dependent calls.
+
+    torchrun --nproc-per-node 2 benchmarks/customar_v2_tune_norm.py --out FOLDER [--tokens 1,8,...] [--hidden 4096,...]
+
+As customar_v2_tune.py, for all-reduce, residual and RMSNorm in one call: each call's results are the next one's tensor
+and residual. The first call of each shape is compared with arithmetic; and since a row's bits don't depend on the
+shape of launch, the chain's end with that of the first shape. Beside them stands the plain all-reduce of the same
+bytes, by its own table: what a fused call can't be faster than by much. Printed are the best shapes by the slowest
+rank's median; FOLDER/tune_norm.json has everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import comm_plugin_customar_v2 as plugin
+import torch
+import torch.distributed as dist
+from comm_core import kernels
+from comm_plugin_customar_v2 import norm_policy, policy, session
+from customar_v2_tune import Control, connected, poisoned, say
+
+TOKENS = "1,2,3,8,16,33,64,128,256,512,2048"
+HIDDEN = "2880,4096,5120,7168"
+EPS = 1e-6
+_ANY_SIZE = 1 << 40
+# (algorithm, from bytes, to bytes, vectors a thread, clusters, blocks, leads): what is worth a look where.
+_K, _M = 1 << 10, 1 << 20
+GRIDS = (
+    ("oneshot_push_norm", 0, 512 * _K, (1, 2, 4), (1, 2, 4, 8), (1056,), (0,)),
+    ("oneshot_push_norm", 512 * _K + 1, 8 * _M, (1, 2, 4), (1, 2), (1056,), (0,)),
+    ("twoshot_push_norm", 0, 256 * _K, (1, 2), (1,), (1056,), (0,)),
+    ("twoshot_push_norm", 256 * _K + 1, 64 * _M, (1, 2), (1, 2), (132, 264, 528, 1056), (0, 1, 2, 9999)),
+    ("separate", 0, 64 * _M, (1,), (1,), (1056,), (0,)),
+)
+
+
+def shapes(num_tokens: int, row_nbytes: int, world_size: int, major: int) -> list[norm_policy.NormRow]:
+    """The shapes of launch that are worth a look for a message."""
+    found: dict[norm_policy.NormRow, None] = {}
+    row_vecs = row_nbytes // 16
+    for algorithm, low, high, *choices in GRIDS:
+        if not low <= num_tokens * row_nbytes <= high:
+            continue
+        together = world_size if algorithm.startswith("twoshot") else 1
+        if num_tokens < together:
+            continue
+        for vecs, cluster, blocks, lead in itertools.product(*choices):
+            threads = -(-row_vecs // (vecs * cluster))
+            if (
+                (world_size > 2 and vecs != 2 and algorithm != "separate")
+                or (cluster > 1 and (major < 9 or threads < 32))
+                or threads > 1024
+            ):
+                continue
+            groups = -(-num_tokens // together)
+            # The same launch by another name.
+            grid = min(blocks, groups * cluster)
+            rounds = -(-groups * cluster // grid)
+            found[norm_policy.NormRow(_ANY_SIZE, algorithm, vecs, cluster, grid, min(lead, rounds))] = None
+    return list(found)
+
+
+def text_of(row: norm_policy.NormRow) -> str:
+    """A shape's name."""
+    return f"{row.algorithm}:vecs={row.vecs},cluster={row.cluster},blocks={row.blocks},lead={row.lead}"
+
+
+class Chain:
+    """A graph of dependent calls: a call's norm is the next one's tensor, its sum the next one's residual."""
+
+    def __init__(self, own: session.Session, shape: tuple[int, int], dtype: torch.dtype, calls: int) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.own, self.calls = own, calls
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        base = torch.arange(shape[0] * shape[1], device=device).reshape(shape)
+        terms = [(base * (r + 3) % 17 - 8).to(dtype) for r in range(world_size)]
+        self.start = (terms[rank], (base * 7 % 23 - 11).to(dtype))
+        self.weight = (torch.arange(shape[1], device=device) % 3 + 1).to(dtype) / 4
+        self.sum = torch.stack([*terms, self.start[1]]).double().sum(0)
+        scale = torch.rsqrt(self.sum.square().mean(-1, keepdim=True) + EPS)
+        self.norm = self.sum * scale * self.weight.double()
+        self.buffers = [tuple(map(torch.empty_like, self.start)) for _ in range(2)]
+        self.meeting = torch.zeros(64, device=device, dtype=dtype)
+        self.end: tuple[torch.Tensor, ...] = ()
+
+    def call(self, tensors: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]) -> None:
+        """One fused call."""
+        self.own.norm_into(tensors[0], tensors[1], self.weight, results[0], results[1], EPS, 0.0)
+
+    def plain(self, tensors: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]) -> None:
+        """One plain all-reduce of the same bytes."""
+        self.own.into(tensors[0], results[0], 0)
+
+    def time_us(self, row: norm_policy.NormRow | None, rows: list[policy.Row], replays: int) -> tuple[float, str]:
+        """Microseconds a call, this rank's median over the replays, and what is wrong; `row` None: plain calls."""
+        call, wrong = (self.call, "") if row else (self.plain, "")
+        self.own.use(rows)
+        if row:
+            self.own.use_norm([row])
+            self.call(self.start, self.buffers[1])
+            wrong = self._judge()
+        else:
+            self.plain(self.start, self.buffers[1])
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for index in range(self.calls):
+                call(self.buffers[index % 2], self.buffers[1 - index % 2])
+        finally:
+            graph.capture_end()
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays + 1)]
+        self.own.use([policy.Row(_ANY_SIZE, "oneshot_push", threads=32)])
+        for before, after in pairs:
+            for buffer, values in zip(self.buffers[0], self.start, strict=True):
+                buffer.copy_(values)
+            self.own.into(self.meeting, self.meeting, 0)
+            before.record(stream)
+            graph.replay()
+            after.record(stream)
+        stream.synchronize()
+        # Of the separate norm's, which rounds once more, there is nothing to compare with.
+        if row and row.algorithm != "separate" and not wrong:
+            end = tuple(buffer.clone() for buffer in self.buffers[self.calls % 2])
+            self.end = self.end or end
+            wrong = "" if all(map(torch.equal, self.end, end)) else "other bits than the first shape's"
+        return statistics.median(before.elapsed_time(after) * 1e3 / self.calls for before, after in pairs[1:]), wrong
+
+    def _judge(self) -> str:
+        norm, total = self.buffers[1]
+        if not torch.equal(total.double(), self.sum):
+            return "wrong sums"
+        tolerance = max(4 * torch.finfo(norm.dtype).eps, 1e-5)
+        right = torch.allclose(norm.double(), self.norm, rtol=tolerance, atol=tolerance)
+        return "" if right else "wrong norms"
+
+
+def measure(options: argparse.Namespace, own: session.Session, module: Any) -> list[dict[str, Any]]:
+    """This rank's line for every message and shape."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype, major = getattr(torch, options.dtype), torch.cuda.get_device_capability()[0]
+    rows = list(policy.rows_for(major, world_size))
+    lines: list[dict[str, Any]] = []
+    for hidden, tokens in itertools.product(numbers(options.hidden), numbers(options.tokens)):
+        nbytes = tokens * hidden * dtype.itemsize
+        if nbytes > norm_policy.rows_for(major, world_size)[-1].up_to_nbytes:
+            continue
+        chain = Chain(own, (tokens, hidden), dtype, max(10, min(200, (200 << 20) // nbytes)))
+        for row in [None, *shapes(tokens, hidden * dtype.itemsize, world_size, major)]:
+            text = text_of(row) if row else "plain"
+            if options.only and row and not re.search(options.only, text):
+                continue
+            try:
+                took_us, wrong = chain.time_us(row, rows, options.replays)
+            except (RuntimeError, ValueError) as error:
+                took_us, wrong = float("inf"), str(error)
+            if wrong:
+                sys.stderr.write(f"[rank {rank}] {tokens} x {hidden} {text}: {wrong}\n")
+            lines.append({"tokens": tokens, "hidden": hidden, "row": text, "us": took_us, "wrong": wrong})
+            # A rank that gave up has poisoned its session; so that all go on alike, they tell each other.
+            if any(Control().all_gather(poisoned(own))):
+                own.close(False)
+                own = chain.own = connected(module)
+                own.set_early(not options.late)
+    eager(own, rows)
+    return lines
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers of "1,2,3"."""
+    return [int(number) for number in text.split(",")]
+
+
+def eager(own: session.Session, rows: list[policy.Row]) -> None:
+    """What a call of 1 x 4096 costs the host, with new outputs and in place; printed by the first rank."""
+    own.use(rows)
+    own.use_norm([norm_policy.NormRow(_ANY_SIZE, "oneshot_push_norm", vecs=2)])
+    x = torch.zeros(1, 4096, device="cuda", dtype=torch.bfloat16)
+    weight, residual, spare = torch.zeros_like(x[0]), torch.zeros_like(x), torch.zeros_like(x)
+
+    def bare() -> None:
+        y, total = torch.empty_like(x), torch.empty_like(residual)
+        own.norm_into(x, residual, weight, y, total, EPS, 0.0)
+
+    calls = {
+        "hook, allocated": lambda: plugin.all_reduce_add_rms_norm(own, x, residual, weight, EPS, 0.0, None, None),
+        "hook, in place": lambda: plugin.all_reduce_add_rms_norm(own, x, residual, weight, EPS, 0.0, x, residual),
+        "two torch.empty_like + norm_into": bare,
+        "two torch.empty_like + torch.neg, out=": lambda: (
+            torch.empty_like(x),
+            torch.neg(x, out=torch.empty_like(x)),
+        ),
+        "torch.neg, out=": lambda: torch.neg(x, out=spare),
+    }
+    figures = {}
+    for name, call in calls.items():
+        rounds = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(500):
+                call()
+            torch.cuda.synchronize()
+            rounds.append((time.perf_counter() - began) / 500 * 1e6)
+        figures[name] = statistics.median(rounds)
+    if dist.get_rank() == 0:
+        say("eager, 1 x 4096, us a call: " + "; ".join(f"{name} {took:.2f}" for name, took in figures.items()))
+
+
+def report(everyone: list[list[dict[str, Any]]], options: argparse.Namespace, took_s: float) -> None:
+    """The slowest rank's times: the best shapes of each message on stdout, all in a file."""
+    lines = [
+        {
+            **ranks[0],
+            "us": max(line["us"] for line in ranks),
+            "wrong": next(filter(None, (r["wrong"] for r in ranks)), ""),
+        }
+        for ranks in zip(*everyone, strict=True)
+    ]
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = {
+        "schema": 1,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "ranks": len(everyone),
+        "dtype": options.dtype,
+        "took_s": took_s,
+        "lines": lines,
+    }
+    (options.out / "tune_norm.json").write_text(json.dumps(data, indent=1) + "\n")
+    for message, group in itertools.groupby(lines, key=lambda line: (line["tokens"], line["hidden"])):
+        plain, *shaped = group
+        say(f"{message[0]:>5} x {message[1]:<6} plain {plain['us']:.2f}{' WRONG' if plain['wrong'] else ''}")
+        for line in sorted(shaped, key=lambda line: line["us"])[: options.top]:
+            say(f"{'':15}{line['us']:8.2f} us  {line['row']}  {line['wrong'] and 'WRONG'}".rstrip())
+    wrong = sum(bool(line["wrong"]) for line in lines)
+    say(f"{len(lines)} lines, {wrong} wrong, {took_s:.0f} s; {options.out / 'tune_norm.json'}")
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description="Time every fused algorithm and shape of customar_v2.")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for tune_norm.json")
+    parser.add_argument("--tokens", default=TOKENS, help=f"comma-separated (default {TOKENS})")
+    parser.add_argument("--hidden", default=HIDDEN, help=f"hidden sizes, comma-separated (default {HIDDEN})")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--only", default="", help="a regular expression that a shape's text must contain")
+    parser.add_argument("--replays", type=int, default=5, help="of each graph; the median counts")
+    parser.add_argument("--late", action="store_true", help="no kernel starts before the one before has ended")
+    parser.add_argument("--top", type=int, default=4, help="shapes printed a message")
+    options = parser.parse_args()
+    started = time.monotonic()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+    dist.init_process_group("gloo")
+    library = kernels.Library("comm_plugin_customar_v2")
+    if dist.get_rank() == 0:
+        library.load()  # one rank builds where nothing is built yet
+    dist.barrier()
+    module = library.load()
+    own = connected(module)
+    own.set_early(not options.late)
+    if dist.get_rank() == 0:
+        say(
+            f"{torch.cuda.get_device_name()} x{dist.get_world_size()}, torch {torch.__version__}, {options.dtype}, "
+            f"set up in {time.monotonic() - started:.0f} s"
+        )
+    torch.cuda.set_stream(torch.cuda.Stream())  # what captures can't be the default stream
+    everyone = Control().all_gather(measure(options, own, module))
+    if dist.get_rank() == 0:
+        report(everyone, options, time.monotonic() - started)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

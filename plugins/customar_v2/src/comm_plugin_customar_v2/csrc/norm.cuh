@@ -1,0 +1,139 @@
+// What the fused kernels have in common: all-reduce, residual and RMSNorm of rows, each row by one cluster of blocks.
+//
+// With s the sum of the ranks' rows in rank order, plus the residual, in fp32 and rounded once: y = s * rsqrt(mean(s^2)
+// + eps) * (weight + offset), the RMSNorm of Zhang and Sennrich, 2019. y is the norm of s as it is returned, rounded,
+// since that alone travels in two shots: all ranks hold the same bits, and a row's bits depend neither on the
+// algorithm, nor on the shape of the launch, nor on the rows beside it (comm_core/board.cuh).
+//
+// Cells, slots, epochs and waits are those of the plain kernels, so that launches of both may follow each other.
+#pragma once
+
+#include <comm_core/board.cuh>
+
+#include "cells.cuh"
+
+namespace comm_customar_v2 {
+
+using comm_core::Board;
+
+enum class NormAlgorithm : int32_t {
+    kOneShotPush = 0,  // oneshot_push_norm.cuh
+    kTwoShotPush = 1,  // twoshot_push_norm.cuh
+    kSeparate = 2,     // the plain table's algorithm, then add_norm.cuh
+    kCount = 3,
+};
+
+struct NormParams {
+    Params plain;  // its output is y; no tail
+    const char* residual;
+    const char* weight;
+    char* sum;  // may be the residual
+    uint32_t num_rows;
+    uint32_t row_vecs;  // vectors of a row
+    float inverse_hidden, eps, offset;
+};
+
+// The longest row of the fused kernels in vectors: a warp's worth of them is a number on the board.
+constexpr uint32_t kMaxRowVecs = 32 * Board::kSize;
+
+// The vectors of a row that a thread may have, powers of two, and the most threads of a block then: what their
+// registers allow. Beyond two ranks there is one choice: clusters are what spreads a row more thinly.
+__host__ __device__ constexpr int min_norm_vecs(int world_size) {
+    return world_size == 2 ? 1 : 2;
+}
+__host__ __device__ constexpr int max_norm_vecs(int world_size, NormAlgorithm algorithm) {
+    return world_size == 2 && algorithm == NormAlgorithm::kOneShotPush ? 4 : 2;
+}
+__host__ __device__ constexpr int max_norm_threads(int world_size, NormAlgorithm algorithm, int vecs) {
+    return world_size == 2 && vecs <= (algorithm == NormAlgorithm::kOneShotPush ? 2 : 1) ? 1024 : 512;
+}
+
+// A thread's vectors of a row: V, a cluster's threads apart, so that a warp has 32 that follow each other, of which it
+// brings the board one number.
+template <int V>
+struct Place {
+    uint32_t first, step, row_vecs;
+
+    __device__ __forceinline__ explicit Place(const NormParams& params)
+        : first(comm_core::ready(comm_core::block_in_cluster() * blockDim.x + threadIdx.x)),
+          step(comm_core::ready(comm_core::blocks_in_cluster() * blockDim.x)),
+          row_vecs(comm_core::ready(params.row_vecs)) {}
+
+    __device__ __forceinline__ bool has(int j) const { return first + j * step < row_vecs; }
+
+    // Of vector j, from the row's beginning.
+    __device__ __forceinline__ uint32_t offset(int j) const { return (first + j * step) * 16; }
+};
+
+// Has what a thread reads of its first row, and the weight, brought to the second-level cache, while the kernel before
+// may still run: nothing is read, so it doesn't matter who writes there until the wait for predecessors.
+template <int V>
+__device__ __forceinline__ void prefetch(const NormParams& params, const Place<V>& place, uint32_t row) {
+    const char* const residual = params.residual + static_cast<size_t>(row) * place.row_vecs * 16;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        // A line of 128 bytes is eight threads'.
+        if (threadIdx.x % 8 != 0 || !place.has(j)) continue;
+        comm_core::prefetch(params.weight + place.offset(j));
+        if (row < params.num_rows) comm_core::prefetch(residual + place.offset(j));
+    }
+}
+
+template <int V>
+__device__ __forceinline__ void load_row(Vec (&vecs)[V], const char* row, const Place<V>& place) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        if (place.has(j)) vecs[j] = comm_core::load(row + place.offset(j));
+    }
+}
+
+// The sum of a vector's squares, in an order of its own.
+template <typename T>
+__device__ __forceinline__ float squares(const Vec& vec) {
+    const uint32_t words[4] = {vec.x, vec.y, vec.z, vec.w};
+    float sums[T::count] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float values[T::count];
+        T::unpack(words[i], values);
+#pragma unroll
+        for (int k = 0; k < T::count; ++k) sums[k] = fmaf(values[k], values[k], sums[k]);
+    }
+    return T::count == 2 ? sums[0] + sums[T::count - 1] : sums[0];
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t normed(uint32_t sum, uint32_t weight, float scale, float offset) {
+    float values[T::count], weights[T::count];
+    T::unpack(sum, values);
+    T::unpack(weight, weights);
+#pragma unroll
+    for (int k = 0; k < T::count; ++k) values[k] = values[k] * scale * (weights[k] + offset);
+    return T::pack(values);
+}
+
+// The norm of a row whose sums the cluster's threads hold; all of them call it.
+template <typename T, int V>
+__device__ __forceinline__ void norm_row(const NormParams& params,
+                                         Board& board,
+                                         const Place<V>& place,
+                                         const Vec (&sums)[V],
+                                         const Vec (&weight)[V],
+                                         char* output) {
+    float terms[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) terms[j] = place.has(j) ? squares<T>(sums[j]) : 0.0f;
+    const float total = board.sum(terms, (place.row_vecs + 31) / 32);
+    const float scale = rsqrtf(fmaf(total, params.inverse_hidden, params.eps));
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        if (!place.has(j)) continue;
+        comm_core::store(output + place.offset(j),
+                         {normed<T>(sums[j].x, weight[j].x, scale, params.offset),
+                          normed<T>(sums[j].y, weight[j].y, scale, params.offset),
+                          normed<T>(sums[j].z, weight[j].z, scale, params.offset),
+                          normed<T>(sums[j].w, weight[j].w, scale, params.offset)});
+    }
+}
+
+}  // namespace comm_customar_v2

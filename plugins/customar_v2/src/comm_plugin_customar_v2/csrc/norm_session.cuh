@@ -1,0 +1,214 @@
+// The fused calls of a session on the host: which kernel takes a row, in which shape of launch.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <tuple>
+
+#include "add_norm.cuh"
+#include "norm.cuh"
+#include "session.cuh"
+
+namespace comm_customar_v2 {
+
+const void* norm_kernel_of_2(Element, NormAlgorithm, int);
+const void* norm_kernel_of_3(Element, NormAlgorithm, int);
+const void* norm_kernel_of_4(Element, NormAlgorithm, int);
+const void* norm_kernel_of_5(Element, NormAlgorithm, int);
+const void* norm_kernel_of_6(Element, NormAlgorithm, int);
+const void* norm_kernel_of_7(Element, NormAlgorithm, int);
+const void* norm_kernel_of_8(Element, NormAlgorithm, int);
+const void* add_norm_of(Element);
+
+// How fused messages up to a size are served; a row of norm_policy.py's table. The threads of a block follow from the
+// row's length.
+struct NormShape {
+    int64_t up_to_nbytes;
+    NormAlgorithm algorithm;
+    int vecs;             // of a row that a thread has, and more where the row is long
+    uint32_t cluster;     // blocks that share a row
+    uint32_t max_blocks;  // the grid is no larger than the message needs, than the device holds at once, and than this
+    uint32_t lead;        // of two shots
+};
+
+struct NormCall {
+    const char* input;
+    char* output;
+    const char* residual;
+    char* sum;
+    const char* weight;
+    int64_t num_rows, row_nbytes;
+    float eps, offset;
+    Element element;
+    cudaStream_t stream;
+};
+
+class Norms {
+  public:
+    explicit Norms(Session& session) : session_(session) {}
+
+    // Also loads every kernel that a row's length may ask for, since the driver can't while a stream captures.
+    void set_shapes(std::vector<NormShape> shapes) {
+        const OnDevice here(session_.device_);
+        for (const Element element : {Element::kFloat32, Element::kFloat16, Element::kBFloat16}) {
+            session_.prepare(add_norm_of(element));
+            for (const NormAlgorithm algorithm : {NormAlgorithm::kOneShotPush, NormAlgorithm::kTwoShotPush}) {
+                for (int vecs = min_norm_vecs(session_.world_size_); vecs <= most_vecs(algorithm); vecs *= 2) {
+                    session_.prepare(kernel(element, algorithm, vecs));
+                }
+            }
+        }
+        for (const NormShape& shape : shapes) {
+            if (shape.cluster > 1 && !session_.can_) {
+                TVM_FFI_THROW(ValueError) << "there are no clusters of " << shape.cluster << " blocks on this device";
+            }
+        }
+        shapes_ = std::move(shapes);
+    }
+
+    // All rows of a message, cut into several launches where they are more than the buffers hold.
+    void run(const NormCall& call) {
+        const NormShape& shape = shape_of(call.num_rows * call.row_nbytes);
+        session_.order_after_last(call.stream);
+        NormCall rest = call;
+        while (rest.num_rows > 0) {
+            const int64_t done = launch(shape, rest);
+            rest.num_rows -= done;
+            rest.input += done * call.row_nbytes;
+            rest.output += done * call.row_nbytes;
+            rest.residual += done * call.row_nbytes;
+            rest.sum += done * call.row_nbytes;
+        }
+    }
+
+  private:
+    // A kernel for rows of one length.
+    struct Fit {
+        const void* function;
+        uint32_t threads, cluster;
+        uint32_t resident;  // clusters that the device holds at once
+    };
+
+    const NormShape& shape_of(int64_t nbytes) const {
+        for (const NormShape& shape : shapes_) {
+            if (nbytes <= shape.up_to_nbytes) return shape;
+        }
+        TVM_FFI_THROW(ValueError) << nbytes << " bytes are beyond the fused table's last row";
+        return shapes_.front();
+    }
+
+    int most_vecs(NormAlgorithm algorithm) const { return max_norm_vecs(session_.world_size_, algorithm); }
+
+    const void* kernel(Element element, NormAlgorithm algorithm, int vecs) const {
+        using Lookup = const void* (*)(Element, NormAlgorithm, int);
+        constexpr Lookup lookups[] = {norm_kernel_of_2,
+                                      norm_kernel_of_3,
+                                      norm_kernel_of_4,
+                                      norm_kernel_of_5,
+                                      norm_kernel_of_6,
+                                      norm_kernel_of_7,
+                                      norm_kernel_of_8};
+        return lookups[session_.world_size_ - 2](element, algorithm, vecs);
+    }
+
+    // The first rows of a message, as many as one launch takes; returns how many.
+    int64_t launch(const NormShape& shape, const NormCall& call) {
+        const auto cells = static_cast<int64_t>(session_.params_.cells_nbytes);
+        const int64_t world_size = session_.world_size_;
+        if (shape.algorithm == NormAlgorithm::kTwoShotPush && call.num_rows >= world_size) {
+            // A half of a slot takes a peer's rows; every rank owns a row at least (params.cuh).
+            const int64_t most = cells / 2 / call.row_nbytes * world_size;
+            const std::optional<Fit> fit = most > 0 ? fit_of(shape, shape.algorithm, call) : std::nullopt;
+            if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), world_size);
+        }
+        if (shape.algorithm != NormAlgorithm::kSeparate) {
+            const int64_t most = cells / call.row_nbytes;
+            const std::optional<Fit> fit = most > 0 ? fit_of(shape, NormAlgorithm::kOneShotPush, call) : std::nullopt;
+            if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), 1);
+        }
+        session_.run(call.input, call.output, call.num_rows * call.row_nbytes, call.element, call.stream, 0);
+        NormParams params = params_of(call, call.num_rows);
+        const uint32_t blocks = static_cast<uint32_t>(std::min<int64_t>(call.num_rows, 1 << 20));
+        session_.enqueue(add_norm_of(call.element), blocks, kAddNormThreads, 1, call.stream, &params);
+        return call.num_rows;
+    }
+
+    // `together`: rows that a cluster takes at a time.
+    int64_t fused(const Fit& fit, const NormShape& shape, const NormCall& call, int64_t num_rows, int64_t together) {
+        NormParams params = params_of(call, num_rows);
+        const auto groups = static_cast<uint32_t>((num_rows + together - 1) / together);
+        // Clusters wait for what others push, and nobody promises in which order blocks start: all must have room.
+        const uint32_t most = std::min(fit.resident, std::max(1u, shape.max_blocks / fit.cluster));
+        const uint32_t clusters = std::min(groups, most);
+        params.plain.lead = std::min(shape.lead, (groups + clusters - 1) / clusters);
+        session_.enqueue(fit.function, clusters * fit.cluster, fit.threads, fit.cluster, call.stream, &params);
+        return num_rows;
+    }
+
+    NormParams params_of(const NormCall& call, int64_t num_rows) const {
+        NormParams params{};
+        params.plain = session_.params_;
+        params.plain.input = call.input;
+        params.plain.output = call.output;
+        params.residual = call.residual;
+        params.weight = call.weight;
+        params.sum = call.sum;
+        params.num_rows = static_cast<uint32_t>(num_rows);
+        params.row_vecs = static_cast<uint32_t>(call.row_nbytes / comm_core::kVecNbytes);
+        const int64_t element_nbytes = call.element == Element::kFloat32 ? 4 : 2;
+        params.inverse_hidden = 1.0f / static_cast<float>(call.row_nbytes / element_nbytes);
+        params.eps = call.eps;
+        params.offset = call.offset;
+        return params;
+    }
+
+    // The shape's vectors a thread, or more where a block couldn't take the row; none where no kernel takes it. All
+    // ranks decide alike: on the table, the world size and the row's length alone.
+    std::optional<Fit> fit_of(const NormShape& shape, NormAlgorithm algorithm, const NormCall& call) {
+        const int64_t row_vecs = call.row_nbytes / comm_core::kVecNbytes;
+        if (row_vecs > kMaxRowVecs) return std::nullopt;
+        const int most = most_vecs(algorithm);
+        const int fewest = std::max(std::min(shape.vecs, most), min_norm_vecs(session_.world_size_));
+        for (int vecs = fewest; vecs <= most; vecs *= 2) {
+            const uint32_t together = shape.cluster * static_cast<uint32_t>(vecs);
+            const uint32_t threads = (static_cast<uint32_t>(row_vecs) + together - 1) / together;
+            if (threads > static_cast<uint32_t>(max_norm_threads(session_.world_size_, algorithm, vecs))) continue;
+            return fit_of(kernel(call.element, algorithm, vecs), (threads + 31) / 32 * 32, shape.cluster);
+        }
+        return std::nullopt;
+    }
+
+    // What the driver says of a kernel is asked once.
+    Fit fit_of(const void* function, uint32_t threads, uint32_t cluster) {
+        const auto key = std::make_tuple(function, threads, cluster);
+        const auto known = fits_.find(key);
+        if (known != fits_.end()) return known->second;
+        const OnDevice here(session_.device_);
+        int resident = 0;
+        if (cluster == 1) {
+            check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, static_cast<int>(threads), 0),
+                  "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+            resident *= static_cast<int>(session_.multiprocessors_);
+        } else {
+            cudaLaunchAttribute attribute{};
+            attribute.id = cudaLaunchAttributeClusterDimension;
+            attribute.val.clusterDim.x = cluster;
+            attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+            cudaLaunchConfig_t config{};
+            config.gridDim = dim3(cluster);
+            config.blockDim = dim3(threads);
+            config.attrs = &attribute;
+            config.numAttrs = 1;
+            check(cudaOccupancyMaxActiveClusters(&resident, function, &config), "cudaOccupancyMaxActiveClusters");
+        }
+        const Fit fit{function, threads, cluster, static_cast<uint32_t>(std::max(resident, 1))};
+        fits_.emplace(key, fit);
+        return fit;
+    }
+
+    Session& session_;
+    std::vector<NormShape> shapes_;
+    std::map<std::tuple<const void*, uint32_t, uint32_t>, Fit> fits_;
+};
+
+}  // namespace comm_customar_v2

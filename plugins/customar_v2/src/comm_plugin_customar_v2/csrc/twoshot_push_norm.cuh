@@ -1,0 +1,119 @@
+// Two-shot push with the norm: each row has an owner, every W-th row the same; a row's shares go to its owner, who sums
+// them, adds the residual and sends the sum to all. Everybody normalises every row.
+//
+// Over the links go 2 (W - 1) / W of the message, the owners' sums among them. Were the owner to normalise alone and to
+// send both results, it would be 3 (W - 1) / W; the norm instead costs each rank arithmetic on what it holds in
+// registers anyway. The residual is read by the owner alone.
+//
+// Cells as in twoshot_push.cuh: the lower half of a slot takes a peer's shares of my rows, the upper half the sums of
+// the peer's rows. A cluster takes groups of W consecutive rows, one of each owner, in rounds: shares go out `lead`
+// rounds ahead of the sums, and sums `lead` rounds ahead of being gathered. Whatever the grids and leads, nobody waits
+// in a circle: a group's sums wait for its shares alone, its gathering for its sums, and a cluster that waits for a
+// group has done the earlier ones.
+#pragma once
+
+#include "norm.cuh"
+
+namespace comm_customar_v2 {
+
+template <typename T, int W, int V>
+__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPush, V), 1)
+    twoshot_push_norm(const __grid_constant__ NormParams params) {
+    Board board;
+    const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
+    const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
+    const Place<V> place(params);
+    const uint32_t num_rows = params.num_rows, rank = params.plain.rank, row_nbytes = place.row_vecs * 16;
+    const uint32_t cluster = comm_core::cluster_in_grid(), clusters = comm_core::clusters_in_grid(),
+                   lead = params.plain.lead;
+    const uint32_t groups = (num_rows + W - 1) / W, rounds = (groups + clusters - 1) / clusters;
+    const uint32_t upper = static_cast<uint32_t>(params.plain.cells_nbytes / 2);
+    const Cells<W> cells(slots, 0);
+    comm_core::Patience patience;
+    prefetch(params, place, cluster * W + rank);
+    board.open();
+    comm_core::wait_for_predecessors();
+
+    Vec weight[V];
+    for (uint32_t step = 0; step < rounds + 2 * lead; ++step) {
+        if (step < rounds) {
+            const uint32_t group = cluster + step * clusters;
+            // Of how many peers the addresses are kept in registers.
+            constexpr int kUnrolled = W <= 4 ? W - 1 : 1;
+#pragma unroll kUnrolled
+            for (int d = 0; d < W - 1; ++d) {
+                const uint32_t row = group * W + Slots<W>::after(rank, d);
+                if (row >= num_rows) continue;
+                Vec share[V];
+                load_row(share, params.plain.input + row * row_nbytes, place);
+                char* const theirs = slots.theirs(d) + group * row_nbytes;
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    if (place.has(j)) fill(theirs + place.offset(j), sendable(share[j]));
+                }
+            }
+        }
+        if (step == 0) load_row(weight, params.weight, place);
+        if (step >= lead && step - lead < rounds) {
+            const uint32_t group = cluster + (step - lead) * clusters, row = group * W + rank;
+            if (row < num_rows) {
+                const uint32_t at = row * row_nbytes, cell = group * row_nbytes;
+                Vec sums[V];
+                constexpr int kAhead = looks_ahead(W, V, 4);
+                Vec own[kAhead], residual[kAhead];
+                Arrivals<W> arrivals[kAhead];
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    if (j % kAhead == 0) {
+#pragma unroll
+                        for (int ahead = 0; ahead < kAhead; ++ahead) {
+                            if (!place.has(j + ahead)) continue;
+                            const uint32_t offset = place.offset(j + ahead);
+                            own[ahead] = comm_core::load(params.plain.input + at + offset);
+                            residual[ahead] = comm_core::load(params.residual + at + offset);
+                            arrivals[ahead].look(cells, cell + offset);
+                        }
+                    }
+                    if (!place.has(j)) continue;
+                    Arrivals<W>& arrival = arrivals[j % kAhead];
+                    arrival.settle(cells, cell + place.offset(j), params.plain, patience);
+                    comm_core::Sum<T> sum = sum_of_ranks<T, W>(own[j % kAhead], arrival.vecs, rank);
+                    sum.add(residual[j % kAhead]);
+                    // What the peers get is what stays here, to the bit.
+                    sums[j] = sendable(sum.rounded());
+                    cells.fill_theirs(upper + cell + place.offset(j), sums[j]);
+                    comm_core::store(params.sum + at + place.offset(j), sums[j]);
+                    cells.empty_mine(cell + place.offset(j));
+                }
+                norm_row<T>(params, board, place, sums, weight, params.plain.output + at);
+            }
+        }
+        if (step < 2 * lead) continue;
+        const uint32_t group = cluster + (step - 2 * lead) * clusters;
+#pragma unroll 1
+        for (int s = 0; s < W - 1; ++s) {
+            const uint32_t owner = Slots<W>::source(rank, s), row = group * W + owner;
+            if (row >= num_rows) continue;
+            const uint32_t at = row * row_nbytes;
+            char* const gathered = slots.mine(s) + upper + group * row_nbytes;
+            Vec sums[V];
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                if (place.has(j)) sums[j] = comm_core::load_relaxed_sys(gathered + place.offset(j));
+            }
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                if (!place.has(j)) continue;
+                while (!full(sums[j])) {
+                    if (patience.ends(params.plain.bound, owner)) break;
+                    sums[j] = comm_core::load_relaxed_sys(gathered + place.offset(j));
+                }
+                comm_core::store(params.sum + at + place.offset(j), sums[j]);
+                empty(gathered + place.offset(j));
+            }
+            norm_row<T>(params, board, place, sums, weight, params.plain.output + at);
+        }
+    }
+}
+
+}  // namespace comm_customar_v2

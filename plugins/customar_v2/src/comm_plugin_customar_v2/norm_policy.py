@@ -1,0 +1,94 @@
+"""Which algorithm, in which shape of launch, serves which fused message: all-reduce, residual and RMSNorm in one call.
+
+Pure, as `policy`. The threads of a block follow from the row's length, in csrc/norm_session.cuh: as many as the row has
+vectors, over the blocks and the vectors a thread of its row of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from comm_plugin_customar_v2 import policy
+
+__all__ = ["ALGORITHMS", "NormRow", "flat", "needs", "rows_for"]
+
+#: `NormAlgorithm` in csrc/norm.cuh, and for each the plain algorithm whose slots it takes.
+ALGORITHMS = {"oneshot_push_norm": 0, "twoshot_push_norm": 1, "separate": 2}
+_SLOTS = {"oneshot_push_norm": "oneshot_push", "twoshot_push_norm": "twoshot_push"}
+
+_KIB, _MIB = 1 << 10, 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class NormRow:
+    """How fused messages up to a size are served.
+
+    Attributes:
+        up_to_nbytes: the largest message, in bytes of the tensor that is reduced.
+        algorithm: one of `ALGORITHMS`; "separate" is what the plain table says, then a kernel of its own for the norm.
+        vecs: vectors of 16 bytes that a thread has of a row, or more where a block couldn't take the row: 1, 2 or, in
+            one shot, 4; beyond two ranks always 2.
+        cluster: blocks that share a row: 1, 2, 4 or 8; above 1 from compute capability 9.0 on.
+        blocks: the most of a grid, which is otherwise as large as the message needs, and the device can hold at once.
+        lead: rounds that shares are ahead of sums, in two shots.
+    """
+
+    up_to_nbytes: int
+    algorithm: str
+    vecs: int = 1
+    cluster: int = 1
+    blocks: int = 1056
+    lead: int = 0
+
+    def numbers(self) -> tuple[int, ...]:
+        """As `NormShape` in csrc/norm_session.cuh has them."""
+        return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.cluster, self.blocks, self.lead)
+
+
+# Nothing here is measured yet; benchmarks/customar_v2_tune_norm.py is what measures it.
+#
+# Two ranks on Hopper. One shot where all rows have room on the device at once, a row a block: a thread of two vectors
+# leaves room for 2048 vectors a multiprocessor, 4 MiB, but plain messages go in two shots from 2 MiB on.
+_HOPPER_2 = (
+    NormRow(256 * _KIB, "oneshot_push_norm"),
+    NormRow(2 * _MIB, "oneshot_push_norm", vecs=2),
+    NormRow(64 * _MIB, "twoshot_push_norm", lead=2),
+)
+
+# By compute capability's major number and world size; graphs and eager calls alike.
+_TABLES: dict[tuple[int, int], tuple[NormRow, ...]] = {(9, 2): _HOPPER_2}
+
+
+def rows_for(major: int, world_size: int) -> tuple[NormRow, ...]:
+    """The fused table of one kind of group, sizes ascending, as far as the plain one goes.
+
+    Args:
+        major: of the devices' compute capability.
+        world_size: ranks in the group.
+    """
+    return _TABLES.get((major, world_size)) or _conservative(major, world_size)
+
+
+def _conservative(major: int, world_size: int) -> tuple[NormRow, ...]:
+    """One shot as long as the plain table's, then two.
+
+    Beyond two ranks a row goes to several peers, more than one multiprocessor sends quickly: there a cluster shares it.
+    """
+    plain = policy.rows_for(major, world_size)
+    one, two = plain[0].up_to_nbytes, plain[-1].up_to_nbytes
+    many = major >= 9 and world_size > 2
+    return (
+        NormRow(one, "oneshot_push_norm", vecs=2, cluster=4 if many else 1),
+        NormRow(two, "twoshot_push_norm", vecs=2, cluster=2 if many else 1, lead=1),
+    )
+
+
+def needs(rows: Sequence[NormRow]) -> list[policy.Row]:
+    """Plain rows whose slots the fused rows' messages have room in."""
+    return [policy.Row(row.up_to_nbytes, _SLOTS[row.algorithm]) for row in rows if row.algorithm in _SLOTS]
+
+
+def flat(rows: Sequence[NormRow]) -> list[int]:
+    """The rows' numbers, one after the other, as the native code takes them."""
+    return [number for row in rows for number in row.numbers()]

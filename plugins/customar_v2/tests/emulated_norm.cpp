@@ -1,0 +1,312 @@
+// The fused kernels on a CPU, as emulated.cpp has the plain ones, and between them launches of those, on the same
+// buffers: the sums to the bit, the norms against fp64, and the norms' bits the same on every rank, from every
+// algorithm and in every shape of launch.
+//
+//     emulated_norm WORLD_SIZE ROUNDS
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "emulate.h"
+// What they stand for comes after them.
+#include "add_norm.cuh"
+#include "oneshot_push.cuh"
+#include "oneshot_push_norm.cuh"
+#include "twoshot_push.cuh"
+#include "twoshot_push_norm.cuh"
+
+using namespace comm_customar_v2;
+
+namespace {
+
+constexpr uint32_t kMostVecs = 2000;  // of a message
+constexpr size_t kLargest = kMostVecs * 16;
+constexpr size_t kBehind = 32;  // bytes of somebody else's after each tensor
+constexpr char kCanary = 0x5a;
+constexpr float kEps = 0.25f, kOffset = 0.5f;
+// Where the regions of a buffer begin.
+constexpr uint64_t tails_at = 1 << 17, cells_at = tails_at + 4096, slot = 2 * kLargest;
+
+struct Launch {
+    std::string name;
+    std::function<void(const NormParams&)> kernel;
+    uint32_t vecs, cluster, clusters, lead;
+    bool two_shots, separate;
+};
+
+// A rank's tensors, each with what lies behind it.
+struct Tensors {
+    std::vector<char> input, residual, weight, output, sum;
+};
+
+struct Rank {
+    std::vector<char> buffer;
+    Tensors tensors;
+};
+
+uint32_t error_word = 0;
+
+NormParams params_of(std::vector<Rank>& ranks, size_t rank, uint32_t num_rows, uint32_t row_vecs, bool in_place) {
+    NormParams params{};
+    for (size_t peer = 0; peer < ranks.size(); ++peer) params.plain.buffers[peer] = ranks[peer].buffer.data();
+    params.plain.tails_at = tails_at;
+    params.plain.cells_at = cells_at;
+    params.plain.cells_nbytes = slot;
+    params.plain.bound = {&error_word, 60'000'000'000ull};
+    Tensors& tensors = ranks[rank].tensors;
+    params.plain.input = tensors.input.data();
+    params.plain.output = in_place ? tensors.input.data() : tensors.output.data();
+    params.plain.num_vecs = num_rows * row_vecs;
+    params.plain.rank = static_cast<uint32_t>(rank);
+    params.residual = tensors.residual.data();
+    params.weight = tensors.weight.data();
+    params.sum = in_place ? tensors.residual.data() : tensors.sum.data();
+    params.num_rows = num_rows;
+    params.row_vecs = row_vecs;
+    params.eps = kEps;
+    params.offset = kOffset;
+    return params;
+}
+
+uint32_t up_to_warps(uint32_t threads) {
+    return (threads + 31) / 32 * 32;
+}
+
+template <typename T, int W>
+void plain(std::vector<Rank>& ranks, uint32_t num_rows, uint32_t row_vecs, bool in_place, bool two_shots) {
+    const bool parts = two_shots && num_rows * row_vecs >= two_shot_vecs(W);
+    fake::on_every_rank(W, [&](size_t rank) {
+        const NormParams params = params_of(ranks, rank, num_rows, row_vecs, in_place);
+        fake::run_grid(
+            2, 32, 1, [&] { parts ? twoshot_push<T, W, 1>(params.plain) : oneshot_push<T, W, 1>(params.plain); });
+    });
+}
+
+template <typename T, int W>
+void run(std::vector<Rank>& ranks, uint32_t num_rows, uint32_t row_vecs, bool in_place, const Launch& launch) {
+    if (launch.separate) plain<T, W>(ranks, num_rows, row_vecs, in_place, true);
+    const uint32_t groups = launch.two_shots ? (num_rows + W - 1) / W : num_rows;
+    const uint32_t clusters = std::min(launch.clusters, groups), together = launch.cluster * launch.vecs;
+    const uint32_t threads = launch.separate ? 64 : up_to_warps((row_vecs + together - 1) / together);
+    fake::on_every_rank(W, [&](size_t rank) {
+        NormParams params = params_of(ranks, rank, num_rows, row_vecs, in_place);
+        params.inverse_hidden = 1.0f / static_cast<float>(row_vecs * 4 * T::count);
+        params.plain.lead = launch.lead;
+        fake::run_grid(clusters * launch.cluster, threads, launch.cluster, [&] { launch.kernel(params); });
+    });
+}
+
+template <typename T>
+float at(const std::vector<char>& data, size_t index) {
+    uint32_t word;
+    std::memcpy(&word, data.data() + index / T::count * 4, 4);
+    float values[T::count];
+    T::unpack(word, values);
+    return values[index % T::count];
+}
+
+template <typename T>
+float rounded(float value) {
+    float values[T::count] = {};
+    values[0] = value;
+    const uint32_t word = T::pack(values);
+    T::unpack(word, values);
+    return values[0];
+}
+
+bool same(float one, float other) {
+    return one != one ? other != other : std::memcmp(&one, &other, 4) == 0;
+}
+
+template <typename T>
+void fill_tensor(std::vector<char>& tensor, std::mt19937& dice, bool any_bits) {
+    std::normal_distribution<float> normal;
+    for (size_t byte = 0; byte < kLargest; byte += 4) {
+        uint32_t word = static_cast<uint32_t>(dice());
+        if (!any_bits) {
+            float values[T::count];
+            for (float& value : values) value = normal(dice);
+            word = T::pack(values);
+        } else if (dice() % 8 == 0) {
+            const uint32_t odd[] = {0, 0xffffffffu, 0x80008000u, 0x80000000u};
+            word = odd[dice() % 4];
+        }
+        std::memcpy(tensor.data() + byte, &word, 4);
+    }
+}
+
+template <typename T, int W>
+bool summed(const std::vector<Rank>& ranks, size_t count) {
+    for (size_t index = 0; index < count; ++index) {
+        float sum = at<T>(ranks[0].tensors.input, index);
+        for (int q = 1; q < W; ++q) sum += at<T>(ranks[q].tensors.input, index);
+        for (const Rank& rank : ranks) {
+            if (!same(rounded<T>(sum), at<T>(rank.tensors.output, index))) return false;
+        }
+    }
+    return true;
+}
+
+bool untouched(const std::vector<char>& tensor, const std::vector<char>& before, size_t from) {
+    return std::equal(tensor.begin() + from, tensor.end(), before.begin() + from);
+}
+
+// Why a rank's results are wrong; "" where they aren't. `norms`: the bits that the first launch gave, kept by it.
+template <typename T, int W>
+std::string judge(const Tensors& now,
+                  const std::vector<Tensors>& before,
+                  int rank,
+                  uint32_t num_rows,
+                  uint32_t row_vecs,
+                  bool in_place,
+                  bool separate,
+                  std::vector<float>& norms) {
+    const std::vector<char>& output = in_place ? now.input : now.output;
+    const std::vector<char>& sums = in_place ? now.residual : now.sum;
+    const size_t hidden = row_vecs * 4 * T::count, nbytes = num_rows * row_vecs * 16;
+    const Tensors& old = before[rank];
+    if (!untouched(now.weight, old.weight, 0) || !untouched(now.input, old.input, in_place ? nbytes : 0) ||
+        !untouched(now.residual, old.residual, in_place ? nbytes : 0) ||
+        !untouched(now.output, old.output, in_place ? 0 : nbytes) ||
+        !untouched(now.sum, old.sum, in_place ? 0 : nbytes)) {
+        return "written where nothing was to be written";
+    }
+    const bool first = norms.empty();
+    for (size_t row = 0; row < num_rows; ++row) {
+        double squares = 0.0;
+        for (size_t index = row * hidden; index < (row + 1) * hidden; ++index) {
+            float sum = at<T>(before[0].input, index);
+            for (int q = 1; q < W; ++q) sum += at<T>(before[q].input, index);
+            if (separate) sum = rounded<T>(sum);
+            const float expected = rounded<T>(sum + at<T>(before[0].residual, index));
+            if (!same(expected, at<T>(sums, index))) {
+                return "sum " + std::to_string(index) + ": " + std::to_string(at<T>(sums, index)) + " instead of " +
+                       std::to_string(expected);
+            }
+            squares += static_cast<double>(expected) * expected;
+        }
+        const double scale = 1.0 / std::sqrt(squares / hidden + kEps);
+        for (size_t column = 0; column < hidden; ++column) {
+            const size_t index = row * hidden + column;
+            const float norm = at<T>(output, index);
+            if (first) norms.push_back(norm);
+            if (!same(norms[index], norm)) return "norm " + std::to_string(index) + ": other bits than before";
+            // Of what overflows fp32 there is nothing to be said but that all ranks have the same.
+            if (!(squares < 1e30)) continue;
+            const double expected = at<T>(sums, index) * scale * (at<T>(old.weight, column) + double{kOffset});
+            // Half of the dtype's step for the rounding, and some steps of fp32's.
+            const double step = T::count == 1 ? 0.0 : std::is_same_v<T, comm_core::BFloat16> ? 0x1p-8 : 0x1p-11;
+            const double tiny = T::count == 1 ? 1e-6 : 1e-7;
+            if (!(std::abs(norm - expected) <= std::abs(expected) * (step * 1.02 + 2e-6) + tiny)) {
+                return "norm " + std::to_string(index) + ": " + std::to_string(norm) + " instead of " +
+                       std::to_string(expected);
+            }
+        }
+    }
+    return "";
+}
+
+template <typename T, int W>
+int check(int rounds, unsigned seed) {
+    std::vector<Launch> launches = {
+        {"oneshot 1", oneshot_push_norm<T, W, 1>, 1, 1, 2, 0, false, false},
+        {"oneshot 2, clusters of 2", oneshot_push_norm<T, W, 2>, 2, 2, 1, 0, false, false},
+        {"oneshot 1, clusters of 4", oneshot_push_norm<T, W, 1>, 1, 4, 1, 0, false, false},
+        {"twoshot 1", twoshot_push_norm<T, W, 1>, 1, 1, 3, 0, true, false},
+        {"twoshot 2, lead 1", twoshot_push_norm<T, W, 2>, 2, 1, 2, 1, true, false},
+        {"twoshot 1, clusters of 2, lead 5", twoshot_push_norm<T, W, 1>, 1, 2, 1, 5, true, false},
+        {"separate", add_norm<T>, 1, 1, 2, 0, false, true},
+    };
+    if constexpr (W == 2) launches.push_back({"oneshot 4", oneshot_push_norm<T, 2, 4>, 4, 1, 2, 0, false, false});
+    std::vector<Rank> ranks(W);
+    for (Rank& rank : ranks) {
+        rank.buffer.assign(cells_at + 2 * (W - 1) * slot + 64, 0);
+        const unsigned long long first = comm_core::kOneEpoch;
+        std::memcpy(rank.buffer.data(), &first, 8);
+        std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
+    }
+    std::mt19937 dice(seed);
+    int done = 0;
+    for (int round = 0; round < rounds; ++round) {
+        const uint32_t lengths[] = {1, 5, 31, 33, 64, 70, 97, 130}, counts[] = {1, 2, 3, 4, 5, 7, 9};
+        const uint32_t row_vecs = lengths[(dice() + round) % 8], num_rows = counts[dice() % 7];
+        const bool any_bits = round % 3 == 2;
+        std::vector<Tensors> fresh(W);
+        for (Tensors& tensors : fresh) {
+            for (std::vector<char>* tensor :
+                 {&tensors.input, &tensors.residual, &tensors.weight, &tensors.output, &tensors.sum}) {
+                tensor->assign(kLargest + kBehind, kCanary);
+            }
+            fill_tensor<T>(tensors.input, dice, any_bits);
+        }
+        fill_tensor<T>(fresh[0].residual, dice, any_bits);
+        fill_tensor<T>(fresh[0].weight, dice, false);
+        for (Tensors& tensors : fresh) {
+            tensors.residual = fresh[0].residual;
+            tensors.weight = fresh[0].weight;
+        }
+        std::vector<float> norms;
+        for (const Launch& launch : launches) {
+            if (launch.two_shots && num_rows < W) continue;
+            const bool in_place = dice() % 2 == 0;
+            // Its sums over the ranks are rounded before the residual comes: other bits.
+            std::vector<float> apart;
+            for (int rank = 0; rank < W; ++rank) ranks[rank].tensors = fresh[rank];
+            if (dice() % 2 == 0) {
+                plain<T, W>(ranks, num_rows, row_vecs, false, dice() % 2 == 0);
+                if (!summed<T, W>(ranks, num_rows * row_vecs * 4 * T::count)) {
+                    std::printf("a plain sum before %s is wrong\n", launch.name.c_str());
+                    return 1;
+                }
+                for (int rank = 0; rank < W; ++rank) ranks[rank].tensors = fresh[rank];
+            }
+            run<T, W>(ranks, num_rows, row_vecs, in_place, launch);
+            for (int rank = 0; rank < W; ++rank) {
+                const std::string wrong = judge<T, W>(ranks[rank].tensors,
+                                                      fresh,
+                                                      rank,
+                                                      num_rows,
+                                                      row_vecs,
+                                                      in_place,
+                                                      launch.separate,
+                                                      launch.separate ? apart : norms);
+                if (!wrong.empty() || error_word != 0) {
+                    std::printf("%s, %u rows of %u vectors, rank %d of %d%s: %s\n",
+                                launch.name.c_str(),
+                                num_rows,
+                                row_vecs,
+                                rank,
+                                W,
+                                in_place ? ", in place" : "",
+                                error_word != 0 ? "gave up" : wrong.c_str());
+                    return 1;
+                }
+            }
+            ++done;
+        }
+    }
+    std::printf("%d launches of %d ranks, every row is right\n", done, W);
+    return 0;
+}
+
+template <int W>
+int check_all(int rounds) {
+    return check<comm_core::BFloat16, W>(rounds, 1) || check<comm_core::Float32, W>(rounds, 2) ||
+           check<comm_core::Float16, W>(rounds, 3);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int world_size = argc > 1 ? std::atoi(argv[1]) : 2, rounds = argc > 2 ? std::atoi(argv[2]) : 1;
+    if (world_size == 2) return check_all<2>(rounds);
+    if (world_size == 3) return check_all<3>(rounds);
+    if (world_size == 4) return check_all<4>(rounds);
+    return 2;
+}
