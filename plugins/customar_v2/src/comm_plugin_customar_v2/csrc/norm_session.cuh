@@ -69,7 +69,7 @@ class Norms {
     // All rows of a message, cut into several launches where they are more than the buffers hold.
     void run(const NormCall& call) {
         const NormShape& shape = shape_of(call.num_rows * call.row_nbytes);
-        session_.order_after_last(call.stream);
+        session_.order_->follow(call.stream);
         NormCall rest = call;
         while (rest.num_rows > 0) {
             const int64_t done = launch(shape, rest);
