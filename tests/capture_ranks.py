@@ -110,6 +110,36 @@ def raise_inside(failing: int, record_before: bool, tries: int = 1, late: bool =
     return {"outcomes": outcomes, "events": log, "registered": registered("first", dist.group.WORLD)}
 
 
+def capture_alone_then_fail(failing: int, solo: int, tries: int) -> dict[str, Any]:
+    """One rank captures alone, without calls; then all capture, and one of them fails at first; then all go on."""
+    world = comm.get_backend()
+    if dist.get_rank() == solo:
+        capture()
+
+    def attempt() -> None:
+        with comm.capture():
+            record(world, 8)
+            if dist.get_rank() == failing:
+                raise ZeroDivisionError("my own")
+
+    outcomes = [outcome(attempt) for _ in range(tries)]
+    for numel in (4, 2, 1):
+        capture((world, numel))
+    assert dist.group.WORLD is not None
+    return {"outcomes": outcomes, "registered": registered("first", dist.group.WORLD)}
+
+
+def skip_one(absent: int) -> list[Outcome]:
+    """One rank doesn't enter a capture in which the others record calls; then all capture, time after time."""
+    backend = comm.get_backend(timeout_s=10)
+    found = [outcome(lambda: capture((backend, 3)))] if dist.get_rank() != absent else []
+    meet("skipped")
+    for numel in (4, 5):
+        found.append(outcome(lambda: capture((backend, numel))))  # noqa: B023
+        meet(f"captured {numel}")
+    return found
+
+
 def fail_then_capture() -> dict[str, Any]:
     """A capture of three sessions, of which a plugin's fault may break one; then another."""
     world = comm.get_backend()
@@ -257,6 +287,11 @@ def prepare(steps: Sequence[dict[str, Any]], sizes: Sequence[int] = (8, 128, 256
     comm.close()
     found["closed"] = events()
     return found
+
+
+def prepare_a_named_one() -> Outcome:
+    comm.get_backend(backends=("first",))
+    return outcome(lambda: comm.pre_capture_init(**SHAPES))
 
 
 def prepare_differently(shapes: Sequence[dict[str, Any]]) -> tuple[Outcome, list[str], Outcome, list[str]]:

@@ -78,6 +78,25 @@ def test_a_rank_that_raises_where_nothing_was_recorded_is_caught_up_with(
         assert found["registered"] == [[[9]] * 2]
 
 
+@pytest.mark.parametrize("solo", [0, 1])
+@pytest.mark.parametrize("tries", [1, 2])
+def test_captures_of_two_ranks_stay_paired_after_one_captured_alone(
+    ranks: Ranks, tmp_path: Path, tries: int, solo: int
+) -> None:
+    everybody = ranks.run(capture_ranks.capture_alone_then_fail, 1, solo, tries, path=[install(tmp_path)] * 2)
+    assert [kind for kind, _ in everybody[0]["outcomes"]] == ["CaptureError"] * tries
+    assert everybody[1]["outcomes"] == [("ZeroDivisionError", "my own")] * tries
+    for found in everybody:
+        assert found["registered"] == [[[4]] * 2, [[2]] * 2, [[1]] * 2]
+
+
+def test_a_capture_that_one_rank_left_out_harms_no_later_one(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks.run(capture_ranks.skip_one, 1, path=[install(tmp_path)] * 2)
+    assert first[0][0] == "CommTimeoutError"
+    assert "rank 1 didn't come in time" in first[0][1]
+    assert first[1:] == second == [("ok", "None")] * 2
+
+
 @pytest.mark.parametrize("kind", [recording.RaisesBeforeExchange, recording.RaisesAfterExchange])
 @pytest.mark.parametrize("on", [(0,), (0, 1, 2)])
 def test_an_exit_that_fails_fails_on_all_ranks(

@@ -99,6 +99,21 @@ def test_a_backend_that_was_never_in_use_gives_back_at_once_what_it_took(ranks: 
         assert found["closed"] == ["second close orderly=True"]
 
 
+def test_the_next_candidate_is_prepared_where_one_fails(ranks: Ranks, tmp_path: Path) -> None:
+    path = install(tmp_path, recording.PrepareRaisesFromNothing, (0,))
+    path.append(recording.install_kind(tmp_path / "next", recording.PreparesFromNothing, "next", 250))
+    for found in prepare(ranks, path, SHAPES):
+        assert found["served"][1] == ["next", "next", "second", LAST]
+        assert found["outcomes"] == [("ok", "None")]
+
+
+def test_a_backend_that_the_caller_named_isnt_dropped_silently(ranks: Ranks, tmp_path: Path) -> None:
+    path = [install(tmp_path, recording.PrepareRaises, (1,))] * 2
+    for kind, text in ranks.run(capture_ranks.prepare_a_named_one, path=path):
+        assert kind == "BackendUnavailableError"
+        assert "rank 1: pre_capture_init: MemoryError: no room for the workspace" in text
+
+
 def test_ranges_that_differ_are_intersected(ranks: Ranks, tmp_path: Path) -> None:
     step = SHAPES | {"max_tokens": 8}
     for found in prepare(ranks, install(tmp_path, recording.PreparesLess, (1,)), step):

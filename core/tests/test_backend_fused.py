@@ -160,3 +160,13 @@ def test_a_fused_out_that_is_not_like_the_tensor_is_refused_whoever_serves(serve
             backend.all_reduce_add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), **targets)
     assert not fast.calls
     assert not last.calls
+
+
+def test_a_parameter_reaches_the_hook_without_its_gradient() -> None:
+    backend, fast, _ = one_backend()
+    x = aligned(16).view(2, 8)
+    weight = torch.nn.Parameter(aligned(8))
+    normed, summed = backend.all_reduce_add_rms_norm(x, x.clone(), weight)
+    assert not fast.calls[0][3].requires_grad
+    assert not normed.requires_grad
+    assert not summed.requires_grad

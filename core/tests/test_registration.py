@@ -241,6 +241,16 @@ def test_ranks_that_record_different_calls_are_told_so() -> None:
     assert all(isinstance(tags, list) for tags in group.capture(lambda rank: [(place(rank), 16)]))
 
 
+def test_calls_of_different_sizes_are_never_taken_for_each_other() -> None:
+    group = Group(3)
+    for rank, space in enumerate(group.spaces):
+        space.allocate(place(rank), 4096)
+    errors = group.capture(lambda rank: [(place(rank), 16), (place(rank), 48 if rank == 1 else 32)])
+    assert all("different sizes of calls" in str(error) for error in errors)
+    assert group.registries[0].used == 0
+    assert all(isinstance(tags, list) for tags in group.capture(lambda rank: [(place(rank), 48)]))
+
+
 def test_tables_that_dont_agree_any_more_are_given_up_alike() -> None:
     group = Group(2)
     for rank, space in enumerate(group.spaces):

@@ -45,13 +45,17 @@ def test_each_mode_has_entries_of_its_own() -> None:
 
 def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = {(GPU, torch.int8): "eager", (torch.device("cpu"), torch.int8): "of the CPU"}
-    table = Recording(eager, {(GPU, torch.int8): "graph"})
+    noted: list[None] = []
+    table = Recording(eager, {(GPU, torch.int8): "graph"}, lambda: noted.append(None))
     capturing = False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     assert table.get((GPU, torch.int8)) == "eager"
+    assert not noted
     capturing = True
     assert table.get((GPU, torch.int8)) == "graph"
-    # A stream of the GPU's says nothing of tensors on the CPU, and these never have torch asked: it may lack CUDA.
+    assert len(noted) == 1
+    # A stream of the GPU's says nothing of tensors on the CPU.
     assert table.get((torch.device("cpu"), torch.int8)) == "of the CPU"
     assert table.get((GPU, torch.int16)) is None
     assert (GPU, torch.int8) in table

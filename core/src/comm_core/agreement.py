@@ -102,6 +102,7 @@ class Agreed:
         plugins: this rank's plugins, by name.
         member: this rank in the group.
         prepared: what `comm.pre_capture_init` has prepared the backends for.
+        kept_nbytes: of the memory budget, what backends hold that were in use and serve nothing any more.
     """
 
     topology: Topology
@@ -111,6 +112,7 @@ class Agreed:
     plugins: Mapping[str, discovery.Plugin]
     member: Member
     prepared: tuple[Shapes, ...] = ()
+    kept_nbytes: int = 0
 
     @classmethod
     def of(

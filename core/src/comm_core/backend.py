@@ -36,6 +36,7 @@ class Backend:
         group_name: the process group's, by which `torch.ops.comm_core` finds this handle; "" for a process alone.
         failure: why every call raises; None while the handle serves.
         sessions: the connected backends, by name; none once the handle doesn't serve any more.
+        captured: whether a stream captured a call of it in the last `comm.capture()`.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Backend:
         self.failure: str | None = None
         self._title = title
         self._terminal = terminal
+        self.captured = False
         self._recording = False
+        self._served_by: list[Session] = []
         self._plain: Mapping[Key, tuple[PlainEntry, ...]] = {}
         self._fused: Mapping[Key, tuple[FusedEntry, ...]] = {}
         self.adopt(decision, sessions)
@@ -73,16 +76,20 @@ class Backend:
         self.decision = decision
         self.name = decision.route("all_reduce", "eager", kinds[0], "float32").backend_for(DTYPES["float32"])
         self.sessions = dict(sessions)
+        # Also those that a later plan leaves out: graphs captured before may still be replayed on them.
+        self._served_by += [session for session in sessions.values() if session not in self._served_by]
         self.record(self._recording)
 
     def record(self, on: bool) -> None:
         """Whether calls ask the stream if it captures, and take the graphs' routes where it does; core calls it."""
         self._recording = on
+        if on:
+            self.captured = False
         if self.failure is not None:
             return
         eager, graph = self._eager, self._graph
-        self._plain = Recording(eager.plain, graph.plain) if on else eager.plain
-        self._fused = Recording(eager.fused, graph.fused) if on else eager.fused
+        self._plain = Recording(eager.plain, graph.plain, self._note_capture) if on else eager.plain
+        self._fused = Recording(eager.fused, graph.fused, self._note_capture) if on else eager.fused
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum `tensor` over the ranks of the group, elementwise.
@@ -170,7 +177,9 @@ class Backend:
                 and num_tokens <= most_tokens
                 and not hidden_size % hidden_multiple
             ):
-                x, r, w = _plain_copy(tensor), _plain_copy(residual), _plain_copy(weight)
+                # A parameter is one even where gradients are off, and some bindings refuse tensors that want one.
+                w = weight.detach() if weight.requires_grad else weight
+                x, r, w = _plain_copy(tensor), _plain_copy(residual), _plain_copy(w)
                 y_out, s_out = _direct(out, x, (r, w)), _direct(residual_out, r, (x, w))
                 try:
                     y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
@@ -194,13 +203,13 @@ class Backend:
         """
         if self.failure is not None:
             raise CommError(self.failure)
-        for name, session in self.sessions.items():
+        for session in self._served_by:
             hook = session.plugin.hooks.get("check")
             if hook is not None:
                 try:
                     hook(session.value)
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
-                    self._raise(error, name, "check")
+                    self._raise(error, session.plugin.name, "check")
 
     def warm_up(self, shapes: Shapes) -> None:
         """Do what can't be captured the first time: NCCL's first call, the norm's kernel; core calls it. Collective."""
@@ -231,6 +240,7 @@ class Backend:
         """Make every later call raise `CommError(why)`."""
         self.failure = why
         self._eager = self._graph = Tables({}, {})
+        self._served_by.clear()
         self._plain, self._fused, self.sessions = {}, {}, {}
 
     def _reduce_odd(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -248,6 +258,9 @@ class Backend:
         else:
             result = self.all_reduce(_plain_copy(tensor))
         return result if out is None else out.copy_(result)
+
+    def _note_capture(self) -> None:
+        self.captured = True
 
     def _check_kind(self, tensor: torch.Tensor) -> None:
         """Raise why there is no route for tensors of this kind; a dtype and device of the group have one."""

@@ -222,10 +222,12 @@ def _connect(plugin: Plugin, member: Member, budget: int) -> Session | StageAbor
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
                 raise stage.abort(words(error)) from error
             session.memory_nbytes = max(stage.all_gather(session.memory_nbytes, "vote"))
-    except StageAbortedError as error:
+    except BaseException as error:
         if session is not None and hook is not None:
             session.close(orderly=False)
-        return error
+        if isinstance(error, StageAbortedError):
+            return error
+        raise
     return session
 
 
@@ -252,11 +254,11 @@ def _admit(
             )
             try:
                 wrong = in_worker(test, member, f"the admission test of {session.plugin.name}")
+                votes = stage.all_gather({numbers[cell]: reason for cell, reason in wrong.items()}, "vote")
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border, as in `_connect`
                 raise stage.abort(words(error)) from error
-            votes = stage.all_gather({numbers[cell]: reason for cell, reason in wrong.items()}, "vote")
     except StageAbortedError as error:
         return error
     failed: dict[Cell, tuple[str, int | None]] = {}

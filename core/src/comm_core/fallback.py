@@ -36,7 +36,9 @@ class Terminal:
                 f"torch.distributed has no communicator for {self._title} yet, and can't make one",
                 "Call comm.pre_capture_init, or reduce a CUDA tensor of any size, before the capture",
             )
+            result = torch_distributed(self._group, tensor, out)
             self._ready = True
+            return result
         return torch_distributed(self._group, tensor, out)
 
 

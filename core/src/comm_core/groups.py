@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import threading
@@ -14,13 +15,13 @@ import torch.distributed as dist
 from comm_core import fallback, negotiate, ops
 from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
-from comm_core.agreement import Request, agree, gather_local
+from comm_core.agreement import Agreed, Request, agree, gather_local
 from comm_core.backend import Backend
 from comm_core.context import Shapes
 from comm_core.control import Control, store_of
-from comm_core.errors import CaptureError, CommError
+from comm_core.errors import BackendUnavailableError, CaptureError, CommError
 from comm_core.establish import in_worker
-from comm_core.prepare import checked, prepare
+from comm_core.prepare import checked, first_step, prepare
 from comm_core.probe import probe_rank
 from comm_core.recording import Seat, recording
 from comm_core.registry import Entry, find, forget, live, lives, seen, sweep, told
@@ -126,6 +127,7 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
         CaptureError: inside `comm.capture()`, or while a stream captures; before anything is sent.
         NegotiationError: the ranks gave different arguments, or one failed; alike on all ranks of that group. The other
             groups are prepared all the same.
+        BackendUnavailableError: a backend that `get_backend(backends=...)` names was dropped; likewise.
         CommTimeoutError: ranks didn't come in time.
     """
     sweep()
@@ -134,13 +136,11 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
     shapes = checked(max_tokens, hidden_size, dtype)
     _refuse_in_capture("comm.pre_capture_init")
     # Whatever becomes of one group: ranks of the next ones wait there for this one.
-    failures = [failure for failure in [_failure(entry, shapes) for entry in live()] if failure is not None]
-    if failures:
-        raise failures[0]
+    _raise_first([_failure(entry, shapes) for entry in live()])
 
 
-# Whether `comm.capture()` is open in this process.
-_capturing = False
+# How many `comm.capture()` are open in this process, one within the other.
+_captures = 0
 _capture_lock = threading.Lock()
 
 
@@ -160,18 +160,18 @@ def capture() -> Iterator[None]:
     only then may a graph be replayed. A `comm.capture()` inside another one is part of that, whatever thread it is in.
 
     Raises:
-        CaptureError: a stream captures already; a session couldn't be entered or left, on this rank or another: graphs
-            captured inside must not be replayed, and the next capture works.
+        CaptureError: a stream captures already; a session couldn't be entered or left, on this rank or another; another
+            thread's is still open: graphs captured inside must not be replayed, and the next capture works.
         CommTimeoutError: a peer that captured nothing, or hangs, didn't come to the end.
     """
-    global _capturing  # noqa: PLW0603 - of the process, like the groups
+    global _captures  # noqa: PLW0603 - of the process, like the groups
     with _capture_lock:
-        outer, _capturing = not _capturing, True
-    if not outer:
-        yield
-        return
+        _captures += 1
+        outer = _captures == 1
     try:
-        refuse_capture("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
+        if not outer:
+            yield
+            return
         sweep()
         entries = [entry for entry in live() if entry.backend is not None]
         with recording([seat for entry in entries for seat in _seats(entry)]):
@@ -183,15 +183,21 @@ def capture() -> Iterator[None]:
             finally:
                 for handle in handles:
                     handle.record(False)
+            if _captures > 1:
+                raise CaptureError(
+                    "comm.capture() can't be left while one inside it is open in another thread: what that records "
+                    "would never be registered. Wait for the thread before"
+                )
     finally:
-        _capturing = False
+        with _capture_lock:
+            _captures -= 1
 
 
 def _seats(entry: Entry) -> Iterator[Seat]:
-    """The sessions of a group that a capture enters."""
-    backend, control = entry.backend, entry.control
-    if backend is not None and control is not None:
-        for session in backend.sessions.values():
+    """The sessions of a group that a capture enters, also those that this rank has lost: its peers may not have."""
+    backend, control, agreed = entry.backend, entry.control, entry.agreed
+    if backend is not None and control is not None and agreed is not None:
+        for session in agreed.sessions.values():
             if session.plugin.has("capture_ctx"):
                 yield Seat(entry.title, backend, control, session)
 
@@ -203,29 +209,69 @@ def _failure(entry: Entry, shapes: Shapes) -> CommError | None:
             _prepare(entry, shapes)
     except CommError as error:
         return error
+    except Exception as error:  # noqa: BLE001 - raised once the other groups had their turn
+        failure = CommError(f"{entry.title}: {describe(error)}")
+        failure.__cause__ = error
+        return failure
     return None
 
 
+def _raise_first(failures: list[CommError | None]) -> None:
+    """Raise the first failure there is; keeps none alive by its own frame."""
+    failure = next((failure for failure in failures if failure is not None), None)
+    failures.clear()
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        del failure
+
+
 def _prepare(entry: Entry, shapes: Shapes) -> None:
-    """Prepare a group, if it has a handle that serves and ranks to agree with."""
+    """Prepare a group, if it has a handle."""
     agreed, backend = entry.agreed, entry.backend
-    if agreed is None or backend is None or backend.failure is not None:
+    if backend is None:
+        return
+    if agreed is None:
+        backend.warm_up(shapes)
         return
     with told(entry):
+        if backend.failure is not None:
+            with agreed.member.control.stage(first_step(entry.preparations)) as stage:
+                raise stage.abort(backend.failure)
         planned = prepare(agreed, shapes, entry.preparations)
     if planned is agreed:
         return
-    entry.hold(planned)
+    # Until the fallback was seen to work, the next call begins anew.
+    entry.hold(dataclasses.replace(planned, prepared=agreed.prepared))
     backend.adopt(planned.decision, planned.sessions)
     try:
         warm_up = functools.partial(backend.warm_up, shapes)
         in_worker(warm_up, planned.member, "torch.distributed's first call")
     except Exception as error:
         raise CommError(f"{entry.title}: the fallback can't be used: {describe(error)}") from error
+    entry.hold(planned)
+    _tell(entry, agreed, planned)
+
+
+def _tell(entry: Entry, before: Agreed, after: Agreed) -> None:
+    """Log what a preparation has cost the group; raise, on all ranks, where it is a backend that the caller named."""
+    lost = [
+        candidate
+        for candidate in after.decision.candidates
+        if candidate.verdict == "failed" and candidate not in before.decision.candidates
+    ]
+    for candidate in lost:
+        where = "" if candidate.rank is None else f"{after.member.control.label(candidate.rank)}: "
+        text = f"backend {candidate.name!r} can't serve {entry.title} any more: {where}{candidate.reason}"
+        if candidate.name in (entry.request.backends or ()):
+            raise BackendUnavailableError(f"{text}. get_backend(backends=...) names it")
+        if after.member.control.rank == 0:
+            _log.warning("%s. Falling back", text)
 
 
 def _refuse_in_capture(what: str) -> None:
-    if _capturing:
+    if _captures:
         raise CaptureError(f"{what} can't be called inside comm.capture(). Call it before, or after")
     refuse_capture(f"{what} can't wait for other ranks", "Call it before the capture, or after")
 
@@ -302,17 +348,18 @@ def _close(entry: Entry) -> None:
     if not lives(group):
         entry.abandon()
         return
-    orderly = True
+    orderly = False
     try:
         with control.stage("close") as stage:
             if "cuda" in backend.topology.device_types:
                 torch.cuda.synchronize(backend.device)
             stage.barrier()
+        orderly = True
     except Exception as error:  # noqa: BLE001 - what this rank holds is given back whatever became of the others
-        orderly = False
         _log.warning("%s is closed without all its ranks: %s", entry.title, error)
-    for session in entry.sessions:
-        session.close(orderly)
+    finally:
+        for session in entry.sessions:
+            session.close(orderly)
     if orderly:
         # Memory that this rank's graphs read may be freed once it returns: by then no peer has it mapped.
         with contextlib.suppress(CommError), control.stage("closed") as stage:

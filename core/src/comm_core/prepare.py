@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from comm_core import negotiate
@@ -21,7 +21,7 @@ from comm_core.types import DTYPES, Available, Range, Unavailable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["checked", "prepare"]
+__all__ = ["checked", "first_step", "prepare"]
 
 
 def checked(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> Shapes:
@@ -54,25 +54,42 @@ def prepare(agreed: Agreed, shapes: Shapes, number: int) -> Agreed:
         NegotiationError: the ranks gave different shapes; on all ranks.
         StageAbortedError: a rank failed or didn't come.
     """
-    member = dataclasses.replace(agreed.member, purpose=f"prepare {number}: ")
-    control = member.control
-    with control.stage(f"{member.purpose}shapes") as stage:
-        given = stage.all_gather([shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
+    context = agreed.member.context
+    left_nbytes = max(context.memory_budget_nbytes - agreed.kept_nbytes, 0)
+    context = dataclasses.replace(context, memory_budget_nbytes=left_nbytes)
+    member = dataclasses.replace(agreed.member, purpose=first_step(number, ""), context=context)
+    with member.control.stage(first_step(number)) as stage:
+        covered = any(_covers(earlier, shapes) for earlier in agreed.prepared)
+        said = stage.all_gather([covered, shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
+    given = [item[1:] for item in said]
     if any(other != given[0] for other in given):
         raise NegotiationError(
             "comm.pre_capture_init's (max_tokens, hidden_size, dtype) differ between the ranks of this group: "
             f"{negotiate.differences(given)}. Nothing was prepared. Give every rank the same"
         )
-    if any(_covers(earlier, shapes) for earlier in agreed.prepared):
+    if all(item[0] for item in said):  # one of them may have failed after it was prepared
         return agreed
-    slate, sessions = agreed.slate, dict(agreed.sessions)
-    for plugin in _to_prepare(agreed):
-        slate = connected(slate, plugin, sessions, member)
-        if plugin.name in sessions:
-            slate = _prepare_one(slate, plugin, shapes, sessions, member)
+    slate, sessions, asked = agreed.slate, dict(agreed.sessions), set[str]()
+    try:
+        while (plugin := _next_to_prepare(slate, sessions, agreed, asked)) is not None:
+            asked.add(plugin.name)
+            slate = connected(slate, plugin, sessions, member)
+            if plugin.name in sessions:
+                slate = _prepare_one(slate, plugin, shapes, sessions, member)
+    except BaseException:
+        for session in sessions.values():
+            session.release()
+        raise
     slate, sessions = establish(slate, agreed.plugins, member, sessions)
     planned = Agreed.of(slate, sessions, agreed.plugins, agreed.member)
-    return dataclasses.replace(planned, prepared=(*agreed.prepared, shapes))
+    dropped_later = [session for name, session in agreed.sessions.items() if sessions.get(name) is not session]
+    kept_nbytes = agreed.kept_nbytes + sum(session.memory_nbytes for session in dropped_later)
+    return dataclasses.replace(planned, prepared=(*agreed.prepared, shapes), kept_nbytes=kept_nbytes)
+
+
+def first_step(number: int, step: str = "shapes") -> str:
+    """The name of the stage in which the ranks compare what they were given."""
+    return f"prepare {number}: {step}"
 
 
 def _covers(earlier: Shapes, shapes: Shapes) -> bool:
@@ -82,12 +99,20 @@ def _covers(earlier: Shapes, shapes: Shapes) -> bool:
     )
 
 
-def _to_prepare(agreed: Agreed) -> Sequence[Plugin]:
-    """The plugins to ask, best first: those connected, and those that could own a route once they are prepared."""
-    hopeful = tuple(dataclasses.replace(offer, ranges=_served(offer.ranges)) for offer in agreed.slate.offers)
-    wanted = owners(plan(hopeful, agreed.topology.device_types)) | agreed.sessions.keys()
-    plugins = (agreed.plugins[offer.name] for offer in agreed.slate.offers if offer.name in wanted)
-    return [plugin for plugin in plugins if plugin.has("pre_capture_init")]
+def _next_to_prepare(
+    slate: Slate, sessions: Mapping[str, Session], agreed: Agreed, asked: Collection[str]
+) -> Plugin | None:
+    """The plugin to ask next, best first: one that is connected, or could own a route once it is prepared.
+
+    What those before serve by now is known, of the others what they hope for.
+    """
+    hopeful = tuple(
+        offer if offer.name in asked else dataclasses.replace(offer, ranges=_served(offer.ranges))
+        for offer in slate.offers
+    )
+    wanted = owners(plan(hopeful, agreed.topology.device_types)) | sessions.keys()
+    plugins = (agreed.plugins[offer.name] for offer in slate.offers if offer.name in wanted - set(asked))
+    return next((plugin for plugin in plugins if plugin.has("pre_capture_init")), None)
 
 
 def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[str, Session], member: Member) -> Slate:
@@ -104,11 +129,11 @@ def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[st
                 memory_nbytes = int(getattr(session.value, "memory_nbytes", 0)) if plugin.has("connect") else 0
                 check_budget(memory_nbytes, member.context.memory_budget_nbytes - others)
                 answer = None if ranges is None else _answer(ranges, offer.priority, plugin)
+                votes = stage.all_gather([memory_nbytes, answer], "vote")
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
                 raise stage.abort(words(error)) from error
-            votes = stage.all_gather([memory_nbytes, answer], "vote")
             unchanged = negotiate.encode_answer(Available(offer.priority, offer.ranges))
             merged = negotiate.merge([unchanged if answer is None else answer for _, answer in votes])
             if not isinstance(merged, Available):
@@ -120,6 +145,7 @@ def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[st
         return slate
     # Buffers may be others now: what was seen to work is to be seen again.
     session.tested.clear()
+    session.wrong.clear()
     return slate.narrowed(name, merged.ranges)
 
 

@@ -6,9 +6,11 @@ failed posts an abort under its number and waits for nobody: its peers read it i
 by a meeting and by an abort, and not by a capture in which the session said nothing. So ranks that capture nothing, or
 other things, hold up nobody.
 
-An abort that a rank finds where it wanted to meet the others is of its own capture, or of an earlier one in which this
-rank had nothing to say. That follows from how many captures both have entered since the number before was used up; the
-abort brings the other's count along. The earlier one is passed over.
+An abort that a rank finds where it wanted to meet the others is of its own capture where the session that failed had
+recorded calls. One that hadn't may have failed before it could, or in a capture of something else, in which this rank
+had nothing to say either. That follows from how many captures both have entered since the number before was used up;
+the abort brings the other's count along, and the earlier one is passed over. So is one that is there because this very
+rank didn't come in time: the others have raised by then.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ class Seat:
     control: Control
     session: Session
     _context: AbstractContextManager[Any] | None = None
-    _stage: Stage | None = None  # where the ranks have met
-    _missed: StageAbortedError | None = None  # why they haven't
+    _meeting: bool = False  # whether the plugin has begun to talk
+    _stage: Stage | None = None  # where the ranks meet
+    _missed: StageAbortedError | None = None  # why they don't
 
     def enter(self) -> None:
         """Enter the session. Local.
@@ -58,6 +61,8 @@ class Seat:
             CaptureError: the plugin raised.
         """
         self.session.entered += 1
+        if self.handle.failure is not None:
+            return  # its calls raise; those of its peers may go on
         try:
             context = self.session.plugin.hooks["capture_ctx"](self.session.value)
             context.__enter__()
@@ -72,6 +77,8 @@ class Seat:
             CaptureError: it failed, on any rank.
             CommTimeoutError: ranks didn't come.
         """
+        if self._context is None:
+            return
         if self.handle.failure is not None:
             error = CaptureError(f"{self._who} was lost during the capture: {self.handle.failure}")
             self.leave_by(error)
@@ -79,8 +86,7 @@ class Seat:
         context, self._context = self._context, None
         try:
             with self.session.channel.opened_by(self._meet):
-                if context is not None:
-                    context.__exit__(None, None, None)
+                context.__exit__(None, None, None)
                 self._vote()
         except StageTimeoutError as error:
             raise CommTimeoutError(f"{self._lost}: {error}", error.ranks) from error
@@ -93,7 +99,7 @@ class Seat:
             raise CaptureError(f"{self._lost}: {told}") from error
         finally:
             if self._stage is not None:
-                self._use_up(self.session.entered)
+                self.session.captures, self.session.entered = self.session.captures + 1, 0
 
     def leave_by(self, error: BaseException) -> None:
         """Leave the session because of `error`, if it was entered, and tell its peers. Local, doesn't raise."""
@@ -109,17 +115,16 @@ class Seat:
 
     def _meet(self) -> Stage:
         """The stage in which this capture's ranks talk, once all of them are there."""
+        self._meeting = True
         while self._missed is None:
-            stage = self._new_stage()
+            self._stage = self._new_stage()
             try:
-                stage.barrier()
+                self._stage.barrier()
             except StageAbortedError as error:
-                if self._is_over(error):
-                    continue
-                self._missed = error
+                # An exchange that this rank has entered is never entered again.
+                self._stage, self._missed = None, None if self._passes_over(error) else error
             else:
-                self._stage = stage
-                return stage
+                return self._stage
         raise self._missed
 
     def _vote(self) -> None:
@@ -131,31 +136,31 @@ class Seat:
 
     def _abort(self, reason: str) -> StageAbortedError:
         """End this capture for the session's peers."""
+        if self._missed is not None:  # the peers know
+            return self._missed
         if self._stage is not None:
             return self._stage.abort(reason)
         while True:
             error = self._new_stage().abort(reason)
-            if not self._is_over(error):
+            if error.note > self.session.entered or not self._passes_over(error):
+                # Of the former, a capture that this rank has yet to enter, it hears there.
                 return error
 
-    def _is_over(self, error: StageAbortedError) -> bool:
-        """Whether what was aborted under this number is an earlier capture than this one; the number is used up then.
-
-        So it is by an abort of this very capture, but not by one of a capture that this rank has yet to enter.
-        """
-        earlier = error.note < self.session.entered
-        if error.note <= self.session.entered:
-            self._use_up(error.note)
+    def _passes_over(self, error: StageAbortedError) -> bool:
+        """Use up a number that was aborted: whether that was of an earlier capture than this one."""
+        session = self.session
+        session.captures += 1
+        if isinstance(error, StageTimeoutError) and self.control.rank in error.ranks:
+            session.entered *= self._meeting
+            return self._meeting
+        earlier = 0 < error.note < session.entered
+        session.entered = max(session.entered - error.note, 0) if error.note else 0
         return earlier
-
-    def _use_up(self, captures: int) -> None:
-        self.session.captures += 1
-        self.session.entered -= captures
 
     def _new_stage(self) -> Stage:
         session = self.session
         name = f"capture {session.plugin.name} {session.captures}"
-        return Stage(self.control, name, note=session.entered)
+        return Stage(self.control, name, note=0 if self._meeting or self.handle.captured else session.entered)
 
     @property
     def _who(self) -> str:
@@ -176,6 +181,7 @@ def recording(seats: Sequence[Seat]) -> Iterator[None]:
     """
     waiting = list(seats)
     try:
+        refuse_capture("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
         while waiting:
             waiting.pop(0).enter()
         yield
@@ -186,14 +192,15 @@ def recording(seats: Sequence[Seat]) -> Iterator[None]:
         for seat in reversed(seats):
             seat.leave_by(error)
         raise
-    failure: BaseException | None = None
-    for seat in reversed(seats):
-        if failure is not None:
-            seat.leave_by(failure)
-            continue
-        try:
-            seat.leave()
-        except BaseException as error:  # noqa: BLE001 - the others are left before it is raised
-            failure = error
-    if failure is not None:
-        raise failure
+    _leave_all(list(seats))
+
+
+def _leave_all(seats: list[Seat]) -> None:
+    """Leave every seat, the last one first; once one failed, the others because of that."""
+    try:
+        while seats:
+            seats.pop().leave()
+    except BaseException as error:
+        while seats:
+            seats.pop().leave_by(error)
+        raise

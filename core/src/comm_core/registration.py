@@ -21,6 +21,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import zlib
@@ -210,7 +211,10 @@ class Registry:
         except RuntimeError as error:
             problem = describe(error)[:_REASON_CHARS]
         parts = mine.parts()
-        said = control.all_gather({"used": self._used, "calls": count, "problem": problem, "parts": len(parts)})
+        sizes = hashlib.sha256(repr([nbytes for _, nbytes in self._inputs]).encode()).hexdigest()[:16]
+        said = control.all_gather(
+            {"used": self._used, "calls": count, "sizes": sizes, "problem": problem, "parts": len(parts)}
+        )
         self._judge(said)
         theirs = _gather_parts(control, parts, [item["parts"] for item in said])
         reason = self._fetch_files(theirs, mine)
@@ -233,15 +237,16 @@ class Registry:
         problems = {rank: item["problem"] for rank, item in enumerate(said) if item["problem"]}
         if problems:
             self._fail(problems)
-        for what in ("used", "calls"):
+        for what in ("used", "calls", "sizes"):
             counts = {rank: item[what] for rank, item in enumerate(said)}
             if len(set(counts.values())) == 1:
                 continue
             if what == "used":  # an exit failed on some ranks alone, and the tables don't agree any more
                 self._fail({0: f"the ranks' tables have different numbers of rows: {counts}"})
+            numbers = f"numbers of calls: {counts}" if what == "calls" else "sizes of calls"
             raise CaptureError(
-                f"the ranks recorded different numbers of calls in this capture: {counts}. Its graphs must not be "
-                "replayed; every rank has to make the same calls"
+                f"the ranks recorded different {numbers} in this capture. Its graphs must not be replayed; every rank "
+                "has to make the same calls"
             )
 
     def _fail(self, reasons: Mapping[int, str]) -> None:

@@ -71,7 +71,7 @@ def near(norm: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def same_everywhere(tensor: torch.Tensor) -> bool:
     """Whether every rank holds the first one's bits."""
-    mine = tensor.cpu().contiguous().view(torch.int16)
+    mine = tensor.cpu().contiguous().view(torch.uint8)
     first = mine.clone()
     dist.broadcast(first, 0)
     return torch.equal(mine, first)
