@@ -29,16 +29,23 @@ class Space:
         self.broken: dict[str, str] = {}
         self.log: list[str] = []
         self.closed = 0
+        self.opened: dict[int, tuple[tuple[int, int, int], str]] = {}  # by address: rank, base, bytes; key
+        self.allocated = 0
 
     def allocate(self, base: int, nbytes: int, sharing: int = IPC) -> int:
-        key = f"{base}.{len(self.pieces)}"
+        for other in [
+            other for other, (size, _, _) in self.pieces.items() if other < base + nbytes and base < other + size
+        ]:
+            del self.pieces[other]  # it was freed
+        self.allocated += 1
+        key = f"{base}.{self.allocated}"
         self.pieces[base] = (nbytes, sharing, key)
         if sharing == FILE:
             self.files[key] = os.memfd_create(key)
         return base
 
     def memory(self) -> PeerMemory:
-        return PeerMemory(self.locate, self.share, self.open, self.import_piece, self.map, self.close)
+        return PeerMemory(self.locate, self.share, self.open, self.import_piece, self.map, self.let_go, self.close)
 
     def locate(self, address: int, nbytes: int) -> list[Any]:
         self._note("locate")
@@ -61,8 +68,18 @@ class Space:
 
     def open(self, handle: bytes) -> int:
         self._note("open")
-        rank, base = self._by_key(handle.rstrip(b"\0").decode())
-        return self._view([(rank, base, self.ranks[rank].pieces[base][0])])
+        key = handle.rstrip(b"\0").decode()
+        rank, base = self._by_key(key)
+        nbytes = self.ranks[rank].pieces[base][0]
+        for (other, at, its_nbytes), its_key in self.opened.values():
+            if other == rank and at < base + nbytes and base < at + its_nbytes and its_key != key:
+                raise RuntimeError("resource already mapped")
+        address = self._view([(rank, base, nbytes)])
+        self.opened[address] = ((rank, base, nbytes), key)
+        return address
+
+    def let_go(self, address: int) -> None:
+        del self.opened[address]
 
     def import_piece(self, sharing: int, file: int, handle: bytes) -> int:
         self._note("import_piece")

@@ -87,6 +87,8 @@ void ipc() {
     expect(owner.locate(base, 1).pieces[0].key != before, "other memory has another key");
     expect_error([&] { owner.locate(base + 4 * kUnit - 8, 16); }, "");
     expect_error([&] { peer.open("short"); }, "isn't a handle of CUDA IPC");
+    peer.let_go(there);
+    expect_error([&] { peer.let_go(there); }, "nothing is open at this address");
 }
 
 void pieces(unsigned types, Sharing sharing) {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import comm_core as comm
 import pytest
-from comm_core import registration
+from comm_core import _inputs, registration
 from made_up_memory import FABRIC, FILE, IPC, Group
 
 
@@ -98,7 +98,7 @@ def test_more_than_a_message_takes() -> None:
     def inputs(rank: int) -> list[tuple[int, int]]:
         return [(place(rank) + offset, 16) for offset in offsets[rank]]
 
-    text = registration._Inputs(rows=[(0, offset) for offset in offsets[0]]).parts()
+    text = _inputs.Inputs(rows=[(0, offset) for offset in offsets[0]]).parts()
     assert len(text) > 1
     for rank, tags in enumerate(group.capture(inputs)):
         assert isinstance(tags, list), tags
@@ -107,7 +107,7 @@ def test_more_than_a_message_takes() -> None:
 
 
 def test_parts_of_different_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "_PART_CHARS", 100)
+    monkeypatch.setattr(_inputs, "_PART_CHARS", 100)
     group = Group(2)
     for rank, space in enumerate(group.spaces):
         for number in range(1 + 20 * rank):
@@ -239,6 +239,27 @@ def test_ranks_that_record_different_calls_are_told_so() -> None:
     assert "{0: 1, 1: 2}" in str(errors[0])
     # Their own doing, which the next capture needn't repeat.
     assert all(isinstance(tags, list) for tags in group.capture(lambda rank: [(place(rank), 16)]))
+
+
+@pytest.mark.parametrize("moved", [0, 4096])
+def test_an_allocation_that_has_anothers_place_is_opened_once_that_is_let_go(moved: int) -> None:
+    """In each session of the process: the driver refuses to map what overlaps."""
+    group = Group(2)
+    others = [registration.Registry(group.context(rank), group.spaces[rank].memory(), 64) for rank in range(2)]
+
+    def in_both(rank: int, registry: registration.Registry) -> list[int]:
+        with registry.capture():
+            mine = registry.take(place(rank) + moved, 16)
+        with others[rank].capture():
+            return [mine, others[rank].take(place(rank) + moved, 16)]
+
+    for nbytes in (8192, 16384):
+        for rank, space in enumerate(group.spaces):
+            space.allocate(place(rank) if nbytes == 8192 else place(rank) + moved, nbytes)
+        for rank, tags in enumerate(group.run(in_both)):
+            assert isinstance(tags, list), tags
+            group.check(rank, tags[0], [place(peer) + moved for peer in range(2)])
+    assert [len(space.opened) for space in group.spaces] == [2, 2]
 
 
 def test_calls_of_different_sizes_are_never_taken_for_each_other() -> None:

@@ -9,30 +9,30 @@ address from that row. The capture's clean exit settles which:
 3. Each opens what it hasn't opened before, and they vote. Then each writes its rows.
 
 No reference to a tensor is kept, so a graph's pool may use the memory again, and several calls may share an address.
-What was opened stays open until `close`. Each row carries its call's tag, and no two calls have the same: a graph whose
-capture didn't end well finds another tag in its row, or none (`registered.cuh`).
+What was opened stays open until `close`, or until its owner has another allocation at that place, which CUDA may refuse
+to open beside it: graphs that read the former one are dead by then. Each row carries its call's tag, and no two calls
+have the same: a graph whose capture didn't end well finds another tag in its row, or none (`registered.cuh`).
 
 The native part is `comm_core/peer_memory.h`, bound by `comm_core/peer_memory_functions.h`.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
-import zlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from comm_core._deadline import describe
+from comm_core._inputs import Inputs, Span, gather_parts, handle_of
 from comm_core._mailbox import Mailbox
-from comm_core.context import ControlChannel, GroupContext
+from comm_core.context import GroupContext
 from comm_core.errors import CaptureError
 from comm_core.topology import Topology
 from comm_core.types import rank_label
@@ -45,8 +45,6 @@ ROWS = 1 << 15
 _INDEX_BITS = 20
 # `Sharing` in peer_memory.h: CUDA IPC opens an allocation as a whole.
 _IPC, _FILE = 0, 1
-# Of a part, as text: within a message's 64 KiB.
-_PART_CHARS = 60_000
 _REASON_CHARS = 2_000
 # How long the ranks may take to hand each other their files, in seconds.
 _FILES_S = 60.0
@@ -64,7 +62,8 @@ class PeerMemory:
         open: (handle) -> the address here of a peer's allocation.
         import_piece: (sharing, file, handle) -> the number here of a peer's piece.
         map: (numbers, nbytes) -> the address here of pieces side by side.
-        close: lets go of what was opened.
+        let_go: (address) lets go of what `open` gave.
+        close: lets go of what is left.
     """
 
     locate: Callable[[int, int], Sequence[Any]]
@@ -72,35 +71,21 @@ class PeerMemory:
     open: Callable[[bytes], int]
     import_piece: Callable[[int, int, bytes], int]
     map: Callable[[Sequence[int], Sequence[int]], int]
+    let_go: Callable[[int], None]
     close: Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Span:
-    """Pieces of a rank's memory that lie side by side; how a call's input is told to peers, with an offset."""
+class _Window:
+    """Where a peer's span is mapped here.
 
-    sharing: int
-    pieces: tuple[tuple[int, int, str], ...]  # base, bytes, key
+    Attributes:
+        address: here.
+        allocation: base and end where its owner has it, and its key, if it was opened by CUDA IPC.
+    """
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return tuple(key for _, _, key in self.pieces)
-
-
-@dataclasses.dataclass
-class _Inputs:
-    """What this rank tells its peers of the calls that it recorded."""
-
-    spans: dict[_Span, int] = dataclasses.field(default_factory=dict)  # and each one's number
-    rows: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # number of the span, offset
-    handles: dict[str, str | None] = dataclasses.field(default_factory=dict)  # of new pieces; None for a file
-
-    def parts(self) -> list[str]:
-        """As text, in parts."""
-        spans = [[span.sharing, [[key, nbytes] for _, nbytes, key in span.pieces]] for span in self.spans]
-        packed = zlib.compress(json.dumps([spans, self.rows, self.handles]).encode(), 1)
-        text = base64.b64encode(packed).decode()
-        return [text[begin : begin + _PART_CHARS] for begin in range(0, len(text), _PART_CHARS)]
+    address: int
+    allocation: tuple[int, int, str] | None
 
 
 def unshareable(topology: Topology) -> str:
@@ -134,7 +119,8 @@ class Registry:
         self._inputs: list[tuple[int, int]] = []  # and what each reads: address, bytes
         self._shared: set[str] = set()  # own pieces that every peer has
         self._imported: dict[tuple[int, str], int] = {}  # number of a peer's piece, by rank and key
-        self._windows: dict[tuple[int, tuple[str, ...]], int] = {}  # where a peer's span is here
+        self._windows: dict[tuple[int, tuple[str, ...]], _Window] = {}  # by the peer's job rank and keys
+        _registries.setdefault(self._job_rank(context.rank), weakref.WeakSet()).add(self)
 
     @property
     def used(self) -> int:
@@ -205,7 +191,7 @@ class Registry:
 
     def _register(self) -> None:
         control, count = self._context.control, len(self._tags)
-        mine, problem = _Inputs(), ""
+        mine, problem = Inputs(), ""
         try:
             mine = self._described()
         except RuntimeError as error:
@@ -216,7 +202,7 @@ class Registry:
             {"used": self._used, "calls": count, "sizes": sizes, "problem": problem, "parts": len(parts)}
         )
         self._judge(said)
-        theirs = _gather_parts(control, parts, [item["parts"] for item in said])
+        theirs = gather_parts(control, parts, [item["parts"] for item in said])
         reason = self._fetch_files(theirs, mine)
         addresses: list[list[int]] = []
         try:
@@ -260,14 +246,14 @@ class Registry:
         names = self._context.global_ranks
         return "; ".join(f"rank {rank_label(rank, names[rank])}: {reason}" for rank, reason in reasons.items())
 
-    def _locate(self, address: int, nbytes: int) -> tuple[_Span, int]:
+    def _locate(self, address: int, nbytes: int) -> tuple[Span, int]:
         sharing, offset, *rest = self._memory.locate(address, nbytes)
         pieces = zip(map(int, rest[::3]), map(int, rest[1::3]), map(str, rest[2::3]), strict=True)
-        return _Span(int(sharing), tuple(pieces)), int(offset)
+        return Span(int(sharing), tuple(pieces)), int(offset)
 
-    def _described(self) -> _Inputs:
+    def _described(self) -> Inputs:
         """What this rank's calls read, as peers need to know it."""
-        inputs, located = _Inputs(), functools.cache(self._locate)
+        inputs, located = Inputs(), functools.cache(self._locate)
         for address, nbytes in self._inputs:
             span, offset = located(address, nbytes)
             inputs.rows.append((inputs.spans.setdefault(span, len(inputs.spans)), offset))
@@ -278,7 +264,7 @@ class Registry:
                     inputs.handles[key] = None if file else bytes(self._memory.share(base, span.sharing)).hex()
         return inputs
 
-    def _fetch_files(self, theirs: list[Any], mine: _Inputs) -> str:
+    def _fetch_files(self, theirs: list[Any], mine: Inputs) -> str:
         """Import what comes as open files; why that failed, or "". Collective where some rank has such."""
         expected = [
             (rank, key)
@@ -332,38 +318,45 @@ class Registry:
             if rank == self._context.rank:
                 addresses.append([address for address, _ in self._inputs])
                 continue
-            windows = [self._window(rank, sharing, pieces, handles) for sharing, pieces in spans]
+            windows = [self._window(rank, sharing, pieces, handles).address for sharing, pieces in spans]
             addresses.append([windows[number] + offset for number, offset in rows])
         return addresses
 
-    def _window(self, rank: int, sharing: int, pieces: list[tuple[str, int]], handles: dict[str, str | None]) -> int:
+    def _window(
+        self, rank: int, sharing: int, pieces: list[tuple[int, int, str]], handles: dict[str, str | None]
+    ) -> _Window:
         """Where a peer's span is here."""
-        name = (rank, tuple(key for key, _ in pieces))
-        if name in self._windows:
-            return self._windows[name]
+        peer, keys = self._job_rank(rank), tuple(key for _, _, key in pieces)
+        if (peer, keys) in self._windows:
+            return self._windows[peer, keys]
         if sharing == _IPC:
-            address = self._memory.open(_handle(handles, name[1][0]))
+            ((base, nbytes, key),) = pieces
+            allocation = (base, base + nbytes, key)
+            for registry in _registries[self._job_rank(self._context.rank)]:
+                registry._let_go(peer, allocation)  # noqa: SLF001 - another session's of this process
+            window = _Window(int(self._memory.open(handle_of(handles, key))), allocation)
         else:
-            for key in name[1]:
+            for key in keys:
                 if (rank, key) not in self._imported:
-                    self._imported[rank, key] = self._memory.import_piece(sharing, -1, _handle(handles, key))
-            numbers = [self._imported[rank, key] for key in name[1]]
-            address = self._memory.map(numbers, [nbytes for _, nbytes in pieces])
-        self._windows[name] = int(address)
-        return self._windows[name]
+                    self._imported[rank, key] = self._memory.import_piece(sharing, -1, handle_of(handles, key))
+            numbers = [self._imported[rank, key] for key in keys]
+            window = _Window(int(self._memory.map(numbers, [nbytes for _, nbytes, _ in pieces])), None)
+        self._windows[peer, keys] = window
+        return window
+
+    def _let_go(self, peer: int, allocation: tuple[int, int, str]) -> None:
+        """Close what is still open of allocations whose place a peer's `allocation` has by now."""
+        base, end, key = allocation
+        for name, window in list(self._windows.items()):
+            if name[0] == peer and window.allocation is not None:
+                its_base, its_end, its_key = window.allocation
+                if its_base < end and base < its_end and its_key != key:
+                    del self._windows[name]
+                    self._memory.let_go(window.address)
+
+    def _job_rank(self, rank: int) -> int:
+        return self._context.global_ranks[rank]
 
 
-def _handle(handles: Mapping[str, str | None], key: str) -> bytes:
-    handle = handles.get(key)
-    if handle is None:
-        raise RuntimeError(f"the allocation {key} came without a handle")
-    return bytes.fromhex(handle)
-
-
-def _gather_parts(control: ControlChannel, parts: Sequence[str], counts: Sequence[int]) -> list[Any]:
-    """What each rank said in its parts, by rank: spans, rows, handles."""
-    texts = [""] * len(counts)
-    for number in range(max(counts)):
-        said = control.all_gather(parts[number] if number < len(parts) else "")
-        texts = [text + part for text, part in zip(texts, said, strict=True)]
-    return [json.loads(zlib.decompress(base64.b64decode(text))) for text in texts]
+# Of this process, by its rank in the job: an allocation may be open in several sessions.
+_registries: dict[int, weakref.WeakSet[Registry]] = {}

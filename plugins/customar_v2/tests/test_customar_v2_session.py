@@ -59,7 +59,7 @@ class Native:
             return [0, 0, address, nbytes, str(address)]
 
         # Every allocation of the peer's is opened at the same place; nothing is in pieces.
-        return [locate, lambda *_: b"handle", lambda _: 1 << 40, None, None, lambda: self.calls.append("closed")]
+        return [locate, lambda *_: b"handle", lambda _: 1 << 40, None, None, None, lambda: self.calls.append("closed")]
 
     def norms(self) -> list[Any]:
         def norm_into(

@@ -13,6 +13,7 @@
 #include <cuda.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -181,6 +182,15 @@ class PeerMemory {
                       "cuIpcOpenMemHandle");
         opened_.push_back(address);
         return address;
+    }
+
+    // Lets go of what `open` gave, once for each time that it gave it. Nothing on the device may use it any more.
+    void let_go(CUdeviceptr address) {
+        const Current here(*this);
+        const auto found = std::find(opened_.begin(), opened_.end(), address);
+        if (found == opened_.end()) throw std::runtime_error("nothing is open at this address");
+        opened_.erase(found);
+        driver_.check(driver_.cuIpcCloseMemHandle_(address), "cuIpcCloseMemHandle");
     }
 
     // A peer's physical allocation, by a descriptor, which stays the caller's, or by a fabric handle: its number here.

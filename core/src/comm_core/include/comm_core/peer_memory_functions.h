@@ -21,6 +21,7 @@ namespace comm_core {
 //   open(bytes) -> address
 //   import_piece(sharing, file, bytes) -> number
 //   map(numbers, nbytes) -> address
+//   let_go(address)
 //   close()
 inline tvm::ffi::Array<tvm::ffi::Function> peer_memory(int64_t device) {
     using tvm::ffi::Any;
@@ -55,12 +56,14 @@ inline tvm::ffi::Array<tvm::ffi::Function> peer_memory(int64_t device) {
     const auto map = [memory, listed](Array<int64_t> numbers, Array<int64_t> nbytes) -> int64_t {
         return static_cast<int64_t>(memory->map(listed(numbers), listed(nbytes)));
     };
+    const auto let_go = [memory](int64_t address) { memory->let_go(static_cast<CUdeviceptr>(address)); };
     const auto close = [memory]() { memory->close(); };
     return {Function::FromTyped(locate),
             Function::FromTyped(share),
             Function::FromTyped(open),
             Function::FromTyped(import_piece),
             Function::FromTyped(map),
+            Function::FromTyped(let_go),
             Function::FromTyped(close)};
 }
 
