@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from comm_core import admission, fallback
 from comm_core.admission import Case, run
+from comm_core.errors import CaptureError
 from comm_core.types import DTYPES, OPS
 
 ALL_REDUCE, FUSED = OPS
@@ -298,3 +300,31 @@ def test_graphs_that_every_rank_has_are_replayed_after_the_capture(monkeypatch: 
     ]  # fmt: skip
     assert told == [[0, 2]]
     assert wrong == {todo[1].cell: "RuntimeError: not here"}
+
+
+@pytest.mark.parametrize("where", ["here", "there", "twice"])
+def test_a_capture_that_cant_be_left_is_recorded_once_more(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    recorder, left = Recorder(monkeypatch), 0
+
+    @contextlib.contextmanager
+    def capture_ctx(session: object) -> Iterator[None]:
+        nonlocal left
+        with recorder.capture_ctx(session):
+            yield
+        left += 1
+        if where == "twice" or (where == "here" and left == 1):
+            raise CaptureError("its input can't be shared")
+
+    def all_gather(mine: list[int]) -> list[list[int]]:
+        return [mine, [-1] if where == "there" and left == 1 else mine]
+
+    todo = [Case((ALL_REDUCE, "graph", "cuda", "int8"), (7,))]
+    hooks = {"capture_ctx": capture_ctx}
+    test = functools.partial(run, hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather)
+    if where == "twice":
+        with pytest.raises(CaptureError, match="can't be shared"):
+            test()
+    else:
+        assert test() == {}
+        assert recorder.log == [*["enter it", "record 7", "leave"] * 2, "replay 7 with 1", "replay 7 with 2"]
+    assert left == 2

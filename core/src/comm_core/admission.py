@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from comm_core._deadline import describe
+from comm_core.errors import CaptureError
 from comm_core.routes import Cell, owned
 from comm_core.types import DTYPES, Route
 
@@ -33,6 +34,8 @@ _EXACT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 _PERIOD = 1021
 # Elements a row of the fused operation's cases: small enough for many rows at small sizes.
 _HIDDEN_SIZE = 1024
+# In place of the numbers of recorded cases: the capture couldn't be left.
+_FAILED = -1
 # How many neighbours of an edge are looked at for one that another backend doesn't take.
 _NEAR = 8
 # The largest message, in bytes, that is tested because fewer tokens are another backend's.
@@ -111,20 +114,40 @@ def _run_graphs(
     wrong: dict[Cell, str],
     all_gather: Callable[[list[int]], list[list[int]]],
 ) -> None:
-    """Record every case inside one capture context, leave it, then replay each graph twice with other data."""
+    """Record every case inside one capture context, leave it, then replay each graph twice with other data.
+
+    A session that can't leave a capture may do the next one without what it couldn't, so it has two.
+    """
+    for last in (False, True):
+        graphs, failure = _record(tester, todo, wrong)
+        gathered = all_gather([_FAILED] if failure else sorted(graphs))
+        if not any(_FAILED in numbers for numbers in gathered):
+            break
+        if last:
+            raise failure or CaptureError("the capture couldn't be left on another rank")
+    # A graph that only some ranks have would wait for the others for ever.
+    everywhere = set(graphs).intersection(*gathered)
+    for number, salt in itertools.product(sorted(everywhere), (1, 2)):
+        _note(wrong, todo[number], functools.partial(graphs[number], salt))
+
+
+def _record(
+    tester: _Tester, todo: Sequence[Case], wrong: dict[Cell, str]
+) -> tuple[dict[int, Callable[[int], None]], CaptureError | None]:
+    """What replays each case that could be recorded, by number; and why the capture couldn't be left, if so."""
     graphs: dict[int, Callable[[int], None]] = {}
 
     def record(number: int, case: Case) -> None:
         graphs[number] = tester.record(case)
 
     hook = tester.hooks.get("capture_ctx")
-    with hook(tester.session) if hook else contextlib.nullcontext():
-        for number, case in enumerate(todo):
-            _note(wrong, case, functools.partial(record, number, case))
-    # A graph that only some ranks have would wait for the others for ever.
-    everywhere = set(graphs).intersection(*all_gather(sorted(graphs)))
-    for number, salt in itertools.product(sorted(everywhere), (1, 2)):
-        _note(wrong, todo[number], functools.partial(graphs[number], salt))
+    try:
+        with hook(tester.session) if hook else contextlib.nullcontext():
+            for number, case in enumerate(todo):
+                _note(wrong, case, functools.partial(record, number, case))
+    except CaptureError as error:
+        return {}, error
+    return graphs, None
 
 
 def _note(wrong: dict[Cell, str], case: Case, step: Callable[[], None]) -> None:
