@@ -36,7 +36,7 @@ class Backend:
         group_name: the process group's, by which `torch.ops.comm_core` finds this handle; "" for a process alone.
         failure: why every call raises; None while the handle serves.
         sessions: the connected backends, by name; none once the handle doesn't serve any more.
-        captured: whether a stream captured a call of it in the last `comm.capture()`.
+        captured: whether a stream has captured a call of it in this `comm.capture()`, or the last one.
     """
 
     def __init__(
@@ -83,8 +83,6 @@ class Backend:
     def record(self, on: bool) -> None:
         """Whether calls ask the stream if it captures, and take the graphs' routes where it does; core calls it."""
         self._recording = on
-        if on:
-            self.captured = False
         if self.failure is not None:
             return
         eager, graph = self._eager, self._graph

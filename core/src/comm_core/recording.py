@@ -180,6 +180,8 @@ def recording(seats: Sequence[Seat]) -> Iterator[None]:
         CommTimeoutError: a session's peers didn't come to its end.
     """
     waiting = list(seats)
+    for seat in seats:
+        seat.handle.captured = False
     try:
         refuse_capture("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
         while waiting:
