@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
-from comm_core.channel import SessionChannel
 from comm_core.context import Agreement
 from comm_core.control import MESSAGE_NBYTES, Control, Stage, StageAbortedError, StageTimeoutError
-from comm_core.errors import CaptureError, CommError, CommTimeoutError
+from comm_core.errors import CommTimeoutError
 from control_ranks import NEVER_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
 
 SHORT_S = 0.2
@@ -254,74 +251,12 @@ def test_the_second_abort_returns_the_first(store: dist.Store) -> None:
     assert [error.reason for error in errors] == ["by 0", "by 0"]
 
 
-def test_no_later_stage_gets_a_message_of_a_thread_that_was_left_behind(store: dist.Store) -> None:
-    members = group_of(store, 2)
-    channel, over = SessionChannel(), threading.Event()
-
-    def left_behind() -> set[str]:
-        words = set()
-        while not over.is_set():
-            try:
-                channel.all_gather("left behind")
-            except StageAbortedError as error:
-                words.add(error.reason)
-            time.sleep(0.0001)
-        return words
-
-    def talk(member: Control) -> list[Any]:
-        return [in_stage(member, f"step {n}", lambda stage: stage.all_gather(member.rank)) for n in range(30)]
-
-    with channel.opened(members[0], "connect") as stage:
-        late = start(left_behind)
-        stage.abort("no time left")
-    assert in_threads(members, talk) == [[[0, 1]] * 30] * 2
-    over.set()
-    assert outcome(late) == {"no time left"}
-
-
-def test_the_channel_is_closed_outside_of_collective_hooks() -> None:
-    channel = SessionChannel()
-    for call in (channel.barrier, lambda: channel.all_gather(1), lambda: channel.agree(ok=True)):
-        with pytest.raises(CommError, match="inside Collective hooks"):
-            call()
-
-
-def test_the_channel_waits_for_nobody_while_a_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    (member,) = group_of(dist.HashStore(), 1)
-    channel = SessionChannel()
-    with channel.opened(member, "connect") as stage:
-        with monkeypatch.context() as patched:
-            patched.setattr(torch.cuda, "is_available", lambda: True)
-            patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            with pytest.raises(CaptureError, match="no rank can wait for the others while a CUDA stream captures"):
-                channel.barrier()
-        assert stage.aborted is None
-        assert channel.all_gather(1) == [1]
-
-
 def test_an_abort_brings_a_note_along(store: dist.Store) -> None:
     first, second = group_of(store, 2)
     assert Stage(first, "step", note=7).abort("no room").note == 7
     for abort in (lambda stage: stage.abort("nor here"), lambda stage: outcome(start(stage.barrier))):
         error = abort(Stage(second, "step", note=3))
         assert (error.note, error.rank, error.reason) == (7, 0, "no room")
-
-
-def test_a_stage_is_met_for_when_the_plugin_begins_to_talk() -> None:
-    (member,) = group_of(dist.HashStore(), 1)
-    channel, met = SessionChannel(), []
-
-    def meet() -> Stage:
-        met.append(Stage(member, "step"))
-        return met[-1]
-
-    with channel.opened_by(meet):
-        assert not met
-        assert channel.all_gather(1) == [1]
-        assert channel.all_gather(2) == [2]
-    assert len(met) == 1
-    with pytest.raises(CommError, match="inside Collective hooks"):
-        channel.barrier()
 
 
 @pytest.mark.parametrize("aborting", [1, 3])
