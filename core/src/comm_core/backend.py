@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from comm_core import fallback, norm
+from comm_core._tensors import disjoint, plain, plain_copy
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.tables import FusedEntry, Key, PlainEntry, Recording, Tables, bind
 from comm_core.types import DTYPES, Decision
@@ -177,7 +178,7 @@ class Backend:
             ):
                 # A parameter is one even where gradients are off, and some bindings refuse tensors that want one.
                 w = weight.detach() if weight.requires_grad else weight
-                x, r, w = _plain_copy(tensor), _plain_copy(residual), _plain_copy(w)
+                x, r, w = plain_copy(tensor), plain_copy(residual), plain_copy(w)
                 y_out, s_out = _direct(out, x, (r, w)), _direct(residual_out, r, (x, w))
                 try:
                     y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
@@ -254,7 +255,7 @@ class Backend:
             # An empty sum needs no messages: every rank has the same shape.
             result = torch.empty_like(tensor)
         else:
-            result = self.all_reduce(_plain_copy(tensor))
+            result = self.all_reduce(plain_copy(tensor))
         return result if out is None else out.copy_(result)
 
     def _note_capture(self) -> None:
@@ -304,25 +305,13 @@ def _check_out(tensor: torch.Tensor, out: torch.Tensor) -> None:
 def _fits(tensor: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether a hook may write to `out` directly; what it can't be at all raises."""
     _check_out(tensor, out)
-    return out.is_contiguous() and not out.data_ptr() & 15 and _disjoint(tensor, out)
+    return out.is_contiguous() and not out.data_ptr() & 15 and disjoint(tensor, out)
 
 
 def _direct(out: torch.Tensor | None, itself: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
     """`out` where the fused hook may write to it: it is `itself` or apart from it, and apart from the others."""
-    if out is None or not out.is_contiguous() or out.data_ptr() & 15:
+    if out is None or not plain(out):
         return None
-    if out is not itself and not _disjoint(itself, out):
+    if out is not itself and not disjoint(itself, out):
         return None
-    return out if all(_disjoint(other, out) for other in others) else None
-
-
-def _disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two contiguous tensors share no memory."""
-    first, second = one.data_ptr(), other.data_ptr()
-    return first + one.nbytes <= second or second + other.nbytes <= first
-
-
-def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where hooks can take it, else a contiguous copy aligned to 16 bytes."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() & 15 else tensor
+    return out if all(disjoint(other, out) for other in others) else None

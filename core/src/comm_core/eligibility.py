@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from comm_core.topology import Topology
 
-__all__ = ["no_cuda", "no_native_code", "unfit_devices"]
+__all__ = ["no_cuda", "no_native_code", "shared_device", "unfit_devices"]
 
 
 def no_cuda(topology: Topology) -> str:
@@ -37,6 +37,15 @@ def no_native_code(topology: Topology, name: str) -> str:
     return ""
 
 
+def shared_device(topology: Topology) -> str:
+    """Whether every rank of a group, whose ranks all have a device, has one of its own."""
+    uuids = [info.device.uuid for info in topology.ranks if info.device is not None]
+    for rank, uuid in enumerate(uuids):
+        if uuid in uuids[:rank]:
+            return f"ranks {uuids.index(uuid)} and {rank} share the device {uuid}"
+    return ""
+
+
 def unfit_devices(topology: Topology, oldest: tuple[int, int]) -> str:
     """Whether the ranks' devices are distinct, of one compute capability, and new enough.
 
@@ -44,11 +53,10 @@ def unfit_devices(topology: Topology, oldest: tuple[int, int]) -> str:
         topology: a group whose ranks all have a device.
         oldest: the lowest compute capability that is taken.
     """
+    shared = shared_device(topology)
+    if shared:
+        return shared
     devices = [info.device for info in topology.ranks if info.device is not None]
-    uuids = [device.uuid for device in devices]
-    for rank, uuid in enumerate(uuids):
-        if uuid in uuids[:rank]:
-            return f"ranks {uuids.index(uuid)} and {rank} share the device {uuid}"
     capabilities = sorted({device.capability for device in devices})
     listed = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
     if len(capabilities) > 1:

@@ -14,6 +14,7 @@ import torch
 
 from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
+from comm_core._tensors import disjoint, plain, plain_copy
 
 __all__ = ["add_rms_norm", "prepare"]
 
@@ -82,13 +83,13 @@ def add_rms_norm(
     if not residual.device == weight.device == tensor.device:
         return None  # torch says what is wrong
     inputs = (tensor, residual, weight)
-    if not all(map(_plain, inputs)):
+    if not all(map(plain, inputs)):
         # Not torch's kernels instead: those of two ranks would round differently.
         with torch.no_grad():
-            inputs = tuple(_plain_copy(item) for item in inputs)  # type: ignore[assignment]
+            inputs = tuple(plain_copy(item) for item in inputs)  # type: ignore[assignment]
     normed = out if out is not None and _direct(out, inputs) else torch.empty_like(inputs[0])
     summed = residual_out
-    if summed is None or not _direct(summed, inputs) or not _disjoint(normed, summed):
+    if summed is None or not _direct(summed, inputs) or not disjoint(normed, summed):
         summed = torch.empty_like(inputs[0])
     if torch.cuda.current_device() == tensor.device.index:
         kernel(num_tokens, *inputs, normed, summed, float(eps), float(weight_offset))
@@ -112,30 +113,14 @@ def _compile(device: torch.device, dtype: torch.dtype, hidden_size: int) -> _Lau
         return reason
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    """Whether the kernel can take the tensor as it is."""
-    return tensor.is_contiguous() and not tensor.data_ptr() & 15
-
-
-def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() & 15 else tensor
-
-
 def _direct(target: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> bool:
     """Whether the kernel may write to `target`: over a whole input that is like it, or apart from all."""
     *alike, weight = inputs
     return (
-        _plain(target)
-        and _disjoint(target, weight)
-        and all(target.data_ptr() == other.data_ptr() or _disjoint(target, other) for other in alike)
+        plain(target)
+        and disjoint(target, weight)
+        and all(target.data_ptr() == other.data_ptr() or disjoint(target, other) for other in alike)
     )
-
-
-def _disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two contiguous tensors share no memory."""
-    first, second = one.data_ptr(), other.data_ptr()
-    return first + one.nbytes <= second or second + other.nbytes <= first
 
 
 def _delivered(result: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:

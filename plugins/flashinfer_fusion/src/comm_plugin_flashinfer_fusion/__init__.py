@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
+from comm_core import eligibility
 
 from comm_plugin_flashinfer_fusion import library, policy
 from comm_plugin_flashinfer_fusion.session import Session
@@ -90,10 +91,11 @@ def _unfit_devices(topology: comm.Topology) -> str:
     if len(capabilities) > 1 or devices[0].capability[0] not in (9, 10):
         listed = ", ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
         return f"it takes devices of one compute capability, 9.x or 10.x, and these have {listed}"
+    shared = eligibility.shared_device(topology)
+    if shared:
+        return shared
     for rank in range(topology.world_size):
         for peer in range(rank):
-            if devices[rank].uuid == devices[peer].uuid:
-                return f"ranks {peer} and {rank} share the device {devices[rank].uuid}"
             link = topology.link(peer, rank)
             if not link.nvlinks or not link.p2p:
                 lacking = "peer access" if link.nvlinks else "NVLink"

@@ -11,6 +11,7 @@ from typing import Any
 
 import comm_core as comm
 import torch
+from comm_core import eligibility
 
 from comm_plugin_nccl import library, session
 from comm_plugin_nccl.session import CODES, SUM, Session
@@ -59,14 +60,10 @@ def _reason(topology: comm.Topology) -> str:
 
 
 def _unfit_devices(topology: comm.Topology) -> str:
-    owners: dict[str, int] = {}
     for rank, info in enumerate(topology.ranks):
         if info.device is None or info.device.type != "cuda":
             return f"rank {rank} has no CUDA device"
-        other = owners.setdefault(info.device.uuid, rank)
-        if other != rank:
-            return f"ranks {other} and {rank} share the device {info.device.uuid}"
-    return ""
+    return eligibility.shared_device(topology)
 
 
 def _unfit_facts(topology: comm.Topology) -> str:
