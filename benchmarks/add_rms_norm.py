@@ -115,7 +115,15 @@ def error_of(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) 
     return float(((x.double() - exact) / exact.abs().clamp_min(1e-3)).abs().max()) / torch.finfo(dtype).eps
 
 
-def recorded(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) -> torch.cuda.CUDAGraph:
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A graph, and the tensors that it reads and writes, which live as long."""
+
+    graph: torch.cuda.CUDAGraph
+    tensors: tuple[torch.Tensor, ...]
+
+
+def recorded(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) -> Recorded:
     """A graph of `CALLS` calls, each on what the one before left."""
     x, r, w = inputs(dtype, num_tokens, hidden_size)
     call(x, r, w)
@@ -125,7 +133,7 @@ def recorded(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) 
         for _ in range(CALLS):
             call(x, r, w)
     graph.replay()
-    return graph
+    return Recorded(graph, (x, r, w))
 
 
 def timed(graph: torch.cuda.CUDAGraph) -> float:
@@ -147,7 +155,7 @@ def measure(dtype_name: str, num_tokens: int, hidden_size: int, warps: list[int]
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(REPEATS):
         for name, graph in graphs.items():
-            samples[name].append(timed(graph))
+            samples[name].append(timed(graph.graph))
     for name, times in samples.items():
         spread, ratio = stats.spread(times), stats.ratio(times, samples["torch"])
         yield Line(

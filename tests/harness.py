@@ -28,6 +28,7 @@ import sys
 import textwrap
 import time
 import traceback
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +37,7 @@ from typing import Any
 import comm_core
 import torch
 import torch.distributed as dist
-from comm_core import _compat, discovery
+from comm_core import _installed, discovery
 
 __all__ = ["DEAD", "RankError", "Ranks", "install", "side_store"]
 
@@ -309,16 +310,19 @@ def _leave() -> None:
 @contextlib.contextmanager
 def _environment(job: _Job) -> Iterator[None]:
     """The job's environment variables and its plugins, found by `importlib.metadata` in the job's folders alone."""
-    environ, path, distributions = dict(os.environ), list(sys.path), _compat.metadata.distributions
+    environ, path, metadata = dict(os.environ), list(sys.path), _installed.metadata
     os.environ.update(job.env)
     sys.path[:0] = job.path
-    _compat.metadata.distributions = lambda **kwargs: distributions(path=list(job.path), **kwargs)
+    # For core's list of plugins alone: Triton finds its driver by metadata, too.
+    vars(_installed)["metadata"] = types.SimpleNamespace(
+        distributions=lambda **kwargs: metadata.distributions(path=list(job.path), **kwargs)
+    )
     importlib.invalidate_caches()
     discovery.reset()
     try:
         yield
     finally:
-        _compat.metadata.distributions = distributions
+        vars(_installed)["metadata"] = metadata
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environ)

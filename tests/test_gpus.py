@@ -205,6 +205,7 @@ def test_the_demo_sums_on_gpus() -> None:
     assert done.returncode == 0, done.stderr
     assert "one host" in done.stdout
     assert "CPU tensors" not in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines() if "torch_distributed" in line and "KiB" in line]
+    _, _, table = done.stdout.partition("#wrong")  # whichever backend serves
+    rows = [line.split() for line in table.splitlines() if "KiB" in line]
     assert rows
     assert all(row[-1] == "0" for row in rows), done.stdout

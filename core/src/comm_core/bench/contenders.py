@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,8 @@ class Recorder:
         with self.capture(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             body()
         self._graphs.append(graph)
-        return graph.replay
+        # Of tensors that `body` holds the graph has no more than their addresses.
+        return functools.partial(_replay, graph, body)
 
     def capture(self) -> AbstractContextManager[None]:
         """What the calls need around a graph's capture. Collective."""
@@ -115,6 +117,10 @@ class Recorder:
         """Let go of what is kept. Local, once all ranks are done with it."""
         self._graphs.clear()
         self._pool = None
+
+
+def _replay(graph: torch.cuda.CUDAGraph, body: Callable[[], None]) -> None:  # noqa: ARG001 - kept as long as this is called
+    graph.replay()
 
 
 class Contender(Recorder, abc.ABC):

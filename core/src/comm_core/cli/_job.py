@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 
 __all__ = ["enough_gpus", "joined", "launch", "under_torchrun"]
@@ -39,7 +40,10 @@ def enough_gpus(nproc: int) -> bool:
 
 @contextlib.contextmanager
 def joined() -> Iterator[int]:
-    """Be a rank of the job: each with a GPU of its own where there are enough, else all on CPUs. Yields the rank."""
+    """Be a rank of the job: each with a GPU of its own where there are enough, else all on CPUs. Yields the rank.
+
+    An exception ends the process with status 1 and its traceback.
+    """
     import torch
     import torch.distributed as dist
 
@@ -59,5 +63,10 @@ def joined() -> Iterator[int]:
     try:
         yield dist.get_rank()
         comm.close()
-    finally:
-        dist.destroy_process_group()
+    except Exception:  # noqa: BLE001 - told, and the process ends with it
+        # To leave in order would wait for peers, and for a GPU that may never answer again; torchrun ends the others.
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
