@@ -80,6 +80,16 @@ def passed_on(session: object, tensor: torch.Tensor, out: torch.Tensor | None) -
     return tensor
 
 
+def fused_passed_on(
+    session: object,  # noqa: ARG001 - a hook
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    *_rest: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Likewise, of the fused operation."""
+    return tensor, residual
+
+
 def four_ranges() -> tuple[Range, ...]:
     """Ranges of which an all-reduce of 64 KiB takes the last."""
     edges = (0, 4 << 10, 16 << 10, 32 << 10, 1 << 20)
@@ -91,10 +101,11 @@ def four_ranges() -> tuple[Range, ...]:
 
 def fake_handle() -> Backend:
     """A handle of one process whose route has four ranges of one backend before the terminal fallback."""
-    offer = Offer("fake", 300, four_ranges())
+    offer = Offer("fake", 300, (*four_ranges(), Range("all_reduce_add_rms_norm")))
     topology = Topology.of([probe_rank(0, torch.device("cpu"), plugins={}, facts={})])
     decision = slate({"fake": "1"}, [{"fake": encode_answer(Available(300, offer.ranges))}]).decision(("cpu",))
-    session = Session(cast("Any", SimpleNamespace(hooks={"all_reduce": passed_on})), None, cast("Any", None))
+    hooks = {"all_reduce": passed_on, "all_reduce_add_rms_norm": fused_passed_on}
+    session = Session(cast("Any", SimpleNamespace(hooks=hooks)), None, cast("Any", None))
     return Backend(decision, topology, "the benchmark", torch.device("cpu"), (passed_on, None), {"fake": session})
 
 
@@ -123,6 +134,22 @@ def hot_path(repeats: int) -> Iterator[Figure]:
             worst=max(added),
             target=target,
         )
+
+
+def fused_path(repeats: int) -> Iterator[Figure]:
+    """What the handle adds to a direct call of the fused hook, likewise."""
+    backend = fake_handle()
+    x, residual = (torch.zeros((8, 4096), dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.zeros(4096, dtype=torch.bfloat16)
+    for label, residual_out in (("out of place", None), ("in place", residual)):
+        through = functools.partial(backend.all_reduce_add_rms_norm, x, residual, weight, residual_out=residual_out)
+        direct_us, through_us = [], []
+        for _ in range(repeats):
+            direct_us.append(_median_us(fused_passed_on, None, x, residual, weight, 1e-6, 0.0, None, residual_out))
+            through_us.append(_median_us(through))
+        added = [one - other for one, other in zip(through_us, direct_us, strict=True)]
+        name = f"handle's share of a fused call, {label}"
+        yield Figure(name, min(through_us) - min(direct_us), "us", worst=max(added))
 
 
 def operator(repeats: int) -> Iterator[Figure]:
@@ -324,6 +351,7 @@ def main() -> int:
     options = parser.parse_args()
     figures = [
         *hot_path(options.repeats),
+        *fused_path(options.repeats),
         *operator(options.repeats),
         *import_time(options.repeats),
         *deciding(options.repeats),

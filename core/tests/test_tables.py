@@ -14,6 +14,8 @@ from comm_core.types import Range
 from fake_handle import ALL_REDUCE, FUSED, aligned, one_backend
 
 GPU = torch.device("cuda", 1)
+# As tensors tell it by `get_device()`.
+ON_GPU, ON_CPU = 1, -1
 
 
 def session(name: str) -> Any:
@@ -31,34 +33,35 @@ def test_each_mode_has_entries_of_its_own() -> None:
     sessions = {name: session(name) for name in ("pull", "push")}
     eager, graph = (bind(decision, mode, devices, (print, "group"), sessions) for mode in ("eager", "graph"))
 
-    def names(table: Any, device: torch.device, dtype: torch.dtype) -> list[str]:
+    def names(table: Any, device: int, dtype: torch.dtype) -> list[str]:
         return [entry[5] for entry in table.get((device, dtype), ())]
 
-    assert names(eager.plain, GPU, torch.float16) == ["push", "torch_distributed"]
-    assert names(graph.plain, GPU, torch.float16) == ["pull", "torch_distributed"]
-    assert names(graph.plain, GPU, torch.int8) == ["pull", "torch_distributed"]
-    assert names(eager.fused, GPU, torch.bfloat16) == names(graph.fused, GPU, torch.bfloat16) == ["push"]
-    assert not any(device.type == "cpu" for device, _ in graph.plain)
-    low, high, multiple, hook, value, _ = graph.plain[GPU, torch.int8][0]
+    assert names(eager.plain, ON_GPU, torch.float16) == ["push", "torch_distributed"]
+    assert names(graph.plain, ON_GPU, torch.float16) == ["pull", "torch_distributed"]
+    assert names(graph.plain, ON_GPU, torch.int8) == ["pull", "torch_distributed"]
+    assert names(eager.fused, ON_GPU, torch.bfloat16) == names(graph.fused, ON_GPU, torch.bfloat16) == ["push"]
+    assert names(eager.plain, ON_CPU, torch.int8) == ["torch_distributed"]
+    assert not any(device == ON_CPU for device, _ in graph.plain)
+    low, high, multiple, hook, value, _ = graph.plain[ON_GPU, torch.int8][0]
     assert (low, high, multiple, hook, value) == (1, 1024, 1, "pull's sum", "session of pull")
 
 
 def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = {(GPU, torch.int8): "eager", (torch.device("cpu"), torch.int8): "of the CPU"}
+    eager = {(ON_GPU, torch.int8): "eager", (ON_CPU, torch.int8): "of the CPU"}
     noted: list[None] = []
-    table = Recording(eager, {(GPU, torch.int8): "graph"}, lambda: noted.append(None))
+    table = Recording(eager, {(ON_GPU, torch.int8): "graph"}, lambda: noted.append(None))
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert table.get((GPU, torch.int8)) == "eager"
+    assert table.get((ON_GPU, torch.int8)) == "eager"
     assert not noted
     capturing = True
-    assert table.get((GPU, torch.int8)) == "graph"
+    assert table.get((ON_GPU, torch.int8)) == "graph"
     assert len(noted) == 1
     # A stream of the GPU's says nothing of tensors on the CPU.
-    assert table.get((torch.device("cpu"), torch.int8)) == "of the CPU"
-    assert table.get((GPU, torch.int16)) is None
-    assert (GPU, torch.int8) in table
+    assert table.get((ON_CPU, torch.int8)) == "of the CPU"
+    assert table.get((ON_GPU, torch.int16)) is None
+    assert (ON_GPU, torch.int8) in table
 
 
 def test_a_handle_serves_the_same_inside_a_capture_where_there_are_no_graphs() -> None:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["disjoint", "plain", "plain_copy"]
+    Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+__all__ = ["disjoint", "operands", "plain", "plain_copy"]
 
 
 def plain(tensor: torch.Tensor) -> bool:
@@ -25,3 +27,43 @@ def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two contiguous tensors share no memory."""
     first, second = one.data_ptr(), other.data_ptr()
     return first + one.nbytes <= second or second + other.nbytes <= first
+
+
+def operands(
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+) -> Operands:
+    """A fused call's tensors as its hook takes them: copies of what kernels can't take, None where they can't write.
+
+    An output is written to directly where it is its input, `tensor` or `residual`, or apart from it, and apart from the
+    two others.
+    """
+    if weight.requires_grad:
+        # A parameter is one even where gradients are off, and some bindings refuse tensors that want one.
+        weight = weight.detach()
+    x, r, w = tensor.data_ptr(), residual.data_ptr(), weight.data_ptr()
+    if (x | r | w) & 15 or not (tensor.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
+        tensor, residual, weight = plain_copy(tensor), plain_copy(residual), plain_copy(weight)
+    elif out is None and residual_out is None:
+        return tensor, residual, weight, None, None
+    elif out is None and residual_out is residual:  # what models do, so it is to be quick
+        nbytes = tensor.nbytes
+        if (x + nbytes <= r or r + nbytes <= x) and (w + weight.nbytes <= r or r + nbytes <= w):
+            return tensor, residual, weight, None, residual
+    return (
+        *(tensor, residual, weight),
+        _direct(out, tensor, (residual, weight)),
+        _direct(residual_out, residual, (tensor, weight)),
+    )
+
+
+def _direct(out: torch.Tensor | None, itself: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+    """`out` where a hook may write to it: it is `itself` or apart from it, and apart from the others."""
+    if out is None or not plain(out):
+        return None
+    if out is not itself and not disjoint(itself, out):
+        return None
+    return out if all(disjoint(other, out) for other in others) else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from comm_core import fallback, norm
-from comm_core._tensors import disjoint, plain, plain_copy
+from comm_core._tensors import disjoint, operands, plain_copy
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.tables import FusedEntry, Key, PlainEntry, Recording, Tables, bind
 from comm_core.types import DTYPES, Decision
@@ -59,6 +59,7 @@ class Backend:
         self.captured = False
         self._recording = False
         self._served_by: list[Session] = []
+        self._devices: tuple[torch.device, ...] = ()
         self._plain: Mapping[Key, tuple[PlainEntry, ...]] = {}
         self._fused: Mapping[Key, tuple[FusedEntry, ...]] = {}
         self.adopt(decision, sessions)
@@ -72,6 +73,7 @@ class Backend:
         """
         kinds = self.topology.device_types
         devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
+        self._devices = tuple(devices.values())
         self._eager = bind(decision, "eager", devices, self._terminal, sessions)
         self._graph = bind(decision, "graph", devices, self._terminal, sessions)
         self.decision = decision
@@ -107,12 +109,13 @@ class Backend:
             CommError: the backend that serves this message failed, or the handle is closed; the text names it. As
                 `CommTimeoutError` where a peer didn't come, as `CaptureError` where the call can't be captured yet.
         """
-        rules = self._plain.get((tensor.device, tensor.dtype))
+        rules = self._plain.get((tensor.get_device(), tensor.dtype))
         try:
-            odd = tensor.data_ptr() & 15 or not tensor.is_contiguous()
+            address, contiguous = tensor.data_ptr(), tensor.is_contiguous()
         except RuntimeError:  # a sparse tensor has neither, and a look at every tensor's layout costs each call 50 ns
-            odd = True
-        if odd or rules is None:
+            return self._reduce_odd(tensor, out)
+        # The address of empty tensors, and of those on torch's device "meta", is 0.
+        if address & 15 or not contiguous or not address or rules is None:
             return self._reduce_odd(tensor, out)
         if out is not None and out is not tensor and not _fits(tensor, out):
             return out.copy_(self.all_reduce(tensor))
@@ -156,19 +159,23 @@ class Backend:
         Raises:
             As `all_reduce`; ValueError also for shapes that don't fit.
         """
-        if tensor.dim() != 2 or residual.shape != tensor.shape or weight.shape != tensor.shape[1:]:
+        index, dtype, shape = tensor.get_device(), tensor.dtype, tensor.shape
+        if len(shape) != 2 or residual.shape != shape or weight.dim() != 1 or weight.numel() != shape[1]:
             raise ValueError(
                 "[num_tokens, hidden_size], the same, and [hidden_size] are needed, not "
-                f"{list(tensor.shape)}, {list(residual.shape)} and {list(weight.shape)}"
+                f"{list(shape)}, {list(residual.shape)} and {list(weight.shape)}"
             )
-        if not tensor.dtype == residual.dtype == weight.dtype or not tensor.is_floating_point():
-            raise TypeError(f"one floating dtype is needed, not {tensor.dtype}, {residual.dtype} and {weight.dtype}")
-        for target in (out, residual_out):
-            if target is not None:
-                _check_out(tensor, target)
-        nbytes, (num_tokens, hidden_size) = tensor.nbytes, tensor.shape
+        if not residual.dtype == weight.dtype == dtype or not dtype.is_floating_point:
+            raise TypeError(f"one floating dtype is needed, not {dtype}, {residual.dtype} and {weight.dtype}")
+        if not residual.get_device() == weight.get_device() == index:
+            raise ValueError(f"one device is needed, not {tensor.device}, {residual.device} and {weight.device}")
+        if out is not None and out is not tensor:
+            _check_out(tensor, out)
+        if residual_out is not None and residual_out is not residual:
+            _check_out(tensor, residual_out)
+        nbytes, (num_tokens, hidden_size) = tensor.nbytes, shape
         for low, high, multiple, function, session, name, most_tokens, hidden_multiple in self._fused.get(
-            (tensor.device, tensor.dtype), ()
+            (index, dtype), ()
         ):
             if (
                 low <= nbytes <= high
@@ -176,10 +183,7 @@ class Backend:
                 and num_tokens <= most_tokens
                 and not hidden_size % hidden_multiple
             ):
-                # A parameter is one even where gradients are off, and some bindings refuse tensors that want one.
-                w = weight.detach() if weight.requires_grad else weight
-                x, r, w = plain_copy(tensor), plain_copy(residual), plain_copy(w)
-                y_out, s_out = _direct(out, x, (r, w)), _direct(residual_out, r, (x, w))
+                x, r, w, y_out, s_out = operands(tensor, residual, weight, out, residual_out)
                 try:
                     y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
@@ -264,11 +268,11 @@ class Backend:
     def _check_kind(self, tensor: torch.Tensor) -> None:
         """Raise why there is no route for tensors of this kind; a dtype and device of the group have one."""
         dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
-        if (tensor.device, dtype) in self._plain and tensor.layout is torch.strided:
+        known = tensor.device in self._devices
+        if known and (tensor.get_device(), dtype) in self._plain and tensor.layout is torch.strided:
             return
-        kinds = {device for device, _ in self._plain}
-        if tensor.device not in kinds:
-            names = ", ".join(sorted(map(str, kinds)))
+        if not known:
+            names = ", ".join(sorted(map(str, self._devices)))
             raise ValueError(
                 f"a tensor on {tensor.device} can't be reduced in {self._title}, whose tensors live on {names}. For "
                 "CPU tensors beside CUDA's make the group with backend='cpu:gloo,cuda:nccl'"
@@ -306,12 +310,3 @@ def _fits(tensor: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether a hook may write to `out` directly; what it can't be at all raises."""
     _check_out(tensor, out)
     return out.is_contiguous() and not out.data_ptr() & 15 and disjoint(tensor, out)
-
-
-def _direct(out: torch.Tensor | None, itself: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-    """`out` where the fused hook may write to it: it is `itself` or apart from it, and apart from the others."""
-    if out is None or not plain(out):
-        return None
-    if out is not itself and not disjoint(itself, out):
-        return None
-    return out if all(disjoint(other, out) for other in others) else None

@@ -45,6 +45,15 @@ class _Limit(Contender):
         return state
 
 
+class _Launch(_Limit):
+    """A kernel that does nothing, and as many new outputs as the operation has; the binding allocates the first."""
+
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
+        for tensor in state[1:]:
+            torch.empty_like(tensor)
+        return super().call(state, weight, in_place=in_place)
+
+
 def limits(job: Job, capacity: int) -> list[tuple[str, Callable[[], Contender]]]:
     """Names, and what makes each limit on every rank together or raises `Absent`.
 
@@ -69,7 +78,7 @@ def limits(job: Job, capacity: int) -> list[tuple[str, Callable[[], Contender]]]
         return found
 
     return [
-        (LAUNCH, lambda: _Limit(LAUNCH, job, module().launch)),
+        (LAUNCH, lambda: _Launch(LAUNCH, job, module().launch)),
         (HOP, lambda: _hop(job, module(), symmetric())),
         ("limit:push", lambda: _transfer("push", job, module(), symmetric(), capacity)),
         ("limit:pull", lambda: _transfer("pull", job, module(), symmetric(), capacity)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comm_core.bench.cases import bus_factor
-from comm_core.bench.results import HOP, Row, title
+from comm_core.bench.results import HOP, LAUNCH, Row, title
 from comm_core.report import size
 
 __all__ = ["draw"]
@@ -29,6 +29,7 @@ def draw(rows: Sequence[Row], path: Path, heading: str) -> None:
         ImportError: matplotlib isn't there.
         OSError, ValueError: the picture can't be written.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     tables: dict[tuple[str, str], list[Row]] = {}
@@ -36,8 +37,12 @@ def draw(rows: Sequence[Row], path: Path, heading: str) -> None:
         key = title(row.case.op, row.case.mode, row.case.place), row.case.dtype
         tables.setdefault(key, []).append(row)
     names = list(dict.fromkeys(row.name for row in rows if row.kind != "limit"))
+    # Ten strong colours, each followed by its pale sibling.
+    palette = [colormaps["tab20"](number) for number in range(20)]
+    colors = palette[::2] + palette[1::2]
     styles = {
-        name: {"color": f"C{number % 10}", "marker": _MARKS[number % len(_MARKS)]} for number, name in enumerate(names)
+        name: {"color": colors[number % len(colors)], "marker": _MARKS[number % len(_MARKS)]}
+        for number, name in enumerate(names)
     }
     figure = Figure(figsize=(2 * _WIDTH, _HEIGHT * len(tables) + 0.5), layout="constrained")
     figure.suptitle(heading)
@@ -53,7 +58,7 @@ def draw(rows: Sequence[Row], path: Path, heading: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _panel(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, str]], what: str) -> None:
+def _panel(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, Any]], what: str) -> None:
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(row.name, []).append(row)
@@ -73,6 +78,9 @@ def _panel(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, str]], w
         factor = bus_factor(rows[0].world_size)
         values = [limit[each] if what == "time" else each / limit[each] / 1e3 * factor for each in nbytes]
         panel.plot(nbytes, values, label="limit", color="black", linestyle="--", linewidth=1.0)
+    launches = sorted((row.case.nbytes, row.time.median) for row in rows if row.name == LAUNCH)
+    if launches and what == "time":
+        panel.plot(*zip(*launches, strict=True), label="bare launch", color="black", linestyle=":", linewidth=1.0)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xlabel("message")

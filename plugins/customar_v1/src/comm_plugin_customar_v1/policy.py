@@ -48,12 +48,17 @@ class Row:
         return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.threads, self.blocks)
 
 
-# Unmeasured. One stage ends where vLLM's and SGLang's kernels of this design end it: they take two ranks one-stage
-# whatever the size, four below 512 KiB, more below 256 KiB. Shapes are chosen so that a message of a row's size has
-# some 128 blocks, about one for each multiprocessor of a data-centre part.
+# One stage ends where vLLM's and SGLang's kernels of this design end it: they take two ranks one-stage whatever the
+# size, four below 512 KiB, more below 256 KiB.
+#
+# Two ranks: a call took 3.6 us for 64 KiB in 32 blocks of 128 threads, 5.5 us for 256 KiB in 128 such blocks, and
+# 6.0 us for 512 KiB in 64 of 512 (two H200, graph, out of place, 2026-11-22). Blocks, each of which meets its peers',
+# cost more than bytes, so 128 and 256 KiB have 32 here, too: these two rows aren't measured yet, the others are that
+# run's. More ranks: unmeasured; a message of a row's size has some 128 blocks, about one for each multiprocessor.
 _TABLES: dict[int, tuple[Row, ...]] = {
     2: (
-        Row(256 * _KIB, "one_stage", threads=128),
+        Row(64 * _KIB, "one_stage", threads=128),
+        Row(128 * _KIB, "one_stage", threads=256),
         Row(1 * _MIB, "one_stage", threads=512),
         Row(2 * _MIB, "one_stage", vecs=2, threads=512),
         Row(MAX_NBYTES, "one_stage", vecs=4, threads=512),

@@ -105,12 +105,13 @@ def pre_capture_init(session: Session, shapes: comm.Shapes) -> None:
 @comm.hookimpl
 def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """Sum over the ranks; see the hook's spec."""
+    address = tensor.data_ptr()
     if out is None:
         out = torch.empty_like(tensor)
     try:
         session.launch(
-            tensor.data_ptr(),
-            out.data_ptr(),
+            address,
+            address if out is tensor else out.data_ptr(),
             tensor.numel(),
             CODES[tensor.dtype],
             SUM,
