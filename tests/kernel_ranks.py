@@ -1,6 +1,6 @@
 """What ranks with GPUs do with a backend of CUDA kernels: the same for every such plugin, run by its own tests.
 
-Each function begins with the backend's name and runs in every rank of `harness.Ranks`, on two GPUs.
+Each function begins with the backend's name and runs in every rank of `harness.Ranks`, two or more, on as many GPUs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import time
+from typing import Any
 
 import comm_core as comm
 import pytest
@@ -67,10 +68,11 @@ def backend(name: str) -> comm.Backend:
 
 def sums(name: str, sizes: tuple[int, ...]) -> int:
     handle, rank, checked = backend(name), dist.get_rank(), 0
+    ranks = range(dist.get_world_size())
     for dtype, size in itertools.product(DTYPES, sizes):
         nbytes = size - size % dtype.itemsize
-        integers = [(torch.arange(nbytes // dtype.itemsize, device="cuda") * (r + 3) % 16).to(dtype) for r in (0, 1)]
-        for salt, inputs in enumerate((integers, [random_bits(r, nbytes, dtype) for r in (0, 1)])):
+        integers = [(torch.arange(nbytes // dtype.itemsize, device="cuda") * (r + 3) % 16).to(dtype) for r in ranks]
+        for salt, inputs in enumerate((integers, [random_bits(r, nbytes, dtype) for r in ranks])):
             (mine, behind), expected = with_a_canary(inputs[rank]), reference(inputs)
             got = handle.all_reduce(mine)
             assert same(got, expected), (dtype, nbytes, salt, (got != expected).nonzero()[:3])
@@ -102,7 +104,7 @@ def replays(name: str, sizes: tuple[int, ...], count: int) -> int:
 
 
 def replay(handle: comm.Backend, numel: int, count: int) -> None:
-    rank = dist.get_rank()
+    rank, size = dist.get_rank(), dist.get_world_size()
     x = torch.zeros(numel, device="cuda", dtype=torch.bfloat16)
     handle.all_reduce(x)
     torch.cuda.synchronize()
@@ -119,12 +121,19 @@ def replay(handle: comm.Backend, numel: int, count: int) -> None:
         if (step + rank) % 3 == 0:
             torch.cuda._sleep(100_000 * (step % 5))
         graph.replay()
-        one = 2 * (2 * base + 1)
-        assert torch.equal(first, one.to(torch.bfloat16)), (numel, step)
-        assert torch.equal(third, ((2 * one + 1) * 2 - 1).to(torch.bfloat16)), (numel, step)
+        one = (2 * total(base)).to(torch.bfloat16)
+        two = (size * total(one.long()).to(torch.bfloat16)).to(torch.bfloat16)
+        assert torch.equal(first, one), (numel, step)
+        assert torch.equal(third, two - 1), (numel, step)
         if step % 10 == 0:
             eager = handle.all_reduce(torch.full((33 * 8 + 1,), step % 7 + rank, device="cuda", dtype=torch.float32))
-            assert torch.equal(eager, torch.full_like(eager, 2 * (step % 7) + 1))
+            assert torch.equal(eager, torch.full_like(eager, total(step % 7)))
+
+
+def total(value: Any) -> Any:
+    """The sum over the ranks of `value` and each one's rank."""
+    size = dist.get_world_size()
+    return size * value + size * (size - 1) // 2
 
 
 def two_streams(name: str) -> None:
@@ -138,7 +147,7 @@ def two_streams(name: str) -> None:
             results.append(handle.all_reduce(tensor))
     torch.cuda.synchronize()
     for value, result in enumerate(results):
-        assert torch.equal(result, torch.full_like(result, 2 * value + 1))
+        assert torch.equal(result, torch.full_like(result, total(value)))
     comm.close()
 
 
@@ -155,22 +164,23 @@ def refused(name: str) -> str:
         with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(comm.CommError) as caught:
             handle.all_reduce(x)
     graph.replay()
-    assert torch.equal(y, 2 * x)
+    assert torch.equal(y, dist.get_world_size() * x)
     return str(caught.value)
 
 
 def mixed(name: str, calls: int) -> int:
     """Sizes and rows at random in two groups over the same GPUs, without a host's wait between calls."""
-    group = dist.new_group([0, 1], backend="nccl")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(range(size), backend="nccl")
     handles = [backend(name), comm.get_backend(group, backends=(name,))]
-    rank = dist.get_rank()
+    most = 128 // size  # so that sums are exact
     generator = torch.Generator().manual_seed(11)
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     for call in range(calls):
-        size, which, value = torch.randint(0, 1 << 18, (3,), generator=generator).tolist()
-        numel = 1 + size % (1 << (1 + call % 18))
-        x = torch.full((numel,), value % 64 + rank, device="cuda", dtype=torch.bfloat16)
-        wrong += (handles[which % 2].all_reduce(x) != 2 * (value % 64) + 1).sum()
+        length, which, value = torch.randint(0, 1 << 18, (3,), generator=generator).tolist()
+        numel = 1 + length % (1 << (1 + call % 18))
+        x = torch.full((numel,), value % most + rank, device="cuda", dtype=torch.bfloat16)
+        wrong += (handles[which % 2].all_reduce(x) != total(value % most)).sum()
     assert wrong.item() == 0
     comm.close()
     return calls

@@ -88,6 +88,17 @@ def forced() -> list[str]:
     return algorithms
 
 
+@pytest.mark.gpus(4)
+@pytest.mark.parametrize("shape", ["", "one_stage", "two_stage:vecs=2"])
+def test_four_ranks(ranks: Ranks, found: list[list[Path]], shape: str) -> None:
+    job: dict[str, Any] = {"world_size": 4, "backend": GPUS, "path": found[:1] * 4}
+    job |= {"env": {policy.OPTION: shape}, "deadline_s": 280}
+    assert ranks.run(kernel_ranks.sums, NAME, SIZES, **job) == [2 * len(DTYPES) * len(SIZES)] * 4
+    sizes = (2, 8190, 256 << 10, (6 << 20) + 14)
+    assert ranks.run(kernel_ranks.replays, NAME, sizes, 50, **job) == [50 * len(sizes)] * 4
+    assert ranks.run(kernel_ranks.mixed, NAME, 2000, **job) == [2000] * 4
+
+
 @pytest.mark.parametrize("algorithm", policy.ALGORITHMS)
 def test_an_algorithm_that_is_forced_serves_every_size(ranks: Ranks, found: list[list[Path]], algorithm: str) -> None:
     results = ranks.run(forced, backend=GPUS, path=found, env={policy.OPTION: algorithm})

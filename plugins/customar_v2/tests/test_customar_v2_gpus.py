@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import kernel_ranks
 import pytest
@@ -40,6 +41,19 @@ def test_replays_of_a_graph(ranks: Ranks, found: list[list[Path]], shape: str) -
     env = {policy.OPTION: shape}
     results = ranks.run(kernel_ranks.replays, NAME, sizes, 200, backend=GPUS, path=found, env=env, deadline_s=280)
     assert results == [200 * len(sizes)] * 2
+
+
+@pytest.mark.gpus(4)
+@pytest.mark.parametrize("world_size", [3, 4])
+@pytest.mark.parametrize("shape", ["", *policy.ALGORITHMS])
+def test_more_ranks(ranks: Ranks, found: list[list[Path]], shape: str, world_size: int) -> None:
+    job: dict[str, Any] = {"world_size": world_size, "backend": GPUS, "path": found[:1] * world_size}
+    job |= {"env": {policy.OPTION: shape}, "deadline_s": 280}
+    sizes = tuple(size for size in SIZES if size <= 8 << 20)  # what the conservative table serves
+    assert set(ranks.run(kernel_ranks.sums, NAME, sizes, **job)) == {2 * len(DTYPES) * len(sizes)}
+    sizes = (2, 8190, 256 << 10, (6 << 20) + 14)
+    assert set(ranks.run(kernel_ranks.replays, NAME, sizes, 50, **job)) == {50 * len(sizes)}
+    assert set(ranks.run(kernel_ranks.mixed, NAME, 2000, **job)) == {2000}
 
 
 def test_calls_on_two_streams_are_ordered(ranks: Ranks, found: list[list[Path]]) -> None:

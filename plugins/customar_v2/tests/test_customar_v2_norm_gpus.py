@@ -89,9 +89,9 @@ def fused(messages: tuple[tuple[int, int], ...], rows: tuple[NormRow, ...]) -> i
     for dtype, shape in itertools.product(DTYPES, messages):
         route = handle.decision.route("all_reduce_add_rms_norm", "graph", "cuda", str(dtype).removeprefix("torch."))
         assert route.backend_for(shape[0] * shape[1] * dtype.itemsize, *shape) == NAME
-        terms = [values(shape, dtype, 1000 * r + shape[0]) for r in (0, 1)]
+        terms = [values(shape, dtype, 1000 * r + shape[0]) for r in range(dist.get_world_size())]
         residual, weight = values(shape, dtype, 5), values(shape[1:], dtype, 6)
-        total = terms[0].float() + terms[1].float()
+        total = sum((term.float() for term in terms[1:]), terms[0].float())  # in rank order
         bits: dict[float, torch.Tensor] = {}
         for row, offset in itertools.product(rows, OFFSETS):
             if row.cluster > 1 and not newer:
@@ -136,6 +136,19 @@ def test_fused_calls_give_the_sums_to_the_bit_and_their_norms(ranks: Ranks, foun
     results = ranks.run(fused, MESSAGES, ROWS, backend=GPUS, path=found, deadline_s=280)
     assert results[0] == results[1]
     assert results[0] >= len(DTYPES) * len(MESSAGES) * 2 * sum(row.cluster == 1 for row in ROWS)
+
+
+@pytest.mark.gpus(4)
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_more_ranks(ranks: Ranks, found: list[list[Path]], world_size: int) -> None:
+    # There a thread always has two vectors.
+    rows = tuple(row for row in ROWS if row.vecs == 2 or row.algorithm == "separate")
+    assert len(rows) > 5
+    messages = tuple(shape for shape in MESSAGES if shape[0] * shape[1] <= 2 << 20)  # of which all dtypes are served
+    job: dict[str, Any] = {"world_size": world_size, "backend": GPUS, "path": found[:1] * world_size}
+    results = ranks.run(fused, messages, rows, deadline_s=280, **job)
+    assert set(results) == {results[0]}
+    assert results[0] >= len(DTYPES) * len(messages) * 2 * sum(row.cluster == 1 for row in rows)
 
 
 def test_messages_beyond_a_slot_go_in_several_launches(ranks: Ranks, found: list[list[Path]]) -> None:
