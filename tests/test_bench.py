@@ -330,6 +330,7 @@ def test_the_command_exits_with_1_for_a_wrong_element(tmp_path: Path) -> None:
         path=plant(tmp_path, [LastElement]),
     )
     assert done.returncode == 1
+    assert "Traceback" not in done.stderr, done.stderr
     document = json.loads(path.read_text())
     assert document["wrong"] > 0
     assert wrong_by(document, LastElement) == {("in", AT): True}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import traceback
+import uuid
 from collections.abc import Iterator, Sequence
 
 __all__ = ["enough_gpus", "joined", "launch", "under_torchrun"]
@@ -18,17 +18,33 @@ def under_torchrun() -> bool:
 
 
 def launch(nproc: int, arguments: Sequence[str]) -> int:
-    """Run `comm-core` with these arguments in a job of `nproc` processes on this host; its exit status, 0 or 1."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    """Run `comm-core` with these arguments in a job of `nproc` processes on this host, as torchrun does.
+
+    Returns:
+        0; 1 where a process failed, which has said why; 128 and its number where a signal ended the job.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     # torchrun warns where this isn't set, and takes one thread a process then.
-    environ = {"OMP_NUM_THREADS": "1", **os.environ}
-    done = subprocess.run(  # noqa: S603 - torchrun with our own arguments
-        # After "--" torchrun takes none of our options for its own.
-        [*torchrun, "-m", "--", "comm_core", *arguments],
-        env=environ,
-        check=False,
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
     )
-    return 1 if done.returncode else 0
+    try:
+        elastic_launch(config, sys.executable)("-m", "comm_core", *arguments)
+    except ChildFailedError:
+        return 1
+    except SignalException as ended:
+        return 128 + ended.sigval
+    return 0
 
 
 def enough_gpus(nproc: int) -> bool:
