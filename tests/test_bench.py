@@ -337,6 +337,19 @@ def test_the_command_exits_with_1_for_a_wrong_element(tmp_path: Path) -> None:
     assert f"# Wrong elements: {document['wrong']}" in done.stdout.splitlines()
 
 
+def test_the_command_needs_no_numpy(tmp_path: Path) -> None:
+    # torch doesn't bring it along, and is told so once, when it is imported.
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "numpy.py").write_text("raise ModuleNotFoundError('blocked')\n")
+    path = tmp_path / "x.json"
+    done = bench(
+        *("-b", "1K", "-e", "1K", "-n", "3", "--place", "in", "--repetitions", "7", "--json", str(path)),
+        path=[tmp_path / "without"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text())["wrong"] == 0
+
+
 def test_a_backend_that_nobody_has_is_told(ranks: Ranks) -> None:
     results = ranks.run(measured_only, ("nosuch",))
     for absent, names in results:

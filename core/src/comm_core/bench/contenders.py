@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -60,9 +61,18 @@ class Job:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. Collective."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        # Not by torch's `all_gather_object`: that takes numpy, which torch doesn't bring along.
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        counts = self._gathered(torch.tensor([mine.numel()]))
+        longest = int(max(counts))
+        texts = self._gathered(torch.nn.functional.pad(mine, (0, longest - mine.numel())))
+        pairs = zip(texts, counts, strict=True)
+        return [pickle.loads(bytes(text[:count].tolist())) for text, count in pairs]  # noqa: S301 - this job's own ranks
+
+    def _gathered(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        everyone = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(everyone, tensor, group=self._group)
+        return everyone
 
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
