@@ -236,6 +236,8 @@ def test_a_late_session_is_closed_and_never_used(
             assert f"isn't back after {SHORT_TIMEOUT_S} s" in candidate(life, "first")["reason"]
         if kind is faulty.ConnectHangs:
             assert candidate(life, "first")["rank"] == 1
+        if kind is faulty.ConnectHangsInExchange and candidate(life, "first")["rank"] == 0:
+            assert "it waits for rank 1 (3 in the job)" in candidate(life, "first")["reason"]
         if (rank == 1) != raises:
             late = life.log[[name for name, _, _ in life.log].index("first")]
             assert [event for name, session, event in life.log if session == late[1]] == [

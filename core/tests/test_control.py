@@ -321,6 +321,19 @@ def test_a_missed_deadline_names_the_absent_also_to_themselves(store: dist.Store
         assert str(error) == str(early[0])
 
 
+def test_a_stage_tells_whom_another_thread_waits_for(store: dist.Store) -> None:
+    members = group_of(store, 3)
+    with members[0].stage("step") as stage:
+        assert stage.awaited() == ()
+        waiting = [start(lambda stage=stage: stage.barrier()), start(lambda: barriers(1, members[2], "step"))]
+        while not store.check([f"{members[0].prefix}/step/0/{rank}" for rank in (0, 2)]):
+            time.sleep(0.001)
+        assert stage.awaited() == (1,)
+        assert outcome(start(lambda: barriers(1, members[1], "step"))) is None
+        assert [outcome(one) for one in waiting] == [None, None]
+        assert stage.awaited() == ()
+
+
 def test_the_deadline_of_a_stage_covers_all_its_exchanges(store: dist.Store) -> None:
     def talk(member: Control) -> None:
         with member.stage("step", SHORT_S) as stage:

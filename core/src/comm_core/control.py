@@ -250,6 +250,7 @@ class Stage:
         self._note = note
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._next = 0
+        self._entered: str | None = None  # the exchange that a thread of this rank is in
         self._lock = threading.Lock()
 
     def all_gather(self, value: Any, kind: str = "all_gather") -> list[Any]:
@@ -268,11 +269,13 @@ class Stage:
                 raise self.aborted
             key = self._key(self._next)
             self._next += 1
+            self._entered = key
             done = self._control.leftover
         left_s = self._control.timeout_s if self._deadline is None else max(self._deadline - time.monotonic(), 0)
         exchange = functools.partial(self._exchange, key, f'["{kind}",{text}]', done, left_s)
         verdict = self._control.ask(self._name, exchange, left_s + _STORE_S)
         with self._lock:
+            self._entered = None
             if "abort" in verdict:
                 self._control.aborted.append(key)
                 self.aborted = self.aborted or self._error(verdict["abort"])
@@ -304,6 +307,19 @@ class Stage:
             if self.aborted is None:
                 self.aborted = self._post_abort(self._abort(reason[:_REASON_CHARS], self._control.rank))
             return self.aborted
+
+    def awaited(self) -> tuple[int, ...]:
+        """The ranks that another thread of this rank waits for in an exchange, by group rank."""
+        with self._lock:
+            key = self._entered
+        if key is None:
+            return ()
+        ranks = range(self._control.world_size)
+        with contextlib.suppress(CommError):  # then nobody can tell
+            return self._control.ask(
+                self._name, lambda store: tuple(rank for rank in ranks if not store.check([f"{key}/{rank}"]))
+            )
+        return ()
 
     def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
         # The exchange that another thread is in may have succeeded meanwhile. Then the other ranks are bound for the

@@ -15,14 +15,14 @@ from comm_core import admission
 from comm_core._deadline import describe, run_with_deadline
 from comm_core.channel import SessionChannel
 from comm_core.context import GroupContext
-from comm_core.control import Control, StageAbortedError
+from comm_core.control import Control, Stage, StageAbortedError
 from comm_core.discovery import Plugin
 from comm_core.negotiate import Slate
 from comm_core.routes import Cell, cells, narrow, owned_cells, owners, plan
 from comm_core.topology import Topology
 from comm_core.types import Route
 
-__all__ = ["Member", "Session", "check_budget", "connected", "dropped", "establish", "in_worker", "words"]
+__all__ = ["Member", "Session", "check_budget", "connected", "dropped", "establish", "failed_in", "in_worker", "words"]
 
 _log = logging.getLogger("comm_core")
 # How much longer than a step's own deadline its vote waits, in seconds: whoever ran out of time says so himself, and
@@ -220,7 +220,7 @@ def _connect(plugin: Plugin, member: Member, budget: int) -> Session | StageAbor
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
-                raise stage.abort(words(error)) from error
+                raise failed_in(stage, member, error) from error
             session.memory_nbytes = max(stage.all_gather(session.memory_nbytes, "vote"))
     except BaseException as error:
         if session is not None and hook is not None:
@@ -258,7 +258,7 @@ def _admit(
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border, as in `_connect`
-                raise stage.abort(words(error)) from error
+                raise failed_in(stage, member, error) from error
     except StageAbortedError as error:
         return error
     failed: dict[Cell, tuple[str, int | None]] = {}
@@ -317,6 +317,13 @@ def in_worker(
 def words(error: BaseException) -> str:
     """Why a step failed, for the other ranks."""
     return str(error) if isinstance(error, TimeoutError) else describe(error)
+
+
+def failed_in(stage: Stage, member: Member, error: Exception) -> StageAbortedError:
+    """Abort a step in which a plugin failed; a hook that is late since it waits for other ranks says for which."""
+    awaited = stage.awaited() if isinstance(error, TimeoutError) else ()
+    waits = f": it waits for {member.control.label(*awaited)}" if awaited else ""
+    return stage.abort(words(error) + waits)
 
 
 def _late(plugin: Plugin, value: Any) -> None:

@@ -13,7 +13,7 @@ from comm_core.context import Shapes
 from comm_core.control import StageAbortedError
 from comm_core.discovery import Plugin
 from comm_core.errors import CommError, NegotiationError
-from comm_core.establish import Member, Session, check_budget, connected, dropped, establish, in_worker, words
+from comm_core.establish import Member, Session, check_budget, connected, dropped, establish, failed_in, in_worker
 from comm_core.negotiate import Slate
 from comm_core.routes import owners, plan
 from comm_core.types import DTYPES, Available, Range, Unavailable
@@ -133,7 +133,7 @@ def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[st
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
-                raise stage.abort(words(error)) from error
+                raise failed_in(stage, member, error) from error
             unchanged = negotiate.encode_answer(Available(offer.priority, offer.ranges))
             merged = negotiate.merge([unchanged if answer is None else answer for _, answer in votes])
             if not isinstance(merged, Available):
