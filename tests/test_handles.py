@@ -74,6 +74,15 @@ def test_backends_in_the_environment_warn_once_and_fall_back(ranks: Ranks, fault
         assert right
 
 
+def test_a_backend_that_fails_unasked_is_told_once(ranks: Ranks, faulted: list[Path]) -> None:
+    (warning,), no_warnings = (
+        texts for texts, _, _ in ranks.run(handle_ranks.get_twice_and_listen, path=[faulted] * 2)
+    )
+    assert no_warnings == []
+    for part in ("backend 'first' failed for ", "rank 1: ConnectionError: no route to the peer", "Falling back"):
+        assert part in warning
+
+
 def test_backends_in_the_environment_serve(ranks: Ranks, sound: list[Path]) -> None:
     env = {"COMM_CORE_BACKENDS": "second"}
     for named, tried, any_, right in ranks.run(handle_ranks.get_named_then_any, ("second",), env=env, path=[sound] * 2):

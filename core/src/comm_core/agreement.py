@@ -248,14 +248,12 @@ def _report(agreed: Agreed, title: str, control: Control, local: Local, broken: 
         if candidate.name in broken and candidate.verdict == "unavailable" and text not in _said:
             _said.add(text)
             _log.warning("%s", text)
+        # It said that it could serve: the group is slower than it should be, and nothing else shows that.
+        if candidate.verdict == "failed" and candidate not in lost:
+            why = _reason(candidate, control)
+            _log.warning("backend %r failed for %s: %s. Falling back", candidate.name, title, why)
     rules = agreed.decision.route("all_reduce", "eager", agreed.topology.device_types[0], "float32").rules
-    failed = [f"{c.name}: {_reason(c, control)}" for c in agreed.decision.candidates if c.verdict == "failed"]
-    _log.info(
-        "%s: all-reduce by %s%s",
-        title,
-        ", then ".join(dict.fromkeys(rule.backend for rule in rules)),
-        f" (failed: {'; '.join(failed)})" if failed else "",
-    )
+    _log.info("%s: all-reduce by %s", title, ", then ".join(dict.fromkeys(rule.backend for rule in rules)))
 
 
 def _reason(candidate: Candidate, control: Control) -> str:
