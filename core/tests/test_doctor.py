@@ -114,6 +114,17 @@ def test_a_host_without_gpus_has_nothing_to_fix() -> None:
     assert diagnose(report(versions=CPU_TORCH, torch=GLOO, devices=(), unknown=unknown)) == ()
 
 
+LACKING = PluginLine("fast", "dist-fast", "1.0", usable=True, facts={"missing": "nvcc isn't on PATH"})
+
+
+def test_what_a_plugin_misses_is_to_be_fixed_where_there_are_gpus() -> None:
+    (problem,) = diagnose(report(plugins=(LACKING,)))
+    assert problem.what == "plugin 'fast' can't serve on this host: nvcc isn't on PATH"
+    assert "COMM_CORE_DISABLE=fast" in problem.fix
+    assert diagnose(report(versions=CPU_TORCH, torch=GLOO, devices=(), plugins=(LACKING,))) == ()
+    assert diagnose(report(plugins=(dataclasses.replace(LACKING, facts={"missing": None}),))) == ()
+
+
 def test_fixes_are_numbered() -> None:
     plugins = tuple(PluginLine(name, None, None, usable=False, reason="it broke", remedy="Mend it.") for name in "abc")
     text = render(report(plugins=plugins), diagnose(report(plugins=plugins)))

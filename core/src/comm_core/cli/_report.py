@@ -199,6 +199,13 @@ def _plugin_problems(report: Report) -> Iterator[Problem]:
     for plugin in report.plugins:
         if plugin.usable is False:
             yield Problem(f"plugin '{plugin.name}' can't be used: {plugin.reason}", plugin.remedy)
+        # As `eligibility.no_native_code` reads it. A host without GPUs lacks what plugins for GPUs need, and rightly.
+        missing = plugin.facts.get("missing") if isinstance(plugin.facts, dict) else None
+        if missing and report.devices:
+            yield Problem(
+                f"plugin '{plugin.name}' can't serve on this host: {missing}",
+                f"Mend that, or go without it: COMM_CORE_DISABLE={plugin.name}.",
+            )
 
 
 def to_json(report: Report, problems: Sequence[Problem]) -> dict[str, Any]:
