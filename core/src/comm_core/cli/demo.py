@@ -61,8 +61,8 @@ def _demo(rank: int) -> int:
     rows = [("size", "dtype", "served by", "us", "torch.distributed us", "times as fast", "#wrong")]
     failures = 0
     for dtype, nbytes in itertools.product(_DTYPES, _NBYTES):
-        tensor = _pattern(rank, nbytes, dtype, backend.device)
-        total = sum(_pattern(r, nbytes, dtype, backend.device).double() for r in range(world_size))
+        tensor = _pattern(rank, world_size, nbytes, dtype, backend.device)
+        total = sum(_pattern(r, world_size, nbytes, dtype, backend.device).double() for r in range(world_size))
         wrong = (backend.all_reduce(tensor).double() != total).sum()
         dist.all_reduce(wrong)
         failures += int(wrong)
@@ -83,12 +83,15 @@ def _demo(rank: int) -> int:
     return 1 if failures else 0
 
 
-def _pattern(rank: int, nbytes: int, dtype: str, device: torch.device) -> torch.Tensor:
-    """Small integers that differ between ranks and elements; their sum over 8 ranks is exact in every dtype."""
+def _pattern(rank: int, world_size: int, nbytes: int, dtype: str, device: torch.device) -> torch.Tensor:
+    """Small integers that differ between ranks and elements; their sum is exact in every dtype, up to 256 ranks."""
     import torch
 
     kind = getattr(torch, dtype)
-    return ((torch.arange(nbytes // kind.itemsize, device=device) * 7 + rank * 5) % 31).to(kind)
+    # bfloat16 holds every integer up to 256, of whatever part of the ranks the sum is.
+    most = max(256 // world_size, 1)
+    numbers = (torch.arange(nbytes // kind.itemsize, device=device) * 7 + rank * 5) % 31
+    return (numbers % (most + 1)).to(kind)
 
 
 def _reference(tensor: torch.Tensor, group: Any) -> torch.Tensor:
