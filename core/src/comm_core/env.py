@@ -74,7 +74,7 @@ class Settings:
     )
     import_timeout_s: float = _field(60.0, _positive, "Seconds for the import of one plugin.")
     memory_budget_nbytes: int = _field(
-        1 << 30, _nbytes, "Device memory, in bytes, that the sessions of one group may take for their buffers."
+        1 << 30, _nbytes, "Memory, in bytes, that the sessions of one group may take for their buffers on each rank."
     )
     cache_dir: str | None = _field(
         None,
