@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comm_core import cli
 from comm_core.cli import demo
 
 
@@ -14,3 +15,10 @@ def test_sums_are_exact_and_ranks_differ(dtype: str, world_size: int) -> None:
     total = torch.stack(tensors).double().sum(0)
     assert torch.equal(total.to(tensors[0].dtype).double(), total)
     assert not torch.equal(tensors[0], tensors[1])
+
+
+def test_no_process_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--nproc", "0"])
+    assert ended.value.code == 2
+    assert "at least one process" in capsys.readouterr().err

@@ -36,12 +36,14 @@ def add_parser(subparsers: Any) -> None:
         "sums tensors of several sizes and dtypes, checks every element and times each beside torch.distributed.",
     )
     parser.add_argument("--nproc", type=int, default=2, metavar="N", help="processes to start (default: 2)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, fail=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 1 where an element was wrong or a process failed."""
     if not under_torchrun():
+        if args.nproc < 1:
+            args.fail(f"--nproc {args.nproc}: at least one process is needed")
         return launch(args.nproc, ["demo"])
     with joined() as rank:
         return _demo(rank)
