@@ -181,6 +181,11 @@ def test_another_schema_is_refused() -> None:
         read_rows({})
 
 
+def test_another_programs_record_is_refused() -> None:
+    with pytest.raises(ValueError, match="it isn't what comm-core bench --json writes"):
+        read_rows({"schema": SCHEMA, "results": []})
+
+
 def test_the_header_says_what_was_in_force() -> None:
     found = recorded()
     text = "\n".join(preamble(found))

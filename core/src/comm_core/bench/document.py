@@ -52,10 +52,12 @@ def read_rows(document: Mapping[str, Any]) -> list[Row]:
     """The rows of a document.
 
     Raises:
-        ValueError: its schema's number isn't this release's.
+        ValueError: its schema's number isn't this release's, or another program wrote it.
     """
     if document.get("schema") != SCHEMA:
         raise ValueError(f"it has schema {document.get('schema')!r}; this release reads {SCHEMA}")
+    if not {"machine", "settings", "rows"} <= document.keys():
+        raise ValueError("it isn't what comm-core bench --json writes")
     machine = document["machine"]
     return [Row.from_json(row, machine["device_type"], machine["ranks"]) for row in document["rows"]]
 
