@@ -25,7 +25,7 @@ from comm_core.establish import Member, Session, establish
 from comm_core.negotiate import Slate
 from comm_core.probe import probe_rank
 from comm_core.topology import Topology
-from comm_core.types import Available, Candidate, Decision, Unavailable
+from comm_core.types import TERMINAL, Available, Candidate, Decision, Unavailable
 
 __all__ = ["FACTS_NBYTES", "Agreed", "Local", "Request", "agree", "foresee", "gather_local"]
 
@@ -213,8 +213,14 @@ def _member(group: dist.ProcessGroup, topology: Topology, control: Control, loca
     return Member(context, topology, control, local.connect_timeout_s)
 
 
-# What this process has said of plugins that are broken: once, however many groups they are missed in.
+# What this process has said of plugins that are broken or missed: once, in however many groups.
 _said: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        _log.warning("%s", text)
 
 
 def _report(agreed: Agreed, title: str, control: Control, local: Local, broken: set[str]) -> None:
@@ -243,11 +249,13 @@ def _report(agreed: Agreed, title: str, control: Control, local: Local, broken: 
             title,
             _reason(candidate, control),
         )
+    for name in local.settings.disable:
+        if name != TERMINAL and name not in {*local.evidence.info.plugins, *local.evidence.failures}:
+            # A switch that does nothing is most likely a name that is misspelt.
+            _warn_once(f"{PREFIX}DISABLE names {name!r}, which isn't installed here")
     for candidate in agreed.decision.candidates:
-        text = f"backend {candidate.name!r} can't be used: {_reason(candidate, control)}"
-        if candidate.name in broken and candidate.verdict == "unavailable" and text not in _said:
-            _said.add(text)
-            _log.warning("%s", text)
+        if candidate.name in broken and candidate.verdict == "unavailable":
+            _warn_once(f"backend {candidate.name!r} can't be used: {_reason(candidate, control)}")
         # It said that it could serve: the group is slower than it should be, and nothing else shows that.
         if candidate.verdict == "failed" and candidate not in lost:
             why = _reason(candidate, control)
