@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -14,6 +16,7 @@ import comm_core as comm
 import faulty_plugins as faulty
 import torch
 import torch.distributed as dist
+from comm_core import registry
 from harness import side_store
 
 #: ("ok", who serves) or (an error's type, its text).
@@ -158,6 +161,24 @@ def close_twice() -> dict[str, Any]:
     fresh = again is not backend and summed(again)
     comm.close()
     return {"events": closed, "calls": {name: outcome(call) for name, call in calls.items()}, "fresh": fresh}
+
+
+def get_while_another_thread_closes() -> dict[str, Any]:
+    """A thread has found the handle's entry and waits for it, and then it is closed."""
+    faulty.LOG.clear()
+    first = comm.get_backend()
+    (entry,) = registry.live()
+    handles: list[comm.Backend] = []
+    thread = threading.Thread(target=lambda: handles.append(comm.get_backend()))
+    with entry.lock:
+        thread.start()
+        time.sleep(0.2)
+        comm.close()
+    thread.join()
+    (second,) = handles
+    found = {"new": second is not first, "kept": comm.get_backend() is second, "sum": summed(second)}
+    comm.close()
+    return found | {"closed": outcome(lambda: second.all_reduce(torch.ones(4)))[0], "events": events()}
 
 
 def close_all_groups() -> list[Outcome]:

@@ -180,6 +180,19 @@ def test_close(ranks: Ranks, sound: list[Path]) -> None:
         assert found["fresh"]
 
 
+def test_a_handle_that_a_thread_gets_while_another_closes_is_found_and_closed_later(
+    ranks: Ranks, sound: list[Path]
+) -> None:
+    for found in ranks.run(handle_ranks.get_while_another_thread_closes, path=[sound] * 2):
+        assert found == {
+            "new": True,
+            "kept": True,
+            "sum": True,
+            "closed": "CommError",
+            "events": ["connect", "close orderly=True"] * 2,
+        }
+
+
 def test_close_without_a_group_closes_all(ranks: Ranks, sound: list[Path]) -> None:
     for found in ranks.run(handle_ranks.close_all_groups, path=[sound] * 2):
         assert [kind for kind, _ in found] == ["CommError"] * 3

@@ -24,7 +24,7 @@ from comm_core.establish import in_worker
 from comm_core.prepare import checked, first_step, prepare
 from comm_core.probe import probe_rank
 from comm_core.recording import Seat, recording
-from comm_core.registry import Entry, find, forget, live, lives, seen, sweep, told
+from comm_core.registry import Entry, find, forget, found, live, lives, seen, sweep, told
 from comm_core.topology import Topology
 
 __all__ = ["capture", "close", "get_backend", "pre_capture_init"]
@@ -66,26 +66,34 @@ def get_backend(
     if timeout_s is not None and not 0 < timeout_s < float("inf"):
         raise ValueError(f"timeout_s={timeout_s!r}: seconds above 0 are needed")
     request = Request(None if backends is None else tuple(backends), timeout_s)
-    entry = _entry(group, request)
-    with entry.lock:
-        if entry.backend is None:
-            try:
-                member = entry.group
-                if member is None or dist.get_world_size(member) == 1:
-                    entry.backend = _alone(entry)
-                else:
-                    entry.backend = _negotiate(entry, member)
-            except BaseException:
-                forget(entry)
-                raise
-            world = entry.group is not None and entry.group is dist.group.WORLD
-            ops.enlist((entry.name, "") if world else (entry.name,), entry.backend)
-        elif entry.request != request:
-            raise ValueError(
-                f"{entry.title} has a handle with {entry.request}, and one with {request} was asked for. Call "
-                "comm.close(group) on all its ranks before"
-            )
-        return entry.backend
+    while True:
+        entry = _entry(group, request)
+        with entry.lock:
+            # Another thread may have closed the group, or failed to get its handle, before this one had the lock.
+            if found(entry):
+                return _backend(entry, request)
+
+
+def _backend(entry: Entry, request: Request) -> Backend:
+    """The entry's handle; negotiated where there is none."""
+    if entry.backend is None:
+        try:
+            member = entry.group
+            if member is None or dist.get_world_size(member) == 1:
+                entry.backend = _alone(entry)
+            else:
+                entry.backend = _negotiate(entry, member)
+        except BaseException:
+            forget(entry)
+            raise
+        world = entry.group is not None and entry.group is dist.group.WORLD
+        ops.enlist((entry.name, "") if world else (entry.name,), entry.backend)
+    elif entry.request != request:
+        raise ValueError(
+            f"{entry.title} has a handle with {entry.request}, and one with {request} was asked for. Call "
+            "comm.close(group) on all its ranks before"
+        )
+    return entry.backend
 
 
 def close(group: dist.ProcessGroup | None = None) -> None:

@@ -17,7 +17,7 @@ from comm_core.control import Control, StageAbortedError, StageTimeoutError
 from comm_core.errors import CommTimeoutError, NegotiationError
 from comm_core.establish import Session
 
-__all__ = ["Entry", "find", "forget", "live", "lives", "seen", "sweep", "told"]
+__all__ = ["Entry", "find", "forget", "found", "live", "lives", "seen", "sweep", "told"]
 
 _log = logging.getLogger("comm_core")
 
@@ -90,6 +90,12 @@ def find(name: str, group: dist.ProcessGroup | None, request: Request) -> Entry:
         if name not in _entries:
             _entries[name] = Entry(name, group, request)
         return _entries[name]
+
+
+def found(entry: Entry) -> bool:
+    """Whether `find` finds this entry; who has waited for its lock asks, since the group may be closed by then."""
+    with _lock:
+        return _entries.get(entry.name) is entry
 
 
 def live() -> list[Entry]:
