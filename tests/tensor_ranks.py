@@ -49,6 +49,7 @@ REFUSED: dict[str, tuple[Make, type[Exception]]] = {
     "sparse": (lambda value: torch.eye(4).to_sparse() * value, TypeError),
     "compressed": (lambda value: (torch.eye(4) * value).to_sparse_csr(), TypeError),
     "on another device": (lambda value: torch.full((16,), value, device="meta"), ValueError),
+    "a part of one on another device": (lambda value: torch.full((16,), value, device="meta")[4:], ValueError),
     "sparse on another device": (lambda value: (torch.eye(4) * value).to_sparse().to("meta"), ValueError),
 }
 OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -11,6 +11,8 @@ from fake_handle import ALL_REDUCE, Fake, aligned, handle, one_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import Message, offers, serves
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 # Routing
 
@@ -186,6 +188,13 @@ def without_warning(make: Callable[[], torch.Tensor]) -> torch.Tensor:
         return make()
 
 
+def given_back() -> torch.Tensor:
+    """A tensor whose memory is let go of between its uses, as sharded parameters' is."""
+    x = torch.ones(4)
+    x.untyped_storage().resize_(0)
+    return x
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
@@ -198,6 +207,10 @@ def without_warning(make: Callable[[], torch.Tensor]) -> torch.Tensor:
         (lambda: torch.eye(4, dtype=torch.complex64).to_sparse(), TypeError, "torch.sparse_coo"),
         (lambda: torch.ones(4, device="meta"), ValueError, "a tensor on meta can't be reduced in group 'tp'"),
         (lambda: torch.ones(4, device="meta", dtype=torch.complex64), ValueError, "whose tensors live on cpu"),
+        # Torch gives it an address, 16, like one that kernels take.
+        (lambda: torch.ones(8, device="meta")[4:], ValueError, "a tensor on meta can't be reduced in group 'tp'"),
+        (given_back, TypeError, "this Tensor has no memory"),
+        (lambda: TwoTensor(torch.ones(4), torch.ones(4)), TypeError, "this TwoTensor has no memory"),
     ],
 )
 def test_what_no_backend_takes_is_refused_before_anything_is_sent(
@@ -231,3 +244,32 @@ def test_an_out_that_is_not_like_the_tensor_is_refused(x: torch.Tensor, out: tor
     with pytest.raises(ValueError, match="out is"):
         backend.all_reduce(x, out)
     assert not fast.calls
+
+
+@pytest.mark.parametrize("x", [torch.ones(4), torch.ones(8)[::2]])
+def test_an_out_of_which_several_elements_are_one_is_refused(x: torch.Tensor) -> None:
+    backend, fast, _ = one_backend()
+    with pytest.raises(ValueError, match="one element in several places"):
+        backend.all_reduce(x, torch.zeros(1).expand(4))
+    assert not fast.calls
+    one = torch.zeros(1).expand(1)
+    assert backend.all_reduce(x[:1], one) is one
+
+
+@pytest.mark.parametrize("out", [torch.zeros(8)[::2], torch.zeros(5)[1:]])
+def test_a_parameter_that_is_staged_takes_the_sum(out: torch.Tensor) -> None:
+    backend, _, _ = one_backend()
+    parameter = torch.nn.Parameter(out)
+    assert backend.all_reduce(torch.ones(4), parameter) is parameter
+    assert torch.equal(parameter, torch.full((4,), 2.0))
+    assert parameter.is_leaf
+
+
+def test_a_tensor_that_is_waited_for_is_summed() -> None:
+    # What torch's functional collectives return: a wrapper without an address.
+    backend, fast, _ = one_backend()
+    x, out = (AsyncCollectiveTensor(torch.full((4,), float(value))) for value in (1, 0))
+    assert torch.equal(backend.all_reduce(x), torch.full((4,), 2.0))
+    assert backend.all_reduce(torch.ones(4), out) is out
+    assert torch.equal(out, torch.full((4,), 2.0))
+    assert len(fast.calls) == 2

@@ -11,6 +11,7 @@ from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, handle, one_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import Message, offers, serves
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 if TYPE_CHECKING:
     from comm_core.routes import Offer
@@ -160,6 +161,39 @@ def test_a_fused_out_that_is_not_like_the_tensor_is_refused_whoever_serves(serve
             backend.all_reduce_add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), **targets)
     assert not fast.calls
     assert not last.calls
+
+
+@pytest.mark.parametrize("served", [Range(FUSED), Range(ALL_REDUCE)])
+@pytest.mark.parametrize("on_meta", ["x", "residual", "weight", "all"])
+def test_fused_tensors_on_another_device_are_refused_before_anything_is_sent(served: Range, on_meta: str) -> None:
+    # Torch's device "meta" has no index, like the CPU.
+    backend, fast, last = one_backend(served)
+    tensors = {"x": aligned(16).view(2, 8), "residual": aligned(16).view(2, 8), "weight": aligned(8)}
+    tensors = {name: t.to("meta") if on_meta in (name, "all") else t for name, t in tensors.items()}
+    with pytest.raises(ValueError, match="on meta can't be reduced" if on_meta in ("x", "all") else "one device"):
+        backend.all_reduce_add_rms_norm(*tensors.values())
+    assert not fast.calls
+    assert not last.calls
+
+
+@pytest.mark.parametrize("wrapped", ["x", "residual", "weight"])
+def test_fused_tensors_that_are_waited_for_reach_the_hook_as_what_they_stand_for(wrapped: str) -> None:
+    backend, fast, _ = one_backend(Range(FUSED))
+    tensors = {"x": aligned(16).view(2, 8), "residual": aligned(16).view(2, 8), "weight": aligned(8)}
+    expected = expected_norm(*tensors.values())
+    tensors[wrapped] = AsyncCollectiveTensor(tensors[wrapped])
+    results = backend.all_reduce_add_rms_norm(*tensors.values(), 1e-5, 1.0)
+    assert all(map(torch.equal, results, expected))
+    assert len(fast.calls) == 1
+
+
+def test_a_fused_out_of_which_several_elements_are_one_is_refused() -> None:
+    backend, fast, _ = one_backend()
+    for name in ("out", "residual_out"):
+        targets = {name: torch.zeros(1, 8).expand(2, 8)}
+        with pytest.raises(ValueError, match="one element in several places"):
+            backend.all_reduce_add_rms_norm(torch.ones(2, 8), torch.ones(2, 8), torch.ones(8), **targets)
+    assert not fast.calls
 
 
 def test_a_parameter_reaches_the_hook_without_its_gradient() -> None:

@@ -13,14 +13,27 @@ __all__ = ["disjoint", "operands", "plain", "plain_copy"]
 
 
 def plain(tensor: torch.Tensor) -> bool:
-    """Whether a kernel can take the tensor as it is: contiguous, aligned to 16 bytes."""
-    return tensor.is_contiguous() and not tensor.data_ptr() & 15
+    """Whether a kernel can take the tensor as it is: contiguous, aligned to 16 bytes, at an address of its own."""
+    address = tensor.data_ptr()
+    return tensor.is_contiguous() and not address & 15 and address != 0
 
 
 def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where kernels can take it, else a contiguous copy aligned to 16 bytes."""
+    """The tensor itself where kernels can take it, else a contiguous copy aligned to 16 bytes.
+
+    Raises:
+        TypeError: the tensor, which isn't empty, has no memory, such as a `FakeTensor` or a `DTensor`, or has given it
+            back.
+    """
     tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() & 15 else tensor
+    address = tensor.data_ptr()
+    if address and not address & 15:
+        return tensor
+    # A wrapper has no address, but the clone of some is what they wrap. Memory that was given back can't be cloned.
+    copy = tensor.clone() if address or tensor.untyped_storage().nbytes() else tensor
+    if not copy.data_ptr():
+        raise TypeError(f"this {type(tensor).__name__} has no memory that could be summed: pass what it stands for")
+    return copy
 
 
 def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -45,7 +58,11 @@ def operands(
         # A parameter is one even where gradients are off, and some bindings refuse tensors that want one.
         weight = weight.detach()
     x, r, w = tensor.data_ptr(), residual.data_ptr(), weight.data_ptr()
-    if (x | r | w) & 15 or not (tensor.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
+    if (
+        (x | r | w) & 15
+        or not (x and r and w)
+        or not (tensor.is_contiguous() and residual.is_contiguous() and weight.is_contiguous())
+    ):
         tensor, residual, weight = plain_copy(tensor), plain_copy(residual), plain_copy(weight)
     elif out is None and residual_out is None:
         return tensor, residual, weight, None, None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from comm_core import fallback, norm
-from comm_core._tensors import disjoint, operands, plain_copy
+from comm_core._tensors import disjoint, operands, plain, plain_copy
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.tables import FusedEntry, Key, PlainEntry, Recording, Tables, bind
 from comm_core.types import DTYPES, Decision
@@ -109,16 +109,17 @@ class Backend:
             CommError: the backend that serves this message failed, or the handle is closed; the text names it. As
                 `CommTimeoutError` where a peer didn't come, as `CaptureError` where the call can't be captured yet.
         """
-        rules = self._plain.get((tensor.get_device(), tensor.dtype))
+        index = tensor.get_device()
+        rules = self._plain.get((index, tensor.dtype))
         try:
             address, contiguous = tensor.data_ptr(), tensor.is_contiguous()
         except RuntimeError:  # a sparse tensor has neither, and a look at every tensor's layout costs each call 50 ns
             return self._reduce_odd(tensor, out)
-        # The address of empty tensors, and of those on torch's device "meta", is 0.
-        if address & 15 or not contiguous or not address or rules is None:
+        # The address of empty tensors, and of wrappers, is 0. Tensors on torch's device "meta" have the CPU's index.
+        if address & 15 or not contiguous or not address or rules is None or (index < 0 and not tensor.is_cpu):
             return self._reduce_odd(tensor, out)
         if out is not None and out is not tensor and not _fits(tensor, out):
-            return out.copy_(self.all_reduce(tensor))
+            return self._reduce_odd(tensor, out)
         nbytes = tensor.nbytes
         for low, high, multiple, function, session, name in rules:
             if low <= nbytes <= high and not nbytes % multiple:
@@ -167,12 +168,17 @@ class Backend:
             )
         if not residual.dtype == weight.dtype == dtype or not dtype.is_floating_point:
             raise TypeError(f"one floating dtype is needed, not {dtype}, {residual.dtype} and {weight.dtype}")
-        if not residual.get_device() == weight.get_device() == index:
+        if not residual.get_device() == weight.get_device() == index or (
+            index < 0 and not (tensor.is_cpu and residual.is_cpu and weight.is_cpu)  # as above
+        ):
+            self._check_kind(tensor)
             raise ValueError(f"one device is needed, not {tensor.device}, {residual.device} and {weight.device}")
         if out is not None and out is not tensor:
             _check_out(tensor, out)
+            _check_elements(out)
         if residual_out is not None and residual_out is not residual:
             _check_out(tensor, residual_out)
+            _check_elements(residual_out)
         nbytes, (num_tokens, hidden_size) = tensor.nbytes, shape
         for low, high, multiple, function, session, name, most_tokens, hidden_multiple in self._fused.get(
             (index, dtype), ()
@@ -188,8 +194,8 @@ class Backend:
                     y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
                     self._raise(error, name, "all_reduce_add_rms_norm")
-                return y if out is None or y is out else out.copy_(y), (
-                    s if residual_out is None or s is residual_out else residual_out.copy_(s)
+                return y if out is None or y is out else _delivered(y, out), (
+                    s if residual_out is None or s is residual_out else _delivered(s, residual_out)
                 )
         total = self.all_reduce(tensor)
         if out is None and total.is_cuda:
@@ -253,6 +259,7 @@ class Backend:
         self._check_kind(tensor)
         if out is not None:
             _check_out(tensor, out)
+            _check_elements(out)
         if tensor.is_complex():
             result = torch.view_as_complex(self.all_reduce(torch.view_as_real(tensor.resolve_conj())))
         elif tensor.numel() == 0:
@@ -260,7 +267,7 @@ class Backend:
             result = torch.empty_like(tensor)
         else:
             result = self.all_reduce(plain_copy(tensor))
-        return result if out is None else out.copy_(result)
+        return result if out is None else _delivered(result, out)
 
     def _note_capture(self) -> None:
         self.captured = True
@@ -306,7 +313,21 @@ def _check_out(tensor: torch.Tensor, out: torch.Tensor) -> None:
         )
 
 
+def _check_elements(out: torch.Tensor) -> None:
+    """Raise where several elements of `out` are one, as in an expanded tensor; a copy would, once all is sent."""
+    if not out.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)
+    ):
+        raise ValueError(f"out, {list(out.shape)} with strides {list(out.stride())}, has one element in several places")
+
+
 def _fits(tensor: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether a hook may write to `out` directly; what it can't be at all raises."""
     _check_out(tensor, out)
-    return out.is_contiguous() and not out.data_ptr() & 15 and disjoint(tensor, out)
+    return plain(out) and disjoint(tensor, out)
+
+
+def _delivered(result: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`out`, with the result in it; nothing is differentiated, also where it is a parameter."""
+    with torch.no_grad():
+        return out.copy_(result)
