@@ -267,6 +267,19 @@ class WeightLeftOut(Fused):
         call.normed.div_(call.weight)
 
 
+class CannotPrepare(Fused):
+    """Serves fused calls once it was prepared, which fails on a rank."""
+
+    def ranges(self) -> tuple[comm.Range, ...]:
+        return (comm.Range(FUSED, dtypes=self.dtypes, max_nbytes=self.max_nbytes, prepared=True),)
+
+    @comm.hookimpl
+    def pre_capture_init(self, session: Session, shapes: comm.Shapes) -> Sequence[comm.Range]:
+        if session.rank == 1:
+            raise MemoryError(f"no room for {shapes.max_tokens} tokens")
+        return self.ranges()
+
+
 def plant(folder: Path, kinds: Sequence[type[Honest]]) -> list[Path]:
     """Install these as backends that are named like their classes in lower case."""
     return [install(folder / kind.__name__, name_of(kind), source(kind)) for kind in kinds]

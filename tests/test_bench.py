@@ -19,9 +19,11 @@ from bench_ranks import (
     BESIDE,
     DELAY_S,
     FLOATS,
+    FUSED,
     HIDDEN_SIZE,
     PLAIN,
     Cached,
+    CannotPrepare,
     Delayed,
     Early,
     EarlyLate,
@@ -189,6 +191,19 @@ def test_who_raises_on_one_rank_drops_out_of_that_case_alone(ranks: Ranks, tmp_p
     assert set(by_case(document, Honest)) == all_cases
     assert set(by_case(document, RaisesInPlace)) == all_cases - {(PLAIN, "in", "bfloat16", AT)}
     assert document["wrong"] == 0
+
+
+def test_who_cannot_prepare_is_absent_and_the_others_are_measured(ranks: Ranks, tmp_path: Path) -> None:
+    path = [plant(tmp_path, [CannotPrepare, Fused])] * 2
+    arguments = {"ops": (FUSED,), "places": ("out",), "nbytes": (AT,), "repetitions": 1}
+    document, other = ranks.run(measured_with, arguments, path=path)
+    assert document == other
+    assert (
+        f"rank 1: pre_capture_init: MemoryError: no room for {AT // 2 // HIDDEN_SIZE} tokens"
+        in (document["absent"][name_of(CannotPrepare)])
+    )
+    assert {row["name"] for row in document["rows"]} >= {TERMINAL, name_of(Fused)}
+    assert name_of(CannotPrepare) not in {row["name"] for row in document["rows"]}
 
 
 @pytest.mark.parametrize(

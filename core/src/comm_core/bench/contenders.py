@@ -166,15 +166,26 @@ class Contender(Recorder, abc.ABC):
 
     def inputs(self, case: Case) -> State:
         """Memory for what the first call reads; the residual second. Local, once a case; what it held before goes."""
-        count, room = 1 + case.fused, -(-case.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if not self._inputs or self._inputs[-1].nbytes < count * room:
-            self._inputs.append(torch.empty(count * room, dtype=torch.uint8, device=case.device_type))
+        return self.parts(case, 1 + case.fused)
+
+    def parts(self, case: Case, count: int) -> State:
+        """So many tensors of the case's shape and dtype, side by side. Local; what they held before goes."""
+        room = -(-case.nbytes // _ALIGNMENT) * _ALIGNMENT
+        held = self._inputs[-1].nbytes if self._inputs else 0
+        if held < count * room:
+            # Twice what there was, at least: all of them are kept, and a sweep may go on by small steps.
+            nbytes = max(count * room, 2 * held)
+            self._inputs.append(torch.empty(nbytes, dtype=torch.uint8, device=case.device_type))
         parts = (self._inputs[-1][number * room :][: case.nbytes] for number in range(count))
         return tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
 
     def spaced(self, case: Case) -> bool:  # noqa: ARG002 - most never are
         """Whether a chain of its calls needs a kernel of somebody else's between them, whose time is subtracted."""
         return False
+
+    def lost(self) -> str:
+        """Why it can't be measured any more, "" where it can. Local, the same on every rank."""
+        return ""
 
     def forget(self) -> None:
         """As a recorder does, and of the inputs."""
@@ -217,6 +228,10 @@ class _Named(Contender):
         return self._handle.all_reduce_add_rms_norm(
             tensor, residual, weight, residual_out=residual if in_place else None
         )
+
+    def lost(self) -> str:
+        failed = (c for c in self._handle.decision.candidates if c.name == self.name and c.verdict == "failed")
+        return next((c.reason if c.rank is None else f"rank {c.rank}: {c.reason}" for c in failed), "")
 
     def close(self) -> None:
         comm.close(self._group)

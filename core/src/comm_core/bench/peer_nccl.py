@@ -25,8 +25,6 @@ _CODES = {
     "bfloat16": 9,
 }
 _SUM = 0
-# Of the two buffers, in bytes: as torch's allocator has it.
-_ALIGNMENT = 512
 
 
 def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list[tuple[str, Callable[[], Contender]]]:  # noqa: ARG001 - as its siblings
@@ -65,11 +63,7 @@ class _Raw(Contender):
         return behind_itself(case)
 
     def inputs(self, case: Case) -> State:
-        room = -(-case.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if not self._inputs or self._inputs[-1].nbytes < 2 * room:
-            self._inputs.append(torch.empty(2 * room, dtype=torch.uint8, device=case.device_type))
-        parts = (self._inputs[-1][start : start + case.nbytes] for start in (0, room))
-        self._views = tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
+        self._views = self.parts(case, 2)
         self._code = _CODES[case.dtype]
         return self._views[:1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import comm_core as comm
@@ -13,6 +14,7 @@ from comm_core.bench.limits import limits
 
 __all__ = ["Roster", "assemble"]
 
+_log = logging.getLogger("comm_core")
 # Each has a function `peers(job, ops, capacity, hidden_size)`: names, and what makes a contender.
 _PEERS = (peer_nccl, peer_torch, peer_sglang, peer_flashinfer)
 
@@ -31,11 +33,33 @@ class Roster:
     absent: dict[str, str]
     topology: comm.Topology
 
+    def prepare(self, shapes: comm.Shapes) -> None:
+        """Have the backends do what `comm.pre_capture_init` has them do; who can't is absent from then on. Collective.
+
+        Args:
+            shapes: the largest of the fused operation.
+        """
+        try:
+            comm.pre_capture_init(**dataclasses.asdict(shapes))
+        except comm.BackendUnavailableError:
+            lost = {contender: contender.lost() for contender in self.contenders if contender.lost()}
+            if not lost:
+                raise
+            for contender, reason in lost.items():
+                self.absent[contender.name] = reason
+                self.contenders.remove(contender)
+                contender.close()
+            # It tells of one failure alone.
+            self.prepare(shapes)
+
     def close(self) -> None:
         """Give everything back. Collective."""
         for contender in reversed(self.contenders):
             contender.forget()
-            contender.close()
+            try:
+                contender.close()
+            except Exception:  # noqa: BLE001 - a contender's border: everything is measured, and is to be told
+                _log.warning("comm-core bench: %s can't be closed", contender.name, exc_info=True)
         self.contenders.clear()
 
 

@@ -55,7 +55,7 @@ def measure_all(
     ops = dict.fromkeys(case.op for case in todo)
     roster = assemble(job, tuple(ops), max(case.nbytes for case in todo), widest, only)
     for (hidden_size, dtype), num_tokens in _largest(todo).items():
-        comm.pre_capture_init(max_tokens=num_tokens, hidden_size=hidden_size, dtype=getattr(torch, dtype))
+        roster.prepare(comm.Shapes(num_tokens, hidden_size, getattr(torch, dtype)))
     dropped: list[dict[str, str]] = []
     document: dict[str, Any] = {
         "schema": SCHEMA,
