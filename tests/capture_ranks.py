@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import comm_core as comm
 import torch
 import torch.distributed as dist
-from faulty_plugins import LOG
+from faulty_plugins import LOG, RELEASE
 from handle_ranks import Outcome, hear, meet, outcome, say, summed
 from recording_plugins import SESSIONS, fake_capture
 
@@ -127,6 +129,71 @@ def capture_alone_then_fail(failing: int, solo: int, tries: int) -> dict[str, An
         capture((world, numel))
     assert dist.group.WORLD is not None
     return {"outcomes": outcomes, "registered": registered("first", dist.group.WORLD)}
+
+
+def capture_in_two_threads(at: str) -> dict[str, Any]:
+    """A thread enters a capture while this one's is being entered, or left."""
+    RELEASE.set()
+    world = comm.get_backend()
+    LOG.clear()
+    if at == "entry":
+        RELEASE.clear()
+
+    def record_more() -> None:
+        with comm.capture():
+            record(world, 6)
+
+    other = threading.Thread(target=record_more)
+    # Releases whoever lingers, once the other thread has had its time to come to the capture.
+    timer = threading.Timer(0.5, RELEASE.set)
+
+    def go_on() -> None:
+        time.sleep(0.2)
+        other.start()
+        timer.start()
+
+    starter = threading.Thread(target=go_on)
+    if at == "entry":
+        starter.start()
+    with comm.capture():
+        if at == "entry":
+            starter.join()
+            other.join()
+        record(world, 5)
+        if at == "exit":
+            RELEASE.clear()
+            starter.start()
+    starter.join()
+    other.join()
+    assert dist.group.WORLD is not None
+    return {"events": events("first"), "registered": registered("first", dist.group.WORLD)}
+
+
+def leave_before_an_inner_one() -> dict[str, Any]:
+    """A capture is left while one inside it, in another thread, goes on; the next one doesn't depend on that."""
+    world = comm.get_backend()
+    LOG.clear()
+    inside, go_on = threading.Event(), threading.Event()
+    inner: list[Outcome] = []
+
+    def linger() -> None:
+        with comm.capture():
+            inside.set()
+            assert go_on.wait(60)
+
+    def leave() -> None:
+        with comm.capture():
+            thread.start()
+            assert inside.wait(60)
+            record(world, 5)
+
+    thread = threading.Thread(target=lambda: inner.append(outcome(linger)))
+    outer = outcome(leave)
+    capture((world, 7))
+    go_on.set()
+    thread.join()
+    assert dist.group.WORLD is not None
+    return {"outer": outer, "inner": inner[0], "registered": registered("first", dist.group.WORLD)}
 
 
 def skip_one(absent: int) -> list[Outcome]:

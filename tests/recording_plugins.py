@@ -15,7 +15,7 @@ from unittest import mock
 
 import comm_core as comm
 import torch
-from faulty_plugins import LOG, MAX_NBYTES, Good, Session
+from faulty_plugins import LOG, MAX_NBYTES, RELEASE, Good, Session
 from harness import install, side_store
 
 
@@ -103,6 +103,23 @@ class _Once(Records):
         if self.faulty and self.left:
             self.left -= 1
             raise OSError("the address can't be exported")
+
+
+class Lingers(Records):
+    """Is in no hurry to be entered and left: waits until `RELEASE` is set. Records nothing before it is entered."""
+
+    ready = False
+
+    def enter(self) -> None:
+        assert RELEASE.wait(60)
+        self.ready = True
+
+    def sum(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
+        assert self.ready or not torch.cuda.is_available()
+        return super().sum(session, tensor)
+
+    def before_exchange(self) -> None:
+        assert RELEASE.wait(60)
 
 
 class EnterRaises(_Once):

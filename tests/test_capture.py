@@ -28,6 +28,24 @@ def test_every_session_is_entered_once_and_groups_made_later_are_in_the_next(ran
         assert found["late"] == [[[8], [8]]]
 
 
+@pytest.mark.parametrize(("at", "expected"), [("entry", [[[6, 5]] * 2]), ("exit", [[[5]] * 2, [[6]] * 2])])
+def test_a_thread_that_comes_while_sessions_are_entered_or_left_waits(
+    ranks: Ranks, tmp_path: Path, at: str, expected: list[list[list[int]]]
+) -> None:
+    path = [install(tmp_path, recording.Lingers)] * 2
+    for found in ranks.run(capture_ranks.capture_in_two_threads, at, path=path):
+        assert found == {"events": ["enter", "leave"] * len(expected), "registered": expected}
+
+
+def test_a_capture_that_is_left_before_one_inside_it_fails_both_and_no_later_one(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks.run(capture_ranks.leave_before_an_inner_one, path=[install(tmp_path)] * 2):
+        assert found["registered"] == [[[7]] * 2]
+        for which, words in (("outer", "one inside it is open"), ("inner", "has ended before it")):
+            kind, text = found[which]
+            assert kind == "CaptureError"
+            assert words in text
+
+
 def test_ranks_that_capture_nothing_hold_up_nobody(ranks: Ranks, tmp_path: Path) -> None:
     everybody = ranks.run(capture_ranks.not_all_capture, world_size=4, path=[install(tmp_path)] * 4)
     for rank, found in enumerate(everybody):

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from comm_core import fallback, negotiate, ops
 from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
+from comm_core._nesting import any_open, nested
 from comm_core.agreement import Agreed, Request, agree, gather_local
 from comm_core.backend import Backend
 from comm_core.context import Shapes
@@ -147,11 +147,6 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
     _raise_first([_failure(entry, shapes) for entry in live()])
 
 
-# How many `comm.capture()` are open in this process, one within the other.
-_captures = 0
-_capture_lock = threading.Lock()
-
-
 @contextlib.contextmanager
 def capture() -> Iterator[None]:
     """The context in which CUDA graphs are captured: the sessions of all groups that have a handle are entered.
@@ -169,15 +164,12 @@ def capture() -> Iterator[None]:
 
     Raises:
         CaptureError: a stream captures already; a session couldn't be entered or left, on this rank or another; another
-            thread's is still open: graphs captured inside must not be replayed, and the next capture works.
+            thread's is still open, where that raises too: graphs captured inside must not be replayed, and the next
+            capture works.
         CommTimeoutError: a peer that captured nothing, or hangs, didn't come to the end.
     """
-    global _captures  # noqa: PLW0603 - of the process, like the groups
-    with _capture_lock:
-        _captures += 1
-        outer = _captures == 1
-    try:
-        if not outer:
+    with nested() as outermost:
+        if outermost is None:
             yield
             return
         sweep()
@@ -187,18 +179,17 @@ def capture() -> Iterator[None]:
             try:
                 for handle in handles:
                     handle.record(True)
+                outermost.begin()
                 yield
             finally:
+                inner = outermost.end()
                 for handle in handles:
                     handle.record(False)
-            if _captures > 1:
+            if inner:
                 raise CaptureError(
                     "comm.capture() can't be left while one inside it is open in another thread: what that records "
                     "would never be registered. Wait for the thread before"
                 )
-    finally:
-        with _capture_lock:
-            _captures -= 1
 
 
 def _seats(entry: Entry) -> Iterator[Seat]:
@@ -279,7 +270,7 @@ def _tell(entry: Entry, before: Agreed, after: Agreed) -> None:
 
 
 def _refuse_in_capture(what: str) -> None:
-    if _captures:
+    if any_open():
         raise CaptureError(f"{what} can't be called inside comm.capture(). Call it before, or after")
     refuse_capture(f"{what} can't wait for other ranks", "Call it before the capture, or after")
 
