@@ -265,3 +265,19 @@ def alone(kind: str) -> dict[str, Any]:
         "closed": outcome(lambda: backend.all_reduce(x))[0],
         "again": outcome(lambda: comm.get_backend(group)),
     }
+
+
+def alone_before_and_after_the_world() -> dict[str, Any]:
+    """The operators' default is this process alone again once the world is gone."""
+    store, rank, size = side_store().clone(), dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    x, call = torch.ones(4), torch.ops.comm_core.all_reduce
+    single = comm.get_backend()
+    before = call(x)
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=size)
+    comm.get_backend()
+    together = call(x)
+    comm.close(dist.group.WORLD)
+    dist.destroy_process_group()
+    same = comm.get_backend() is single
+    return {"same": same, "sums": [y[0].item() for y in (before, together, call(x))]}

@@ -258,3 +258,8 @@ def test_a_group_of_one(ranks: Ranks, sound: list[Path], kind: str, world_size: 
     assert (
         ranks.run(handle_ranks.alone, kind, world_size=world_size, path=[sound] * world_size) == [expected] * world_size
     )
+
+
+def test_a_process_alone_has_its_handle_again_after_the_world(ranks: Ranks) -> None:
+    expected = {"same": True, "sums": [1.0, 2.0, 1.0]}
+    assert ranks.run(handle_ranks.alone_before_and_after_the_world) == [expected] * 2

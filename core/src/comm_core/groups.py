@@ -86,13 +86,14 @@ def _backend(entry: Entry, request: Request) -> Backend:
         except BaseException:
             forget(entry)
             raise
-        world = entry.group is not None and entry.group is dist.group.WORLD
-        ops.enlist((entry.name, "") if world else (entry.name,), entry.backend)
     elif entry.request != request:
         raise ValueError(
             f"{entry.title} has a handle with {entry.request}, and one with {request} was asked for. Call "
             "comm.close(group) on all its ranks before"
         )
+    # Again, too: the world's handle stands where that of this process alone stood, and goes before it.
+    world = entry.group is not None and entry.group is dist.group.WORLD
+    ops.enlist((entry.name, "") if world else (entry.name,), entry.backend)
     return entry.backend
 
 

@@ -99,7 +99,8 @@ def _limit(rows: Sequence[Row]) -> dict[int, float]:
     for row in moves:
         nbytes = row.case.nbytes
         found[nbytes] = min(row.time.median, found.get(nbytes, row.time.median))
-    if hops:
+    if hops and found:
         fastest = max(nbytes / time_us for nbytes, time_us in found.items())
-        found = {nbytes: max(hops[nbytes], nbytes / fastest) for nbytes in found}
+        # Any of them may have dropped out of a case.
+        found = {nbytes: max(hops.get(nbytes, 0.0), nbytes / fastest) for nbytes in found}
     return found
