@@ -258,7 +258,9 @@ class _Terminal(Contender):
             return (fallback.torch_distributed(self._group, state[0], state[0] if in_place else None),)
         tensor, residual = state
         total = fallback.torch_distributed(self._group, tensor, None)
-        return fallback.add_rms_norm(total, residual, weight, 1e-6, 0.0, None, residual if in_place else None)
+        # Written over the sum on GPUs, as a handle does it.
+        out = total if total.is_cuda else None
+        return fallback.add_rms_norm(total, residual, weight, 1e-6, 0.0, out, residual if in_place else None)
 
 
 def behind_itself(case: Case) -> bool:
