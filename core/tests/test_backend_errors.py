@@ -81,6 +81,10 @@ def test_a_closed_handle_says_so() -> None:
     backend.retire("group 'tp': its handle was closed")
     with pytest.raises(comm.CommError, match=r"^group 'tp': its handle was closed$"):
         backend.all_reduce(aligned(8))
+    x, weight = aligned(8).view(1, 8), aligned(8)
+    for residual in (x, x.to("meta")):
+        with pytest.raises(comm.CommError, match=r"^group 'tp': its handle was closed$"):
+            backend.all_reduce_add_rms_norm(x, residual, weight)
     assert not fast.calls
 
 

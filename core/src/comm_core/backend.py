@@ -104,8 +104,8 @@ class Backend:
             `out`, or a new contiguous tensor.
 
         Raises:
-            TypeError, ValueError: a dtype, device or `out` that no backend takes; alike on all ranks, before anything
-                is sent.
+            TypeError, ValueError: a dtype, device or `out` that no backend takes, or a tensor without memory, such as a
+                `FakeTensor`; alike on all ranks, before anything is sent.
             CommError: the backend that serves this message failed, or the handle is closed; the text names it. As
                 `CommTimeoutError` where a peer didn't come, as `CaptureError` where the call can't be captured yet.
         """
@@ -254,8 +254,6 @@ class Backend:
 
     def _reduce_odd(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Everything that the hot path leaves: staged through a copy, answered at once, or refused."""
-        if self.failure is not None:
-            raise CommError(self.failure)
         self._check_kind(tensor)
         if out is not None:
             _check_out(tensor, out)
@@ -274,6 +272,8 @@ class Backend:
 
     def _check_kind(self, tensor: torch.Tensor) -> None:
         """Raise why there is no route for tensors of this kind; a dtype and device of the group have one."""
+        if self.failure is not None:
+            raise CommError(self.failure)
         dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
         known = tensor.device in self._devices
         if known and (tensor.get_device(), dtype) in self._plain and tensor.layout is torch.strided:
