@@ -102,8 +102,10 @@ def close(group: dist.ProcessGroup | None = None) -> None:
 
     Collective, to be called before the process group is destroyed: waits for the device and for the peers, so that no
     memory is freed that one of them may read. A peer that doesn't come in time is named in a warning, and everything is
-    given back all the same. Afterwards the handle's calls raise, and `get_backend` negotiates anew. A group that has no
-    handle is left as it is, so a second call does nothing. A group that was destroyed before is closed without waiting.
+    given back all the same. Where a call has failed because a peer didn't come, on any rank, nobody waits; a backend
+    may then keep, until the process ends, memory that its peers' kernels may still write to. Afterwards the handle's
+    calls raise, and `get_backend` negotiates anew. A group that has no handle is left as it is, so a second call does
+    nothing. A group that was destroyed before is closed without waiting.
 
     Args:
         group: None: every group, in the order in which they got their handles.
@@ -341,6 +343,7 @@ def _close(entry: Entry) -> None:
     backend, control, group = entry.backend, entry.control, entry.group
     if backend is None:
         return
+    failure = backend.failure
     backend.retire(f"{entry.title}: its handle was closed")
     entry.backend = None
     if control is None or group is None:
@@ -351,6 +354,9 @@ def _close(entry: Entry) -> None:
     orderly = False
     try:
         with control.stage("close") as stage:
+            if failure is not None:
+                # Whom a call has waited for in vain isn't waited for again, nor do the others wait for that.
+                raise stage.abort(failure)
             if "cuda" in backend.topology.device_types:
                 torch.cuda.synchronize(backend.device)
             stage.barrier()
