@@ -110,7 +110,7 @@ def fake_handle() -> Backend:
 
 
 def hot_path(repeats: int) -> Iterator[Figure]:
-    """What the handle adds to a direct call of the hook: the smallest of the medians of interleaved rounds."""
+    """What the handle adds to a direct call of the hook."""
     backend = fake_handle()
     rules = backend.decision.route("all_reduce", "eager", "cpu", "bfloat16").rules
     _require(len(rules) == 5, f"four ranges and the terminal are meant, not {rules}")
@@ -122,34 +122,20 @@ def hot_path(repeats: int) -> Iterator[Figure]:
     ):
         direct = functools.partial(_median_us, passed_on, None, tensor, out)
         through = functools.partial(_median_us, backend.all_reduce, tensor, out)
-        direct_us, through_us = [], []
-        for _ in range(repeats):
-            direct_us.append(direct())
-            through_us.append(through())
-        added = [through - plain for through, plain in zip(through_us, direct_us, strict=True)]
-        yield Figure(
-            f"handle's share of a call, {label}",
-            min(through_us) - min(direct_us),
-            "us",
-            worst=max(added),
-            target=target,
-        )
+        yield _added(f"handle's share of a call, {label}", direct, through, repeats, target)
 
 
 def fused_path(repeats: int) -> Iterator[Figure]:
-    """What the handle adds to a direct call of the fused hook, likewise."""
+    """What the handle adds to a direct call of the fused hook."""
     backend = fake_handle()
     x, residual = (torch.zeros((8, 4096), dtype=torch.bfloat16) for _ in range(2))
     weight = torch.zeros(4096, dtype=torch.bfloat16)
     for label, residual_out in (("out of place", None), ("in place", residual)):
-        through = functools.partial(backend.all_reduce_add_rms_norm, x, residual, weight, residual_out=residual_out)
-        direct_us, through_us = [], []
-        for _ in range(repeats):
-            direct_us.append(_median_us(fused_passed_on, None, x, residual, weight, 1e-6, 0.0, None, residual_out))
-            through_us.append(_median_us(through))
-        added = [one - other for one, other in zip(through_us, direct_us, strict=True)]
-        name = f"handle's share of a fused call, {label}"
-        yield Figure(name, min(through_us) - min(direct_us), "us", worst=max(added))
+        call = functools.partial(backend.all_reduce_add_rms_norm, x, residual, weight, residual_out=residual_out)
+        arguments = (None, x, residual, weight, 1e-6, 0.0, None, residual_out)
+        direct = functools.partial(_median_us, fused_passed_on, *arguments)
+        through = functools.partial(_median_us, call)
+        yield _added(f"handle's share of a fused call, {label}", direct, through, repeats)
 
 
 def operator(repeats: int) -> Iterator[Figure]:
@@ -161,13 +147,20 @@ def operator(repeats: int) -> Iterator[Figure]:
         ("out of place", torch.ops.comm_core.all_reduce, None),
         ("in place", torch.ops.comm_core.all_reduce_, tensor),
     ):
-        handle_us, operator_us = [], []
-        for _ in range(repeats):
-            handle_us.append(_median_us(backend.all_reduce, tensor, out))
-            operator_us.append(_median_us(call, tensor, "the benchmark"))
-        added = [through - plain for through, plain in zip(operator_us, handle_us, strict=True)]
-        yield Figure(f"operator over handle, {label}", min(operator_us) - min(handle_us), "us", worst=max(added))
+        handle = functools.partial(_median_us, backend.all_reduce, tensor, out)
+        through = functools.partial(_median_us, call, tensor, "the benchmark")
+        yield _added(f"operator over handle, {label}", handle, through, repeats)
     ops.strike(backend)
+
+
+def _added(
+    name: str, direct: Callable[[], float], through: Callable[[], float], repeats: int, target: float | None = None
+) -> Figure:
+    """What one way adds to another, in microseconds: between the smallest of the medians of interleaved rounds."""
+    rounds = [(direct(), through()) for _ in range(repeats)]
+    smallest_direct, smallest_through = (min(medians) for medians in zip(*rounds, strict=True))
+    worst = max(other - one for one, other in rounds)
+    return Figure(name, smallest_through - smallest_direct, "us", worst=worst, target=target)
 
 
 def _median_us(call: Callable[..., object], *arguments: object) -> float:

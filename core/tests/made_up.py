@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from comm_core.routes import Offer
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Range
@@ -99,3 +100,8 @@ def messages(draw: st.DrawFn, near: Sequence[Range], op: str | None = None) -> M
     numels = sorted({max(edge // itemsize + off, 1) for edge in edges for off in (-1, 0, 1)})
     numel = draw(st.sampled_from(numels) | st.integers(1, 1 << 16) if numels else st.integers(1, 1 << 16))
     return Message(op, mode, device_type, dtype, numel * itemsize)
+
+
+def backwards(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The same mapping in the reverse order."""
+    return {name: mapping[name] for name in reversed(list(mapping))}
