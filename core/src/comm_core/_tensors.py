@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
-__all__ = ["disjoint", "operands", "plain", "plain_copy"]
+__all__ = ["delivered", "disjoint", "operands", "plain", "plain_copy"]
 
 
 def plain(tensor: torch.Tensor) -> bool:
@@ -40,6 +40,14 @@ def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two contiguous tensors share no memory."""
     first, second = one.data_ptr(), other.data_ptr()
     return first + one.nbytes <= second or second + other.nbytes <= first
+
+
+def delivered(result: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """The result where it was asked for; nothing is differentiated, also where `out` is a parameter."""
+    if out is None or result is out:
+        return result
+    with torch.no_grad():
+        return out.copy_(result)
 
 
 def operands(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from comm_core import fallback, norm
-from comm_core._tensors import disjoint, operands, plain, plain_copy
+from comm_core._tensors import delivered, disjoint, operands, plain, plain_copy
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.tables import FusedEntry, Key, PlainEntry, Recording, Tables, bind
 from comm_core.types import DTYPES, Decision
@@ -194,8 +194,8 @@ class Backend:
                     y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
                     self._raise(error, name, "all_reduce_add_rms_norm")
-                return y if out is None or y is out else _delivered(y, out), (
-                    s if residual_out is None or s is residual_out else _delivered(s, residual_out)
+                return y if out is None or y is out else delivered(y, out), (
+                    s if residual_out is None or s is residual_out else delivered(s, residual_out)
                 )
         total = self.all_reduce(tensor)
         if out is None and total.is_cuda:
@@ -265,7 +265,7 @@ class Backend:
             result = torch.empty_like(tensor)
         else:
             result = self.all_reduce(plain_copy(tensor))
-        return result if out is None else _delivered(result, out)
+        return delivered(result, out)
 
     def _note_capture(self) -> None:
         self.captured = True
@@ -325,9 +325,3 @@ def _fits(tensor: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether a hook may write to `out` directly; what it can't be at all raises."""
     _check_out(tensor, out)
     return plain(out) and disjoint(tensor, out)
-
-
-def _delivered(result: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`out`, with the result in it; nothing is differentiated, also where it is a parameter."""
-    with torch.no_grad():
-        return out.copy_(result)

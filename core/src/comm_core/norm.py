@@ -14,7 +14,7 @@ import torch
 
 from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
-from comm_core._tensors import disjoint, plain, plain_copy
+from comm_core._tensors import delivered, disjoint, plain, plain_copy
 
 __all__ = ["add_rms_norm", "prepare"]
 
@@ -96,7 +96,7 @@ def add_rms_norm(
     else:
         with torch.cuda.device(tensor.device):
             kernel(num_tokens, *inputs, normed, summed, float(eps), float(weight_offset))
-    return _delivered(normed, out), _delivered(summed, residual_out)
+    return delivered(normed, out), delivered(summed, residual_out)
 
 
 def _compile(device: torch.device, dtype: torch.dtype, hidden_size: int) -> _Launch | str:
@@ -121,11 +121,3 @@ def _direct(target: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> bool:
         and disjoint(target, weight)
         and all(target.data_ptr() == other.data_ptr() or disjoint(target, other) for other in alike)
     )
-
-
-def _delivered(result: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
-    """The result where it was asked for."""
-    if target is None or result is target:
-        return result
-    with torch.no_grad():
-        return target.copy_(result)
