@@ -9,8 +9,8 @@ import pytest
 import torch
 from comm_core.negotiate import Slate
 from comm_core.routes import Offer
-from comm_core.tables import Recording, bind
-from comm_core.types import Range
+from comm_core.tables import COMPOSED, FusedRoutes, Recording, Routes, bind
+from comm_core.types import TERMINAL, Range, Rule
 from fake_handle import ALL_REDUCE, FUSED, aligned, one_backend
 
 GPU = torch.device("cuda", 1)
@@ -33,35 +33,77 @@ def test_each_mode_has_entries_of_its_own() -> None:
     sessions = {name: session(name) for name in ("pull", "push")}
     eager, graph = (bind(decision, mode, devices, (print, "group"), sessions) for mode in ("eager", "graph"))
 
-    def names(table: Any, device: int, dtype: torch.dtype) -> list[str]:
-        return [entry[5] for entry in table.get((device, dtype), ())]
+    def names(routes: Any, device: int, dtype: torch.dtype) -> list[str]:
+        return [name for _, (_, _, name) in routes.entries.get((device, dtype), ())]
 
     assert names(eager.plain, ON_GPU, torch.float16) == ["push", "torch_distributed"]
     assert names(graph.plain, ON_GPU, torch.float16) == ["pull", "torch_distributed"]
     assert names(graph.plain, ON_GPU, torch.int8) == ["pull", "torch_distributed"]
-    assert names(eager.fused, ON_GPU, torch.bfloat16) == names(graph.fused, ON_GPU, torch.bfloat16) == ["push"]
+    for mode in (eager, graph):
+        assert names(mode.fused, ON_GPU, torch.bfloat16) == ["push", "torch_distributed"]
     assert names(eager.plain, ON_CPU, torch.int8) == ["torch_distributed"]
-    assert not any(device == ON_CPU for device, _ in graph.plain)
-    low, high, multiple, hook, value, _ = graph.plain[ON_GPU, torch.int8][0]
-    assert (low, high, multiple, hook, value) == (1, 1024, 1, "pull's sum", "session of pull")
+    assert not any(device == ON_CPU for device, _ in graph.plain.entries)
+    pulled = ("pull's sum", "session of pull", "pull")
+    otherwise = (print, "group", "torch_distributed")
+    assert [graph.plain.find((ON_GPU, torch.int8, nbytes)) for nbytes in (1, 1024, 1025)] == [pulled, pulled, otherwise]
+    assert graph.plain.get((ON_GPU, torch.int8, 1024)) == pulled
+    assert graph.plain.find((ON_GPU, torch.complex64, 8)) is None
+    assert graph.plain.find((ON_GPU, torch.int8, 0)) is None
+
+
+def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
+    rules = (Rule("push", max_nbytes=64, max_tokens=2, hidden_multiple=4), Rule(TERMINAL))
+    pushed = (print, "session", "push")
+    routes = FusedRoutes({(ON_GPU, torch.float16): tuple(zip(rules, (pushed, COMPOSED), strict=True))})
+
+    def of(num_tokens: int, hidden_size: int, dtype: torch.dtype = torch.float16) -> Any:
+        kind = (ON_GPU, dtype, torch.Size((num_tokens, hidden_size)), torch.Size((hidden_size,)))
+        assert routes.get(kind) is None
+        served = routes.find(kind)
+        assert routes.get(kind) is served
+        return served
+
+    assert of(1, 4) is of(2, 16) is pushed
+    # Too many bytes, too many tokens, no multiple, nothing, another dtype.
+    for composed in (of(2, 20), of(3, 4), of(2, 6), of(0, 4), of(1, 4, torch.float64)):
+        assert composed is COMPOSED
+
+
+def test_what_is_kept_is_bounded() -> None:
+    served = (print, "group", TERMINAL)
+    routes = Routes({(ON_CPU, torch.int8): ((Rule(TERMINAL), served),)})
+    for nbytes in range(1, 10_000):
+        assert routes.find((ON_CPU, torch.int8, nbytes)) == served
+    assert 0 < len(routes) < 5000
 
 
 def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = {(ON_GPU, torch.int8): "eager", (ON_CPU, torch.int8): "of the CPU"}
+    def routes(**names: int) -> Routes:
+        rule = Rule(TERMINAL)
+        return Routes({(device, torch.int8): ((rule, (print, None, name)),) for name, device in names.items()})
+
     noted: list[None] = []
-    table = Recording(eager, {(ON_GPU, torch.int8): "graph"}, lambda: noted.append(None))
+    recording = Recording(routes(eager=ON_GPU, cpu=ON_CPU), routes(graph=ON_GPU), lambda: noted.append(None))
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert table.get((ON_GPU, torch.int8)) == "eager"
+
+    def of(device: int, dtype: torch.dtype = torch.int8) -> str | None:
+        kind = (device, dtype, 8)
+        served = recording.get(kind) or recording.find(kind)
+        assert recording.get(kind) is served
+        return served[2] if served else None
+
+    assert of(ON_GPU) == "eager"
     assert not noted
     capturing = True
-    assert table.get((ON_GPU, torch.int8)) == "graph"
-    assert len(noted) == 1
+    assert of(ON_GPU) == "graph"
+    assert noted
     # A stream of the GPU's says nothing of tensors on the CPU.
-    assert table.get((ON_CPU, torch.int8)) == "of the CPU"
-    assert table.get((ON_GPU, torch.int16)) is None
-    assert (ON_GPU, torch.int8) in table
+    assert of(ON_CPU) == "cpu"
+    assert of(ON_GPU, torch.int16) is None
+    capturing = False
+    assert of(ON_GPU) == "eager"
 
 
 def test_a_handle_serves_the_same_inside_a_capture_where_there_are_no_graphs() -> None:

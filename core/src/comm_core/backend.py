@@ -10,7 +10,7 @@ import torch
 from comm_core import fallback, norm
 from comm_core._tensors import delivered, disjoint, operands, plain, plain_copy
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
-from comm_core.tables import FusedEntry, Key, PlainEntry, Recording, Tables, bind
+from comm_core.tables import COMPOSED, FusedRoutes, Recording, Routes, Tables, bind
 from comm_core.types import DTYPES, Decision
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Backend:
         self._recording = False
         self._served_by: list[Session] = []
         self._devices: tuple[torch.device, ...] = ()
-        self._plain: Mapping[Key, tuple[PlainEntry, ...]] = {}
-        self._fused: Mapping[Key, tuple[FusedEntry, ...]] = {}
+        self._plain: Routes | Recording
+        self._fused: Routes | Recording
         self.adopt(decision, sessions)
 
     def adopt(self, decision: Decision, sessions: Mapping[str, Session]) -> None:
@@ -110,24 +110,23 @@ class Backend:
                 `CommTimeoutError` where a peer didn't come, as `CaptureError` where the call can't be captured yet.
         """
         index = tensor.get_device()
-        rules = self._plain.get((index, tensor.dtype))
         try:
-            address, contiguous = tensor.data_ptr(), tensor.is_contiguous()
-        except RuntimeError:  # a sparse tensor has neither, and a look at every tensor's layout costs each call 50 ns
+            kind, address, contiguous = (index, tensor.dtype, tensor.nbytes), tensor.data_ptr(), tensor.is_contiguous()
+        except RuntimeError:  # a sparse tensor has none, and a look at every tensor's layout costs each call 50 ns
             return self._reduce_odd(tensor, out)
         # The address of empty tensors, and of wrappers, is 0. Tensors on torch's device "meta" have the CPU's index.
-        if address & 15 or not contiguous or not address or rules is None or (index < 0 and not tensor.is_cpu):
+        if address & 15 or not contiguous or not address or (index < 0 and not tensor.is_cpu):
             return self._reduce_odd(tensor, out)
         if out is not None and out is not tensor and not _fits(tensor, out):
             return self._reduce_odd(tensor, out)
-        nbytes = tensor.nbytes
-        for low, high, multiple, function, session, name in rules:
-            if low <= nbytes <= high and not nbytes % multiple:
-                try:
-                    return function(session, tensor, out)
-                except Exception as error:  # noqa: BLE001 - the plugin border: it is told by name
-                    self._raise(error, name, "all_reduce")
-        return self._reduce_odd(tensor, out)
+        served = self._plain.get(kind) or self._plain.find(kind)
+        if served is None:
+            return self._reduce_odd(tensor, out)
+        function, session, name = served
+        try:
+            return function(session, tensor, out)  # type: ignore[no-any-return]
+        except Exception as error:  # noqa: BLE001 - the plugin border: it is told by name
+            self._raise(error, name, "all_reduce")
 
     def all_reduce_add_rms_norm(
         self,
@@ -161,42 +160,35 @@ class Backend:
             As `all_reduce`; ValueError also for shapes that don't fit.
         """
         index, dtype, shape = tensor.get_device(), tensor.dtype, tensor.shape
-        if len(shape) != 2 or residual.shape != shape or weight.dim() != 1 or weight.numel() != shape[1]:
-            raise ValueError(
-                "[num_tokens, hidden_size], the same, and [hidden_size] are needed, not "
-                f"{list(shape)}, {list(residual.shape)} and {list(weight.shape)}"
-            )
-        if not residual.dtype == weight.dtype == dtype or not dtype.is_floating_point:
-            raise TypeError(f"one floating dtype is needed, not {dtype}, {residual.dtype} and {weight.dtype}")
-        if not residual.get_device() == weight.get_device() == index or (
-            index < 0 and not (tensor.is_cpu and residual.is_cpu and weight.is_cpu)  # as above
+        kind = (index, dtype, shape, weight.shape)
+        served = self._fused.get(kind)
+        if (
+            served is None
+            or residual.shape != shape
+            or residual.dtype is not dtype
+            or weight.dtype is not dtype
+            or residual.get_device() != index
+            or weight.get_device() != index
+            or (index < 0 and not (tensor.is_cpu and residual.is_cpu and weight.is_cpu))  # as above
         ):
-            self._check_kind(tensor)
-            raise ValueError(f"one device is needed, not {tensor.device}, {residual.device} and {weight.device}")
+            self._check_operands(tensor, residual, weight)
+            served = self._fused.find(kind) or COMPOSED
         if out is not None and out is not tensor:
             _check_out(tensor, out)
             _check_elements(out)
         if residual_out is not None and residual_out is not residual:
             _check_out(tensor, residual_out)
             _check_elements(residual_out)
-        nbytes, (num_tokens, hidden_size) = tensor.nbytes, shape
-        for low, high, multiple, function, session, name, most_tokens, hidden_multiple in self._fused.get(
-            (index, dtype), ()
-        ):
-            if (
-                low <= nbytes <= high
-                and not nbytes % multiple
-                and num_tokens <= most_tokens
-                and not hidden_size % hidden_multiple
-            ):
-                x, r, w, y_out, s_out = operands(tensor, residual, weight, out, residual_out)
-                try:
-                    y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
-                except Exception as error:  # noqa: BLE001 - the plugin border, as above
-                    self._raise(error, name, "all_reduce_add_rms_norm")
-                return y if out is None or y is out else delivered(y, out), (
-                    s if residual_out is None or s is residual_out else delivered(s, residual_out)
-                )
+        if served is not COMPOSED:
+            function, session, name = served
+            x, r, w, y_out, s_out = operands(tensor, residual, weight, out, residual_out)
+            try:
+                y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
+            except Exception as error:  # noqa: BLE001 - the plugin border, as above
+                self._raise(error, name, "all_reduce_add_rms_norm")
+            return y if out is None or y is out else delivered(y, out), (
+                s if residual_out is None or s is residual_out else delivered(s, residual_out)
+            )
         total = self.all_reduce(tensor)
         if out is None and total.is_cuda:
             out = total  # nobody else's, and one kernel reads and writes it
@@ -248,9 +240,9 @@ class Backend:
     def retire(self, why: str) -> None:
         """Make every later call raise `CommError(why)`."""
         self.failure = why
-        self._eager = self._graph = Tables({}, {})
+        self._eager = self._graph = Tables(Routes({}), FusedRoutes({}))
         self._served_by.clear()
-        self._plain, self._fused, self.sessions = {}, {}, {}
+        self._plain, self._fused, self.sessions = self._eager.plain, self._eager.fused, {}
 
     def _reduce_odd(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Everything that the hot path leaves: staged through a copy, answered at once, or refused."""
@@ -276,7 +268,7 @@ class Backend:
             raise CommError(self.failure)
         dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
         known = tensor.device in self._devices
-        if known and (tensor.get_device(), dtype) in self._plain and tensor.layout is torch.strided:
+        if known and (tensor.get_device(), dtype) in self._eager.plain.entries and tensor.layout is torch.strided:
             return
         if not known:
             names = ", ".join(sorted(map(str, self._devices)))
@@ -285,6 +277,20 @@ class Backend:
                 "CPU tensors beside CUDA's make the group with backend='cpu:gloo,cuda:nccl'"
             )
         raise TypeError(f"{tensor.dtype}, {tensor.layout}: {_REFUSED}; convert it first")
+
+    def _check_operands(self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+        """Raise where a fused call's tensors don't belong together, or there is no route for them."""
+        shape, dtype = tensor.shape, tensor.dtype
+        if len(shape) != 2 or residual.shape != shape or weight.shape != shape[1:]:
+            raise ValueError(
+                "[num_tokens, hidden_size], the same, and [hidden_size] are needed, not "
+                f"{list(shape)}, {list(residual.shape)} and {list(weight.shape)}"
+            )
+        if not residual.dtype == weight.dtype == dtype or not dtype.is_floating_point:
+            raise TypeError(f"one floating dtype is needed, not {dtype}, {residual.dtype} and {weight.dtype}")
+        self._check_kind(tensor)
+        if not tensor.device == residual.device == weight.device:
+            raise ValueError(f"one device is needed, not {tensor.device}, {residual.device} and {weight.device}")
 
     def _raise(self, error: Exception, name: str, hook: str) -> NoReturn:
         if isinstance(error, torch.OutOfMemoryError):

@@ -9,61 +9,119 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._capturing import capturing
-from comm_core.types import DTYPES, TERMINAL, Decision
+from comm_core.types import DTYPES, TERMINAL, Decision, Rule
 
 if TYPE_CHECKING:
     from comm_core.establish import Session
 
-__all__ = ["FusedEntry", "Key", "PlainEntry", "Recording", "Tables", "bind"]
+__all__ = ["COMPOSED", "FusedRoutes", "Key", "Kind", "Recording", "Routes", "Served", "Tables", "bind"]
 
-# Past every tensor's size, in bytes, so that a rule without an upper end is compared like the others.
-_NO_LIMIT = 1 << 62
 _TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 
-#: By device and dtype, so that one look-up finds the route and notices what has none. The device is what a tensor's
-#: `get_device` tells, CUDA's index or -1, in a quarter of the time that a `torch.device` takes to be made and hashed.
+#: By device and dtype. The device is what a tensor's `get_device` tells, CUDA's index or -1, in a quarter of the time
+#: that a `torch.device` takes to be made and hashed.
 Key = tuple[int, torch.dtype]
-#: (lowest bytes, highest bytes, multiple of bytes, hook, its session, the backend's name)
-PlainEntry = tuple[int, int, int, Callable[..., torch.Tensor], Any, str]
-#: (…, most tokens, multiple of the hidden size)
-FusedEntry = tuple[int, int, int, Callable[..., tuple[torch.Tensor, torch.Tensor]], Any, str, int, int]
+#: What a call's tensors are like, as far as its route depends on it: device and dtype, then of `all_reduce` the bytes,
+#: of `all_reduce_add_rms_norm` the tensor's shape and the weight's.
+Kind = tuple[Any, ...]
+#: What serves a call: the hook, its session, the backend's name.
+Served = tuple[Callable[..., Any], Any, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tables:
-    """The entries of one mode, in the order in which they are tried.
+def _composed(*_: object) -> None:
+    raise AssertionError("a composed call has no hook")
+
+
+#: What serves a fused call that no backend takes: the handle itself.
+COMPOSED: Served = (_composed, None, TERMINAL)
+# Kinds that are kept: more than a model's shapes.
+_MOST_KINDS = 4096
+
+
+class Routes(dict[Kind, Served]):
+    """What serves which kind of call in one mode. A kind's rules are gone through once, and their answer is kept.
 
     Attributes:
-        plain: of `all_reduce`; the last entry takes every size.
-        fused: of `all_reduce_add_rms_norm`; what no entry takes is composed.
+        entries: the plan's rules and what serves them, in the order in which they are tried.
     """
 
-    plain: Mapping[Key, tuple[PlainEntry, ...]]
-    fused: Mapping[Key, tuple[FusedEntry, ...]]
+    def __init__(self, entries: Mapping[Key, tuple[tuple[Rule, Served], ...]]) -> None:
+        super().__init__()
+        self.entries = entries
+
+    def find(self, kind: Kind) -> Served | None:
+        """What serves a kind that `get` doesn't know yet; None for a device or dtype that has no route."""
+        message = self._message(kind)
+        # An empty tensor is nobody's: the handle answers it.
+        entries = self.entries.get(kind[:2], ()) if message[0] else ()
+        served = next((served for rule, served in entries if rule.takes(*message)), self._otherwise)
+        if served is not None:
+            if len(self) >= _MOST_KINDS:
+                self.clear()
+            self[kind] = served
+        return served
+
+    _otherwise: Served | None = None
+
+    @staticmethod
+    def _message(kind: Kind) -> tuple[int, ...]:
+        """A kind as `Rule.takes` has it."""
+        return kind[2:]
 
 
-class Recording(dict[Key, Any]):
-    """A table for calls inside `comm.capture()`: a warm-up there takes the eager route, a captured call the graph's.
+class FusedRoutes(Routes):
+    """The same of fused calls; what no backend takes is composed."""
+
+    _otherwise = COMPOSED
+
+    @staticmethod
+    def _message(kind: Kind) -> tuple[int, ...]:
+        _, dtype, (num_tokens, hidden_size), _ = kind
+        return num_tokens * hidden_size * dtype.itemsize, num_tokens, hidden_size
+
+
+class Recording:
+    """Routes for calls inside `comm.capture()`: a warm-up there takes the eager one, a captured call the graph's.
 
     Asking the stream costs 0.3 us or more, which calls outside don't pay.
 
     Args:
-        eager, graph: the tables.
+        eager, graph: the routes.
         note: called at each look-up for a captured call.
     """
 
-    def __init__(self, eager: Mapping[Key, Any], graph: Mapping[Key, Any], note: Callable[[], None]) -> None:
-        super().__init__(eager)
+    def __init__(self, eager: Routes, graph: Routes, note: Callable[[], None]) -> None:
+        self._eager = eager
         # Only CUDA tensors have routes for graphs.
         self._graph = graph
         self._note = note
 
-    def get(self, key: Key, default: Any = None) -> Any:
-        """The entries for this key and what the current stream does."""
-        if capturing():
-            self._note()
-            return self._graph[key] if key in self._graph else super().get(key, default)
-        return super().get(key, default)
+    def get(self, kind: Kind) -> Served | None:
+        """What serves this kind while the current stream does what it does; None: not known yet."""
+        return self._routes(kind).get(kind)
+
+    def find(self, kind: Kind) -> Served | None:
+        """As `Routes.find`."""
+        return self._routes(kind).find(kind)
+
+    def _routes(self, kind: Kind) -> Routes:
+        if not capturing():
+            return self._eager
+        self._note()
+        return self._graph if kind[:2] in self._graph.entries else self._eager
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The routes of one mode.
+
+    Attributes:
+        plain: of `all_reduce`.
+        fused: of `all_reduce_add_rms_norm`.
+    """
+
+    plain: Routes
+    fused: FusedRoutes
 
 
 def bind(
@@ -82,28 +140,17 @@ def bind(
         terminal: the function of the terminal fallback and its session.
         sessions: by backend.
     """
-    plain: dict[Key, tuple[PlainEntry, ...]] = {}
-    fused: dict[Key, tuple[FusedEntry, ...]] = {}
+    found: dict[str, dict[Key, tuple[tuple[Rule, Served], ...]]] = {"all_reduce": {}, "all_reduce_add_rms_norm": {}}
+
+    def serving(backend: str, op: str) -> Served:
+        if backend == TERMINAL:
+            return (*terminal, TERMINAL) if op == "all_reduce" else COMPOSED
+        session = sessions[backend]
+        return session.plugin.hooks[op], session.value, backend
+
     for route in decision.routes:
-        if route.mode != mode:
-            continue
-        device = devices[route.device_type]
-        key = (-1 if device.type == "cpu" else device.index, _TORCH_DTYPES[route.dtype])
-        entries: list[Any] = []
-        for rule in route.rules:
-            # An empty tensor is nobody's: the handle answers it.
-            bounds = (max(rule.min_nbytes, 1), rule.max_nbytes or _NO_LIMIT, rule.multiple_nbytes)
-            if rule.backend != TERMINAL:
-                session = sessions[rule.backend]
-                served_by = (session.plugin.hooks[route.op], session.value, rule.backend)
-            elif route.op == "all_reduce":
-                served_by = (*terminal, TERMINAL)
-            else:
-                continue  # composed by the handle
-            limits = () if route.op == "all_reduce" else (rule.max_tokens or _NO_LIMIT, rule.hidden_multiple)
-            entries.append((*bounds, *served_by, *limits))
-        if route.op == "all_reduce":
-            plain[key] = tuple(entries)
-        else:
-            fused[key] = tuple(entries)
-    return Tables(plain, fused)
+        if route.mode == mode:
+            device = devices[route.device_type]
+            key = (-1 if device.type == "cpu" else device.index, _TORCH_DTYPES[route.dtype])
+            found[route.op][key] = tuple((rule, serving(rule.backend, route.op)) for rule in route.rules)
+    return Tables(Routes(found["all_reduce"]), FusedRoutes(found["all_reduce_add_rms_norm"]))

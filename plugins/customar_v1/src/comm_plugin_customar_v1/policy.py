@@ -51,17 +51,20 @@ class Row:
 # One stage ends where vLLM's and SGLang's kernels of this design end it: they take two ranks one-stage whatever the
 # size, four below 512 KiB, more below 256 KiB.
 #
-# Two ranks: a call took 3.6 us for 64 KiB in 32 blocks of 128 threads, 5.5 us for 256 KiB in 128 such blocks, and
-# 6.0 us for 512 KiB in 64 of 512 (two H200, graph, out of place, 2026-11-22). Blocks, each of which meets its peers',
-# cost more than bytes, so 128 and 256 KiB have 32 here, too: these two rows aren't measured yet, the others are that
-# run's. More ranks: unmeasured; a message of a row's size has some 128 blocks, about one for each multiprocessor.
+# Two ranks: the fastest shapes of benchmarks/2026-11-22-h200x2-customar_v1_tune.json (two H200, graphs of dependent
+# calls, bfloat16), 3.1 us for 1 KiB to 30.7 us for 8 MiB. Each block meets its peers', and that costs more than bytes
+# do: 256 KiB takes 4.3 us in 32 blocks, 5.5 us in 128. More ranks: unmeasured; a message of a row's size has some 128
+# blocks, about one for each multiprocessor.
 _TABLES: dict[int, tuple[Row, ...]] = {
     2: (
-        Row(64 * _KIB, "one_stage", threads=128),
-        Row(128 * _KIB, "one_stage", threads=256),
-        Row(1 * _MIB, "one_stage", threads=512),
-        Row(2 * _MIB, "one_stage", vecs=2, threads=512),
-        Row(MAX_NBYTES, "one_stage", vecs=4, threads=512),
+        Row(32 * _KIB, "one_stage", threads=256),
+        Row(128 * _KIB, "one_stage", threads=512),
+        Row(256 * _KIB, "one_stage", vecs=4, threads=128, blocks=32),
+        Row(512 * _KIB, "one_stage", vecs=2, threads=512, blocks=32),
+        Row(1 * _MIB, "one_stage", threads=512, blocks=48),
+        Row(2 * _MIB, "one_stage", threads=512, blocks=132),
+        Row(4 * _MIB, "one_stage", vecs=2, threads=512, blocks=132),
+        Row(MAX_NBYTES, "one_stage", vecs=4, threads=256, blocks=132),
     ),
     4: (
         Row(256 * _KIB, "one_stage", threads=128),
