@@ -22,7 +22,7 @@ import torch.distributed as dist
 from comm_core import kernels
 from comm_plugin_customar_v1 import policy, session
 
-SIZES = "1K,2K,4K,8K,16K,32K,64K,128K,256K,512K,1M,2M,4M,8M"
+SIZES = "1K,2K,4K,8K,16K,32K,64K,128K,256K,512K,768K,1M,2M,4M,8M"
 _K = 1 << 10
 # (from bytes, to bytes, vectors a thread, threads, blocks): what is worth a look where.
 GRIDS = (
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=9, help="of each graph; the median counts")
     parser.add_argument("--top", type=int, default=4, help="shapes printed a size")
     options = parser.parse_args()
-    options.dtype, options.slot = "bfloat16", ""
+    options.dtype = "bfloat16"
     started = time.monotonic()
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
     dist.init_process_group("gloo")

@@ -83,6 +83,9 @@ inline thread_local fake::Index threadIdx, blockIdx, gridDim, blockDim;
 inline void __syncthreads() {
     fake::block->sync->arrive_and_wait();
 }
+inline void __syncwarp() {
+    fake::block->warps[threadIdx.x / 32]->sync.arrive_and_wait();
+}
 inline float __uint_as_float(uint32_t word) {
     float value;
     std::memcpy(&value, &word, 4);

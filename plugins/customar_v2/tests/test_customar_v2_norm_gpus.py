@@ -86,6 +86,7 @@ def placed(shape: tuple[int, int], tensor: torch.Tensor) -> tuple[torch.Tensor, 
 def fused(messages: tuple[tuple[int, int], ...], rows: tuple[NormRow, ...]) -> int:
     handle, rank, checked = backend(NAME), dist.get_rank(), 0
     own, newer = session_of(handle), torch.cuda.get_device_capability()[0] >= 9
+    longest = 32 << 10 if newer or dist.get_world_size() == 2 else 16 << 10
     for dtype, shape in itertools.product(DTYPES, messages):
         route = handle.decision.route("all_reduce_add_rms_norm", "graph", "cuda", str(dtype).removeprefix("torch."))
         assert route.backend_for(shape[0] * shape[1] * dtype.itemsize, *shape) == NAME
@@ -98,7 +99,7 @@ def fused(messages: tuple[tuple[int, int], ...], rows: tuple[NormRow, ...]) -> i
                 continue
             own.use_norm([row])
             # The longest rows go the separate way, whatever the row of the table says.
-            apart = row.algorithm == "separate" or shape[1] * dtype.itemsize > 32 << 10
+            apart = row.algorithm == "separate" or shape[1] * dtype.itemsize > longest
             sums = ((total.to(dtype).float() if apart else total) + residual.float()).to(dtype)
             expected, what = norm_of(sums, weight, offset), (dtype, shape, row, offset)
             (x, behind_x), (r, behind_r) = placed(shape, terms[rank]), placed(shape, residual)

@@ -192,8 +192,9 @@ def test_groups_at_once_eager_and_captured(ranks: Ranks, found: Path) -> None:
 
 def sub_groups() -> int:
     members = [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3], [1, 2, 3]]
-    mine = [(ranks, group) for ranks in members if dist.get_rank() in ranks for group in [dist.new_group(ranks)]]
-    handles = [(backend(group), ranks) for ranks, group in mine]
+    groups = [dist.new_group(ranks) for ranks in members]  # by all ranks, also those that aren't in it
+    mine = [(group, ranks) for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks]
+    handles = [(backend(group), ranks) for group, ranks in mine]
     checked = sum(check_sums(handle, ranks, (8, 8192, 1 << 20)) for handle, ranks in handles)
     comm.close()
     return checked

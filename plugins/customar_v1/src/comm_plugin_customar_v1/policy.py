@@ -48,13 +48,12 @@ class Row:
         return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.threads, self.blocks)
 
 
-# One stage ends where vLLM's and SGLang's kernels of this design end it: they take two ranks one-stage whatever the
-# size, four below 512 KiB, more below 256 KiB.
+# Two and four ranks: the fastest shapes, or within 2 % of them, of benchmarks/2026-11-22-h200x2-customar_v1_tune.json
+# and 2026-11-22-h200x4-customar_v1_tune.json (H200, graphs of dependent calls, bfloat16). Each block meets its peers',
+# and that costs more than bytes do: at two ranks 256 KiB takes 4.3 us in 32 blocks, 5.5 us in 128.
 #
-# Two ranks: the fastest shapes of benchmarks/2026-11-22-h200x2-customar_v1_tune.json (two H200, graphs of dependent
-# calls, bfloat16), 3.1 us for 1 KiB to 30.7 us for 8 MiB. Each block meets its peers', and that costs more than bytes
-# do: 256 KiB takes 4.3 us in 32 blocks, 5.5 us in 128. More ranks: unmeasured; a message of a row's size has some 128
-# blocks, about one for each multiprocessor.
+# More ranks: unmeasured; four's shapes, and one stage ends where vLLM's and SGLang's kernels of this design end it, at
+# 256 KiB.
 _TABLES: dict[int, tuple[Row, ...]] = {
     2: (
         Row(32 * _KIB, "one_stage", threads=256),
@@ -67,13 +66,14 @@ _TABLES: dict[int, tuple[Row, ...]] = {
         Row(MAX_NBYTES, "one_stage", vecs=4, threads=256, blocks=132),
     ),
     4: (
-        Row(256 * _KIB, "one_stage", threads=128),
-        Row(512 * _KIB, "one_stage", threads=256),
-        Row(2 * _MIB, "two_stage", threads=256),
-        Row(MAX_NBYTES, "two_stage", vecs=2, threads=512),
+        Row(32 * _KIB, "one_stage", threads=256),
+        Row(512 * _KIB, "one_stage", threads=512, blocks=32),
+        Row(768 * _KIB, "two_stage", threads=256, blocks=48),
+        Row(1 * _MIB, "two_stage", threads=512, blocks=32),
+        Row(MAX_NBYTES, "two_stage", threads=256, blocks=132),
     ),
-    6: (Row(256 * _KIB, "one_stage", threads=128), Row(MAX_NBYTES, "two_stage", threads=512)),
-    8: (Row(256 * _KIB, "one_stage", threads=128), Row(MAX_NBYTES, "two_stage", threads=512)),
+    6: (Row(256 * _KIB, "one_stage", threads=512, blocks=32), Row(MAX_NBYTES, "two_stage", threads=256, blocks=132)),
+    8: (Row(256 * _KIB, "one_stage", threads=512, blocks=32), Row(MAX_NBYTES, "two_stage", threads=256, blocks=132)),
 }
 
 

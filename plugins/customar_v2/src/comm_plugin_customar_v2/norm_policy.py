@@ -56,8 +56,23 @@ _HOPPER_2 = (
     NormRow(64 * _MIB, "twoshot_push_norm", cluster=2, blocks=528),  # 1.6 % in the mean, 5 % at 512 x 5120
 )
 
+# Three and four, likewise, on four H200, up to 8 MiB as the plain tables.
+_HOPPER_3 = (
+    NormRow(240 * _KIB, "oneshot_push_norm", vecs=2, cluster=4),  # 1.2 % in the mean, 4 % at 16 x 7168
+    NormRow(480 * _KIB, "oneshot_push_norm", vecs=2, cluster=2),  # 0.6 % in the mean, 1 % at 33 x 7168
+    NormRow(960 * _KIB, "twoshot_push_norm", vecs=2, cluster=2),  # 2.6 % in the mean, 11 % at 128 x 2880
+    NormRow(4 * _MIB, "twoshot_push_norm", vecs=2),  # 0.2 % in the mean, 1 % at 128 x 7168
+    NormRow(8 * _MIB, "twoshot_push_norm", vecs=2, cluster=2),  # 0.0 %
+)
+_HOPPER_4 = (
+    NormRow(240 * _KIB, "oneshot_push_norm", vecs=2, cluster=4),  # 1.1 % in the mean, 3 % at 16 x 7168
+    NormRow(480 * _KIB, "oneshot_push_norm", vecs=2, cluster=2),  # 0.2 % in the mean, 1 % at 33 x 4096
+    NormRow(600 * _KIB, "twoshot_push_norm", vecs=2, cluster=2),  # 0.0 %
+    NormRow(8 * _MIB, "twoshot_push_norm", vecs=2),  # 0.4 % in the mean, 4 % at 64 x 7168
+)
+
 # By compute capability's major number and world size; graphs and eager calls alike.
-_TABLES: dict[tuple[int, int], tuple[NormRow, ...]] = {(9, 2): _HOPPER_2}
+_TABLES: dict[tuple[int, int], tuple[NormRow, ...]] = {(9, 2): _HOPPER_2, (9, 3): _HOPPER_3, (9, 4): _HOPPER_4}
 
 
 def rows_for(major: int, world_size: int) -> tuple[NormRow, ...]:
@@ -76,7 +91,8 @@ def _conservative(major: int, world_size: int) -> tuple[NormRow, ...]:
     Beyond two ranks a row goes to several peers, more than one multiprocessor sends quickly: there a cluster shares it.
     """
     plain = policy.rows_for(major, world_size)
-    one, two = plain[0].up_to_nbytes, plain[-1].up_to_nbytes
+    one = max(row.up_to_nbytes for row in plain if row.algorithm == "oneshot_push")
+    two = plain[-1].up_to_nbytes
     many = major >= 9 and world_size > 2
     return (
         NormRow(one, "oneshot_push_norm", vecs=2, cluster=4 if many else 1),

@@ -70,12 +70,28 @@ _HOPPER_2 = (
     Row(24 * _MIB, "twoshot_push", threads=512, lead=2),  # 4 to 16 MiB: 0.7 %
     Row(64 * _MIB, "oneshot_stream", vecs=2, threads=512, lead=2),  # 32 and 64 MiB: 0.0 %
 )
+# Three and four, likewise, on four H200 that a switch joins by 18 links each, up to 8 MiB. Beyond that NCCL may let the
+# switch sum (NVLS), which wasn't measured: there the vendor's library is next.
+_HOPPER_3 = (
+    Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.1 %
+    Row(384 * _KIB, "oneshot_push", threads=128),  # 128 to 384 KiB: 0.0 %
+    Row(1 * _MIB, "twoshot_push", threads=256),  # 512 KiB to 1 MiB: 0.8 %
+    Row(2 * _MIB, "twoshot_push", threads=512),  # 2 MiB: 0.0 %
+    Row(8 * _MIB, "twoshot_push", threads=512, lead=2),  # 4 and 8 MiB: 0.4 %
+)
+_HOPPER_4 = (
+    Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 0.6 %
+    Row(256 * _KIB, "oneshot_push", threads=128),  # 128 and 256 KiB: 0.0 %
+    Row(1 * _MIB, "twoshot_push", threads=256),  # 384 KiB to 1 MiB: 0.0 %
+    Row(2 * _MIB, "twoshot_push", threads=512),  # 2 MiB: 0.0 %
+    Row(8 * _MIB, "twoshot_push", threads=512, lead=1),  # 4 and 8 MiB: 0.0 %
+)
 # Everything else: conservative, unmeasured. One-shot as long as the bytes that each rank sends to all others are few,
 # then two-shot; beyond 8 MiB the vendor's library.
 _ONE_SHOT_NBYTES = {2: _MIB, 3: _MIB // 2, 4: _MIB // 2}
 
 # By compute capability's major number and world size; graphs and eager calls alike.
-_TABLES: dict[tuple[int, int], tuple[Row, ...]] = {(9, 2): _HOPPER_2}
+_TABLES: dict[tuple[int, int], tuple[Row, ...]] = {(9, 2): _HOPPER_2, (9, 3): _HOPPER_3, (9, 4): _HOPPER_4}
 # What replaces them in graphs that are captured inside `comm.capture()`, likewise: pulls in it read the peers' inputs
 # where they are. There is no row: on two H200 the fastest of them took 8.1 us for 1 MiB and 55 us for 16 MiB, where
 # pushes take 4.7 and 50 (benchmarks/customar_v2_tune.py --registered, 2026-11-22).

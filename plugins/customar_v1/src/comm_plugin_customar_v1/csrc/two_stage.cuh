@@ -71,22 +71,24 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_stage(const __grid_constan
     }
     meet<W>(params, 1, epoch, patience);
 
+    // From all peers at once: what comes from one after the other takes as many trips over the links.
+    for (uint32_t first = thread; first < part; first += V * stride) {
+        Vec vecs[V][W - 1];
 #pragma unroll
-    for (int d = 0; d < W - 1; ++d) {
-        const uint32_t owner = rank_after<W>(rank, d);
-        const uint32_t begin = owner * part, end = min(part, num_vecs - min(num_vecs, begin));
-        const char* const sums = staged.copy_of(static_cast<int>(owner)) + begin * 16;
-        for (uint32_t first = thread; first < end; first += V * stride) {
-            Vec vecs[V];
+        for (int j = 0; j < V; ++j) {
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const uint32_t place = first + j * stride;
-                if (place < end) vecs[j] = pull(sums + place * 16);
+            for (int d = 0; d < W - 1; ++d) {
+                const uint32_t owner = rank_after<W>(rank, d), place = first + j * stride, vec = owner * part + place;
+                if (place < part && vec < num_vecs)
+                    vecs[j][d] = pull(staged.copy_of(static_cast<int>(owner)) + vec * 16);
             }
+        }
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const uint32_t place = first + j * stride;
-                if (place < end) comm_core::store(params.output + (begin + place) * 16, vecs[j]);
+        for (int j = 0; j < V; ++j) {
+#pragma unroll
+            for (int d = 0; d < W - 1; ++d) {
+                const uint32_t place = first + j * stride, vec = rank_after<W>(rank, d) * part + place;
+                if (place < part && vec < num_vecs) comm_core::store(params.output + vec * 16, vecs[j][d]);
             }
         }
     }

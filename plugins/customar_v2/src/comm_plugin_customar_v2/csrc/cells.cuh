@@ -32,6 +32,36 @@ __device__ __forceinline__ void empty(char* cell) {
     comm_core::store(cell, Vec{kEmpty, kEmpty, kEmpty, kEmpty});
 }
 
+// Looks again at the cells that were empty until all are full. `vecs`: what the last look saw. At all of them at once:
+// a look takes as long as a small message is on its way, and one after the other would be that many times as long.
+// `cell_of(i)`: its address; `source_of(i)`: the rank that fills it.
+template <int N, typename CellOf, typename SourceOf>
+__device__ __forceinline__ void settle(Vec (&vecs)[N],
+                                       const CellOf& cell_of,
+                                       const SourceOf& source_of,
+                                       const Params& params,
+                                       comm_core::Patience& patience) {
+    if constexpr (N == 1) {
+        while (!full(vecs[0])) {
+            if (patience.ends(params.bound, source_of(0))) break;
+            vecs[0] = comm_core::load_relaxed_sys(cell_of(0));
+        }
+    } else {
+        while (true) {
+            int missing = -1;
+#pragma unroll
+            for (int i = N - 1; i >= 0; --i) {
+                if (!full(vecs[i])) missing = i;
+            }
+            if (missing < 0 || patience.ends(params.bound, source_of(missing))) break;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                if (!full(vecs[i])) vecs[i] = comm_core::load_relaxed_sys(cell_of(i));
+            }
+        }
+    }
+}
+
 // One thread's place in the slots, as addresses that are ready before the wait for predecessors.
 template <int W>
 class Cells {
@@ -77,19 +107,17 @@ struct Arrivals {
         for (int s = 0; s < W - 1; ++s) vecs[s] = comm_core::load_relaxed_sys(cells.mine(s, offset));
     }
 
-    // Looks again, cell by cell, until all are full.
+    // Looks again until all are full.
     __device__ __forceinline__ void settle(const Cells<W>& cells,
                                            uint32_t offset,
                                            const Params& params,
                                            comm_core::Patience& patience) {
-#pragma unroll
-        for (int s = 0; s < W - 1; ++s) {
-            const char* cell = cells.mine(s, offset);
-            while (!full(vecs[s])) {
-                if (patience.ends(params.bound, Slots<W>::source(params.rank, s))) break;
-                vecs[s] = comm_core::load_relaxed_sys(cell);
-            }
-        }
+        comm_customar_v2::settle(
+            vecs,
+            [&](int s) { return cells.mine(s, offset); },
+            [&](int s) { return Slots<W>::source(params.rank, s); },
+            params,
+            patience);
     }
 };
 

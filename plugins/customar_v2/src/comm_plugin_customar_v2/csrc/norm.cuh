@@ -36,6 +36,9 @@ struct NormParams {
 // The longest row of the fused kernels in vectors: a warp's worth of them is a number on the board.
 constexpr uint32_t kMaxRowVecs = 32 * Board::kSize;
 
+// The most blocks that share a row: what every device that has clusters can launch.
+constexpr uint32_t kMaxCluster = 8;
+
 // The vectors of a row that a thread may have, powers of two, and the most threads of a block then: what their
 // registers allow. Beyond two ranks there is one choice: clusters are what spreads a row more thinly.
 __host__ __device__ constexpr int min_norm_vecs(int world_size) {
@@ -85,6 +88,14 @@ __device__ __forceinline__ void load_row(Vec (&vecs)[V], const char* row, const 
     for (int j = 0; j < V; ++j) {
         if (place.has(j)) vecs[j] = comm_core::load(row + place.offset(j));
     }
+}
+
+// All of a warp's threads have sent, or looked, before any of them waits for a peer. They call it together. Where a row
+// ends within the warp, the compiler may otherwise make two paths of what follows, one for the threads that have a
+// vector more: the others' stores and loads would go out once those have all that they wait for, which is a trip over
+// the links later.
+__device__ __forceinline__ void in_step() {
+    __syncwarp();
 }
 
 // The sum of a vector's squares, in an order of its own.

@@ -162,18 +162,21 @@ class Norms {
         return params;
     }
 
-    // The shape's vectors a thread, or more where a block couldn't take the row; none where no kernel takes it. All
-    // ranks decide alike: on the table, the world size and the row's length alone.
+    // The shape's vectors a thread and blocks a row, or more of them where those couldn't take it; none where no kernel
+    // takes it. All ranks decide alike: on the table, the world size and the row's length alone. What a row is served
+    // by, fused or apart, doesn't depend on the table, and so its bits don't.
     std::optional<Fit> fit_of(const NormShape& shape, NormAlgorithm algorithm, const NormCall& call) {
         const int64_t row_vecs = call.row_nbytes / comm_core::kVecNbytes;
         if (row_vecs > kMaxRowVecs) return std::nullopt;
         const int most = most_vecs(algorithm);
         const int fewest = std::max(std::min(shape.vecs, most), min_norm_vecs(session_.world_size_));
-        for (int vecs = fewest; vecs <= most; vecs *= 2) {
-            const uint32_t together = shape.cluster * static_cast<uint32_t>(vecs);
-            const uint32_t threads = (static_cast<uint32_t>(row_vecs) + together - 1) / together;
-            if (threads > static_cast<uint32_t>(max_norm_threads(session_.world_size_, algorithm, vecs))) continue;
-            return fit_of(kernel(call.element, algorithm, vecs), (threads + 31) / 32 * 32, shape.cluster);
+        for (uint32_t cluster = shape.cluster; cluster <= (session_.can_ ? kMaxCluster : shape.cluster); cluster *= 2) {
+            for (int vecs = fewest; vecs <= most; vecs *= 2) {
+                const uint32_t together = cluster * static_cast<uint32_t>(vecs);
+                const uint32_t threads = (static_cast<uint32_t>(row_vecs) + together - 1) / together;
+                if (threads > static_cast<uint32_t>(max_norm_threads(session_.world_size_, algorithm, vecs))) continue;
+                return fit_of(kernel(call.element, algorithm, vecs), (threads + 31) / 32 * 32, cluster);
+            }
         }
         return std::nullopt;
     }

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
         for (int j = 0; j < V; ++j) {
             if (place.has(j)) cells.fill_theirs(at + place.offset(j), sendable(own[j]));
         }
+        in_step();
         // While the vectors are on their way.
         load_row(residual, params.residual + at, place);
         if (row == first_row) load_row(weight, params.weight, place);
@@ -50,14 +51,17 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
                 for (int ahead = 0; ahead < kAhead; ++ahead) {
                     if (place.has(j + ahead)) arrivals[ahead].look(cells, at + place.offset(j + ahead));
                 }
+                in_step();
             }
-            if (!place.has(j)) continue;
-            Arrivals<W>& arrival = arrivals[j % kAhead];
-            arrival.settle(cells, at + place.offset(j), params.plain, patience);
-            comm_core::Sum<T> sum = sum_of_ranks<T, W>(own[j], arrival.vecs, params.plain.rank);
-            sum.add(residual[j]);
-            own[j] = sum.rounded();
-            comm_core::store(params.sum + at + place.offset(j), own[j]);
+            if (place.has(j)) {
+                Arrivals<W>& arrival = arrivals[j % kAhead];
+                arrival.settle(cells, at + place.offset(j), params.plain, patience);
+                comm_core::Sum<T> sum = sum_of_ranks<T, W>(own[j], arrival.vecs, params.plain.rank);
+                sum.add(residual[j]);
+                own[j] = sum.rounded();
+                comm_core::store(params.sum + at + place.offset(j), own[j]);
+            }
+            in_step();
         }
         norm_row<T>(params, board, place, own, weight, params.plain.output + at);
         // Late: the next launch waits for the results, and nobody for empty cells before the launch after it.

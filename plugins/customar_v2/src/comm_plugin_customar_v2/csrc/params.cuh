@@ -160,7 +160,7 @@ __device__ __forceinline__ Vec sum_in_rank_order(const Vec& own, const Vec (&the
 // The most threads of a block, by what each has in flight: what their registers allow.
 __host__ __device__ constexpr int max_threads(int world_size, int vecs) {
     if (world_size == 2) return vecs >= 4 ? 512 : 1024;
-    return (world_size - 1) * vecs >= 6 ? 256 : 512;
+    return (world_size - 1) * vecs >= 5 ? 256 : 512;
 }
 
 }  // namespace comm_customar_v2

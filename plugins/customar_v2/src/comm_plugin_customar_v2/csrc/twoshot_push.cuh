@@ -27,20 +27,26 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
     for (uint32_t step = 0; step < rounds + 2 * lead; ++step) {
         if (step < rounds) {
             const uint32_t first = thread + step * V * stride;
+            // All loads go out before the first store waits for its own.
+            Vec shares[W - 1][V];
 #pragma unroll
             for (int d = 0; d < W - 1; ++d) {
                 const uint32_t begin = Slots<W>::after(rank, d) * part,
                                end = min(part, num_vecs - min(num_vecs, begin));
-                Vec share[V];
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                     const uint32_t vec = first + j * stride;
-                    if (vec < end) share[j] = comm_core::load(params.input + (begin + vec) * 16);
+                    if (vec < end) shares[d][j] = comm_core::load(params.input + (begin + vec) * 16);
                 }
+            }
+#pragma unroll
+            for (int d = 0; d < W - 1; ++d) {
+                const uint32_t begin = Slots<W>::after(rank, d) * part,
+                               end = min(part, num_vecs - min(num_vecs, begin));
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                     const uint32_t vec = first + j * stride;
-                    if (vec < end) fill(slots.theirs(d) + vec * 16, sendable(share[j]));
+                    if (vec < end) fill(slots.theirs(d) + vec * 16, sendable(shares[d][j]));
                 }
             }
         }
@@ -77,27 +83,35 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
         }
         if (step < 2 * lead) continue;
         const uint32_t first = thread + (step - 2 * lead) * V * stride;
+        // All owners' sums of a place together; where an owner's part ends before it, there is nothing to wait for.
+        Vec sums[V][W - 1];
+        const auto end_of = [&](int s) {
+            const uint32_t begin = Slots<W>::source(rank, s) * part;
+            return min(part, num_vecs - min(num_vecs, begin));
+        };
+        const auto cell_of = [&](int s, int j) { return slots.mine(s) + upper + (first + j * stride) * 16; };
 #pragma unroll
-        for (int s = 0; s < W - 1; ++s) {
-            const uint32_t owner = Slots<W>::source(rank, s);
-            const uint32_t begin = owner * part, end = min(part, num_vecs - min(num_vecs, begin));
-            char* const gathered = slots.mine(s) + upper;
-            Vec sums[V];
+        for (int j = 0; j < V; ++j) {
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const uint32_t vec = first + j * stride;
-                if (vec < end) sums[j] = comm_core::load_relaxed_sys(gathered + vec * 16);
+            for (int s = 0; s < W - 1; ++s) {
+                sums[j][s] = Vec{};
+                if (first + j * stride < end_of(s)) sums[j][s] = comm_core::load_relaxed_sys(cell_of(s, j));
             }
+        }
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
+        for (int j = 0; j < V; ++j) {
+            settle(
+                sums[j],
+                [&](int s) { return cell_of(s, j); },
+                [&](int s) { return Slots<W>::source(rank, s); },
+                params,
+                patience);
+#pragma unroll
+            for (int s = 0; s < W - 1; ++s) {
                 const uint32_t vec = first + j * stride;
-                if (vec >= end) continue;
-                while (!full(sums[j])) {
-                    if (patience.ends(params.bound, owner)) break;
-                    sums[j] = comm_core::load_relaxed_sys(gathered + vec * 16);
-                }
-                comm_core::store(params.output + (begin + vec) * 16, sums[j]);
-                empty(gathered + vec * 16);
+                if (vec >= end_of(s)) continue;
+                comm_core::store(params.output + (Slots<W>::source(rank, s) * part + vec) * 16, sums[j][s]);
+                empty(cell_of(s, j));
             }
         }
     }

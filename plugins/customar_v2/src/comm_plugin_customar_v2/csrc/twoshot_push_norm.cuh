@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
     const uint32_t groups = (num_rows + W - 1) / W, rounds = (groups + clusters - 1) / clusters;
     const uint32_t upper = static_cast<uint32_t>(params.plain.cells_nbytes / 2);
     const Cells<W> cells(slots, 0);
+    // Peers whose rows a thread has in flight at once, to them and from them: what its registers allow.
+    constexpr int kSends = W <= 3 ? W - 1 : 2, kGathers = W <= 4 ? W - 1 : 1;
     comm_core::Patience patience;
     prefetch(params, place, cluster * W + rank);
     board.open();
@@ -38,20 +40,29 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
     for (uint32_t step = 0; step < rounds + 2 * lead; ++step) {
         if (step < rounds) {
             const uint32_t group = cluster + step * clusters;
-            // Of how many peers the addresses are kept in registers.
-            constexpr int kUnrolled = W <= 4 ? W - 1 : 1;
-#pragma unroll kUnrolled
-            for (int d = 0; d < W - 1; ++d) {
-                const uint32_t row = group * W + Slots<W>::after(rank, d);
-                if (row >= num_rows) continue;
-                Vec share[V];
-                load_row(share, params.plain.input + row * row_nbytes, place);
-                char* const theirs = slots.theirs(d) + group * row_nbytes;
+            // Several peers' loads go out before the first store waits for its own.
+#pragma unroll 1
+            for (int from = 0; from < W - 1; from += kSends) {
+                Vec shares[kSends][V];
+                const auto row_of = [&](int d) { return group * W + Slots<W>::after(rank, d); };
 #pragma unroll
-                for (int j = 0; j < V; ++j) {
-                    if (place.has(j)) fill(theirs + place.offset(j), sendable(share[j]));
+                for (int i = 0; i < kSends; ++i) {
+                    const int d = from + i;
+                    if (d < W - 1 && row_of(d) < num_rows)
+                        load_row(shares[i], params.plain.input + row_of(d) * row_nbytes, place);
+                }
+#pragma unroll
+                for (int i = 0; i < kSends; ++i) {
+                    const int d = from + i;
+                    if (d >= W - 1 || row_of(d) >= num_rows) continue;
+                    char* const theirs = slots.theirs(d) + group * row_nbytes;
+#pragma unroll
+                    for (int j = 0; j < V; ++j) {
+                        if (place.has(j)) fill(theirs + place.offset(j), sendable(shares[i][j]));
+                    }
                 }
             }
+            in_step();
         }
         if (step == 0) load_row(weight, params.weight, place);
         if (step >= lead && step - lead < rounds) {
@@ -73,17 +84,20 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                             residual[ahead] = comm_core::load(params.residual + at + offset);
                             arrivals[ahead].look(cells, cell + offset);
                         }
+                        in_step();
                     }
-                    if (!place.has(j)) continue;
-                    Arrivals<W>& arrival = arrivals[j % kAhead];
-                    arrival.settle(cells, cell + place.offset(j), params.plain, patience);
-                    comm_core::Sum<T> sum = sum_of_ranks<T, W>(own[j % kAhead], arrival.vecs, rank);
-                    sum.add(residual[j % kAhead]);
-                    // What the peers get is what stays here, to the bit.
-                    sums[j] = sendable(sum.rounded());
-                    cells.fill_theirs(upper + cell + place.offset(j), sums[j]);
-                    comm_core::store(params.sum + at + place.offset(j), sums[j]);
-                    cells.empty_mine(cell + place.offset(j));
+                    if (place.has(j)) {
+                        Arrivals<W>& arrival = arrivals[j % kAhead];
+                        arrival.settle(cells, cell + place.offset(j), params.plain, patience);
+                        comm_core::Sum<T> sum = sum_of_ranks<T, W>(own[j % kAhead], arrival.vecs, rank);
+                        sum.add(residual[j % kAhead]);
+                        // What the peers get is what stays here, to the bit.
+                        sums[j] = sendable(sum.rounded());
+                        cells.fill_theirs(upper + cell + place.offset(j), sums[j]);
+                        comm_core::store(params.sum + at + place.offset(j), sums[j]);
+                        cells.empty_mine(cell + place.offset(j));
+                    }
+                    in_step();
                 }
                 norm_row<T>(params, board, place, sums, weight, params.plain.output + at);
             }
@@ -91,27 +105,42 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
         if (step < 2 * lead) continue;
         const uint32_t group = cluster + (step - 2 * lead) * clusters;
 #pragma unroll 1
-        for (int s = 0; s < W - 1; ++s) {
-            const uint32_t owner = Slots<W>::source(rank, s), row = group * W + owner;
-            if (row >= num_rows) continue;
-            const uint32_t at = row * row_nbytes;
-            char* const gathered = slots.mine(s) + upper + group * row_nbytes;
-            Vec sums[V];
+        for (int from = 0; from < W - 1; from += kGathers) {
+            // Several owners' sums together; of a row that isn't there, there is nothing to wait for.
+            Vec sums[V][kGathers];
+            const auto owner_of = [&](int i) { return Slots<W>::source(rank, from + i); };
+            const auto has_row = [&](int i) { return from + i < W - 1 && group * W + owner_of(i) < num_rows; };
+            const auto cell_of = [&](int i, int j) {
+                return slots.mine(from + i) + upper + group * row_nbytes + place.offset(j);
+            };
 #pragma unroll
             for (int j = 0; j < V; ++j) {
-                if (place.has(j)) sums[j] = comm_core::load_relaxed_sys(gathered + place.offset(j));
-            }
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                if (!place.has(j)) continue;
-                while (!full(sums[j])) {
-                    if (patience.ends(params.plain.bound, owner)) break;
-                    sums[j] = comm_core::load_relaxed_sys(gathered + place.offset(j));
+                for (int i = 0; i < kGathers; ++i) {
+                    sums[j][i] = Vec{};
+                    if (place.has(j) && has_row(i)) sums[j][i] = comm_core::load_relaxed_sys(cell_of(i, j));
                 }
-                comm_core::store(params.sum + at + place.offset(j), sums[j]);
-                empty(gathered + place.offset(j));
             }
-            norm_row<T>(params, board, place, sums, weight, params.plain.output + at);
+            in_step();
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                settle(sums[j], [&](int i) { return cell_of(i, j); }, owner_of, params.plain, patience);
+                in_step();
+            }
+#pragma unroll
+            for (int i = 0; i < kGathers; ++i) {
+                if (!has_row(i)) continue;
+                const uint32_t at = (group * W + owner_of(i)) * row_nbytes;
+                Vec row[V];
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    row[j] = sums[j][i];
+                    if (!place.has(j)) continue;
+                    comm_core::store(params.sum + at + place.offset(j), row[j]);
+                    empty(cell_of(i, j));
+                }
+                norm_row<T>(params, board, place, row, weight, params.plain.output + at);
+            }
         }
     }
 }
