@@ -96,7 +96,7 @@ def _conservative(major: int, world_size: int) -> tuple[NormRow, ...]:
     many = major >= 9 and world_size > 2
     return (
         NormRow(one, "oneshot_push_norm", vecs=2, cluster=4 if many else 1),
-        NormRow(two, "twoshot_push_norm", vecs=2, cluster=2 if many else 1, lead=1),
+        NormRow(two, "twoshot_push_norm", vecs=2),
     )
 
 
