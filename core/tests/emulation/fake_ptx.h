@@ -239,9 +239,13 @@ struct Bound {
 
 class Patience {
   public:
+    // Of a thread's waits in a launch together; few of them, where somebody is waited for in vain on purpose.
+    static inline uint32_t most_polls = 30'000'000;
+
     bool ends(const Bound& bound, uint32_t rank) {
-        if (++polls_ < 30'000'000) return false;
-        *bound.error = rank + 1;
+        if (++polls_ < most_polls) return false;
+        uint32_t none = 0;  // who gave up first is who tells
+        std::atomic_ref<uint32_t>(*bound.error).compare_exchange_strong(none, rank + 1);
         return true;
     }
 

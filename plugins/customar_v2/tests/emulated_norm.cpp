@@ -3,6 +3,8 @@
 // algorithm and in every shape of launch.
 //
 //     emulated_norm WORLD_SIZE ROUNDS
+//
+// Up to four ranks with all dtypes, beyond with one, as compiling takes long.
 
 #include <algorithm>
 #include <cstdio>
@@ -25,7 +27,7 @@ using namespace comm_customar_v2;
 
 namespace {
 
-constexpr uint32_t kMostVecs = 2000;  // of a message
+constexpr uint32_t kMostVecs = 2250;  // of a message
 constexpr size_t kLargest = kMostVecs * 16;
 constexpr size_t kBehind = 32;  // bytes of somebody else's after each tensor
 constexpr char kCanary = 0x5a;
@@ -88,13 +90,19 @@ void plain(std::vector<Rank>& ranks, uint32_t num_rows, uint32_t row_vecs, bool 
     });
 }
 
+// The launch on the first `present` ranks.
 template <typename T, int W>
-void run(std::vector<Rank>& ranks, uint32_t num_rows, uint32_t row_vecs, bool in_place, const Launch& launch) {
+void run(std::vector<Rank>& ranks,
+         uint32_t num_rows,
+         uint32_t row_vecs,
+         bool in_place,
+         const Launch& launch,
+         size_t present = W) {
     if (launch.separate) plain<T, W>(ranks, num_rows, row_vecs, in_place, true);
     const uint32_t groups = launch.two_shots ? (num_rows + W - 1) / W : num_rows;
     const uint32_t clusters = std::min(launch.clusters, groups), together = launch.cluster * launch.vecs;
     const uint32_t threads = launch.separate ? 64 : up_to_warps((row_vecs + together - 1) / together);
-    fake::on_every_rank(W, [&](size_t rank) {
+    fake::on_every_rank(present, [&](size_t rank) {
         NormParams params = params_of(ranks, rank, num_rows, row_vecs, in_place);
         params.inverse_hidden = 1.0f / static_cast<float>(row_vecs * 4 * T::count);
         params.plain.lead = launch.lead;
@@ -212,17 +220,42 @@ std::string judge(const Tensors& now,
     return "";
 }
 
+// A launch whose peers don't come ends, and says for whom it waited.
+template <typename T, int W>
+bool gives_up(std::vector<Rank>& ranks, const std::vector<Launch>& launches) {
+    comm_core::Patience::most_polls = 100;
+    for (const Launch& launch : launches) {
+        if (launch.separate) continue;
+        for (Rank& rank : ranks) std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
+        error_word = 0;
+        run<T, W>(ranks, 2 * W + 1, 37, false, launch, 1);
+        // Of those that are missing the first.
+        if (error_word != 1 + 1) {
+            std::printf("%s, %d ranks, of which one comes: the error word is %u\n", launch.name.c_str(), W, error_word);
+            return false;
+        }
+    }
+    return true;
+}
+
 template <typename T, int W>
 int check(int rounds, unsigned seed) {
     std::vector<Launch> launches = {
-        {"oneshot 1", oneshot_push_norm<T, W, 1>, 1, 1, 2, 0, false, false},
         {"oneshot 2, clusters of 2", oneshot_push_norm<T, W, 2>, 2, 2, 1, 0, false, false},
-        {"oneshot 1, clusters of 4", oneshot_push_norm<T, W, 1>, 1, 4, 1, 0, false, false},
-        {"twoshot 1", twoshot_push_norm<T, W, 1>, 1, 1, 3, 0, true, false},
+        {"twoshot 2", twoshot_push_norm<T, W, 2>, 2, 1, 3, 0, true, false},
         {"twoshot 2, lead 1", twoshot_push_norm<T, W, 2>, 2, 1, 2, 1, true, false},
-        {"twoshot 1, clusters of 2, lead 5", twoshot_push_norm<T, W, 1>, 1, 2, 1, 5, true, false},
+        {"twoshot 2, clusters of 2, lead 1", twoshot_push_norm<T, W, 2>, 2, 2, 1, 1, true, false},
         {"separate", add_norm<T>, 1, 1, 2, 0, false, true},
     };
+    if constexpr (W <= 4) {
+        const std::vector<Launch> more = {
+            {"oneshot 1", oneshot_push_norm<T, W, 1>, 1, 1, 2, 0, false, false},
+            {"oneshot 1, clusters of 4", oneshot_push_norm<T, W, 1>, 1, 4, 1, 0, false, false},
+            {"twoshot 1", twoshot_push_norm<T, W, 1>, 1, 1, 3, 0, true, false},
+            {"twoshot 1, clusters of 2, lead 5", twoshot_push_norm<T, W, 1>, 1, 2, 1, 5, true, false},
+        };
+        launches.insert(launches.end(), more.begin(), more.end());
+    }
     if constexpr (W == 2) launches.push_back({"oneshot 4", oneshot_push_norm<T, 2, 4>, 4, 1, 2, 0, false, false});
     std::vector<Rank> ranks(W);
     for (Rank& rank : ranks) {
@@ -235,7 +268,9 @@ int check(int rounds, unsigned seed) {
     int done = 0;
     for (int round = 0; round < rounds; ++round) {
         const uint32_t lengths[] = {1, 5, 31, 33, 64, 70, 97, 130}, counts[] = {1, 2, 3, 4, 5, 7, 9};
-        const uint32_t row_vecs = lengths[(dice() + round) % 8], num_rows = counts[dice() % 7];
+        const uint32_t row_vecs = lengths[(dice() + round) % 8];
+        // Beyond four ranks as many as two shots take, in a round or two, of which the last lacks some ranks' rows.
+        const uint32_t num_rows = W <= 4 ? counts[dice() % 7] : W + dice() % (W + 2);
         const bool any_bits = round % 3 == 2;
         std::vector<Tensors> fresh(W);
         for (Tensors& tensors : fresh) {
@@ -291,6 +326,9 @@ int check(int rounds, unsigned seed) {
             ++done;
         }
     }
+    if (!gives_up<T, W>(ranks, launches)) return 1;
+    error_word = 0;
+    comm_core::Patience::most_polls = 30'000'000;
     std::printf("%d launches of %d ranks, every row is right\n", done, W);
     return 0;
 }
@@ -308,5 +346,7 @@ int main(int argc, char** argv) {
     if (world_size == 2) return check_all<2>(rounds);
     if (world_size == 3) return check_all<3>(rounds);
     if (world_size == 4) return check_all<4>(rounds);
+    if (world_size == 5) return check<comm_core::Float32, 5>(rounds, 4);
+    if (world_size == 8) return check<comm_core::BFloat16, 8>(rounds, 5);
     return 2;
 }

@@ -29,11 +29,15 @@ def run(program: Path, world_size: int, rounds: int) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_every_algorithm_sums_in_rank_order(programs: dict[str, Path], world_size: int) -> None:
-    assert run(programs["emulated"], world_size, 2).count("every sum is right") == 3
+# With how many dtypes.
+SIZES = {2: 3, 3: 3, 4: 3, 5: 1, 8: 1}
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_fused_and_plain_calls_on_the_same_buffers(programs: dict[str, Path], world_size: int) -> None:
-    assert run(programs["emulated_norm"], world_size, 3).count("every row is right") == 3
+@pytest.mark.parametrize(("world_size", "dtypes"), SIZES.items())
+def test_every_algorithm_sums_in_rank_order(programs: dict[str, Path], world_size: int, dtypes: int) -> None:
+    assert run(programs["emulated"], world_size, 2).count("every sum is right") == dtypes
+
+
+@pytest.mark.parametrize(("world_size", "dtypes"), SIZES.items())
+def test_fused_and_plain_calls_on_the_same_buffers(programs: dict[str, Path], world_size: int, dtypes: int) -> None:
+    assert run(programs["emulated_norm"], world_size, 3).count("every row is right") == dtypes
