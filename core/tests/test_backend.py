@@ -7,7 +7,7 @@ import pytest
 import torch
 from comm_core.routes import Offer
 from comm_core.types import DTYPES, TERMINAL, Range
-from fake_handle import ALL_REDUCE, Fake, aligned, handle, one_backend
+from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, handle, one_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import Message, offers, serves
@@ -46,6 +46,29 @@ def test_the_edges_of_four_ranges_are_where_the_next_backend_begins() -> None:
             backend.all_reduce(aligned(numel, torch.bfloat16))
             (served[numel * 2],) = [name for name, fake in fakes.items() if fake.calls and fake.calls.pop()]
     assert served == {edge + off: TERMINAL if off else name for name, edge in edges.items() for off in (-2, 0, 2)}
+
+
+def test_another_plan_serves_what_the_one_before_has_served() -> None:
+    fakes = {name: Fake() for name in ("a", "b", TERMINAL)}
+    backend = handle([Offer("a", 300, (Range(ALL_REDUCE), Range(FUSED)))], fakes)
+    other = handle([Offer("b", 300, (Range(ALL_REDUCE), Range(FUSED)))], fakes)
+    x = aligned(16).view(2, 8)
+
+    def served() -> list[str]:
+        for _ in range(2):
+            backend.all_reduce(x)
+            backend.all_reduce_add_rms_norm(x, x.clone(), aligned(8))
+        calls = {name: len(fake.calls) for name, fake in fakes.items() if fake.calls}
+        for fake in fakes.values():
+            fake.calls.clear()
+        assert set(calls.values()) == {4}
+        return list(calls)
+
+    assert served() == ["a"]
+    backend.adopt(other.decision, other.sessions)
+    assert served() == ["b"]
+    backend.record(True)
+    assert served() == ["b"]
 
 
 def test_the_name_is_that_of_the_smallest_eager_float_message() -> None:
@@ -218,12 +241,17 @@ def test_what_no_backend_takes_is_refused_before_anything_is_sent(
 ) -> None:
     backend, fast, last = one_backend()
     x = without_warning(make)
-    for out in (None, x):
-        with pytest.raises(kind) as raised:
-            backend.all_reduce(x, out)
-        assert words in str(raised.value)
-    assert not fast.calls
-    assert not last.calls
+    # Also after messages of the same device, dtype and size.
+    for numel in (0, 4, 16):
+        if numel:
+            backend.all_reduce(torch.ones(numel))
+            fast.calls.clear()
+        for out in (None, x):
+            with pytest.raises(kind) as raised:
+                backend.all_reduce(x, out)
+            assert words in str(raised.value)
+        assert not fast.calls
+        assert not last.calls
 
 
 @pytest.mark.parametrize(

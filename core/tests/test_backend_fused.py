@@ -176,6 +176,43 @@ def test_fused_tensors_on_another_device_are_refused_before_anything_is_sent(ser
     assert not last.calls
 
 
+@pytest.mark.parametrize("served", [Range(FUSED), Range(ALL_REDUCE)])
+def test_what_does_not_fit_is_refused_also_where_a_call_of_that_shape_was_served(served: Range) -> None:
+    backend, fast, last = one_backend(served)
+    x, weight = aligned(16).view(2, 8), aligned(8)
+    backend.all_reduce_add_rms_norm(x, x.clone(), weight)
+    fast.calls.clear()
+    wrong: list[tuple[tuple[torch.Tensor, ...], type[Exception], str]] = [
+        ((x, x[:1], weight), ValueError, "num_tokens, hidden_size"),
+        ((x, x, weight.view(1, 8)), ValueError, "num_tokens, hidden_size"),
+        ((x, x, weight[:4]), ValueError, "num_tokens, hidden_size"),
+        ((x, x.double(), weight), TypeError, "one floating dtype"),
+        ((x, x, weight.bfloat16()), TypeError, "one floating dtype"),
+        ((x.int(), x.int(), weight.int()), TypeError, "one floating dtype"),
+        ((x.to("meta"), x, weight), ValueError, "on meta can't be reduced"),
+        ((x, x.to("meta"), weight), ValueError, "one device is needed"),
+        ((x, x, weight.to("meta")), ValueError, "one device is needed"),
+        ((x.to_sparse(), x, weight), TypeError, "sparse_coo"),
+    ]
+    for arguments, kind, words in wrong:
+        with pytest.raises(kind, match=words):
+            backend.all_reduce_add_rms_norm(*arguments)
+    assert not fast.calls
+    assert not last.calls
+
+
+@pytest.mark.parametrize("odd", ["x", "residual", "weight"])
+def test_sparse_tensors_are_refused_where_a_backend_fuses(odd: str) -> None:
+    backend, fast, _ = one_backend()
+    dense = {"x": aligned(16).view(2, 8), "residual": aligned(16).view(2, 8), "weight": aligned(8)}
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"sparse_coo.*convert it first"):
+            backend.all_reduce_add_rms_norm(*(dense | {odd: dense[odd].to_sparse()}).values())
+        assert not fast.calls
+        backend.all_reduce_add_rms_norm(*dense.values())
+        fast.calls.clear()
+
+
 @pytest.mark.parametrize("wrapped", ["x", "residual", "weight"])
 def test_fused_tensors_that_are_waited_for_reach_the_hook_as_what_they_stand_for(wrapped: str) -> None:
     backend, fast, _ = one_backend(Range(FUSED))

@@ -181,7 +181,12 @@ class Backend:
             _check_elements(residual_out)
         if served is not COMPOSED:
             function, session, name = served
-            x, r, w, y_out, s_out = operands(tensor, residual, weight, out, residual_out)
+            try:
+                x, r, w, y_out, s_out = operands(tensor, residual, weight, out, residual_out)
+            except RuntimeError:  # a sparse tensor has no address, as above
+                for each in (tensor, residual, weight):
+                    self._check_kind(each)
+                raise
             try:
                 y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
             except Exception as error:  # noqa: BLE001 - the plugin border, as above
