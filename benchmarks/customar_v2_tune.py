@@ -92,6 +92,13 @@ GRIDS = (
 )
 
 
+def most_threads(world_size: int, vecs: int) -> int:
+    """Of a block; `max_threads` in csrc/params.cuh."""
+    if world_size == 2:
+        return 512 if vecs >= 4 else 1024
+    return 256 if (world_size - 1) * vecs >= 5 else 512
+
+
 def shapes(nbytes: int, world_size: int) -> list[policy.Row]:
     """The shapes of launch that are worth a look at a size; those that come out the same once."""
     found: dict[tuple[Any, ...], policy.Row] = {}
@@ -103,7 +110,7 @@ def shapes(nbytes: int, world_size: int) -> list[policy.Row]:
             a_block = threads * vecs
             grid = max(1, min(blocks, -(-work // a_block)))
             rounds = -(-work // (a_block * grid))
-            if vecs > (4 if world_size == 2 else 1) or (threads > 512 and (vecs >= 4 or world_size > 2)):
+            if vecs > (4 if world_size == 2 else 1) or threads > most_threads(world_size, vecs):
                 continue
             row = policy.Row(1 << 40, algorithm, vecs, threads, blocks, min(lead, rounds))
             found.setdefault((algorithm, vecs, threads, grid, row.lead), row)

@@ -48,9 +48,10 @@ class Row:
         return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.threads, self.blocks)
 
 
-# Two and four ranks: the fastest shapes, or within 2 % of them, of benchmarks/2026-11-22-h200x2-customar_v1_tune.json
-# and 2026-11-22-h200x4-customar_v1_tune.json (H200, graphs of dependent calls, bfloat16). Each block meets its peers',
-# and that costs more than bytes do: at two ranks 256 KiB takes 4.3 us in 32 blocks, 5.5 us in 128.
+# Two and four ranks: the fastest shapes, or within 2 % of them, of benchmarks/2026-11-22-h200x2-customar_v1_tune.json,
+# 2026-11-22-h200x4-customar_v1_tune.json and, below 512 KiB, 2026-11-22-h200x4-customar_v1_tune_small.json (H200,
+# graphs of dependent calls, bfloat16). Each block meets its peers', and that costs more than bytes do: at two ranks
+# 256 KiB takes 4.3 us in 32 blocks, 5.5 us in 128.
 #
 # More ranks: unmeasured; four's shapes, and one stage ends where vLLM's and SGLang's kernels of this design end it, at
 # 256 KiB.

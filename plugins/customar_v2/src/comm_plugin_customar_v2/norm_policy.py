@@ -1,7 +1,8 @@
 """Which algorithm, in which shape of launch, serves which fused message: all-reduce, residual and RMSNorm in one call.
 
 Pure, as `policy`. The threads of a block follow from the row's length, in csrc/norm_session.cuh: as many as the row has
-vectors, over the blocks and the vectors a thread of its row of the table.
+vectors, over the blocks and the vectors a thread of its row of the table, or more of these where a block couldn't have
+so many.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class NormRow:
         algorithm: one of `ALGORITHMS`; "separate" is what the plain table says, then a kernel of its own for the norm.
         vecs: vectors of 16 bytes that a thread has of a row, or more where a block couldn't take the row: 1, 2 or, in
             one shot, 4; beyond two ranks always 2.
-        cluster: blocks that share a row: 1, 2, 4 or 8; above 1 from compute capability 9.0 on.
+        cluster: blocks that share a row, or more where so many couldn't take the row: 1, 2, 4 or 8; above 1 from
+            compute capability 9.0 on.
         blocks: the most of a grid, which is otherwise as large as the message needs, and the device can hold at once.
         lead: rounds that shares are ahead of sums, in two shots.
     """
@@ -48,19 +50,20 @@ class NormRow:
 
 # Two ranks on Hopper. Every row was measured on two H200 that NVLink joins by 18 links (torch 2.11, CUDA 13.0,
 # 2026-11-22; bfloat16, graphs of dependent calls, benchmarks/customar_v2_tune_norm.py), for 1 to 2048 tokens of 2880,
-# 4096, 5120 and 7168; there it was slower than the fastest of all shapes by no more than what stands after it. Blocks
-# share a row as long as all clusters of all rows have room on the device at once.
+# 4096, 5120 and 7168; there it was slower than the fastest of all fused shapes by no more than what stands after it.
+# Blocks share a row as long as all clusters of all rows have room on the device at once.
 _HOPPER_2 = (
     NormRow(512 * _KIB, "oneshot_push_norm", cluster=8),  # 1.1 % in the mean, 8 % at 8 x 4096
     NormRow(2 * _MIB, "oneshot_push_norm"),  # 0.5 % in the mean, 2 % at 64 x 7168
     NormRow(64 * _MIB, "twoshot_push_norm", cluster=2, blocks=528),  # 1.6 % in the mean, 5 % at 512 x 5120
 )
 
-# Three and four, likewise, on four H200, up to 8 MiB as the plain tables.
+# Three and four, likewise, on four H200, up to 8 MiB as the plain tables. Of one message, 64 x 5120 on four ranks, the
+# separate way was 6 % faster than its row; it would have other bits than its neighbours.
 _HOPPER_3 = (
     NormRow(240 * _KIB, "oneshot_push_norm", vecs=2, cluster=4),  # 1.2 % in the mean, 4 % at 16 x 7168
     NormRow(480 * _KIB, "oneshot_push_norm", vecs=2, cluster=2),  # 0.6 % in the mean, 1 % at 33 x 7168
-    NormRow(960 * _KIB, "twoshot_push_norm", vecs=2, cluster=2),  # 2.6 % in the mean, 11 % at 128 x 2880
+    NormRow(960 * _KIB, "twoshot_push_norm", vecs=2, cluster=2),  # 2.6 % in the mean, 10 % at 128 x 2880
     NormRow(4 * _MIB, "twoshot_push_norm", vecs=2),  # 0.2 % in the mean, 1 % at 128 x 7168
     NormRow(8 * _MIB, "twoshot_push_norm", vecs=2, cluster=2),  # 0.0 %
 )
@@ -88,7 +91,8 @@ def rows_for(major: int, world_size: int) -> tuple[NormRow, ...]:
 def _conservative(major: int, world_size: int) -> tuple[NormRow, ...]:
     """One shot as long as the plain table's, then two.
 
-    Beyond two ranks a row goes to several peers, more than one multiprocessor sends quickly: there a cluster shares it.
+    Beyond two ranks one shot sends a row to several peers, more than one multiprocessor sends quickly: there a cluster
+    shares it.
     """
     plain = policy.rows_for(major, world_size)
     one = max(row.up_to_nbytes for row in plain if row.algorithm == "oneshot_push")

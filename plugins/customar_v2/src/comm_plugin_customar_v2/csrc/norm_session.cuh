@@ -26,7 +26,7 @@ struct NormShape {
     int64_t up_to_nbytes;
     NormAlgorithm algorithm;
     int vecs;             // of a row that a thread has, and more where the row is long
-    uint32_t cluster;     // blocks that share a row
+    uint32_t cluster;     // blocks that share a row, likewise
     uint32_t max_blocks;  // the grid is no larger than the message needs, than the device holds at once, and than this
     uint32_t lead;        // of two shots
 };
@@ -163,8 +163,9 @@ class Norms {
     }
 
     // The shape's vectors a thread and blocks a row, or more of them where those couldn't take it; none where no kernel
-    // takes it. All ranks decide alike: on the table, the world size and the row's length alone. What a row is served
-    // by, fused or apart, doesn't depend on the table, and so its bits don't.
+    // takes it. All ranks decide alike: on the table, the world size, the row's length, and whether there are clusters,
+    // as on all or none of a group's devices. Whether a row is served fused or apart doesn't depend on the shape, and
+    // so its bits don't.
     std::optional<Fit> fit_of(const NormShape& shape, NormAlgorithm algorithm, const NormCall& call) {
         const int64_t row_vecs = call.row_nbytes / comm_core::kVecNbytes;
         if (row_vecs > kMaxRowVecs) return std::nullopt;
