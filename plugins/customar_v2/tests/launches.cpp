@@ -1,0 +1,255 @@
+// How the host launches fused calls of every row's length, without a device: what would be launched is judged.
+//
+// Compiled as emulated.cpp is, with `fake_tvm.h` for apache-tvm-ffi and what is below for the CUDA runtime.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <list>
+#include <vector>
+
+#include "emulate.h"
+// What they stand for comes after them.
+#include "norm_session.cuh"
+
+using namespace comm_customar_v2;
+
+namespace {
+
+// What a kernel's address stands for; nobody calls it.
+struct Kernel {
+    int world_size;
+    NormAlgorithm algorithm;  // kSeparate: add_norm.cuh
+    int vecs;
+};
+
+struct Launched {
+    Kernel kernel;
+    uint32_t blocks, threads, cluster;
+    NormParams params;
+};
+
+std::list<Kernel> kernels;
+std::vector<Launched> launched;
+const Kernel plain{}, apart{0, NormAlgorithm::kSeparate, 1};
+int major = 0;
+size_t judged = 0;  // launches of fused kernels
+constexpr uint32_t kMultiprocessors = 132;
+constexpr int64_t kSlot = 1 << 17;
+
+const void* kernel_like(const Kernel& wanted) {
+    for (const Kernel& each : kernels) {
+        if (std::memcmp(&each, &wanted, sizeof wanted) == 0) return &each;
+    }
+    return &kernels.emplace_back(wanted);
+}
+
+}  // namespace
+
+namespace comm_customar_v2 {
+
+#define KERNELS_OF(W)                                                            \
+    const void* kernel_of_##W(Element, Algorithm, int) {                         \
+        return &plain;                                                           \
+    }                                                                            \
+    const void* norm_kernel_of_##W(Element, NormAlgorithm algorithm, int vecs) { \
+        return kernel_like({W, algorithm, vecs});                                \
+    }
+KERNELS_OF(2)
+KERNELS_OF(3)
+KERNELS_OF(4)
+KERNELS_OF(5)
+KERNELS_OF(6)
+KERNELS_OF(7)
+KERNELS_OF(8)
+#undef KERNELS_OF
+
+const void* add_norm_of(Element) {
+    return &apart;
+}
+
+}  // namespace comm_customar_v2
+
+extern "C" {
+
+const char* cudaGetErrorString(cudaError_t) {
+    return "";
+}
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    *value = major;
+    return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned) {
+    *memory = std::malloc(nbytes);
+    return cudaSuccess;
+}
+cudaError_t cudaHostGetDevicePointer(void** seen, void* memory, unsigned) {
+    *seen = memory;
+    return cudaSuccess;
+}
+cudaError_t cudaFreeHost(void* memory) {
+    std::free(memory);
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, unsigned) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+    return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+    *status = cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    attributes->ptxVersion = 10 * major;
+    attributes->maxThreadsPerBlock = 1024;
+    return cudaSuccess;
+}
+// A block fills a multiprocessor.
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+    *blocks = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+    *clusters = static_cast<int>(kMultiprocessors / config->attrs[0].val.clusterDim.x);
+    return cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
+    Launched each{*static_cast<const Kernel*>(function), config->gridDim.x, config->blockDim.x, 1, {}};
+    for (unsigned index = 0; index < config->numAttrs; ++index) {
+        const cudaLaunchAttribute& attribute = config->attrs[index];
+        if (attribute.id == cudaLaunchAttributeClusterDimension) each.cluster = attribute.val.clusterDim.x;
+    }
+    if (function == &plain) {
+        each.params.plain = *static_cast<const Params*>(arguments[0]);
+    } else {
+        each.params = *static_cast<const NormParams*>(arguments[0]);
+    }
+    launched.push_back(each);
+    return cudaSuccess;
+}
+}
+
+namespace {
+
+// Why a launch of a fused kernel is wrong; "" where it isn't.
+const char* wrong_with(const Launched& each, int world_size, const NormShape& shape) {
+    const auto [_, algorithm, vecs] = each.kernel;
+    const NormParams& params = each.params;
+    if (vecs < min_norm_vecs(world_size) || vecs > max_norm_vecs(world_size, algorithm)) return "no such kernel";
+    if (each.threads % 32 != 0) return "a part of a warp";
+    if (each.threads > static_cast<uint32_t>(max_norm_threads(world_size, algorithm, vecs))) return "too many threads";
+    if (each.cluster > (major >= 9 ? kMaxCluster : 1) || each.cluster < shape.cluster) return "the cluster's size";
+    if (each.threads * each.cluster * static_cast<uint32_t>(vecs) < params.row_vecs) return "the row is longer";
+    if (each.blocks == 0 || each.blocks % each.cluster != 0) return "a part of a cluster";
+    if (each.blocks / each.cluster > kMultiprocessors / each.cluster) return "clusters without room";
+    if (each.blocks > std::max(shape.max_blocks, each.cluster)) return "more blocks than the shape allows";
+    const bool two_shots = algorithm == NormAlgorithm::kTwoShotPush;
+    if (two_shots && params.num_rows < static_cast<uint32_t>(world_size)) return "a rank without a row";
+    const uint32_t together = two_shots ? static_cast<uint32_t>(world_size) : 1;
+    const uint32_t groups = (params.num_rows + together - 1) / together, clusters = each.blocks / each.cluster;
+    if (int64_t{groups} * params.row_vecs * 16 > kSlot / (two_shots ? 2 : 1)) return "beyond the slot";
+    if (clusters > groups || params.plain.lead > (groups + clusters - 1) / clusters) return "more than there is to do";
+    return "";
+}
+
+// Whether a call's launches do all of its rows, once and in order, by fused kernels or all of them apart.
+const char* judge(const NormCall& call, int world_size, const NormShape& shape, bool fused) {
+    if (!fused) {
+        if (launched.size() < 2 || launched.back().kernel.algorithm != NormAlgorithm::kSeparate) return "not apart";
+        return launched.back().params.num_rows == call.num_rows ? "" : "other rows";
+    }
+    int64_t done = 0;
+    for (const Launched& each : launched) {
+        if (each.kernel.world_size != world_size) return "not fused";
+        const int64_t from = done * call.row_nbytes;
+        const NormParams& params = each.params;
+        if (params.plain.input != call.input + from || params.plain.output != call.output + from ||
+            params.residual != call.residual + from || params.sum != call.sum + from)
+            return "other rows";
+        const char* const wrong = wrong_with(each, world_size, shape);
+        if (*wrong != '\0') return wrong;
+        done += params.num_rows;
+    }
+    judged += launched.size();
+    return done == call.num_rows ? "" : "not all rows";
+}
+
+bool check(int world_size) {
+    Session session(0, world_size, {1 << 17, 1 << 18, kSlot, 1 << 24, 0}, 1.0, 0);
+    session.attach(std::vector<int64_t>(static_cast<size_t>(world_size), 4096), kMultiprocessors);
+    session.set_shapes({{int64_t{1} << 40, Algorithm::kOneShotPush, 1, 128, 128, 0}});
+    Norms norms(session);
+    // In vectors: two ranks' threads may have four of a row; beyond that there are clusters, or rows are shorter.
+    const int64_t longest = world_size == 2 || major >= 9 ? kMaxRowVecs : kMaxRowVecs / 2;
+    char memory[5] = {};
+    for (const auto algorithm : {NormAlgorithm::kOneShotPush, NormAlgorithm::kTwoShotPush}) {
+        for (const int vecs : {1, 2, 4}) {
+            for (const uint32_t cluster : {1u, 2u, 8u}) {
+                if (cluster > 1 && major < 9) continue;
+                const NormShape shape{int64_t{1} << 40, algorithm, vecs, cluster, 60, 3};
+                norms.set_shapes({shape});
+                for (int64_t row_vecs = 1; row_vecs < 2200; row_vecs += row_vecs % 256 < 2     ? 1
+                                                                        : row_vecs % 256 < 255 ? 23
+                                                                                               : 1) {
+                    for (const int64_t num_rows : {1, world_size - 1, world_size, 3 * world_size + 1, 200}) {
+                        const NormCall call{memory,
+                                            memory + 1,
+                                            memory + 2,
+                                            memory + 3,
+                                            memory + 4,
+                                            num_rows,
+                                            row_vecs * 16,
+                                            1.0f,
+                                            0.0f,
+                                            Element::kBFloat16,
+                                            nullptr};
+                        launched.clear();
+                        norms.run(call);
+                        const char* const wrong = judge(call, world_size, shape, row_vecs <= longest);
+                        if (*wrong != '\0') {
+                            std::printf("%d ranks, %d.x, algorithm %d, %d vectors, clusters of %u: %d rows of %d: %s\n",
+                                        world_size,
+                                        major,
+                                        static_cast<int>(algorithm),
+                                        vecs,
+                                        cluster,
+                                        static_cast<int>(num_rows),
+                                        static_cast<int>(row_vecs),
+                                        wrong);
+                            return false;
+                        }
+                    }
+                }
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+int main() {
+    for (const int generation : {8, 9}) {
+        major = generation;
+        for (int world_size = 2; world_size <= 8; ++world_size) {
+            if (!check(world_size)) return 1;
+        }
+    }
+    std::printf("%zu launches are right\n", judged);
+    return 0;
+}
