@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import comm_core as comm
 import customar_v2_tune as tune
 import torch
 import torch.distributed as dist
-from comm_core import kernels
 from comm_plugin_customar_v1 import policy, session
 
 SIZES = "1K,2K,4K,8K,16K,32K,64K,128K,256K,512K,768K,1M,2M,4M,8M"
@@ -90,24 +87,13 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=9, help="of each graph; the median counts")
     parser.add_argument("--top", type=int, default=4, help="shapes printed a size")
     options = parser.parse_args()
-    options.dtype = "bfloat16"
     started = time.monotonic()
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-    dist.init_process_group("gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    library = kernels.Library("comm_plugin_customar_v1")
-    if rank == 0:
-        library.load()  # one rank builds where nothing is built yet
-    dist.barrier()
-    device = torch.device("cuda", torch.cuda.current_device())
-    context = comm.GroupContext(
-        dist.group.WORLD, rank, world_size, device, tuple(range(world_size)), tune.Control(), 4 << 30, 5.0
-    )
-    own = session.connect(library.load(), None, context)
+    module = tune.joined("comm_plugin_customar_v1")
+    own = session.connect(module, None, tune.group_context())
     torch.cuda.set_stream(torch.cuda.Stream())  # what captures can't be the default stream
     everyone = tune.Control().all_gather(measure(options, Adapter(own)))
-    if rank == 0:
-        tune.report(everyone, options, time.monotonic() - started)
+    if dist.get_rank() == 0:
+        tune.report(everyone, options, time.monotonic() - started, dtype="bfloat16")
     dist.barrier()
     dist.destroy_process_group()
     return 0

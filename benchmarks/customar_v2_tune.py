@@ -189,14 +189,31 @@ def text_of(row: policy.Row) -> str:
     return f"{row.algorithm}:vecs={row.vecs},threads={row.threads},blocks={row.blocks},lead={row.lead}"
 
 
-def connected(module: Any) -> session.Session:
-    """A session that has room for every algorithm."""
+def joined(package: str) -> Any:
+    """Join the job that torchrun started, on this rank's device; a plugin's native code."""
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+    dist.init_process_group("gloo")
+    library = kernels.Library(package)
+    if dist.get_rank() == 0:
+        library.load()  # one rank builds where nothing is built yet
+    dist.barrier()
+    return library.load()
+
+
+def group_context() -> comm.GroupContext:
+    """Of all ranks: what `connect` takes."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device())
-    context = comm.GroupContext(
+    return comm.GroupContext(
         dist.group.WORLD, rank, world_size, device, tuple(range(world_size)), Control(), 4 << 30, WAIT_TIMEOUT_S
     )
-    return session.connect(module, torch.cuda.get_device_capability(device)[0], None, context, shareable=True)
+
+
+def connected(module: Any) -> session.Session:
+    """A session that has room for every algorithm."""
+    context = group_context()
+    major = torch.cuda.get_device_capability(context.device)[0]
+    return session.connect(module, major, None, context, shareable=True)
 
 
 def measure(options: argparse.Namespace, own: session.Session, module: Any) -> list[dict[str, Any]]:
@@ -257,18 +274,12 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=4, help="shapes printed a size")
     options = parser.parse_args()
     started = time.monotonic()
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-    dist.init_process_group("gloo")
+    module = joined("comm_plugin_customar_v2")
     rank = dist.get_rank()
     layout.SLOT_NBYTES = parse_size(options.slot)
     # Room for every algorithm at once.
     policy.rows_for = lambda *_: tuple(policy.Row(64 << 20, name) for name in policy.ALGORITHMS)
     policy.captured_rows_for = policy.rows_for if options.registered else lambda *_: ()
-    library = kernels.Library("comm_plugin_customar_v2")
-    if rank == 0:
-        library.load()  # one rank builds where nothing is built yet
-    dist.barrier()
-    module = library.load()
     own = connected(module)
     if options.late:
         own.set_early(False)
@@ -280,7 +291,7 @@ def main() -> int:
     torch.cuda.set_stream(torch.cuda.Stream())  # what captures can't be the default stream
     everyone = Control().all_gather(measure(options, own, module))
     if rank == 0:
-        report(everyone, options, time.monotonic() - started)
+        report(everyone, options, time.monotonic() - started, dtype=options.dtype, slot=options.slot)
     dist.barrier()
     dist.destroy_process_group()
     return 0
@@ -315,8 +326,8 @@ def eager(own: session.Session) -> None:
         say("eager, 8 KiB, us a call: " + "; ".join(f"{name} {took:.2f}" for name, took in figures.items()))
 
 
-def report(everyone: list[list[dict[str, Any]]], options: argparse.Namespace, took_s: float) -> None:
-    """The slowest rank's times: the best shapes of each size on stdout, all in a file."""
+def report(everyone: list[list[dict[str, Any]]], options: argparse.Namespace, took_s: float, **settings: str) -> None:
+    """The slowest rank's times: the best shapes of each size on stdout, all in a file, with the settings."""
     lines = [
         {**ranks[0], "us": max(line["us"] for line in ranks), "right": all(line["right"] for line in ranks)}
         for ranks in zip(*everyone, strict=True)
@@ -327,8 +338,7 @@ def report(everyone: list[list[dict[str, Any]]], options: argparse.Namespace, to
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "ranks": len(everyone),
-        "dtype": options.dtype,
-        **({"slot": options.slot} if "slot" in options else {}),
+        **settings,
         "took_s": took_s,
         "lines": lines,
     }

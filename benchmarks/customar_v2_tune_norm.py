@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import re
 import statistics
 import sys
@@ -26,9 +25,8 @@ from typing import Any
 import comm_plugin_customar_v2 as plugin
 import torch
 import torch.distributed as dist
-from comm_core import kernels
 from comm_plugin_customar_v2 import norm_policy, policy, session
-from customar_v2_tune import Control, connected, poisoned, say
+from customar_v2_tune import Control, connected, joined, poisoned, say
 
 TOKENS = "1,2,3,8,16,33,64,128,256,512,2048"
 HIDDEN = "2880,4096,5120,7168"
@@ -263,13 +261,7 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=4, help="shapes printed a message")
     options = parser.parse_args()
     started = time.monotonic()
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-    dist.init_process_group("gloo")
-    library = kernels.Library("comm_plugin_customar_v2")
-    if dist.get_rank() == 0:
-        library.load()  # one rank builds where nothing is built yet
-    dist.barrier()
-    module = library.load()
+    module = joined("comm_plugin_customar_v2")
     own = connected(module)
     own.set_early(not options.late)
     if dist.get_rank() == 0:
