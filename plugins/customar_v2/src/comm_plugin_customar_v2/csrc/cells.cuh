@@ -41,6 +41,7 @@ __device__ __forceinline__ void settle(Vec (&vecs)[N],
                                        const SourceOf& source_of,
                                        const Params& params,
                                        comm_core::Patience& patience) {
+    // The same loop for one cell, in fewer instructions.
     if constexpr (N == 1) {
         while (!full(vecs[0])) {
             if (patience.ends(params.bound, source_of(0))) break;

@@ -21,6 +21,8 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
     const uint32_t rounds = (part + V * stride - 1) / (V * stride), lead = params.lead;
     const uint32_t upper = static_cast<uint32_t>(params.cells_nbytes / 2);
     const Cells<W> cells(slots, 0);
+    // Where a rank's part ends, in vectors from its beginning: the last may be shorter.
+    const auto end_of = [&](uint32_t owner) { return min(part, num_vecs - min(num_vecs, owner * part)); };
     comm_core::Patience patience;
     comm_core::wait_for_predecessors();
 
@@ -31,8 +33,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
             Vec shares[W - 1][V];
 #pragma unroll
             for (int d = 0; d < W - 1; ++d) {
-                const uint32_t begin = Slots<W>::after(rank, d) * part,
-                               end = min(part, num_vecs - min(num_vecs, begin));
+                const uint32_t owner = Slots<W>::after(rank, d), begin = owner * part, end = end_of(owner);
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                     const uint32_t vec = first + j * stride;
@@ -41,8 +42,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
             }
 #pragma unroll
             for (int d = 0; d < W - 1; ++d) {
-                const uint32_t begin = Slots<W>::after(rank, d) * part,
-                               end = min(part, num_vecs - min(num_vecs, begin));
+                const uint32_t end = end_of(Slots<W>::after(rank, d));
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                     const uint32_t vec = first + j * stride;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
         }
         if (step >= lead && step - lead < rounds) {
             const uint32_t first = thread + (step - lead) * V * stride;
-            const uint32_t begin = rank * part, end = min(part, num_vecs - min(num_vecs, begin));
+            const uint32_t begin = rank * part, end = end_of(rank);
             Vec own[V];
             constexpr int kAhead = looks_ahead(W, V, 4);
             Arrivals<W> arrivals[kAhead];
@@ -85,32 +85,24 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
         const uint32_t first = thread + (step - 2 * lead) * V * stride;
         // All owners' sums of a place together; where an owner's part ends before it, there is nothing to wait for.
         Vec sums[V][W - 1];
-        const auto end_of = [&](int s) {
-            const uint32_t begin = Slots<W>::source(rank, s) * part;
-            return min(part, num_vecs - min(num_vecs, begin));
-        };
+        const auto owner_of = [&](int s) { return Slots<W>::source(rank, s); };
         const auto cell_of = [&](int s, int j) { return slots.mine(s) + upper + (first + j * stride) * 16; };
 #pragma unroll
         for (int j = 0; j < V; ++j) {
 #pragma unroll
             for (int s = 0; s < W - 1; ++s) {
                 sums[j][s] = Vec{};
-                if (first + j * stride < end_of(s)) sums[j][s] = comm_core::load_relaxed_sys(cell_of(s, j));
+                if (first + j * stride < end_of(owner_of(s))) sums[j][s] = comm_core::load_relaxed_sys(cell_of(s, j));
             }
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            settle(
-                sums[j],
-                [&](int s) { return cell_of(s, j); },
-                [&](int s) { return Slots<W>::source(rank, s); },
-                params,
-                patience);
+            settle(sums[j], [&](int s) { return cell_of(s, j); }, owner_of, params, patience);
 #pragma unroll
             for (int s = 0; s < W - 1; ++s) {
                 const uint32_t vec = first + j * stride;
-                if (vec >= end_of(s)) continue;
-                comm_core::store(params.output + (Slots<W>::source(rank, s) * part + vec) * 16, sums[j][s]);
+                if (vec >= end_of(owner_of(s))) continue;
+                comm_core::store(params.output + (owner_of(s) * part + vec) * 16, sums[j][s]);
                 empty(cell_of(s, j));
             }
         }
