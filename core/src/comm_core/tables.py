@@ -45,6 +45,9 @@ class Routes(dict[Kind, Served]):
         entries: the plan's rules and what serves them, in the order in which they are tried.
     """
 
+    # What no rule takes.
+    _otherwise: Served | None = None
+
     def __init__(self, entries: Mapping[Key, tuple[tuple[Rule, Served], ...]]) -> None:
         super().__init__()
         self.entries = entries
@@ -60,8 +63,6 @@ class Routes(dict[Kind, Served]):
                 self.clear()
             self[kind] = served
         return served
-
-    _otherwise: Served | None = None
 
     @staticmethod
     def _message(kind: Kind) -> tuple[int, ...]:
