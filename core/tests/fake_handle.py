@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from comm_core import fallback
@@ -33,11 +33,18 @@ class Fake:
     """A backend of two ranks with equal tensors: every sum is twice the tensor.
 
     Its hooks hold their caller to the contract.
+
+    Attributes:
+        fit: looks at the tensors of a fused call, as `are_operands` in operands.h; None: core looks.
+        declined: fused calls whose tensors weren't as the hook has them.
     """
+
+    fit: ClassVar[Callable[..., bool] | None] = None
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
         self.calls: list[tuple[Any, ...]] = []
+        self.declined = 0
 
     def all_reduce(self, session: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         self.calls.append((session, tensor, out))
@@ -70,8 +77,18 @@ class Fake:
             summed if residual_out is None else residual_out.copy_(summed),
         )
 
+    def try_fused(self, session: object, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        tensor, residual, weight, _, _, out, residual_out = arguments
+        assert self.fit is not None
+        y, s = (torch.empty_like(t) if o is None else o for t, o in ((tensor, out), (residual, residual_out)))
+        if self.fit(tensor, residual, weight, y, s):
+            return self.fused(session, *arguments)
+        self.declined += 1
+        return None
+
     def hooks(self) -> dict[str, Callable[..., Any]]:
-        return {ALL_REDUCE: self.all_reduce, FUSED: self.fused}
+        attempt = {} if self.fit is None else {f"try_{FUSED}": self.try_fused}
+        return {ALL_REDUCE: self.all_reduce, FUSED: self.fused, **attempt}
 
 
 def handle(made: Sequence[Offer], fakes: Mapping[str, Fake], **hooks: Callable[..., Any]) -> Backend:

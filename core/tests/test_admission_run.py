@@ -245,6 +245,26 @@ def test_a_fused_hook_that_breaks_its_contract_is_not_admitted(change: Callable[
             assert words in wrong[case.cell]
 
 
+@pytest.mark.parametrize(
+    ("look", "words"), [(swaps, "wrong sums"), (lambda hook, *arguments: hook(*arguments), ""), (lambda *_: None, "")]
+)
+def test_a_hook_that_looks_at_its_operands_is_tested_too(look: Callable[..., Any], words: str) -> None:
+    asked = []
+
+    def change(hooks: dict[str, Hook]) -> None:
+        def attempt(*arguments: Any) -> Any:
+            asked.append(arguments)
+            return look(hooks[FUSED], *arguments)
+
+        hooks[f"try_{FUSED}"] = attempt
+
+    case = a_case(FUSED)
+    for wrong in Group(2).run([case], change):
+        assert words in wrong[case.cell] if words else wrong == {}
+    # Out of place; the hook beside it is tested in place, and with what this one doesn't take.
+    assert [arguments[-2:] for arguments in asked] == [(None, None)] * 2
+
+
 def test_the_sessions_own_object_reaches_the_hook() -> None:
     seen = []
 

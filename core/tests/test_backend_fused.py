@@ -1,20 +1,54 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import comm_core as comm
 import pytest
 import torch
-from comm_core import fallback
+from comm_core import _tensors, _toolchain, fallback, kernels
 from comm_core.types import TERMINAL, Range
 from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, handle, one_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import Message, offers, serves
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 if TYPE_CHECKING:
     from comm_core.routes import Offer
+
+
+CXX = os.environ.get("CXX", "c++")
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """operands.cpp, compiled."""
+    if shutil.which(CXX) is None:
+        pytest.skip(f"there is no C++ compiler ({CXX}) on this machine")
+    *includes, library = _toolchain._bindings()
+    built = tmp_path_factory.mktemp("operands") / "operands.so"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{kernels.include_dir()}"]
+    flags += [f"-isystem{path}" for path in includes]
+    command = [CXX, *flags, Path(__file__).with_name("operands.cpp"), "-o", built, f"-L{library}", "-ltvm_ffi"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(built))
+
+
+@pytest.fixture(params=["core", "native"], autouse=True)
+def who_looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every call goes to a backend whose operands core looks at, and to one whose native code does."""
+    if request.param == "native":
+        monkeypatch.setattr(Fake, "fit", staticmethod(request.getfixturevalue("native").fit))
+    return str(request.param)
 
 
 def expected_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,3 +275,85 @@ def test_a_parameter_reaches_the_hook_without_its_gradient() -> None:
     assert not fast.calls[0][3].requires_grad
     assert not normed.requires_grad
     assert not summed.requires_grad
+
+
+# What native code says of operands
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=300)
+def test_native_code_takes_what_core_would_hand_over_as_it_is(native: Any, data: st.DataObject) -> None:
+    room = aligned(256, torch.float16)
+    num_tokens, hidden_size = data.draw(st.integers(1, 3)), 8
+
+    def view(*shape: int) -> torch.Tensor:
+        spread = data.draw(st.sampled_from([1, 1, 1, 1, 2]))
+        strides = [hidden_size * spread, spread][-len(shape) :]
+        # Mostly multiples of 16 bytes, and mostly apart.
+        offset = 8 * data.draw(st.integers(0, 24)) + data.draw(st.sampled_from([0] * 9 + [1]))
+        return room.as_strided(shape, strides, offset)
+
+    x, residual, weight = view(num_tokens, hidden_size), view(num_tokens, hidden_size), view(hidden_size)
+    out = data.draw(st.sampled_from([x, view(num_tokens, hidden_size)]))
+    total = data.draw(st.sampled_from([residual, view(num_tokens, hidden_size)]))
+    asked = (x, residual, weight, out, total)
+    handed = _tensors.operands(*asked)
+    # A view of its own that is where its input is may be written to like the input, which core doesn't look for.
+    same = out.data_ptr() == x.data_ptr() or total.data_ptr() == residual.data_ptr()
+    if all(given is wanted for given, wanted in zip(handed, asked, strict=True)):
+        assert native.fit(*asked) == _tensors.disjoint(out, total)
+    elif not same:
+        assert not native.fit(*asked)
+
+
+def test_native_code_refuses_what_is_of_another_kind(native: Any) -> None:
+    tensors = fused_inputs()
+    assert native.fit(*tensors.values())
+    for name in tensors:
+        tensor = tensors[name]
+        others = [tensor.double(), tensor.bfloat16(), tensor.int(), tensor[..., :4], tensor[:1], tensor.unsqueeze(0)]
+        others += [torch.empty(0), torch.empty(0, 8), torch.tensor(1.0), tensor.view(-1), torch.empty(4, 8, 1)]
+        with FakeTensorMode():
+            others.append(torch.empty(tensor.shape))
+        for other in others:
+            if other.shape != tensor.shape or other.dtype != tensor.dtype or isinstance(other, FakeTensor):
+                assert not native.fit(*(tensors | {name: other}).values()), (name, other.shape, other.dtype)
+
+
+def test_who_looks_is_asked_first_and_core_copies_for_it(who_looks: str) -> None:
+    backend, fast, _ = one_backend()
+    tensors = fused_inputs()
+    x, residual, weight = tensors["x"], tensors["residual"], tensors["weight"]
+    # The first call of a kind finds its route by core's look.
+    backend.all_reduce_add_rms_norm(x, residual, weight)
+    for targets in ({}, {"residual_out": residual}, {"out": tensors["new"], "residual_out": tensors["other"]}):
+        fast.calls.clear()
+        backend.all_reduce_add_rms_norm(x, residual, weight, **targets)
+        assert fast.calls[0][1:4] == (x, residual, weight)
+        assert fast.calls[0][-2:] == (targets.get("out"), targets.get("residual_out"))
+        assert fast.declined == 0
+    backend.all_reduce_add_rms_norm(x, aligned(64).view(4, 16)[:, ::2], weight)
+    assert fast.declined == (who_looks == "native")
+
+
+def test_what_has_no_memory_is_refused_before_anything_is_sent() -> None:
+    backend, fast, _ = one_backend()
+    tensors = dict(itertools.islice(fused_inputs().items(), 3))
+    backend.all_reduce_add_rms_norm(*tensors.values())
+    fast.calls.clear()
+    with FakeTensorMode():
+        fakes = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
+    for name, fake in fakes.items():
+        with pytest.raises(TypeError, match="FakeTensor has no memory"):
+            backend.all_reduce_add_rms_norm(*(tensors | {name: fake}).values())
+    assert not fast.calls
+
+
+def test_what_a_hook_that_looks_raises_is_told_by_name(who_looks: str) -> None:
+    backend, fast, _ = one_backend()
+    x, weight = aligned(16).view(2, 8), aligned(8)
+    backend.all_reduce_add_rms_norm(x, x.clone(), weight)
+    fast.error = RuntimeError("illegal address")
+    with pytest.raises(comm.CommError, match=r"'fast' of group .* failed in all_reduce_add_rms_norm: illegal address"):
+        backend.all_reduce_add_rms_norm(x, x.clone(), weight)
+    assert fast.declined == 0

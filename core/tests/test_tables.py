@@ -34,7 +34,7 @@ def test_each_mode_has_entries_of_its_own() -> None:
     eager, graph = (bind(decision, mode, devices, (print, "group"), sessions) for mode in ("eager", "graph"))
 
     def names(routes: Any, device: int, dtype: torch.dtype) -> list[str]:
-        return [name for _, (_, _, name) in routes.entries.get((device, dtype), ())]
+        return [name for _, (_, _, name, _) in routes.entries.get((device, dtype), ())]
 
     assert names(eager.plain, ON_GPU, torch.float16) == ["push", "torch_distributed"]
     assert names(graph.plain, ON_GPU, torch.float16) == ["pull", "torch_distributed"]
@@ -43,21 +43,32 @@ def test_each_mode_has_entries_of_its_own() -> None:
         assert names(mode.fused, ON_GPU, torch.bfloat16) == ["push", "torch_distributed"]
     assert names(eager.plain, ON_CPU, torch.int8) == ["torch_distributed"]
     assert not any(device == ON_CPU for device, _ in graph.plain.entries)
-    pulled = ("pull's sum", "session of pull", "pull")
-    otherwise = (print, "group", "torch_distributed")
+    pulled = ("pull's sum", "session of pull", "pull", None)
+    otherwise = (print, "group", "torch_distributed", None)
     assert [graph.plain.find((ON_GPU, torch.int8, nbytes)) for nbytes in (1, 1024, 1025)] == [pulled, pulled, otherwise]
     assert graph.plain.get((ON_GPU, torch.int8, 1024)) == pulled
     assert graph.plain.find((ON_GPU, torch.complex64, 8)) is None
     assert graph.plain.find((ON_GPU, torch.int8, 0)) is None
 
 
+def test_a_hook_that_looks_at_its_operands_stands_beside_the_one_that_doesnt() -> None:
+    decision = Slate((Offer("push", 300, (Range(ALL_REDUCE), Range(FUSED))),)).decision(("cpu",))
+    push = session("push")
+    push.plugin.hooks[f"try_{FUSED}"] = "push's look"
+    tables = bind(decision, "eager", {"cpu": torch.device("cpu")}, (print, "group"), {"push": push})
+    fused = tables.fused.find((ON_CPU, torch.float32, torch.Size((2, 4))))
+    assert fused == ("push's norm", "session of push", "push", "push's look")
+    plain = tables.plain.find((ON_CPU, torch.float32, 32))
+    assert plain == ("push's sum", "session of push", "push", None)
+
+
 def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
     rules = (Rule("push", max_nbytes=64, max_tokens=2, hidden_multiple=4), Rule(TERMINAL))
-    pushed = (print, "session", "push")
+    pushed = (print, "session", "push", None)
     routes = FusedRoutes({(ON_GPU, torch.float16): tuple(zip(rules, (pushed, COMPOSED), strict=True))})
 
     def of(num_tokens: int, hidden_size: int, dtype: torch.dtype = torch.float16) -> Any:
-        kind = (ON_GPU, dtype, torch.Size((num_tokens, hidden_size)), torch.Size((hidden_size,)))
+        kind = (ON_GPU, dtype, torch.Size((num_tokens, hidden_size)))
         assert routes.get(kind) is None
         served = routes.find(kind)
         assert routes.get(kind) is served
@@ -70,7 +81,7 @@ def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
 
 
 def test_what_is_kept_is_bounded() -> None:
-    served = (print, "group", TERMINAL)
+    served = (print, "group", TERMINAL, None)
     routes = Routes({(ON_CPU, torch.int8): ((Rule(TERMINAL), served),)})
     for nbytes in range(1, 10_000):
         assert routes.find((ON_CPU, torch.int8, nbytes)) == served

@@ -243,7 +243,11 @@ class _Tester:
         if case.cell[0] == "all_reduce":
             return (hook(self.session, inputs[0], out),)
         residual_out = inputs[1] if in_place else None
-        normed, summed = hook(self.session, *inputs, 1e-6, 0.0, out, residual_out)
+        arguments = (*inputs, 1e-6, 0.0, out, residual_out)
+        # Out of place as a handle calls; so both hooks are tested.
+        attempt = None if in_place else self.hooks.get(f"try_{case.cell[0]}")
+        done = None if attempt is None else attempt(self.session, *arguments)
+        normed, summed = hook(self.session, *arguments) if done is None else done
         return normed, summed
 
     def _compare(self, case: Case, salt: int, results: tuple[torch.Tensor, ...]) -> None:

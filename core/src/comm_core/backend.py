@@ -10,7 +10,7 @@ import torch
 from comm_core import fallback, norm
 from comm_core._tensors import delivered, disjoint, operands, plain, plain_copy
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
-from comm_core.tables import COMPOSED, FusedRoutes, Recording, Routes, Tables, bind
+from comm_core.tables import COMPOSED, FusedRoutes, Kind, Recording, Routes, Served, Tables, bind
 from comm_core.types import DTYPES, Decision
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Backend:
         served = self._plain.get(kind) or self._plain.find(kind)
         if served is None:
             return self._reduce_odd(tensor, out)
-        function, session, name = served
+        function, session, name, _ = served
         try:
             return function(session, tensor, out)  # type: ignore[no-any-return]
         except Exception as error:  # noqa: BLE001 - the plugin border: it is told by name
@@ -159,45 +159,19 @@ class Backend:
         Raises:
             As `all_reduce`; ValueError also for shapes that don't fit.
         """
-        index, dtype, shape = tensor.get_device(), tensor.dtype, tensor.shape
-        kind = (index, dtype, shape, weight.shape)
+        kind = (tensor.get_device(), tensor.dtype, tensor.shape)
         served = self._fused.get(kind)
-        if (
-            served is None
-            or residual.shape != shape
-            or residual.dtype is not dtype
-            or weight.dtype is not dtype
-            or residual.get_device() != index
-            or weight.get_device() != index
-            or (index < 0 and not (tensor.is_cpu and residual.is_cpu and weight.is_cpu))  # as above
-        ):
-            self._check_operands(tensor, residual, weight)
-            served = self._fused.find(kind) or COMPOSED
-        if out is not None and out is not tensor:
-            _check_out(tensor, out)
-            _check_elements(out)
-        if residual_out is not None and residual_out is not residual:
-            _check_out(tensor, residual_out)
-            _check_elements(residual_out)
-        if served is not COMPOSED:
-            function, session, name = served
-            try:
-                x, r, w, y_out, s_out = operands(tensor, residual, weight, out, residual_out)
-            except RuntimeError:  # a sparse tensor has no address, as above
-                for each in (tensor, residual, weight):
-                    self._check_kind(each)
-                raise
-            try:
-                y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
-            except Exception as error:  # noqa: BLE001 - the plugin border, as above
-                self._raise(error, name, "all_reduce_add_rms_norm")
-            return y if out is None or y is out else delivered(y, out), (
-                s if residual_out is None or s is residual_out else delivered(s, residual_out)
-            )
-        total = self.all_reduce(tensor)
-        if out is None and total.is_cuda:
-            out = total  # nobody else's, and one kernel reads and writes it
-        return fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
+        if served is not None:
+            _, session, name, attempt = served
+            if attempt is not None:
+                try:
+                    done = attempt(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
+                except Exception as error:  # noqa: BLE001 - the plugin border, as above
+                    self._check_operands(tensor, residual, weight)
+                    self._raise(error, name, "all_reduce_add_rms_norm")
+                if done is not None:
+                    return done  # type: ignore[no-any-return]
+        return self._fuse(kind, served, tensor, residual, weight, eps, weight_offset, out, residual_out)
 
     def check(self) -> None:
         """Raise what the devices noted since the last call, such as a replayed wait that ended without its peer.
@@ -249,6 +223,57 @@ class Backend:
         self._served_by.clear()
         self._plain, self._fused, self.sessions = self._eager.plain, self._eager.fused, {}
 
+    def _fuse(
+        self,
+        kind: Kind,
+        served: Served | None,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        out: torch.Tensor | None,
+        residual_out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A fused call whose tensors no hook has looked at."""
+        index, dtype, shape = kind
+        if (
+            served is None
+            or residual.shape != shape
+            or weight.shape != shape[1:]
+            or residual.dtype is not dtype
+            or weight.dtype is not dtype
+            or residual.get_device() != index
+            or weight.get_device() != index
+            or (index < 0 and not (tensor.is_cpu and residual.is_cpu and weight.is_cpu))  # as above
+        ):
+            self._check_operands(tensor, residual, weight)
+            served = self._fused.find(kind) or COMPOSED
+        if out is not None and out is not tensor:
+            _check_out(tensor, out)
+            _check_elements(out)
+        if residual_out is not None and residual_out is not residual:
+            _check_out(tensor, residual_out)
+            _check_elements(residual_out)
+        if served is not COMPOSED:
+            function, session, name, _ = served
+            try:
+                x, r, w, y_out, s_out = operands(tensor, residual, weight, out, residual_out)
+            except RuntimeError:  # a sparse tensor has no address, as above
+                self._check_operands(tensor, residual, weight)
+                raise
+            try:
+                y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
+            except Exception as error:  # noqa: BLE001 - the plugin border, as above
+                self._raise(error, name, "all_reduce_add_rms_norm")
+            return y if out is None or y is out else delivered(y, out), (
+                s if residual_out is None or s is residual_out else delivered(s, residual_out)
+            )
+        total = self.all_reduce(tensor)
+        if out is None and total.is_cuda:
+            out = total  # nobody else's, and one kernel reads and writes it
+        return fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
+
     def _reduce_odd(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """Everything that the hot path leaves: staged through a copy, answered at once, or refused."""
         self._check_kind(tensor)
@@ -296,6 +321,8 @@ class Backend:
         self._check_kind(tensor)
         if not tensor.device == residual.device == weight.device:
             raise ValueError(f"one device is needed, not {tensor.device}, {residual.device} and {weight.device}")
+        for other in (residual, weight):
+            self._check_kind(other)
 
     def _raise(self, error: Exception, name: str, hook: str) -> NoReturn:
         if isinstance(error, torch.OutOfMemoryError):

@@ -22,10 +22,10 @@ _TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 #: that a `torch.device` takes to be made and hashed.
 Key = tuple[int, torch.dtype]
 #: What a call's tensors are like, as far as its route depends on it: device and dtype, then of `all_reduce` the bytes,
-#: of `all_reduce_add_rms_norm` the tensor's shape and the weight's.
+#: of `all_reduce_add_rms_norm` the shape.
 Kind = tuple[Any, ...]
-#: What serves a call: the hook, its session, the backend's name.
-Served = tuple[Callable[..., Any], Any, str]
+#: What serves a call: the hook, its session, the backend's name, and the hook that looks at its operands itself.
+Served = tuple[Callable[..., Any], Any, str, Callable[..., Any] | None]
 
 
 def _composed(*_: object) -> None:
@@ -33,7 +33,7 @@ def _composed(*_: object) -> None:
 
 
 #: What serves a fused call that no backend takes: the handle itself.
-COMPOSED: Served = (_composed, None, TERMINAL)
+COMPOSED: Served = (_composed, None, TERMINAL, None)
 # Kinds that are kept: more than a model's shapes.
 _MOST_KINDS = 4096
 
@@ -77,7 +77,7 @@ class FusedRoutes(Routes):
 
     @staticmethod
     def _message(kind: Kind) -> tuple[int, ...]:
-        _, dtype, (num_tokens, hidden_size), _ = kind
+        _, dtype, (num_tokens, hidden_size) = kind
         return num_tokens * hidden_size * dtype.itemsize, num_tokens, hidden_size
 
 
@@ -145,9 +145,10 @@ def bind(
 
     def serving(backend: str, op: str) -> Served:
         if backend == TERMINAL:
-            return (*terminal, TERMINAL) if op == "all_reduce" else COMPOSED
+            return (*terminal, TERMINAL, None) if op == "all_reduce" else COMPOSED
         session = sessions[backend]
-        return session.plugin.hooks[op], session.value, backend
+        hooks = session.plugin.hooks
+        return hooks[op], session.value, backend, hooks.get(f"try_{op}")
 
     for route in decision.routes:
         if route.mode == mode:

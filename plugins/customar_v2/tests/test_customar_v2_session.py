@@ -70,10 +70,13 @@ class Native:
             residual_out: torch.Tensor,
             eps: float,
             weight_offset: float,
-        ) -> None:
+        ) -> bool:
             if self.missing:
                 raise RuntimeError("a kernel waited in vain")
+            if not tensor.is_contiguous():
+                return False
             fallback.add_rms_norm(tensor * 2, residual, weight, eps, weight_offset, out, residual_out)
+            return True
 
         return [norm_into, lambda numbers: self.calls.append(("norm shapes", numbers))]
 

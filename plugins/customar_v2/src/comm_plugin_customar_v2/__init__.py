@@ -26,6 +26,7 @@ __all__ = [
     "connect",
     "is_available",
     "probe",
+    "try_all_reduce_add_rms_norm",
 ]
 
 COMM_HOOK_API = (1, 0)
@@ -176,16 +177,36 @@ def all_reduce_add_rms_norm(
     The norm is that of the sum as it is returned, rounded: a row's bits are the same on every rank, alone or among
     others.
     """
+    done = try_all_reduce_add_rms_norm(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
+    if done is None:
+        raise ValueError("these tensors aren't as the hook's spec has them")
+    return done
+
+
+@comm.hookimpl
+def try_all_reduce_add_rms_norm(
+    session: Session,
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The same with tensors that the native code looks at; see the hook's spec."""
+    if weight.requires_grad:
+        weight = weight.detach()  # a parameter is one even where gradients are off, and some bindings refuse it
     if out is None:
         out = torch.empty_like(tensor)
     if residual_out is None:
         residual_out = torch.empty_like(residual)
     try:
-        session.norm_into(tensor, residual, weight, out, residual_out, eps, weight_offset)
+        taken = session.norm_into(tensor, residual, weight, out, residual_out, eps, weight_offset)
     except RuntimeError:
         session.check()  # as above
         raise
-    return out, residual_out
+    return (out, residual_out) if taken else None
 
 
 @comm.hookimpl

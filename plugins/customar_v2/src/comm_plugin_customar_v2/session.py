@@ -30,7 +30,8 @@ class Session:
         into: (tensor, out, 0) sums into `out`, which may be `tensor`. Within `capturing` another function.
         fresh: (tensor, 0) -> the sum, in a tensor from torch's allocator. Likewise.
         norm_into: (tensor, residual, weight, out, residual_out, eps, weight_offset) sums, adds and normalises; `out`
-            may be `tensor`, and `residual_out` the residual.
+            may be `tensor`, and `residual_out` the residual. False, with nothing done, where they aren't as the hook
+            has them.
         set_early: (early) lets kernels start, or not, while the one before still runs; for comparisons.
         memory_nbytes: of this rank's buffer, and of the table of inputs.
     """

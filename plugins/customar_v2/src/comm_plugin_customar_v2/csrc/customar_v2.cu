@@ -1,5 +1,7 @@
 // What the Python side calls; session.cuh for what it does.
 
+#include <comm_core/operands.h>
+
 #include <memory>
 #include <string>
 
@@ -66,7 +68,8 @@ std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
 }
 
 // The fused calls of a session, as functions:
-//   into(tensor, residual, weight, out, sum, eps, offset)  `out` may be `tensor`, and `sum` the residual
+//   into(tensor, residual, weight, out, sum, eps, offset)  `out` may be `tensor`, and `sum` the residual; false, and
+//                                                          nothing is sent, where these aren't as kernels take them
 //   set_shapes(numbers)                                    the fused table from now on
 Array<Function> norm_functions(const std::shared_ptr<Session>& session) {
     const auto norms = std::make_shared<Norms>(*session);
@@ -78,7 +81,8 @@ Array<Function> norm_functions(const std::shared_ptr<Session>& session) {
                                        double eps,
                                        double offset) {
         refuse_if_poisoned(*session);
-        const DLDevice place = tensor.device();
+        const DLDevice place{kDLCUDA, session->device()};
+        if (!comm_core::are_operands(place, tensor, residual, weight, out, sum)) return false;
         const DLDataType dtype = tensor.dtype();
         norms->run({data_of(tensor),
                     data_of(out),
@@ -91,6 +95,7 @@ Array<Function> norm_functions(const std::shared_ptr<Session>& session) {
                     static_cast<float>(offset),
                     element_of(dtype),
                     static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id))});
+        return true;
     };
     const auto set_shapes = [session, norms](Array<int64_t> numbers) { norms->set_shapes(norm_shapes_of(numbers)); };
     return {Function::FromTyped(into), Function::FromTyped(set_shapes)};

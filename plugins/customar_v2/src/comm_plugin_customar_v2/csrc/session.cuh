@@ -139,6 +139,8 @@ class Session {
         }
     }
 
+    int device() const { return device_; }
+
     const Shape& shape_of(int64_t nbytes, bool registered = false) const {
         for (const Shape& shape : registered ? registered_ : shapes_) {
             if (nbytes <= shape.up_to_nbytes) return shape;
