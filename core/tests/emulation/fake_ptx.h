@@ -57,7 +57,7 @@ struct Block {
     unsigned long long epoch = 0;
     Cluster* cluster = nullptr;
     std::vector<std::unique_ptr<Warp>> warps;
-    alignas(16) float numbers[256];
+    alignas(16) float numbers[1024];
     Gate gates[2];
 };
 

@@ -53,9 +53,9 @@ class NormRow:
 # 4096, 5120 and 7168; there it was slower than the fastest of all fused shapes by no more than what stands after it.
 # Blocks share a row as long as all clusters of all rows have room on the device at once.
 _HOPPER_2 = (
-    NormRow(512 * _KIB, "oneshot_push_norm", cluster=8),  # 1.1 % in the mean, 8 % at 8 x 4096
-    NormRow(2 * _MIB, "oneshot_push_norm"),  # 0.5 % in the mean, 2 % at 64 x 7168
-    NormRow(64 * _MIB, "twoshot_push_norm", cluster=2, blocks=528),  # 1.6 % in the mean, 5 % at 512 x 5120
+    NormRow(512 * _KIB, "oneshot_push_norm", cluster=8),  # 0.4 % in the mean, 3 % at 8 x 2880
+    NormRow(2 * _MIB, "oneshot_push_norm", cluster=2),  # 0.6 % in the mean, 2 % at 128 x 2880
+    NormRow(64 * _MIB, "twoshot_push_norm", vecs=2, blocks=528),  # 1.6 % in the mean, 5 % at 512 x 5120
 )
 
 # Three and four, likewise, on four H200, up to 8 MiB as the plain tables. Of one message, 64 x 5120 on four ranks, the

@@ -62,8 +62,8 @@ class Row:
 # there it was slower than the fastest of all shapes by no more than what stands after them. One-shot rows end where
 # the grid is full: one round is what they are good at.
 _HOPPER_2 = (
-    Row(8 * _KIB, "oneshot_push", threads=256),  # 1 to 8 KiB: 0.5 %
-    Row(64 * _KIB, "oneshot_push", threads=32),  # 16 to 64 KiB: 0.0 %
+    Row(4 * _KIB, "oneshot_push", threads=256),  # 1 to 4 KiB: 0.0 %
+    Row(64 * _KIB, "oneshot_push", threads=64),  # 8 to 64 KiB: 0.6 %
     Row(264 * 128 * 16, "oneshot_push", threads=128),  # 128 to 512 KiB: 0.0 %
     Row(264 * 256 * 16, "oneshot_push", threads=256),  # 1 MiB: 0.0 %
     Row(264 * 512 * 16, "oneshot_push", threads=512),  # 2 MiB: 0.0 %
@@ -73,16 +73,17 @@ _HOPPER_2 = (
 # Three and four, likewise, on four H200 that a switch joins by 18 links each, up to 8 MiB. Beyond that NCCL may let the
 # switch sum (NVLS), which wasn't measured: there the vendor's library is next.
 _HOPPER_3 = (
-    Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.1 %
-    Row(384 * _KIB, "oneshot_push", threads=128),  # 128 to 384 KiB: 0.0 %
-    Row(1 * _MIB, "twoshot_push", threads=256),  # 512 KiB to 1 MiB: 0.8 %
-    Row(2 * _MIB, "twoshot_push", threads=512),  # 2 MiB: 0.0 %
+    Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.2 %
+    Row(384 * _KIB, "oneshot_push", threads=128),  # 128 to 384 KiB: 0.3 %
+    Row(768 * _KIB, "twoshot_push", threads=64),  # 512 and 768 KiB: 0.0 %
+    Row(2 * _MIB, "twoshot_push", threads=512, lead=1),  # 1 and 2 MiB: 0.2 %
     Row(8 * _MIB, "twoshot_push", threads=512, lead=2),  # 4 and 8 MiB: 0.4 %
 )
 _HOPPER_4 = (
-    Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 0.6 %
+    Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.2 %
     Row(256 * _KIB, "oneshot_push", threads=128),  # 128 and 256 KiB: 0.0 %
-    Row(1 * _MIB, "twoshot_push", threads=256),  # 384 KiB to 1 MiB: 0.0 %
+    Row(768 * _KIB, "twoshot_push", threads=64),  # 384 to 768 KiB: 0.0 %
+    Row(1 * _MIB, "twoshot_push", threads=128),  # 1 MiB: 0.4 %
     Row(2 * _MIB, "twoshot_push", threads=512),  # 2 MiB: 0.0 %
     Row(8 * _MIB, "twoshot_push", threads=512, lead=1),  # 4 and 8 MiB: 0.0 %
 )

@@ -5,6 +5,8 @@
 
 namespace comm_core {
 
+constexpr uint32_t kBoardSize = 64;
+
 // Numbers, of which every block of the cluster has a copy: warps post to all copies, and each block reads its own, once
 // all numbers of a sum are there.
 //
@@ -13,14 +15,17 @@ namespace comm_core {
 // it is its block's first, had told its gate to expect that sum. Warps without numbers neither wait nor read, and
 // nobody posts to blocks without: these may have ended. Others end after they passed their last gate, behind which
 // nothing comes.
+//
+// `kSums`: sums that are taken together, at most.
+template <uint32_t kSums = 1>
 class Board {
   public:
     // Numbers of a sum, at most.
-    static constexpr uint32_t kSize = 64;
+    static constexpr uint32_t kSize = kBoardSize;
 
     // All threads, first of all.
     __device__ __forceinline__ Board()
-        : boards_(shared_numbers<2 * kSize>()), gates_(shared_gates<2>()), blocks_(blocks_in_cluster()) {
+        : boards_(shared_numbers<2 * kSums * kSize>()), gates_(shared_gates<2>()), blocks_(blocks_in_cluster()) {
         if (blocks_ == 1) return;
         if (threadIdx.x == 0) {
             set_up(gates_);
@@ -34,42 +39,53 @@ class Board {
         if (blocks_ > 1) cluster_wait();
     }
 
-    // The sum of `count` numbers, each the sum of the terms of one warp's lanes. A thread brings V terms: the first for
-    // the number of its warp in the cluster, the others the cluster's warps on; those of numbers from `count` on are
-    // left out. All threads call it, with the same `count` every time, and those whose warp has a number get the sum.
+    // N sums, each of `count` numbers, each the sum of the terms of one warp's lanes. A thread brings V terms of a sum:
+    // the first for the number of its warp in the cluster, the others the cluster's warps on; those of numbers from
+    // `count` on are left out. All threads call it, with the same `count` every time, and those whose warp has a number
+    // get the sums.
     //
     // Which terms make a number, and in which order numbers are added, follows from the numbers alone: the bits are the
-    // same over however many blocks, warps and terms a thread they are spread.
-    template <int V>
-    __device__ __forceinline__ float sum(const float (&terms)[V], uint32_t count) {
-        const uint32_t turn = sums_ % 2, parity = sums_ / 2 % 2;
-        ++sums_;
-        float* const board = boards_ + turn * kSize;
+    // same over however many blocks, warps and terms a thread they are spread, and whatever is summed beside them.
+    template <int N, int V>
+    __device__ __forceinline__ void sum(const float (&terms)[N][V], float (&totals)[N], uint32_t count) {
+        static_assert(N <= kSums, "the boards have room for fewer sums");
+        const uint32_t turn = turns_ % 2, parity = turns_ / 2 % 2;
+        ++turns_;
+        float* const board = boards_ + turn * kSums * kSize;
         const uint32_t warps = blockDim.x / 32, lane = threadIdx.x % 32;
         const uint32_t first = block_in_cluster() * warps + threadIdx.x / 32;
-        float sums[V];
+        float sums[N][V];
 #pragma unroll
-        for (int j = 0; j < V; ++j) sums[j] = warp_sum(terms[j]);
+        for (int n = 0; n < N; ++n) {
+            totals[n] = 0.0f;
+#pragma unroll
+            for (int j = 0; j < V; ++j) sums[n][j] = warp_sum(terms[n][j]);
+        }
         if (blocks_ == 1) {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
-                if (lane == 0 && first + j * warps < count) board[first + j * warps] = sums[j];
+                if (lane != 0 || first + j * warps >= count) continue;
+#pragma unroll
+                for (int n = 0; n < N; ++n) board[n * kSize + first + j * warps] = sums[n][j];
             }
             __syncthreads();
         } else {
-            if (first >= count) return 0.0f;
+            if (first >= count) return;
             Gate* const gate = gates_ + turn;
-            if (threadIdx.x == 0) expect(gate, count * sizeof(float));
+            if (threadIdx.x == 0) expect(gate, N * count * sizeof(float));
             // A lane a block, of those that have numbers.
             const bool posts = lane < blocks_ && lane * warps < count;
 #pragma unroll
             for (int j = 0; j < V; ++j) {
                 const uint32_t number = first + j * blocks_ * warps;
-                if (posts && number < count) post(board + number, gate, lane, sums[j]);
+                if (!posts || number >= count) continue;
+#pragma unroll
+                for (int n = 0; n < N; ++n) post(board + n * kSize + number, gate, lane, sums[n][j]);
             }
             pass(gate, parity);
         }
-        return total(board, count);
+#pragma unroll
+        for (int n = 0; n < N; ++n) totals[n] = total(board + n * kSize, count);
     }
 
   private:
@@ -93,7 +109,7 @@ class Board {
     float* boards_;
     Gate* gates_;
     uint32_t blocks_;
-    uint32_t sums_ = 0;
+    uint32_t turns_ = 0;
 };
 
 }  // namespace comm_core

@@ -11,23 +11,23 @@ constexpr uint32_t kAddNormThreads = 512;
 // A block a row, any number of vectors. The output holds the rows' sums over the ranks.
 template <typename T>
 __global__ void __launch_bounds__(kAddNormThreads) add_norm(const __grid_constant__ NormParams params) {
-    Board board;
+    Board<> board;
     comm_core::launch_successor();
     board.open();
     comm_core::wait_for_predecessors();
     const uint32_t row_vecs = params.row_vecs;
     for (size_t row = blockIdx.x; row < params.num_rows; row += gridDim.x) {
         const size_t at = row * row_vecs * 16;
-        float term[1] = {0.0f};
+        float terms[1][1] = {{0.0f}}, totals[1];
         for (uint32_t vec = threadIdx.x; vec < row_vecs; vec += blockDim.x) {
             comm_core::Sum<T> sum(comm_core::load(params.plain.output + at + vec * 16));
             sum.add(comm_core::load(params.residual + at + vec * 16));
             const Vec rounded = sum.rounded();
             comm_core::store(params.sum + at + vec * 16, rounded);
-            term[0] += squares<T>(rounded);
+            terms[0][0] += squares<T>(rounded);
         }
-        const float total = board.sum(term, blockDim.x / 32);
-        const float scale = rsqrtf(fmaf(total, params.inverse_hidden, params.eps));
+        board.sum(terms, totals, blockDim.x / 32);
+        const float scale = rsqrtf(fmaf(totals[0], params.inverse_hidden, params.eps));
         for (uint32_t vec = threadIdx.x; vec < row_vecs; vec += blockDim.x) {
             const Vec sum = comm_core::load(params.sum + at + vec * 16);
             const Vec weight = comm_core::load(params.weight + vec * 16);

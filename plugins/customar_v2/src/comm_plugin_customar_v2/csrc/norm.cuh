@@ -34,7 +34,7 @@ struct NormParams {
 };
 
 // The longest row of the fused kernels in vectors: a warp's worth of them is a number on the board.
-constexpr uint32_t kMaxRowVecs = 32 * Board::kSize;
+constexpr uint32_t kMaxRowVecs = 32 * comm_core::kBoardSize;
 
 // The most blocks that share a row: what every device that has clusters can launch.
 constexpr uint32_t kMaxCluster = 8;
@@ -123,28 +123,49 @@ __device__ __forceinline__ uint32_t normed(uint32_t sum, uint32_t weight, float 
     return T::pack(values);
 }
 
-// The norm of a row whose sums the cluster's threads hold; all of them call it.
-template <typename T, int V>
+// The norms of N rows whose sums the cluster's threads hold, vector by vector; all of them call it. A row that isn't
+// there has no output.
+template <typename T, int V, int N, uint32_t kSums>
+__device__ __forceinline__ void norm_rows(const NormParams& params,
+                                          Board<kSums>& board,
+                                          const Place<V>& place,
+                                          const Vec (&sums)[V][N],
+                                          const Vec (&weight)[V],
+                                          char* const (&outputs)[N]) {
+    float terms[N][V], totals[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) terms[n][j] = place.has(j) ? squares<T>(sums[j][n]) : 0.0f;
+    }
+    board.sum(terms, totals, (place.row_vecs + 31) / 32);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        const float scale = rsqrtf(fmaf(totals[n], params.inverse_hidden, params.eps));
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            if (!place.has(j) || outputs[n] == nullptr) continue;
+            comm_core::store(outputs[n] + place.offset(j),
+                             {normed<T>(sums[j][n].x, weight[j].x, scale, params.offset),
+                              normed<T>(sums[j][n].y, weight[j].y, scale, params.offset),
+                              normed<T>(sums[j][n].z, weight[j].z, scale, params.offset),
+                              normed<T>(sums[j][n].w, weight[j].w, scale, params.offset)});
+        }
+    }
+}
+
+template <typename T, int V, uint32_t kSums>
 __device__ __forceinline__ void norm_row(const NormParams& params,
-                                         Board& board,
+                                         Board<kSums>& board,
                                          const Place<V>& place,
                                          const Vec (&sums)[V],
                                          const Vec (&weight)[V],
                                          char* output) {
-    float terms[V];
+    Vec rows[V][1];
 #pragma unroll
-    for (int j = 0; j < V; ++j) terms[j] = place.has(j) ? squares<T>(sums[j]) : 0.0f;
-    const float total = board.sum(terms, (place.row_vecs + 31) / 32);
-    const float scale = rsqrtf(fmaf(total, params.inverse_hidden, params.eps));
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-        if (!place.has(j)) continue;
-        comm_core::store(output + place.offset(j),
-                         {normed<T>(sums[j].x, weight[j].x, scale, params.offset),
-                          normed<T>(sums[j].y, weight[j].y, scale, params.offset),
-                          normed<T>(sums[j].z, weight[j].z, scale, params.offset),
-                          normed<T>(sums[j].w, weight[j].w, scale, params.offset)});
-    }
+    for (int j = 0; j < V; ++j) rows[j][0] = sums[j];
+    char* const outputs[1] = {output};
+    norm_rows<T>(params, board, place, rows, weight, outputs);
 }
 
 }  // namespace comm_customar_v2

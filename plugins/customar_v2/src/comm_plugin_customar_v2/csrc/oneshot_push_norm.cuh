@@ -13,7 +13,7 @@ namespace comm_customar_v2 {
 template <typename T, int W, int V>
 __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPush, V), 1)
     oneshot_push_norm(const __grid_constant__ NormParams params) {
-    Board board;
+    Board<> board;
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
     const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
     const Place<V> place(params);

@@ -19,7 +19,9 @@ namespace comm_customar_v2 {
 template <typename T, int W, int V>
 __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPush, V), 1)
     twoshot_push_norm(const __grid_constant__ NormParams params) {
-    Board board;
+    // Peers whose rows a thread has in flight at once, to them and from them: what its registers allow.
+    constexpr int kSends = W <= 3 ? W - 1 : 2, kGathers = W <= 4 ? W - 1 : 1;
+    Board<kGathers> board;
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
     const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
     const Place<V> place(params);
@@ -29,8 +31,6 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
     const uint32_t groups = (num_rows + W - 1) / W, rounds = (groups + clusters - 1) / clusters;
     const uint32_t upper = static_cast<uint32_t>(params.plain.cells_nbytes / 2);
     const Cells<W> cells(slots, 0);
-    // Peers whose rows a thread has in flight at once, to them and from them: what its registers allow.
-    constexpr int kSends = W <= 3 ? W - 1 : 2, kGathers = W <= 4 ? W - 1 : 1;
     comm_core::Patience patience;
     prefetch(params, place, cluster * W + rank);
     board.open();
@@ -127,20 +127,24 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                 settle(sums[j], [&](int i) { return cell_of(i, j); }, owner_of, params.plain, patience);
                 in_step();
             }
+            // Their norms in one meeting.
+            char* outputs[kGathers];
+            bool any = false;
 #pragma unroll
             for (int i = 0; i < kGathers; ++i) {
+                outputs[i] = nullptr;
                 if (!has_row(i)) continue;
                 const uint32_t at = (group * W + owner_of(i)) * row_nbytes;
-                Vec row[V];
+                outputs[i] = params.plain.output + at;
+                any = true;
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
-                    row[j] = sums[j][i];
                     if (!place.has(j)) continue;
-                    comm_core::store(params.sum + at + place.offset(j), row[j]);
+                    comm_core::store(params.sum + at + place.offset(j), sums[j][i]);
                     empty(cell_of(i, j));
                 }
-                norm_row<T>(params, board, place, row, weight, params.plain.output + at);
             }
+            if (any) norm_rows<T>(params, board, place, sums, weight, outputs);
         }
     }
 }
