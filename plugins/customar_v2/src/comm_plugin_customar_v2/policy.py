@@ -74,7 +74,7 @@ _HOPPER_2 = (
 # switch sum (NVLS), which wasn't measured: there the vendor's library is next.
 _HOPPER_3 = (
     Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.2 %
-    Row(384 * _KIB, "oneshot_push", threads=128),  # 128 to 384 KiB: 0.3 %
+    Row(384 * _KIB, "oneshot_push", threads=128),  # 128 to 384 KiB: 0.5 %
     Row(768 * _KIB, "twoshot_push", threads=64),  # 512 and 768 KiB: 0.0 %
     Row(2 * _MIB, "twoshot_push", threads=512, lead=1),  # 1 and 2 MiB: 0.2 %
     Row(8 * _MIB, "twoshot_push", threads=512, lead=2),  # 4 and 8 MiB: 0.4 %
