@@ -58,7 +58,7 @@ def shapes(num_tokens: int, row_nbytes: int, world_size: int, major: int) -> lis
             threads = -(-row_vecs // (vecs * cluster))
             if (
                 (world_size > 2 and vecs != 2 and algorithm != "separate")
-                or (cluster > 1 and (major < 9 or threads < 32))
+                or (cluster > 1 and (major < 9 or threads < 16))
                 or threads > 1024
             ):
                 continue

@@ -59,19 +59,19 @@ _HOPPER_2 = (
 )
 
 # Three and four, likewise, on four H200, up to 8 MiB as the plain tables. Of one message, 64 x 5120 on four ranks, the
-# separate way was 6 % faster than its row; it would have other bits than its neighbours.
+# separate way was 1 % faster than its row; it would have other bits than its neighbours.
 _HOPPER_3 = (
     NormRow(240 * _KIB, "oneshot_push_norm", vecs=2, cluster=4),  # 1.2 % in the mean, 4 % at 16 x 7168
-    NormRow(480 * _KIB, "oneshot_push_norm", vecs=2, cluster=2),  # 0.6 % in the mean, 1 % at 33 x 7168
-    NormRow(960 * _KIB, "twoshot_push_norm", vecs=2, cluster=2),  # 2.6 % in the mean, 10 % at 128 x 2880
-    NormRow(4 * _MIB, "twoshot_push_norm", vecs=2),  # 0.2 % in the mean, 1 % at 128 x 7168
-    NormRow(8 * _MIB, "twoshot_push_norm", vecs=2, cluster=2),  # 0.0 %
+    NormRow(480 * _KIB, "oneshot_push_norm", vecs=2, cluster=2),  # 0.8 % in the mean, 1 % at 64 x 2880
+    NormRow(960 * _KIB, "twoshot_push_norm", vecs=2, cluster=2),  # 3.7 % in the mean, 12 % at 128 x 2880
+    NormRow(2 * _MIB, "twoshot_push_norm", vecs=2, cluster=8),  # 1.3 % in the mean, 4 % at 128 x 5120
+    NormRow(8 * _MIB, "twoshot_push_norm", vecs=2, cluster=2),  # 2.1 % in the mean, 6 % at 256 x 5120
 )
 _HOPPER_4 = (
-    NormRow(240 * _KIB, "oneshot_push_norm", vecs=2, cluster=4),  # 1.1 % in the mean, 3 % at 16 x 7168
-    NormRow(480 * _KIB, "oneshot_push_norm", vecs=2, cluster=2),  # 0.2 % in the mean, 1 % at 33 x 4096
-    NormRow(600 * _KIB, "twoshot_push_norm", vecs=2, cluster=2),  # 0.0 %
-    NormRow(8 * _MIB, "twoshot_push_norm", vecs=2),  # 0.4 % in the mean, 4 % at 64 x 7168
+    NormRow(240 * _KIB, "oneshot_push_norm", vecs=2, cluster=4),  # 1.2 % in the mean, 3 % at 16 x 7168
+    NormRow(340 * _KIB, "oneshot_push_norm", vecs=2, cluster=2),  # 0.2 % in the mean, 1 % at 33 x 4096
+    NormRow(2 * _MIB, "twoshot_push_norm", vecs=2, cluster=8),  # 0.5 % in the mean, 4 % at 128 x 5120
+    NormRow(8 * _MIB, "twoshot_push_norm", vecs=2),  # 0.0 %
 )
 
 # By compute capability's major number and world size; graphs and eager calls alike.
