@@ -197,6 +197,20 @@ def test_a_fused_out_that_is_not_like_the_tensor_is_refused_whoever_serves(serve
     assert not last.calls
 
 
+@pytest.mark.parametrize("out", [torch.ones(2, 8).to_sparse(), torch.ones(2, 8, device="meta")])
+def test_a_fused_out_that_native_code_cannot_even_look_at_is_refused(out: torch.Tensor) -> None:
+    backend, fast, last = one_backend()
+    x, weight = aligned(16).view(2, 8), aligned(8)
+    backend.all_reduce_add_rms_norm(x, x.clone(), weight)
+    fast.calls.clear()
+    each: list[dict[str, Any]] = [{"out": out}, {"residual_out": out}]
+    for targets in each:
+        with pytest.raises(ValueError, match="out is"):
+            backend.all_reduce_add_rms_norm(x, x.clone(), weight, **targets)
+    assert not fast.calls
+    assert not last.calls
+
+
 @pytest.mark.parametrize("served", [Range(FUSED), Range(ALL_REDUCE)])
 @pytest.mark.parametrize("on_meta", ["x", "residual", "weight", "all"])
 def test_fused_tensors_on_another_device_are_refused_before_anything_is_sent(served: Range, on_meta: str) -> None:

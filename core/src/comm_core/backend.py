@@ -168,6 +168,9 @@ class Backend:
                     done = attempt(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
                     self._check_operands(tensor, residual, weight)
+                    for each in (out, residual_out):
+                        if each is not None:
+                            _check_out(tensor, each)
                     self._raise(error, name, "all_reduce_add_rms_norm")
                 if done is not None:
                     return done  # type: ignore[no-any-return]
