@@ -78,11 +78,13 @@ class Fake:
         )
 
     def try_fused(self, session: object, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-        tensor, residual, weight, _, _, out, residual_out = arguments
+        tensor, residual, weight, *_, out, residual_out = arguments
         assert self.fit is not None
         y, s = (torch.empty_like(t) if o is None else o for t, o in ((tensor, out), (residual, residual_out)))
         if self.fit(tensor, residual, weight, y, s):
-            return self.fused(session, *arguments)
+            if weight.requires_grad:
+                weight = weight.detach()
+            return self.fused(session, tensor, residual, weight, *arguments[3:])
         self.declined += 1
         return None
 

@@ -161,6 +161,18 @@ def test_a_fused_call(context: comm.GroupContext, in_place: bool) -> None:
     assert (got[0] is x, got[1] is residual) == (in_place, in_place)
 
 
+def test_a_fused_call_that_the_native_code_declines(context: comm.GroupContext) -> None:
+    own = session.connect(Native(), 9, None, context)
+    x, residual, weight = torch.randn(8, 3).t(), torch.randn(3, 8), torch.randn(8)
+    out, residual_out = torch.zeros(3, 8), residual.clone()
+    arguments = x, residual, weight, 1e-5, 0.5, out, residual_out
+    assert customar_v2.try_all_reduce_add_rms_norm(own, *arguments) is None
+    with pytest.raises(ValueError, match="aren't as the hook's spec has them"):
+        customar_v2.all_reduce_add_rms_norm(own, *arguments)
+    assert not out.any()
+    assert torch.equal(residual_out, residual)
+
+
 def test_a_kernel_that_gave_up_names_the_rank(context: comm.GroupContext) -> None:
     native = Native()
     own = session.connect(native, 9, None, context)
