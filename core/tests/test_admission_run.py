@@ -246,7 +246,13 @@ def test_a_fused_hook_that_breaks_its_contract_is_not_admitted(change: Callable[
 
 
 @pytest.mark.parametrize(
-    ("look", "words"), [(swaps, "wrong sums"), (lambda hook, *arguments: hook(*arguments), ""), (lambda *_: None, "")]
+    ("look", "words"),
+    [
+        (swaps, "wrong sums"),
+        (lambda hook, *arguments: hook(*arguments[:-2], None, None), "`out` wasn't returned"),
+        (lambda hook, *arguments: hook(*arguments), ""),
+        (lambda *_: None, ""),
+    ],
 )
 def test_a_hook_that_looks_at_its_operands_is_tested_too(look: Callable[..., Any], words: str) -> None:
     asked = []
@@ -261,8 +267,11 @@ def test_a_hook_that_looks_at_its_operands_is_tested_too(look: Callable[..., Any
     case = a_case(FUSED)
     for wrong in Group(2).run([case], change):
         assert words in wrong[case.cell] if words else wrong == {}
-    # Out of place; the hook beside it is tested in place, and with what this one doesn't take.
-    assert [arguments[-2:] for arguments in asked] == [(None, None)] * 2
+    # On two ranks, out of place and in place, as the hook beside it.
+    assert [[out is None for out in arguments[-2:]] for arguments in asked].count([True, True]) == 2
+    assert [(arguments[-2] is arguments[1], arguments[-1] is arguments[2]) for arguments in asked].count(
+        (True, True)
+    ) == 2
 
 
 def test_the_sessions_own_object_reaches_the_hook() -> None:
