@@ -343,6 +343,38 @@ def test_native_code_refuses_what_is_of_another_kind(native: Any) -> None:
                 assert not native.fit(*(tensors | {name: other}).values()), (name, other.shape, other.dtype)
 
 
+def test_native_code_takes_an_output_that_is_its_input_and_no_other_overlap(native: Any) -> None:
+    room, begins = aligned(1024, torch.float16), {"x": 64, "residual": 192, "weight": 320, "out": 448, "sum": 576}
+
+    def fits(begins: dict[str, int]) -> bool:
+        views = {name: room[at:].as_strided((4, 8), (8, 1)) for name, at in begins.items()}
+        return bool(native.fit(*(views | {"weight": views["weight"][0]}).values()))
+
+    assert fits(begins)
+    for moved, other, by in itertools.product(("out", "sum"), begins, (-8, 0, 8)):
+        if moved != other:
+            itself = by == 0 and (moved, other) in (("out", "x"), ("sum", "residual"))
+            behind = by == 8 and other == "weight"
+            assert fits(begins | {moved: begins[other] + by}) == (itself or behind), (moved, other, by)
+
+
+def test_native_code_refuses_what_is_on_another_device(native: Any) -> None:
+    tensors = fused_inputs().values()
+    cpu, cuda = 1, 2  # as DLPack numbers them
+    assert native.fit_on(cpu, 0, *tensors)
+    assert not native.fit_on(cpu, 1, *tensors)
+    assert not native.fit_on(cuda, 0, *tensors)
+
+
+def test_the_formulas_numbers_reach_whoever_serves() -> None:
+    backend, fast, _ = one_backend()
+    x, residual, weight, *_ = fused_inputs().values()
+    for odd in (residual, torch.empty(8, 4).t().copy_(residual)):
+        normed, _ = backend.all_reduce_add_rms_norm(x, odd, weight, 900.0, 0.5)
+        assert torch.equal(normed, fallback.add_rms_norm(2 * x, residual, weight, 900.0, 0.5, None, None)[0])
+    assert len(fast.calls) == 2
+
+
 def test_who_looks_is_asked_first_and_core_copies_for_it(who_looks: str) -> None:
     backend, fast, _ = one_backend()
     tensors = fused_inputs()

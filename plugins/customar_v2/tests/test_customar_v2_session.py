@@ -75,6 +75,7 @@ class Native:
                 raise RuntimeError("a kernel waited in vain")
             if not tensor.is_contiguous():
                 return False
+            assert not weight.requires_grad
             fallback.add_rms_norm(tensor * 2, residual, weight, eps, weight_offset, out, residual_out)
             return True
 
