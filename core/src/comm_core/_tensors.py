@@ -61,6 +61,9 @@ def operands(
 
     An output is written to directly where it is its input, `tensor` or `residual`, or apart from it, and apart from the
     two others.
+
+    Raises:
+        ValueError: both outputs could be written to directly, and share memory.
     """
     if weight.requires_grad:
         # A parameter is one even where gradients are off, and some bindings refuse tensors that want one.
@@ -78,11 +81,10 @@ def operands(
         nbytes = tensor.nbytes
         if (x + nbytes <= r or r + nbytes <= x) and (w + weight.nbytes <= r or r + nbytes <= w):
             return tensor, residual, weight, None, residual
-    return (
-        *(tensor, residual, weight),
-        _direct(out, tensor, (residual, weight)),
-        _direct(residual_out, residual, (tensor, weight)),
-    )
+    y, s = _direct(out, tensor, (residual, weight)), _direct(residual_out, residual, (tensor, weight))
+    if y is not None and s is not None and not disjoint(y, s):
+        raise ValueError("out and residual_out share memory, and two results go there")
+    return tensor, residual, weight, y, s
 
 
 def _direct(out: torch.Tensor | None, itself: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
