@@ -238,7 +238,7 @@ class Backend:
         out: torch.Tensor | None,
         residual_out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A fused call whose tensors no hook has looked at."""
+        """A fused call that no hook has taken as it is: core looks at its tensors."""
         index, dtype, shape = kind
         if (
             served is None

@@ -202,8 +202,9 @@ def try_all_reduce_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Do `all_reduce_add_rms_norm` with tensors that nobody has looked at, if they are as that hook has them. Hot path.
 
-    Optional, beside that hook, and called before it: core's own look at the tensors takes more than a microsecond of
-    each call, native code's next to nothing (`comm_core/operands.h`).
+    Optional, beside that hook, and called before it, but not for the first call of a shape: core's own look at the
+    tensors takes more than a microsecond of each call, native code's next to nothing (`comm_core/operands.h`). Tensors
+    differ between ranks in where they lie: of one call, some ranks make their part by this hook and others by that one.
 
     Args:
         session: what `connect` returned, else the `GroupContext`.
