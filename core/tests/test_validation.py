@@ -179,6 +179,19 @@ REFUSED = {
         BACKEND + "    @hookimpl\n    @staticmethod\n    def all_reduce(session, tensor, out): pass\n",
         ["isn't marked", "below @staticmethod"],
     ),
+    "looking alone": (
+        ALL_REDUCE
+        + "@hookimpl\ndef try_all_reduce_add_rms_norm("
+        + "session, tensor, residual, weight, eps, weight_offset, out, residual_out): pass\n",
+        [
+            "try_all_reduce_add_rms_norm is there without all_reduce_add_rms_norm",
+            "Implement def all_reduce_add_rms_norm(session, tensor, residual,",
+        ],
+    ),
+    "misspelt looking": (
+        ALL_REDUCE + "@hookimpl\ndef try_everything(session): pass\n",
+        ["there is no hook try_everything"],
+    ),
     "two for one": (
         ALL_REDUCE + "@hookimpl(specname='all_reduce')\ndef other(session, tensor, out): pass\n",
         ["two functions implement all_reduce"],

@@ -76,6 +76,10 @@ def register(name: str, plugin: object) -> tuple[dict[str, Callable[..., Any]], 
         if hook in hooks:
             problems.append(_Problem(f"two functions implement {hook}", f"Keep one implementation of {hook}."))
         hooks[hook] = function
+    for hook in hooks:
+        beside = hook.removeprefix("try_")
+        if hook in HOOKS and beside not in hooks:
+            problems.append(_Problem(f"{hook} is there without {beside}", f"Implement {_definition(beside)}, too."))
     if _REQUIRED not in hooks:
         problems.append(_Problem(f"{_REQUIRED} is missing", f"Implement {_definition(_REQUIRED)}; it is required."))
     _raise_if(problems)
