@@ -234,6 +234,8 @@ def given_back() -> torch.Tensor:
         (lambda: torch.ones(8, device="meta")[4:], ValueError, "a tensor on meta can't be reduced in group 'tp'"),
         (given_back, TypeError, "this Tensor has no memory"),
         (lambda: TwoTensor(torch.ones(4), torch.ones(4)), TypeError, "this TwoTensor has no memory"),
+        # Its address is 16, so far behind 0.
+        (lambda: TwoTensor(torch.ones(8), torch.ones(8))[4:], TypeError, "this TwoTensor has no memory"),
     ],
 )
 def test_what_no_backend_takes_is_refused_before_anything_is_sent(
@@ -301,3 +303,31 @@ def test_a_tensor_that_is_waited_for_is_summed() -> None:
     assert backend.all_reduce(torch.ones(4), out) is out
     assert torch.equal(out, torch.full((4,), 2.0))
     assert len(fast.calls) == 2
+
+
+def test_a_view_of_a_tensor_that_is_waited_for_is_summed() -> None:
+    # Its address is so far behind 0 as it begins behind the other's.
+    backend, fast, _ = one_backend()
+    x, out = (AsyncCollectiveTensor(aligned(32, offset=offset))[16:] for offset in (0, 1))
+    assert isinstance(x, AsyncCollectiveTensor)
+    assert x.data_ptr() == 64
+    due = torch.arange(17, 33) * 2.0
+    assert torch.equal(backend.all_reduce(x), due)
+    assert backend.all_reduce(torch.ones(16), out) is out
+    assert torch.equal(out, torch.full((16,), 2.0))
+    assert len(fast.calls) == 2
+
+
+class Named(torch.Tensor):
+    """A subclass that wraps nothing, as weights of many libraries are."""
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_subclass_with_memory_of_its_own_reaches_the_hook(offset: int) -> None:
+    backend, fast, _ = one_backend()
+    x = aligned(16, offset=offset).as_subclass(Named)
+    due = x.as_subclass(torch.Tensor) * 2
+    assert torch.equal(backend.all_reduce(x).as_subclass(torch.Tensor), due)
+    assert (fast.calls[0][1] is x) == (offset == 0)
+    assert backend.all_reduce(x, x) is x
+    assert torch.equal(x.as_subclass(torch.Tensor), due)

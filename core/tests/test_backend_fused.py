@@ -281,6 +281,25 @@ def test_fused_tensors_that_are_waited_for_reach_the_hook_as_what_they_stand_for
     assert len(fast.calls) == 1
 
 
+@pytest.mark.parametrize("wrapped", ["x", "residual", "weight", "new", "other"])
+def test_views_of_fused_tensors_that_are_waited_for(wrapped: str) -> None:
+    # Torch gives them an address, 64, like one that kernels take.
+    backend, fast, _ = one_backend(Range(FUSED))
+    tensors = fused_inputs()
+    expected = expected_norm(tensors["x"], tensors["residual"], tensors["weight"])
+    rows = tensors[wrapped].view(-1, 8)
+    behind = AsyncCollectiveTensor(torch.cat([torch.zeros(2, 8), rows]))[2:].view(tensors[wrapped].shape)
+    assert (type(behind), behind.data_ptr()) == (AsyncCollectiveTensor, 64)
+    tensors[wrapped] = behind
+    x, residual, weight, out, residual_out = tensors.values()
+    for _ in range(2):
+        backend.all_reduce_add_rms_norm(x, residual, weight, 1e-5, 1.0, out=out, residual_out=residual_out)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(residual_out, expected[1])
+        assert len(fast.calls) == 1
+        fast.calls.clear()
+
+
 def test_a_fused_out_of_which_several_elements_are_one_is_refused() -> None:
     backend, fast, _ = one_backend()
     for name in ("out", "residual_out"):
@@ -414,7 +433,8 @@ def test_what_has_no_memory_is_refused_before_anything_is_sent() -> None:
     fast.calls.clear()
     with FakeTensorMode():
         fakes = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
-    for name, fake in fakes.items():
+        views = {name: torch.empty(64)[16:][: tensor.numel()].view(tensor.shape) for name, tensor in tensors.items()}
+    for name, fake in (*fakes.items(), *views.items()):
         with pytest.raises(TypeError, match="FakeTensor has no memory"):
             backend.all_reduce_add_rms_norm(*(tensors | {name: fake}).values())
     assert not fast.calls

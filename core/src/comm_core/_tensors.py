@@ -9,13 +9,25 @@ import torch
 if TYPE_CHECKING:
     Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
-__all__ = ["delivered", "disjoint", "operands", "plain", "plain_copy"]
+__all__ = ["OWN", "delivered", "disjoint", "has_memory", "operands", "plain", "plain_copy"]
+
+#: What is a tensor itself. Other classes may wrap one, and then an address tells nothing.
+OWN: frozenset[type] = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's address is one: the storage of wrappers, and one that was given back, begins at 0.
+
+    A view of such a tensor is so many bytes behind that.
+    """
+    return tensor.data_ptr() != tensor.storage_offset() * tensor.itemsize
 
 
 def plain(tensor: torch.Tensor) -> bool:
     """Whether a kernel can take the tensor as it is: contiguous, aligned to 16 bytes, at an address of its own."""
-    address = tensor.data_ptr()
-    return tensor.is_contiguous() and not address & 15 and address != 0
+    if tensor.data_ptr() & 15 or not tensor.is_contiguous():
+        return False
+    return has_memory(tensor)
 
 
 def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -26,12 +38,11 @@ def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
             back.
     """
     tensor = tensor.contiguous()
-    address = tensor.data_ptr()
-    if address and not address & 15:
+    if has_memory(tensor) and not tensor.data_ptr() & 15:
         return tensor
-    # A wrapper has no address, but the clone of some is what they wrap. Memory that was given back can't be cloned.
-    copy = tensor.clone() if address or tensor.untyped_storage().nbytes() else tensor
-    if not copy.data_ptr():
+    # A wrapper has no memory, but the clone of some is what they wrap. Memory that was given back can't be cloned.
+    copy = tensor.clone() if tensor.untyped_storage().nbytes() else tensor
+    if not has_memory(copy):
         raise TypeError(f"this {type(tensor).__name__} has no memory that could be summed: pass what it stands for")
     return copy
 
@@ -72,6 +83,7 @@ def operands(
     if (
         (x | r | w) & 15
         or not (x and r and w)
+        or not (tensor.__class__ in OWN and residual.__class__ in OWN and weight.__class__ in OWN)
         or not (tensor.is_contiguous() and residual.is_contiguous() and weight.is_contiguous())
     ):
         tensor, residual, weight = plain_copy(tensor), plain_copy(residual), plain_copy(weight)

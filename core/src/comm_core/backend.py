@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from comm_core import fallback, norm
-from comm_core._tensors import delivered, disjoint, operands, plain, plain_copy
+from comm_core._tensors import OWN, delivered, disjoint, has_memory, operands, plain, plain_copy
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.tables import COMPOSED, FusedRoutes, Kind, Recording, Routes, Served, Tables, bind
 from comm_core.types import DTYPES, Decision
@@ -114,8 +114,10 @@ class Backend:
             kind, address, contiguous = (index, tensor.dtype, tensor.nbytes), tensor.data_ptr(), tensor.is_contiguous()
         except RuntimeError:  # a sparse tensor has none, and a look at every tensor's layout costs each call 50 ns
             return self._reduce_odd(tensor, out)
-        # The address of empty tensors, and of wrappers, is 0. Tensors on torch's device "meta" have the CPU's index.
+        # An empty tensor's address is 0. Tensors on torch's device "meta" have the CPU's index.
         if address & 15 or not contiguous or not address or (index < 0 and not tensor.is_cpu):
+            return self._reduce_odd(tensor, out)
+        if tensor.__class__ not in OWN and not has_memory(tensor):
             return self._reduce_odd(tensor, out)
         if out is not None and out is not tensor and not _fits(tensor, out):
             return self._reduce_odd(tensor, out)
@@ -163,7 +165,14 @@ class Backend:
         served = self._fused.get(kind)
         if served is not None:
             _, session, name, attempt = served
-            if attempt is not None:
+            if (
+                attempt is not None
+                and tensor.__class__ in OWN
+                and residual.__class__ in OWN
+                and weight.__class__ in OWN
+                and (out is None or out.__class__ in OWN)
+                and (residual_out is None or residual_out.__class__ in OWN)
+            ):
                 try:
                     done = attempt(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above

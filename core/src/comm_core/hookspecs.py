@@ -205,6 +205,8 @@ def try_all_reduce_add_rms_norm(
     Optional, beside that hook, and called before it, but not for the first call of a shape: core's own look at the
     tensors takes more than a microsecond of each call, native code's next to nothing (`comm_core/operands.h`). Tensors
     differ between ranks in where they lie: of one call, some ranks make their part by this hook and others by that one.
+    All of them are a `torch.Tensor` or a `torch.nn.Parameter`; of other classes, which may wrap one, core makes the
+    call.
 
     Args:
         session: what `connect` returned, else the `GroupContext`.

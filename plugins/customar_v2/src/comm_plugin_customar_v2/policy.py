@@ -62,12 +62,12 @@ class Row:
 # there it was slower than the fastest of all shapes by no more than what stands after them. One-shot rows end where
 # the grid is full: one round is what they are good at.
 _HOPPER_2 = (
-    Row(4 * _KIB, "oneshot_push", threads=256),  # 1 to 4 KiB: 0.0 %
+    Row(4 * _KIB, "oneshot_push", threads=256),  # 1 to 4 KiB: 0.6 %
     Row(64 * _KIB, "oneshot_push", threads=64),  # 8 to 64 KiB: 0.6 %
     Row(264 * 128 * 16, "oneshot_push", threads=128),  # 128 to 512 KiB: 0.0 %
     Row(264 * 256 * 16, "oneshot_push", threads=256),  # 1 MiB: 0.0 %
     Row(264 * 512 * 16, "oneshot_push", threads=512),  # 2 MiB: 0.0 %
-    Row(24 * _MIB, "twoshot_push", threads=512, lead=2),  # 4 to 16 MiB: 0.7 %
+    Row(24 * _MIB, "twoshot_push", threads=512, lead=2),  # 4 to 16 MiB: 1.1 %
     Row(64 * _MIB, "oneshot_stream", vecs=2, threads=512, lead=2),  # 32 and 64 MiB: 0.0 %
 )
 # Three and four, likewise, on four H200 that a switch joins by 18 links each, up to 8 MiB. Beyond that NCCL may let the

@@ -21,8 +21,7 @@ struct Span {
 
 // As hookspecs.py has the operands of `all_reduce_add_rms_norm`, on `device`: `tensor`, `residual`, `out` and `sum` of
 // one shape [num_tokens, hidden_size], `weight` [hidden_size]; one dtype; contiguous, aligned to 16 bytes; `out` is
-// `tensor` or apart from all others, `sum` is `residual` or apart from all others. Tensors without memory, such as
-// FakeTensor, aren't.
+// `tensor` or apart from all others, `sum` is `residual` or apart from all others. Tensors at address 0 have no memory.
 inline bool are_operands(DLDevice device,
                          const tvm::ffi::TensorView& tensor,
                          const tvm::ffi::TensorView& residual,
