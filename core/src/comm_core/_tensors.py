@@ -25,9 +25,10 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 def plain(tensor: torch.Tensor) -> bool:
     """Whether a kernel can take the tensor as it is: contiguous, aligned to 16 bytes, at an address of its own."""
-    if tensor.data_ptr() & 15 or not tensor.is_contiguous():
+    address = tensor.data_ptr()
+    if address & 15 or not address or not tensor.is_contiguous():
         return False
-    return has_memory(tensor)
+    return tensor.__class__ in OWN or has_memory(tensor)
 
 
 def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
