@@ -64,9 +64,10 @@ class Board {
         if (blocks_ == 1) {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
-                if (lane != 0 || first + j * warps >= count) continue;
 #pragma unroll
-                for (int n = 0; n < N; ++n) board[n * kSize + first + j * warps] = sums[n][j];
+                for (int n = 0; n < N; ++n) {
+                    if (lane == 0 && first + j * warps < count) board[n * kSize + first + j * warps] = sums[n][j];
+                }
             }
             __syncthreads();
         } else {
@@ -78,9 +79,10 @@ class Board {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
                 const uint32_t number = first + j * blocks_ * warps;
-                if (!posts || number >= count) continue;
 #pragma unroll
-                for (int n = 0; n < N; ++n) post(board + n * kSize + number, gate, lane, sums[n][j]);
+                for (int n = 0; n < N; ++n) {
+                    if (posts && number < count) post(board + n * kSize + number, gate, lane, sums[n][j]);
+                }
             }
             pass(gate, parity);
         }

@@ -123,15 +123,16 @@ __device__ __forceinline__ uint32_t normed(uint32_t sum, uint32_t weight, float 
     return T::pack(values);
 }
 
-// The norms of N rows whose sums the cluster's threads hold, vector by vector; all of them call it. A row that isn't
-// there has no output.
+// The norms of N rows whose sums the cluster's threads hold, vector by vector; all of them call it. What becomes of
+// rows that aren't present goes nowhere.
 template <typename T, int V, int N, uint32_t kSums>
 __device__ __forceinline__ void norm_rows(const NormParams& params,
                                           Board<kSums>& board,
                                           const Place<V>& place,
                                           const Vec (&sums)[V][N],
                                           const Vec (&weight)[V],
-                                          char* const (&outputs)[N]) {
+                                          char* const (&outputs)[N],
+                                          const bool (&present)[N]) {
     float terms[N][V], totals[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -144,7 +145,7 @@ __device__ __forceinline__ void norm_rows(const NormParams& params,
         const float scale = rsqrtf(fmaf(totals[n], params.inverse_hidden, params.eps));
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            if (!place.has(j) || outputs[n] == nullptr) continue;
+            if (!place.has(j) || !present[n]) continue;
             comm_core::store(outputs[n] + place.offset(j),
                              {normed<T>(sums[j][n].x, weight[j].x, scale, params.offset),
                               normed<T>(sums[j][n].y, weight[j].y, scale, params.offset),
@@ -165,7 +166,8 @@ __device__ __forceinline__ void norm_row(const NormParams& params,
 #pragma unroll
     for (int j = 0; j < V; ++j) rows[j][0] = sums[j];
     char* const outputs[1] = {output};
-    norm_rows<T>(params, board, place, rows, weight, outputs);
+    const bool present[1] = {true};
+    norm_rows<T>(params, board, place, rows, weight, outputs, present);
 }
 
 }  // namespace comm_customar_v2

@@ -127,16 +127,17 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                 settle(sums[j], [&](int i) { return cell_of(i, j); }, owner_of, params.plain, patience);
                 in_step();
             }
-            // Their norms in one meeting.
+            // Owners ascend: without the first row there is none.
+            if (!has_row(0)) continue;
             char* outputs[kGathers];
-            bool any = false;
+            bool present[kGathers];
 #pragma unroll
             for (int i = 0; i < kGathers; ++i) {
                 outputs[i] = nullptr;
-                if (!has_row(i)) continue;
+                present[i] = has_row(i);
+                if (!present[i]) continue;
                 const uint32_t at = (group * W + owner_of(i)) * row_nbytes;
                 outputs[i] = params.plain.output + at;
-                any = true;
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                     if (!place.has(j)) continue;
@@ -144,7 +145,8 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                     empty(cell_of(i, j));
                 }
             }
-            if (any) norm_rows<T>(params, board, place, sums, weight, outputs);
+            // Their norms in one meeting.
+            norm_rows<T>(params, board, place, sums, weight, outputs, present);
         }
     }
 }
