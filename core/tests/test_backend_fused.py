@@ -426,6 +426,8 @@ def test_who_looks_is_asked_first_and_core_copies_for_it(who_looks: str) -> None
     assert fast.declined == (who_looks == "native")
 
 
+# Torch warns once a process of whoever asks such a tensor for its address.
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_what_has_no_memory_is_refused_before_anything_is_sent() -> None:
     backend, fast, _ = one_backend()
     tensors = dict(itertools.islice(fused_inputs().items(), 3))
