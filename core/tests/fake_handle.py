@@ -123,3 +123,14 @@ def aligned(numel: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> 
     start = -room.data_ptr() % 64
     tensor = room[start : start + (numel + offset) * dtype.itemsize].view(dtype)[offset:]
     return tensor.copy_(torch.arange(1, numel + 1) % 50)
+
+
+def fused_inputs() -> dict[str, torch.Tensor]:
+    """Three inputs of a fused call and two outputs, apart from each other."""
+    return {
+        "x": aligned(32).view(4, 8),
+        "residual": aligned(32).view(4, 8) + 3,
+        "weight": aligned(8),
+        "new": torch.empty(4, 8),
+        "other": torch.empty(4, 8),
+    }

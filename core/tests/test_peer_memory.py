@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from comm_core import _toolchain, kernels
+from host_code import CUDA, binding, compiled, needs_compiler
 
 HERE = Path(__file__).parent
-CXX = os.environ.get("CXX", "c++")
-CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-
-
-def compiled(folder: Path, *arguments: str | Path) -> None:
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{kernels.include_dir()}", f"-isystem{CUDA}"]
-    done = subprocess.run(
-        [CXX, *flags, *arguments], cwd=folder, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which(CXX) is None or not (CUDA / "cuda.h").is_file():
-        pytest.skip(f"there is no C++ compiler ({CXX}), or there are no CUDA headers in {CUDA}, on this machine")
+    needs_compiler()
+    if not (CUDA / "cuda.h").is_file():
+        pytest.skip(f"there are no CUDA headers in {CUDA} on this machine")
     folder = tmp_path_factory.mktemp("peer_memory")
     compiled(folder, "-shared", "-fPIC", HERE / "fake_cuda.cpp", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1")
     return folder
@@ -63,9 +53,7 @@ def test_two_processes_read_each_others_inputs(built: Path) -> None:
         "#include <comm_core/peer_memory_functions.h>\n"
         "TVM_FFI_DLL_EXPORT_TYPED_FUNC(peer_memory, comm_core::peer_memory);\n"
     )
-    *includes, library = _toolchain._bindings()
-    flags = ["-shared", "-fPIC", *(f"-isystem{path}" for path in includes)]
-    compiled(built, *flags, "binding.cpp", "-o", "binding.so", f"-L{library}", "-ltvm_ffi", "-ldl")
+    binding(built, "binding.cpp", "-ldl")
     ranks = [
         subprocess.Popen(
             [sys.executable, HERE / "peer_memory_rank.py", str(rank), built],
