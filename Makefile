@@ -1,4 +1,4 @@
-# What the README, CI and people call. `make demo` and `make test` need no step before them.
+# What the README, CI and people call. None of these needs a step before it.
 
 PYTHON ?= python3
 # Arguments for pytest, such as ARGS="--require-gpus 2" or ARGS="-k control -x"; or for the benchmark.
@@ -16,7 +16,7 @@ BARE := ./plugins/flashinfer_fusion
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test lint wheels clean
+.PHONY: help setup demo bench test lint docs wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -39,12 +39,16 @@ lint: $(STAMP)  ## ruff, mypy and clang-format; changes nothing
 	find $(PACKAGES) -type f \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \) \
 		-exec $(BIN)/clang-format --dry-run -Werror {} +
 
+# The variable silences an advertisement on stderr.
+docs: $(STAMP)  ## the site, in site/; a broken link, or a docstring that can't be parsed, is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 wheels: $(STAMP)  ## dist/: a wheel of core and of every plugin, kernels compiled
 	rm -rf dist
 	HATCH_BUILD_HOOKS_ENABLE=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist $(PACKAGES)
 
 clean:  ## remove .venv, dist and caches
-	rm -rf .venv dist .hypothesis
+	rm -rf .venv dist site .hypothesis
 	find . -type d \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
 
 # pip takes a package either from the root's direct reference or as editable, never both in one call: the last call

@@ -1,27 +1,26 @@
-"""The reference pages name everything that exists, and nothing that doesn't."""
+"""The pages name everything that exists, and nothing that doesn't."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
 
 import comm_core
-from comm_core import discovery, errors
+from comm_core import discovery, errors, hookspecs
 from comm_core._validation import HOOKS
 from comm_core.env import PREFIX, Settings
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+LINE_CHARS = 120
 
 
 def page(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
-
-
-def headings(text: str) -> list[str]:
-    """What has a section of its own: the code in headings of the second level."""
-    return re.findall(r"^## `(.+)`$", text, re.MULTILINE)
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -30,30 +29,49 @@ def rows(text: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in cells}
 
 
-def test_every_hook_has_a_section_with_its_signature_and_a_row() -> None:
-    text = page("hooks.md")
-    assert sorted(headings(text)) == sorted(f"{name}({', '.join(parameters)})" for name, parameters in HOOKS.items())
-    assert set(rows(text)) == set(HOOKS)
+def generated() -> list[str]:
+    """The objects that the reference documents, by their full names."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    return re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+
+
+def site() -> ModuleType:
+    """The part of the site's build that is ours."""
+    spec = importlib.util.spec_from_file_location("_site", DOCS / "_site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_hook_is_in_the_reference_and_has_a_row() -> None:
+    assert "comm_core.hookspecs" in generated()
+    assert all(hasattr(hookspecs, name) for name in HOOKS)
+    assert set(rows(page("hooks.md"))) == set(HOOKS)
 
 
 def test_the_plugin_that_is_shown_loads() -> None:
-    source = re.search(r"^```python\n(.+?)^```$", page("hooks.md"), re.MULTILINE | re.DOTALL)
-    assert source is not None
+    blocks = re.findall(r"^```python\n(.+?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (source,) = [block for block in blocks if "hookimpl" in block]
     plugin = ModuleType("comm_plugin_mine")
-    exec(source[1], vars(plugin))  # noqa: S102 - the page's own text
+    exec(source, vars(plugin))  # noqa: S102 - the page's own text
     assert discovery.load_object("mine", plugin).has("all_reduce")
 
 
 def test_every_hook_says_in_the_specs_when_it_may_fail_and_what_then() -> None:
     assert HOOKS
     for name in HOOKS:
-        doc = getattr(comm_core.hookspecs, name).__doc__
+        doc = getattr(hookspecs, name).__doc__
         assert "Raises:" in doc, name
         assert any(word in doc for word in ("Local", "Collective", "hot path", "Hot path")), name
 
 
 def test_every_environment_variable_has_a_row_with_its_default() -> None:
-    table = rows(page("env.md"))
+    module = site()
+    text = module.on_page_markdown(page("env.md"))
+    assert text != page("env.md")
+    table = rows(text)
     assert list(table) == list(Settings.variables())
     numbers = 0
     for field in dataclasses.fields(Settings):
@@ -71,6 +89,28 @@ def test_no_page_speaks_of_an_environment_variable_that_isnt_there() -> None:
     assert named <= set(Settings.variables())
 
 
-def test_every_error_has_a_section_and_is_exported() -> None:
-    assert sorted(headings(page("errors.md"))) == sorted(errors.__all__)
+def test_every_error_is_in_the_reference_and_exported() -> None:
+    assert "comm_core.errors" in generated()
+    assert all(getattr(errors, name).__doc__ for name in errors.__all__)
     assert set(errors.__all__) <= set(comm_core.__all__)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    documented = generated()
+    assert len(documented) == len(set(documented))
+    assert all(pkgutil.resolve_name(name) for name in documented)
+    public = {name: getattr(comm_core, name) for name in comm_core.__all__ if name != "__version__"}
+    assert public
+    for name, value in public.items():
+        home = getattr(value, "__module__", "")
+        assert f"comm_core.{name}" in documented or home in documented or hasattr(hookspecs, name), name
+
+
+def test_every_line_of_prose_fits() -> None:
+    paths = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/*.md")]
+    assert {ROOT / "README.md", DOCS / "hooks.md"} <= set(paths)
+    for path in paths:
+        # Code stands as it is, and a row of a table can't be broken.
+        prose = re.sub(r"^ *```.*?^ *```$", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+        lines = [line for line in prose.splitlines() if len(line) > LINE_CHARS and not line.startswith("|")]
+        assert lines == [], path

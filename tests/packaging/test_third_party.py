@@ -1,4 +1,4 @@
-"""The README's plugin, built outside this checkout and installed by name: its backend serves a real group."""
+"""The documentation's plugin, built outside this checkout and installed by name: its backend serves a real group."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ pathlib.Path(f"rank{rank}.json").write_text(json.dumps(facts))
 
 @pytest.fixture(scope="module")
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with the files that the README tells a newcomer to write."""
+    """A project with the files that docs/writing-a-plugin.md tells a newcomer to write."""
     folder = tmp_path_factory.mktemp("third_party")
-    readme = (ROOT / "README.md").read_text()
-    for name, text in re.findall(r"^```\w+\n# ([\w.]+)\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL):
+    page = (ROOT / "docs" / "writing-a-plugin.md").read_text()
+    for name, text in re.findall(r"^```\w+\n# ([\w.]+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
         (folder / name).write_text(text)
     assert {path.name for path in folder.iterdir()} == {"pyproject.toml", "thirdparty_collectives.py"}
     return folder

@@ -159,7 +159,8 @@ class Backend:
             The normed values and the sum.
 
         Raises:
-            As `all_reduce`; ValueError also for shapes that don't fit.
+            ValueError: shapes that don't fit each other.
+            CommError: and all else that `all_reduce` raises, for the same reasons.
         """
         kind = (tensor.get_device(), tensor.dtype, tensor.shape)
         served = self._fused.get(kind)

@@ -1,4 +1,4 @@
-"""What core hands to a plugin's Collective hooks."""
+"""The arguments that core passes to a plugin's Collective hooks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Agreement", "ControlChannel", "GroupContext", "Shapes"]
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How a vote ended, equal on every rank.
+    """The result of a vote, equal on every rank.
 
     Attributes:
-        ok: whether every rank said so.
-        reasons: by group rank, the words of those that didn't.
+        ok: whether every rank voted yes.
+        reasons: by group rank, the reasons of those that voted no.
     """
 
     ok: bool
@@ -28,21 +28,21 @@ class Agreement:
 
 
 class ControlChannel(Protocol):
-    """How a Collective hook talks to the other ranks of its group: over the job's store, never through collectives.
+    """Exchanges between the ranks of a group inside a Collective hook: over the job's store, without collectives.
 
-    Only inside a Collective hook, by one thread at a time, on every rank in the same order. Each call has a deadline.
-    Once a rank failed, every call of this hook raises the same `CommError` on all ranks, also if an earlier one was
-    caught.
+    Use it only inside a Collective hook, in one thread at a time, and in the same order on every rank. Each call has a
+    deadline. Once a rank has failed, every call in this hook raises the same `CommError` on all ranks, also if an
+    earlier one was caught.
     """
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, by group rank. `value` is JSON, at most 64 KiB as text; bytes as hex or base64."""
+        """Return every rank's `value`, by group rank: JSON, at most 64 KiB as text. Send bytes as hex or base64."""
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
 
     def agree(self, ok: bool, reason: str = "") -> Agreement:
-        """Vote: whether every rank is `ok`, and the reasons of those that aren't."""
+        """Vote; return whether every rank is `ok`, and the reasons of those that aren't."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class GroupContext:
     """A group as one of its ranks sees it; without `connect`, also a plugin's session.
 
     Attributes:
-        group: the process group; the one object for every use of torch.distributed in this session.
+        group: the process group for every call of torch.distributed in this session.
         rank: this rank's place in the group.
         world_size: ranks in the group.
         device: where the group's tensors live, with its index: `torch.device("cuda", 3)`.
@@ -72,7 +72,7 @@ class GroupContext:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What `comm.pre_capture_init` prepares for: calls up to `[max_tokens, hidden_size]` of `dtype`.
+    """The calls that `comm.pre_capture_init` prepares for: up to `[max_tokens, hidden_size]` of `dtype`.
 
     Attributes:
         max_tokens: the most rows.

@@ -1,7 +1,6 @@
-"""What backends with CUDA kernels ask of a group before anything else: pure, from its topology alone.
+"""The conditions that backends with CUDA kernels check first: pure functions of a group's topology.
 
-Each function returns why the group can't be served, one sentence without a full stop, or "" where nothing stands
-against it.
+Each function returns why the group can't be served, as one sentence without a full stop, or "" if the condition holds.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ __all__ = ["no_cuda", "no_native_code", "shared_device", "unfit_devices"]
 
 
 def no_cuda(topology: Topology) -> str:
-    """Whether the group reduces CUDA tensors and every rank has a CUDA device."""
+    """Check that the group reduces CUDA tensors and every rank has a CUDA device."""
     if "cuda" not in topology.device_types:
         return "it sums CUDA tensors, and this group has none"
     devices = [info.device for info in topology.ranks]
@@ -22,7 +21,7 @@ def no_cuda(topology: Topology) -> str:
 
 
 def no_native_code(topology: Topology, name: str) -> str:
-    """Whether every rank's `probe` reported, as the fact "missing", that nothing is missing.
+    """Check that the native code can be used on every rank: no `probe` reported something in its fact "missing".
 
     Args:
         topology: the group.
@@ -38,7 +37,7 @@ def no_native_code(topology: Topology, name: str) -> str:
 
 
 def shared_device(topology: Topology) -> str:
-    """Whether every rank of a group, whose ranks all have a device, has one of its own."""
+    """Check that the ranks have distinct devices; each of them must have one."""
     uuids = [info.device.uuid for info in topology.ranks if info.device is not None]
     for rank, uuid in enumerate(uuids):
         if uuid in uuids[:rank]:
@@ -47,11 +46,11 @@ def shared_device(topology: Topology) -> str:
 
 
 def unfit_devices(topology: Topology, oldest: tuple[int, int]) -> str:
-    """Whether the ranks' devices are distinct, of one compute capability, and new enough.
+    """Check that the ranks' devices are distinct, of one compute capability, and new enough.
 
     Args:
         topology: a group whose ranks all have a device.
-        oldest: the lowest compute capability that is taken.
+        oldest: the lowest compute capability that is accepted.
     """
     shared = shared_device(topology)
     if shared:

@@ -1,7 +1,7 @@
 """Every environment variable that core reads, in one place.
 
-Read when a group negotiates, not at import. The ranks of a group compare what they read, but for what is each host's
-own: settings that differ raise `NegotiationError`.
+They are read when a group negotiates, not at import. The ranks of a group compare their values, except those that are
+each host's own, and settings that differ raise `NegotiationError`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 __all__ = ["PREFIX", "Settings"]
 
 PREFIX = "COMM_CORE_"
+"""What the name of every variable begins with."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -50,53 +51,63 @@ def _field(default: Any, parse: Callable[[str], Any], doc: str, *, local: bool =
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the environment says; a field `x_y` is the variable `COMM_CORE_X_Y`."""
+    """The values of the variables: the field `x_y` is the variable `COMM_CORE_X_Y`."""
 
     backends: tuple[str, ...] | None = _field(
         None,
         _names,
         "Comma-separated names: no other backends are tried, in the whole job. A group that can't have one of them "
-        "warns once and falls back.",
+        "warns once and falls back. By default all installed backends are tried.",
     )
     disable: tuple[str, ...] = _field(
-        (), _names, "Comma-separated names of backends that are never tried. The terminal fallback can't be disabled."
+        (),
+        _names,
+        "Comma-separated names of backends that are never tried, nor imported; a name that isn't installed is reported "
+        "in one warning a process. The terminal fallback, `torch_distributed`, can't be disabled.",
     )
     control_timeout_s: float = _field(
         300.0,
         _positive,
-        "Seconds that one rank waits for the others in an exchange; ranks may enter `get_backend` this far apart.",
+        "Seconds that one rank waits for the others in an exchange: ranks may enter `get_backend` this far apart.",
     )
     connect_timeout_s: float = _field(
         600.0, _positive, "Seconds for a backend's `connect`, builds included, and again for its admission test."
     )
     wait_timeout_s: float = _field(
-        300.0, _positive, "Seconds that a call of the hot path waits for a peer before it raises `CommTimeoutError`."
+        300.0,
+        _positive,
+        "Seconds that an all-reduce waits for a peer before it raises `CommTimeoutError`. The waits inside NCCL, "
+        "FlashInfer and `torch.distributed` don't follow it.",
     )
     import_timeout_s: float = _field(60.0, _positive, "Seconds for the import of one plugin.")
     memory_budget_nbytes: int = _field(
-        1 << 30, _nbytes, "Memory, in bytes, that the sessions of one group may take for their buffers on each rank."
+        1 << 30,
+        _nbytes,
+        "Bytes that the sessions of one group may take for their buffers on each rank: of device memory, and on CPUs "
+        "of the whole shared segment.",
     )
     cache_dir: str | None = _field(
         None,
         _folder,
-        "An absolute path: where code that is compiled here is kept, in folders that are this user's alone. Each "
-        "host's own: the ranks don't compare it.",
+        "The absolute path of the cache of compiled code; folders in it are private to the user, and one that another "
+        "user could write or exchange is refused. Each host's own: the ranks don't compare it. By default "
+        "`$XDG_CACHE_HOME/comm_core`, else `~/.cache/comm_core`.",
         local=True,
     )
 
     @classmethod
     def variables(cls) -> dict[str, str]:
-        """Every variable's name and what it means."""
+        """Every variable's name and meaning."""
         return {PREFIX + field.name.upper(): field.metadata["doc"] for field in dataclasses.fields(cls)}
 
     def shared(self) -> dict[str, Any]:
-        """What the ranks of a group compare: each variable's value, but for what is each host's own."""
+        """The values that the ranks of a group compare: all except each host's own."""
         fields = (field for field in dataclasses.fields(self) if not field.metadata["local"])
         return {PREFIX + field.name.upper(): getattr(self, field.name) for field in fields}
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """The settings of an environment, this process's by default. An empty value counts as unset.
+        """Read the settings of an environment, by default this process's. An empty value counts as unset.
 
         Raises:
             ValueError: a variable's value can't be read; the text names the variable.
@@ -116,7 +127,7 @@ class Settings:
 
     @classmethod
     def unknown(cls, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-        """Variables with core's prefix that core doesn't know: misspelt, or a plugin's own."""
+        """Variables with core's prefix that core doesn't know: misspelt ones, and those of plugins."""
         environ = os.environ if environ is None else environ
         known = cls.variables()
         return tuple(sorted(name for name in environ if name.startswith(PREFIX) and name not in known))

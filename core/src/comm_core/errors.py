@@ -1,14 +1,17 @@
-"""What this package raises.
+"""The errors that this package raises. All are importable from `comm_core`.
 
+```text
 CommError                    anything below, and a failure of a backend in use
 ├── BackendUnavailableError  a backend named by argument can't serve the group
 ├── NegotiationError         the ranks of a group can't agree on one plan
 ├── CaptureError             a CUDA graph capture asked for what can't be captured
-├── CommTimeoutError         a peer didn't answer within a deadline; also a `TimeoutError`
+├── CommTimeoutError         a peer didn't answer within a deadline; also a TimeoutError
 └── PluginLoadError          a plugin's distribution or its hooks are broken
+```
 
-A wrong argument (a tensor of another shape, a rank outside the group) raises the built-in `TypeError` or
-`ValueError`, on the calling rank, before anything is sent.
+Each text says what failed, on what evidence, what happens now, and what to do. A wrong argument (a tensor of another
+shape, a rank outside the group) raises the built-in `TypeError` or `ValueError`, on the calling rank, before anything
+is sent.
 """
 
 from __future__ import annotations
@@ -24,26 +27,51 @@ __all__ = [
 
 
 class CommError(RuntimeError):
-    """The base of every error that this package raises itself."""
+    """The base of every error that this package raises itself; also raised when the backend that serves a call fails.
+
+    The text then names the backend, and the cause is the backend's own exception. Don't use the group again, since
+    other ranks may be waiting: close it, or end the job.
+
+    `torch.ops.comm_core` raises it for a group without a handle in this process, also after `comm.close`: call
+    `comm.get_backend(group)` on all ranks of the group first.
+    """
 
 
 class BackendUnavailableError(CommError):
-    """A backend that `get_backend(backends=...)` names can't serve the group; raised alike on all its ranks."""
+    """A backend that `get_backend(backends=...)` names can't serve the group; raised on all its ranks.
+
+    The text gives the reason of the rank that failed. Leave the argument out to let the ranks choose, or mend the named
+    fault; `comm-core doctor` shows every installed backend and why it isn't used. `comm.pre_capture_init` raises this
+    error if it has to drop such a backend.
+    """
 
 
 class NegotiationError(CommError):
-    """The ranks of a group have no common ground: their settings differ, or one of them failed before it could vote."""
+    """The ranks of a group can't agree: their settings differ, or one of them failed before it could vote.
+
+    The text lists each rank's setting. Start all ranks with the same arguments and environment variables.
+    """
 
 
 class CaptureError(CommError):
-    """Something was asked for while a CUDA graph is captured that can't be captured."""
+    """A call can't be captured into a CUDA graph, or the capture failed on some rank.
+
+    A call that would build code, allocate for good or wait for other ranks can't be captured. The text names the call
+    to make before the capture, usually `comm.get_backend` or `comm.pre_capture_init`.
+
+    At the end of `comm.capture()`: another rank's capture failed, or the ranks recorded different calls. The text names
+    the rank and its reason. Don't replay graphs of a capture that raised; the next capture works.
+    """
 
 
 class CommTimeoutError(CommError, TimeoutError):
     """Peers didn't answer within the deadline.
 
+    Look at the logs of the ranks in `ranks` first: the rank that raises is usually healthy. If the wait was legitimate,
+    raise the deadline (`comm_core.env`).
+
     Attributes:
-        ranks: group ranks that were waited for, ascending; empty where they can't be told.
+        ranks: group ranks that were waited for, ascending; empty if unknown.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
@@ -52,4 +80,9 @@ class CommTimeoutError(CommError, TimeoutError):
 
 
 class PluginLoadError(CommError):
-    """A plugin can't be used: its import raises, or its hooks break a rule of `comm_core.hookspecs`."""
+    """A plugin can't be used.
+
+    Its import raises or hangs, its distribution doesn't fit this release of core, or its hooks break a rule of
+    `comm_core.hookspecs`. The text names the plugin, its distribution and version, the fault, and the remedy. A
+    negotiation leaves such a plugin out, reports it, and uses the others.
+    """

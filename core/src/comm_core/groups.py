@@ -38,28 +38,28 @@ def get_backend(
     backends: Sequence[str] | None = None,
     timeout_s: float | None = None,
 ) -> Backend:
-    """The all-reduce handle of a process group.
+    """Return the all-reduce handle of a process group; the first call negotiates it.
 
-    Collective the first time: every rank of the group calls it, with the same arguments, and gets the same plan.
-    Afterwards it is a look-up. Ranks that share several groups call it for these in one order, as with
+    Collective the first time: every rank of the group calls it, with the same arguments, and gets the same plan. Later
+    calls look it up. Ranks that share several groups call it for these in the same order, as with
     `torch.distributed.new_group`.
 
     Args:
         group: a process group of torch.distributed; None is the world. Without an initialised process group, and in a
             group of one, the sum is a copy.
         backends: names of backends: no others are tried, and one of them that can't serve this group raises. Sizes and
-            dtypes beyond their ranges end in torch.distributed all the same. None: whatever is installed, within
+            dtypes outside their ranges still fall back to torch.distributed. None: all installed backends, within
             `COMM_CORE_BACKENDS` and `COMM_CORE_DISABLE`.
         timeout_s: how long each exchange between the ranks, and each backend's `connect`, may take, in seconds; None:
             `COMM_CORE_CONTROL_TIMEOUT_S` and `COMM_CORE_CONNECT_TIMEOUT_S`.
 
     Raises:
-        TypeError, ValueError: this process isn't in the group, the group was destroyed, it has a handle with other
-            arguments, or an argument can't be right.
+        TypeError, ValueError: this process isn't in the group, the group was destroyed or has a handle with other
+            arguments, or an argument is invalid.
         CaptureError: the current stream is capturing a graph; call it before.
         BackendUnavailableError: a backend named in `backends` can't serve; on all ranks.
         NegotiationError: the ranks' settings differ, or one can't negotiate; on all ranks.
-        CommTimeoutError: ranks didn't come in time; on all ranks that did, and on the others once they come.
+        CommTimeoutError: a rank didn't call in time; on all ranks that did, and on the others when they call.
     """
     if backends is not None and (isinstance(backends, str) or not backends):
         raise ValueError(f"backends={backends!r}: a sequence of one or more names is needed")
@@ -98,17 +98,18 @@ def _backend(entry: Entry, request: Request) -> Backend:
 
 
 def close(group: dist.ProcessGroup | None = None) -> None:
-    """Give back what a group's handle holds: buffers, threads, keys in the store.
+    """Free the resources of a group's handle: buffers, threads, keys in the store.
 
-    Collective, to be called before the process group is destroyed: waits for the device and for the peers, so that no
-    memory is freed that one of them may read. A peer that doesn't come in time is named in a warning, and everything is
-    given back all the same. Where a call has failed because a peer didn't come, on any rank, nobody waits; a backend
-    may then keep, until the process ends, memory that its peers' kernels may still write to. Afterwards the handle's
-    calls raise, and `get_backend` negotiates anew. A group that has no handle is left as it is, so a second call does
-    nothing. A group that was destroyed before is closed without waiting.
+    Collective; call it before the process group is destroyed. It waits for the device and for the peers, so that no
+    memory is freed that a peer may still read. A peer that doesn't call in time is named in a warning, and everything
+    is freed all the same. If any rank has already timed out on a peer, `close()` doesn't wait; a backend may then keep
+    memory that its peers' kernels may still write to, until the process ends.
+
+    Afterwards the handle's calls raise, and `get_backend` negotiates again. For a group without a handle, also in a
+    second call, it does nothing. A group that was destroyed before is closed without waiting.
 
     Args:
-        group: None: every group, in the order in which they got their handles.
+        group: the group; None: every group that has a handle, in the order in which they got it.
 
     Raises:
         CaptureError: inside `comm.capture()`, or while a stream captures; nothing is closed.
@@ -121,12 +122,12 @@ def close(group: dist.ProcessGroup | None = None) -> None:
 
 
 def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-    """Let every group's backends do what a capture would otherwise do lazily: build, allocate, exchange.
+    """Prepare every group's backends for captures of calls up to a shape: build, allocate, exchange.
 
-    Collective, of all ranks of all groups that have a handle, group by group in the order in which they got it. What
-    ranges need it are served from then on, if they pass the admission test; a backend that fails on a rank is dropped
-    on all of its group, and the next candidate serves. Calls beyond what was prepared go to the next candidate, too.
-    May be called again for other or larger shapes; what is prepared already costs one exchange.
+    Collective over all ranks of all groups that have a handle, group by group in the order in which they got it. Ranges
+    that need preparation are served from then on, if they pass the admission test. A backend that fails on one rank is
+    dropped on all ranks of that group, and the next candidate serves; so it does for larger calls than the prepared
+    shapes. Call it again for other or larger shapes; a shape that is prepared already costs one exchange.
 
     Args:
         max_tokens: the most rows of `[num_tokens, hidden_size]`, at least 1.
@@ -134,12 +135,12 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
         dtype: of the tensors.
 
     Raises:
-        TypeError, ValueError: an argument that no call could have; before anything is sent.
+        TypeError, ValueError: an argument is invalid; before anything is sent.
         CaptureError: inside `comm.capture()`, or while a stream captures; before anything is sent.
         NegotiationError: the ranks gave different arguments, or one failed; alike on all ranks of that group. The other
             groups are prepared all the same.
         BackendUnavailableError: a backend that `get_backend(backends=...)` names was dropped; likewise.
-        CommTimeoutError: ranks didn't come in time.
+        CommTimeoutError: a rank didn't call in time.
     """
     sweep()
     for entry in live():

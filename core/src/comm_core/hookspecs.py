@@ -1,11 +1,12 @@
-"""The hooks of a backend plugin. This file is the contract; `docs/writing-a-plugin.md` is the way in.
+"""The hooks of a backend plugin. This file is the contract; `docs/writing-a-plugin.md` is the introduction.
 
 A plugin is a module, or an object, that the entry-point group `comm_core.backends` names. It sets
 `COMM_HOOK_API = (1, 0)` and marks its hooks with `@comm_core.hookimpl`. Only `all_reduce` is required.
 
-An implementation has exactly its spec's parameters, in its order, without defaults: the hot path is bound once a group
-and called by position. *Local* hooks talk to no other rank. *Collective* hooks run on every rank of the group at once,
-under a deadline, and may talk through `context.control`; core votes on how they ended.
+An implementation has exactly the parameters of its spec, in the same order, without defaults: the hot path is looked up
+once for each group and called by position. *Local* hooks talk to no other rank. *Collective* hooks run on every rank of
+the group at once, under a deadline, and may talk through `context.control`; core then lets the ranks vote on how the
+hook ended.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ if TYPE_CHECKING:
 
 __all__ = ["API", "PROJECT", "hookimpl", "hookspec"]
 
-#: The version of these specs, (major, minor). A plugin's `COMM_HOOK_API` has this major and a minor no higher.
 API = (1, 0)
-#: pluggy's project name.
+"""The version of these specs, (major, minor). A plugin's `COMM_HOOK_API` has this major and a minor no higher."""
 PROJECT = "comm_core"
+"""The name of this project for pluggy."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
+"""Marks a function as the specification of a hook; only this module uses it."""
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a plugin's function as its implementation of the hook of that name."""
 
 
 @hookspec(firstresult=True)
@@ -46,8 +49,8 @@ def probe() -> dict[str, Any]:  # type: ignore[empty-body]
         A JSON object of at most 512 bytes.
 
     Raises:
-        Whatever it raises, and a result that is larger or isn't JSON, makes the backend unavailable for this group,
-        with that as the reason.
+        Exception: of any type: the backend is unavailable for this group, with the exception's text as the reason. A
+            result that is larger or isn't JSON does the same.
     """
 
 
@@ -68,7 +71,7 @@ def is_available(topology: Topology) -> Available | Unavailable:  # type: ignore
         `explain` prints it.
 
     Raises:
-        Whatever it raises is read as `Unavailable`, with the exception's text as the reason.
+        Exception: of any type: read as `Unavailable`, with the exception's text as the reason.
     """
 
 
@@ -76,9 +79,9 @@ def is_available(topology: Topology) -> Available | Unavailable:  # type: ignore
 def connect(topology: Topology, context: GroupContext) -> Any:
     """Build, allocate and exchange all that admission needs.
 
-    Collective, optional: without it the session is the `GroupContext`. Called at most once a group, in a thread of its
-    own with the group's device and the caller's stream set. Everything that can fail on one rank alone comes before the
-    first exchange. Never called while a graph is captured.
+    Collective, optional: without it the session is the `GroupContext`. Called at most once a group, and only if the
+    backend would serve some message, in a thread of its own with the group's device and the caller's stream set.
+    Everything that can fail on one rank alone comes before the first exchange. Never called while a graph is captured.
 
     Args:
         topology: as in `is_available`.
@@ -89,9 +92,9 @@ def connect(topology: Topology, context: GroupContext) -> Any:
         where there is one, is what it took of `context.memory_budget_nbytes`.
 
     Raises:
-        Whatever it raises, and the deadline's end (`COMM_CORE_CONNECT_TIMEOUT_S`), makes every rank drop this backend
-        for this group, for good. A `connect` that raises frees what it took itself; a session that arrives after the
-        deadline is closed, not used.
+        Exception: of any type: every rank drops this backend for this group, for good. The end of the deadline
+            (`COMM_CORE_CONNECT_TIMEOUT_S`) does the same. A `connect` that raises frees its own resources first; a
+            session that arrives after the deadline is closed, not used.
     """
 
 
@@ -100,17 +103,21 @@ def pre_capture_init(session: Any, shapes: Shapes) -> Sequence[Range] | None:
     """Prepare everything that a capture of `shapes` would otherwise do lazily: build, allocate, exchange.
 
     Collective, optional. Called from `comm.pre_capture_init`, any number of times, on every rank with the same shapes;
-    what is prepared only grows. Never called while a graph is captured.
+    what is prepared only grows. Runs like `connect`: in a thread of its own, under the same deadline, and never while a
+    graph is captured. A backend whose ranges all have `prepared=True` is connected only by `comm.pre_capture_init`.
 
     Args:
         session: what `connect` returned.
         shapes: `max_tokens` and `hidden_size` of `[num_tokens, hidden_size]`, and `dtype`.
 
     Returns:
-        The ranges served from now on, those with `prepared=True` among them; or None where nothing changes.
+        All ranges served from now on, those with `prepared=True` among them, or None where nothing changes. Core
+        intersects the ranks' answers, tests what is new and computes the routes again.
 
     Raises:
-        Whatever it raises makes every rank drop this backend for this group.
+        Exception: of any type: every rank drops this backend for this group, as it does where `memory_nbytes`, read
+            again, exceeds the budget. Free what this call took before raising. A session that has served a call stays
+            open until the group is closed: earlier graphs may use its memory.
     """
 
 
@@ -118,8 +125,14 @@ def pre_capture_init(session: Any, shapes: Shapes) -> Sequence[Range] | None:
 def capture_ctx(session: Any) -> AbstractContextManager[Any]:  # type: ignore[empty-body]
     """Return the context in which this session's calls are recorded into CUDA graphs.
 
-    Optional. Entered Local, by `comm.capture()`; left Collective. Inside it the stream may be capturing or not:
-    warm-ups run at once. An exit by exception talks to nobody.
+    Optional. Called once for each outermost `comm.capture()`, on the caller's thread, whether or not a call of this
+    group is captured; the admission test calls it too, if the ranges name the mode "graph". Inside it a stream may
+    capture or not (`torch.cuda.is_current_stream_capturing()`): warm-ups run at once.
+
+    Entering is Local. Leaving is Collective if calls were recorded that need an exchange, by `context.control`; a
+    session that recorded none must not exchange anything, since its peers may capture nothing. Leaving by an exception
+    forgets what was recorded, without an exchange. A generator function needs `contextlib.contextmanager` between
+    `@hookimpl` and `def`.
 
     Args:
         session: what `connect` returned.
@@ -128,7 +141,8 @@ def capture_ctx(session: Any) -> AbstractContextManager[Any]:  # type: ignore[em
         A context manager; its value is ignored, and it must not swallow exceptions.
 
     Raises:
-        What entering raises makes those sessions that were entered before leave by exception.
+        Exception: on entering: the sessions entered before this one leave by exception. On leaving: where the ranks
+            exchanged something, all of them raise it as `CaptureError`; otherwise only this rank does.
     """
 
 
@@ -150,7 +164,7 @@ def all_reduce(session: Any, tensor: torch.Tensor, out: torch.Tensor | None) -> 
 
     Raises:
         CommTimeoutError: a peer didn't come within `context.wait_timeout_s`; the session's later calls raise too.
-        Anything else reaches the caller as a `CommError` that names the backend.
+        Exception: of any other type: reaches the caller as a `CommError` that names the backend.
     """
 
 
@@ -185,7 +199,7 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
         `(y, s)`: `out` and `residual_out`, or what was allocated.
 
     Raises:
-        As `all_reduce`.
+        Exception: as `all_reduce`.
     """
 
 
@@ -224,7 +238,7 @@ def try_all_reduce_add_rms_norm(
         then refuses the call, or makes it by that hook, with copies.
 
     Raises:
-        As there. Where core finds a fault in the arguments after that, it tells this one instead.
+        Exception: as there. If core then finds a fault in the arguments, it raises that fault instead.
     """
 
 
@@ -255,5 +269,5 @@ def close(session: Any, orderly: bool) -> None:
             for nobody.
 
     Raises:
-        Whatever it raises is logged; the other sessions are closed all the same.
+        Exception: of any type: logged; the other sessions are closed all the same.
     """

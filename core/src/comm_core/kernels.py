@@ -1,4 +1,4 @@
-"""Builds and binds native code: C++ and CUDA sources that a plugin ships in its `csrc/` folder.
+"""Build and bind native code: C++ and CUDA sources that a plugin ships in its `csrc/` folder.
 
 ```python
 library = kernels.Library("comm_plugin_mine")  # at import: touches nothing
@@ -6,7 +6,7 @@ library.missing()                              # in `probe()`: why it can't work
 library.load().my_function(x)                  # in `connect`: a `tvm_ffi.Module`
 ```
 
-A wheel may hold the shared object ready made; otherwise it is compiled once into the user's cache. What binds it is
+A wheel may contain the shared object ready made; otherwise it is compiled once into the user's cache. It is bound by
 apache-tvm-ffi, whose calling convention depends on neither Python's version nor torch's: one binary serves them all.
 Needs the extra `kernels` of comm-core.
 """
@@ -62,9 +62,9 @@ class Library:
     package: str
 
     def missing(self) -> str | None:
-        """Why `load` can't work on this machine; None where nothing is known to be missing.
+        """Return why `load` can't work on this machine; None if nothing is known to be missing.
 
-        Local, cheap: looks at files and at PATH; never builds and never raises. Meant for a plugin's `probe()`.
+        Local and cheap: looks at files and at PATH; never builds and never raises. Meant for a plugin's `probe()`.
 
         Returns:
             One sentence without a full stop, or None.
@@ -79,17 +79,17 @@ class Library:
         return None
 
     def load(self) -> Module:
-        """The bound library: ready made in the wheel, else cached, else built now. Once a process; any thread may ask.
+        """Return the bound library: ready made in the wheel, else cached, else built now. Any thread may call it.
 
-        Local, but a build takes seconds to minutes, once for all processes of a host: call it in `connect`, which has
-        the time.
+        Local, but a build takes seconds to minutes, once for all processes of a host: call it in `connect`, whose
+        deadline allows for that.
 
         Returns:
             A module whose attributes are the functions that the sources export with `TVM_FFI_DLL_EXPORT_TYPED_FUNC`.
 
         Raises:
-            CaptureError: a CUDA stream captures, and this process hasn't loaded the library yet. Also where nothing is
-                left to build: what one rank has in its cache another may lack.
+            CaptureError: a CUDA stream captures, and this process hasn't loaded the library yet. Also if the library is
+                in this rank's cache, since another rank's may lack it.
             CommTimeoutError: another process has been building it for longer than `COMM_CORE_CONNECT_TIMEOUT_S`.
             PluginLoadError: something is missing, the build fails, or the cache can't be trusted.
             ValueError: an environment variable can't be read.

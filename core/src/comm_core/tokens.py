@@ -1,9 +1,9 @@
-"""How many of a padded batch's tokens are real on each rank: one function, at capture and at replay.
+"""The number of real tokens of a padded batch on each rank: one function, for capture and for replay.
 
-A batch of `num_tokens` real tokens is padded at its end to a bucket, for which a graph was captured; where ranks share
-its rows, each has a chunk of `bucket / world_size` of them. What a captured kernel reads, and what chooses that kernel,
-has to come from the same arithmetic: with a whole batch's count at capture and a rank's share at replay, or the other
-way round, kernels take padding for tokens.
+A batch of `num_tokens` real tokens is padded at its end to a bucket, the size for which a graph was captured. Ranks
+that share its rows have a chunk of `bucket / world_size` rows each. The count that a captured kernel reads, and the
+count that chose the kernel, must come from the same arithmetic: if one is the whole batch's and the other a rank's
+share, kernels take padding for tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Count = TypeVar("Count", int, "torch.Tensor")
 
 
 def local_num_tokens_non_padded(num_tokens: Count, bucket: int, rank: int, world_size: int) -> Count:
-    """This rank's share of the real tokens: `min(max(num_tokens - rank * c, 0), c)` with `c = bucket / world_size`.
+    """Return this rank's share of the real tokens: `min(max(num_tokens - rank * c, 0), c)`, `c = bucket / world_size`.
 
     Local, without synchronisation. Over all ranks the shares add up to `num_tokens`.
 
@@ -53,7 +53,7 @@ def local_num_tokens_non_padded(num_tokens: Count, bucket: int, rank: int, world
 class TokenCounts:
     """The counts that the kernels of one captured graph read, at addresses that stay.
 
-    Made before the graph is captured; its kernels are given `total` and `local`. `fill` before the capture, and before
+    Create it before the capture and pass `total` and `local` to the kernels. Call `fill` before the capture and before
     each replay.
 
     Attributes:

@@ -1,7 +1,7 @@
-"""What the ranks of a group reported about themselves and their hosts: frozen, the same on every rank.
+"""A group's ranks, hosts, devices and links, as every rank reported them: frozen, the same on every rank.
 
-Pure data and questions about it; `comm_core.probe` fills it in. Everything here survives a trip through JSON, so a
-topology can be recorded on one machine and asked about on another.
+Pure data, filled in by core's probe. Everything here converts to JSON and back, so a topology can be recorded on one
+machine and explained on another.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 __all__ = ["SCHEMA", "Device", "Host", "Link", "RankInfo", "Topology"]
 
-#: The version of the JSON that `Topology.to_json` writes.
 SCHEMA = 1
+"""The version of the JSON that `Topology.to_json` writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Host:
 
     Attributes:
         name: the host name; for people, since containers and clones share names.
-        id: equal for two ranks just if they share a running kernel, an IPC namespace and a /dev/shm, which is
-            what CUDA IPC and POSIX shared memory need. Opaque.
+        id: equal for two ranks exactly if they share a running kernel, an IPC namespace and a /dev/shm, as CUDA IPC
+            and POSIX shared memory require. Opaque.
         boot_id: of the running kernel; equal for the containers of one machine, also where `id` differs.
         shm_nbytes: bytes free in /dev/shm when it was probed; None where unknown.
     """
@@ -36,7 +36,7 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """What joins a rank's device to another device of its host, as NVML says.
+    """The connection of a rank's device to another device of its host, according to NVML.
 
     Attributes:
         nvlinks: active NVLinks on the way, directly or through a switch; 0 for none, None where unknown.
@@ -50,8 +50,8 @@ class Link:
     reason: str = ""
 
 
-#: What `Topology.link` returns where neither device reported the other.
 UNKNOWN_LINK = Link(reason="neither rank's driver reported the other's device")
+"""What `Topology.link` returns where neither device reported the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,8 @@ class RankInfo:
             without an accelerator.
         versions: of "comm_core", "torch", "python" and, where there, "cuda", "nccl", "driver".
         plugins: version of each installed plugin's distribution, by backend name.
-        facts: what each plugin's `probe()` returned, by backend name.
-        unknown: what could not be learnt, and why, by the field's name.
+        facts: each plugin's result of `probe()`, by backend name.
+        unknown: why a field's value is unknown, by the field's name.
     """
 
     global_rank: int
@@ -126,7 +126,7 @@ class Topology:
 
     Attributes:
         ranks: by group rank.
-        device_types: what tensors the group can reduce, such as ("cuda", "cpu"), the main one first.
+        device_types: of the tensors that the group can reduce, such as ("cuda", "cpu"), the main one first.
     """
 
     ranks: tuple[RankInfo, ...]
@@ -143,7 +143,7 @@ class Topology:
         return len({info.host.id for info in self.ranks}) == 1
 
     def link(self, rank: int, peer: int) -> Link:
-        """What joins the devices of two ranks, by group rank, as the first of them reported it, else the second.
+        """Return the link between the devices of two group ranks, as the first of them reported it, else the second.
 
         Ranks on two hosts, or without devices, have an unknown link: `p2p` and `nvlinks` are None.
         """

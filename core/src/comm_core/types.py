@@ -25,11 +25,10 @@ __all__ = [
     "rank_label",
 ]
 
-#: The operations that a backend may serve.
 OPS = ("all_reduce", "all_reduce_add_rms_norm")
-#: How a call runs: at once, or recorded into a CUDA graph inside `comm.capture()`.
+"""The operations that a backend may serve."""
 MODES = ("eager", "graph")
-#: The dtypes that are routed, by torch's names, with their size in bytes; the norm takes the floating ones alone.
+"""How a call runs: at once, or recorded into a CUDA graph inside `comm.capture()`."""
 DTYPES = {
     "float32": 4,
     "float16": 2,
@@ -41,8 +40,9 @@ DTYPES = {
     "int8": 1,
     "uint8": 1,
 }
-#: The backend at the end of every route; it can't be disabled.
+"""The dtypes that are routed, by torch's names, with their size in bytes; the fused operation takes only floats."""
 TERMINAL = "torch_distributed"
+"""The backend at the end of every route; it can't be disabled."""
 
 
 def rank_label(rank: int, job_rank: int) -> str:
@@ -178,7 +178,7 @@ class Available:
     Attributes:
         priority: the higher is tried first. 0 the terminal fallback, 100 a vendor's library, 200 a generic
             custom kernel, 300 one made for this topology, 500 a third party's default, 900 a user's own.
-        ranges: what it serves; empty means all that the hooks it implements could be asked.
+        ranges: the messages it serves; empty means all that its hooks can be called with.
     """
 
     priority: int
@@ -209,17 +209,17 @@ class Unavailable:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What became of one backend in a group's negotiation.
+    """The outcome of one backend in a group's negotiation.
 
     Attributes:
         name: the backend's name.
         verdict: "serves" (owns a route), "standby" (could serve, but others come first everywhere), "unavailable"
             (said no, or isn't there on every rank), "failed" (in `connect` or in its admission test), or "blocked"
             (by an argument or the environment).
-        reason: why, in the words of the rank that said so.
-        rank: the group rank that gave the reason; None where all did.
-        priority: as merged over the ranks; None where it never said yes.
-        version: its distribution's version; None where ranks differ or it isn't known.
+        reason: of the verdict, as the rank in `rank` gave it.
+        rank: the group rank that gave the reason; None if all did.
+        priority: the lowest that a rank gave; None if it never said yes.
+        version: its distribution's version; None if ranks differ or it isn't known.
     """
 
     name: str
@@ -263,7 +263,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """Who serves one kind of message, by size: the first rule that takes it; the last takes every size.
+    """The backends that serve one kind of message, by size: the first rule that takes it; the last takes every size.
 
     Attributes:
         op: one of `OPS`.
@@ -286,7 +286,7 @@ class Route:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What the ranks of a group agreed on; equal on every one of them.
+    """The plan of a group: its candidates and routes, equal on every rank.
 
     Attributes:
         candidates: every backend that some rank knows, in the order in which they were considered; the terminal
@@ -298,7 +298,7 @@ class Decision:
     routes: tuple[Route, ...]
 
     def candidate(self, name: str) -> Candidate | None:
-        """What became of the backend `name`; None where no rank knows it."""
+        """Return the candidate of that name; None if no rank knows it."""
         return next((candidate for candidate in self.candidates if candidate.name == name), None)
 
     def route(self, op: str, mode: str, device_type: str, dtype: str) -> Route:
