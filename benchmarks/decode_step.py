@@ -1,0 +1,340 @@
+#!/usr/bin/env python3
+"""Times one tensor-parallel decode step of Llama-3-shaped layers: torch.distributed beside comm-core, in CUDA graphs.
+
+    torchrun --nproc-per-node 2 benchmarks/decode_step.py [--shape 8B,70B] [--json FILE] [--plot FILE]
+    python benchmarks/decode_step.py --read FILE --plot FILE
+
+A layer is four linear layers, attention over 512 cached tokens, SiLU and twice an all-reduce, residual and RMSNorm.
+There is no rotary embedding, vocabulary or sampling. The ways differ only in what follows a row-parallel linear layer:
+
+    torch.distributed   dist.all_reduce in place, torch's add, torch's rms_norm
+    plain               backend.all_reduce, torch's add, torch's rms_norm
+    fused               backend.all_reduce_add_rms_norm
+    none                torch's add, torch's rms_norm: a wrong result, in the least time that a step can take
+
+Each way is one CUDA graph. In every round each way in turn replays it; a round's time is the slowest rank's. With too
+few GPUs, the ranks use CPUs and Gloo without graphs, which only shows that the program runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime as dt
+import gc
+import io
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comm_core as comm
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+CACHE_TOKENS = 512
+EPS = 1e-5
+DTYPE = torch.bfloat16
+WAYS = ("torch.distributed", "plain", "fused", "none")
+REFERENCE = WAYS[0]
+#: An element further than this from fp32 arithmetic is wrong; the unit is the root mean square of all elements. After
+#: 80 layers bfloat16's rounding makes an error of 0.02 on average and of 0.25 at most, and a lost sum one of 1.
+TOLERANCE = 0.5
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Combine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model's layers. Layer i has weights and cache i modulo `distinct`: a large model fits, yet L2 can't hold it."""
+
+    layers: int
+    distinct: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+
+
+SHAPES = {
+    "8B": Shape(32, 32, 4096, 14336, 32, 8),
+    "70B": Shape(80, 16, 8192, 28672, 64, 8),
+    "tiny": Shape(3, 2, 64, 128, 4, 2, 16),
+}
+
+
+class Model:
+    """This rank's random weights, caches and input; norms and input are the same on every rank."""
+
+    def __init__(self, shape: Shape, max_batch: int, device: torch.device) -> None:
+        ranks = dist.get_world_size()
+        if shape.kv_heads % ranks:
+            raise ValueError(f"{ranks} ranks can't share {shape.kv_heads} key heads evenly")
+        own, self._shared = (torch.Generator(device).manual_seed(seed) for seed in (1 + dist.get_rank(), 0))
+
+        def normal(*size: int, scale: float, generator: torch.Generator = own) -> torch.Tensor:
+            return torch.randn(size, device=device, dtype=DTYPE, generator=generator).mul_(scale)
+
+        self.shape = shape
+        self.sizes = [count // ranks * shape.head_dim for count in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        part = shape.intermediate // ranks
+        self.weights = [
+            {
+                "qkv": normal(sum(self.sizes), shape.hidden, scale=shape.hidden**-0.5),
+                "o": normal(shape.hidden, self.sizes[0], scale=(self.sizes[0] * ranks) ** -0.5),
+                "gate_up": normal(2 * part, shape.hidden, scale=shape.hidden**-0.5),
+                "down": normal(shape.hidden, part, scale=shape.intermediate**-0.5),
+            }
+            for _ in range(shape.distinct)
+        ]
+        cache = (max_batch, shape.kv_heads // ranks, CACHE_TOKENS, shape.head_dim)
+        # Attention's mean over the cache is small; with values this large its output is of the MLP's size.
+        self.caches = [(normal(*cache, scale=1.0), normal(*cache, scale=CACHE_TOKENS**0.5)) for _ in self.weights]
+        self.norms = [1 + normal(shape.hidden, scale=0.1, generator=self._shared) for _ in range(2 * shape.layers + 1)]
+        self.input = normal(max_batch, shape.hidden, scale=1.0, generator=self._shared)
+        self.layer_nbytes = sum(weight.nbytes for weight in self.weights[0].values())
+        l2_nbytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+        if (shape.distinct - 1) * self.layer_nbytes < 2 * l2_nbytes:
+            raise ValueError("the L2 cache might hold the weights: raise --distinct")
+
+    def refill(self) -> None:
+        """Draw another input."""
+        self.input.normal_(generator=self._shared)
+
+    def step(self, batch: int, combine: Combine, dtype: torch.dtype = DTYPE) -> Pair:
+        """Decode one token for each of `batch` sequences; the last norm's output and the residual."""
+        norms = iter([norm.to(dtype) for norm in self.norms])
+        residual = self.input[:batch].to(dtype)
+        hidden = functional.rms_norm(residual, residual.shape[1:], next(norms), EPS)
+        for layer in range(self.shape.layers):
+            weights = {name: weight.to(dtype) for name, weight in self.weights[layer % self.shape.distinct].items()}
+            keys, values = (cache[:batch] for cache in self.caches[layer % self.shape.distinct])
+            parts = functional.linear(hidden, weights["qkv"]).split(self.sizes, dim=-1)
+            q, keys[:, :, -1], values[:, :, -1] = (part.unflatten(-1, (-1, self.shape.head_dim)) for part in parts)
+            # Of one new token, the query heads that share a key head are that head's queries.
+            q = q.unflatten(1, (keys.shape[1], -1))
+            mixed = functional.scaled_dot_product_attention(q, keys.to(dtype), values.to(dtype))
+            hidden, residual = combine(functional.linear(mixed.flatten(1), weights["o"]), residual, next(norms))
+            gate, up = functional.linear(hidden, weights["gate_up"]).chunk(2, dim=-1)
+            down = functional.linear(functional.silu(gate) * up, weights["down"])
+            hidden, residual = combine(down, residual, next(norms))
+        return hidden, residual
+
+
+def combines(backend: comm.Backend) -> dict[str, Combine]:
+    """By way: the sum of a row-parallel layer's output over the ranks, the residual's add, the norm."""
+
+    def norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Pair:
+        residual = residual + x
+        return functional.rms_norm(residual, weight.shape, weight, EPS), residual
+
+    def in_place(x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x)
+        return x
+
+    return {
+        REFERENCE: lambda x, residual, weight: norm(in_place(x), residual, weight),
+        "plain": lambda x, residual, weight: norm(backend.all_reduce(x), residual, weight),
+        "fused": lambda x, residual, weight: backend.all_reduce_add_rms_norm(x, residual, weight, EPS),
+        "none": norm,
+    }
+
+
+def recorded(step: Callable[[], Pair]) -> tuple[Callable[[], object], Pair]:
+    """A CUDA graph's replay and the tensors that it writes; without GPUs the step itself. Collective."""
+    for _ in range(3):  # NCCL, cuBLAS and attention set themselves up in eager calls
+        outputs = step()
+    if not outputs[0].is_cuda:
+        return lambda: [output.copy_(new) for output, new in zip(outputs, step(), strict=True)], outputs
+    graph = torch.cuda.CUDAGraph()
+    # "thread_local": NCCL's threads may use CUDA meanwhile.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        outputs = step()
+    return graph.replay, outputs
+
+
+def highest(number: float) -> float:
+    """The largest of the ranks' numbers. Collective; runs on CPUs, so it also makes the ranks meet there."""
+    tensor = torch.tensor([number], dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def time_us(run: Callable[[], object], replays: int, *, on_gpu: bool) -> float:
+    """Microseconds a step on the slowest rank, the mean of `replays` that follow an untimed one. Collective."""
+    highest(0)
+    run()
+    if on_gpu:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+    begin = time.perf_counter()
+    for _ in range(replays):
+        run()
+    seconds = time.perf_counter() - begin
+    if on_gpu:
+        last.record()
+        last.synchronize()
+        seconds = first.elapsed_time(last) / 1e3
+    return highest(seconds) / replays * 1e6
+
+
+def compare(outputs: Pair, expected: Pair) -> tuple[float, int]:
+    """The root mean square of the relative error, on the worst rank, and the wrong elements of all ranks. Collective.
+
+    Wrong is what `TOLERANCE` says, and what differs from rank 0's in any bit.
+    """
+    error, wrong = 0.0, torch.tensor([0])
+    for output, exact in zip(outputs, expected, strict=True):
+        first = output.clone()
+        dist.broadcast(first, 0)
+        relative = (output.float() - exact) / exact.square().mean().sqrt()
+        error = max(error, relative.square().mean().sqrt().item())
+        wrong += (~(relative.abs() <= TOLERANCE) | (output != first)).sum().cpu()  # NaN is wrong, too
+    dist.all_reduce(wrong)
+    return highest(error), int(wrong)
+
+
+def measure(model: Model, batch: int, backend: comm.Backend, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each way. Collective."""
+    ways, gpu = combines(backend), backend.device.type == "cuda"
+    with comm.capture():
+        runs = {way: recorded(lambda way=way: model.step(batch, ways[way])) for way in WAYS}
+    checks: dict[str, list[tuple[float, int]]] = {way: [] for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(options.rounds):
+        if number in {0, options.rounds // 2, options.rounds - 1}:
+            model.refill()
+            expected = model.step(batch, ways[REFERENCE], torch.float32)
+            for way in WAYS[:-1]:
+                runs[way][0]()
+                checks[way].append(compare(runs[way][1], expected))
+        turn = number % len(WAYS)
+        for way in WAYS[turn:] + WAYS[:turn]:
+            times[way].append(time_us(runs[way][0], options.replays, on_gpu=gpu))
+    backend.check()
+    mode, size = "graph" if gpu else "eager", (batch * model.shape.hidden * DTYPE.itemsize, batch, model.shape.hidden)
+    ops = {"plain": "all_reduce", "fused": "all_reduce_add_rms_norm"}
+    rows = []
+    for way in WAYS:
+        low, median, high = statistics.quantiles(times[way], n=4, method="inclusive")
+        ratios = [theirs / ours for ours, theirs in zip(times[way], times[REFERENCE], strict=True)]
+        row = {"batch": batch, "way": way, "us": round(median, 2), "quartiles_us": [round(low, 2), round(high, 2)]}
+        if way in ops:
+            route = backend.decision.route(ops[way], mode, backend.device.type, "bfloat16")
+            row["served_by"] = route.backend_for(*size)
+        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        row |= {"times_as_fast": round(median, 4), "quartiles": [round(low, 4), round(high, 4)]}
+        row |= {"error": round(max((error for error, _ in checks[way]), default=0.0), 5)}  # of "none" there is none
+        rows.append({**row, "wrong": sum(wrong for _, wrong in checks[way])})
+    return rows
+
+
+def measure_all(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """The record of all shapes and batches, which rank 0 prints. Collective."""
+    backend = comm.get_backend()
+    ranks = backend.topology.ranks
+    show = sys.stdout if dist.get_rank() == 0 else io.StringIO()
+    document: dict[str, Any] = {
+        "schema": 1,
+        "program": "decode_step",
+        "started": dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([f"torchrun --nproc-per-node {len(ranks)} benchmarks/decode_step.py", *sys.argv[1:]]),
+        "machine": {"ranks": len(ranks), "devices": [info.device.name for info in ranks if info.device]}
+        | {"versions": dict(ranks[0].versions), "plugins": dict(ranks[0].plugins)},
+        "settings": {"dtype": "bfloat16", "cache_tokens": CACHE_TOKENS, "tolerance": TOLERANCE}
+        | {"graph": device.type == "cuda", "rounds": options.rounds, "replays": options.replays},
+        "shapes": {},
+        "rows": [],
+    }
+    show.writelines(f"# {name}: {value}\n" for name, value in document.items() if value)
+    for name in options.shape.split(","):
+        given = {field: getattr(options, field) for field in ("layers", "distinct") if getattr(options, field)}
+        batches = [int(batch) for batch in options.batches.split(",")]
+        model = Model(dataclasses.replace(SHAPES[name], **given), max(batches), device)
+        comm.pre_capture_init(max_tokens=max(batches), hidden_size=model.shape.hidden, dtype=DTYPE)
+        document["shapes"][name] = {**dataclasses.asdict(model.shape), "nbytes_a_layer_and_rank": model.layer_nbytes}
+        show.write(f"# {name}: {document['shapes'][name]}\n")
+        for row in (row for batch in batches for row in measure(model, batch, backend, options)):
+            document["rows"].append({"shape": name, **row})
+            show.write(", ".join(f"{key} {value}" for key, value in document["rows"][-1].items()) + "\n")
+            show.flush()
+        del model
+    document["wrong"] = sum(row["wrong"] for row in document["rows"])
+    show.write(f"# Wrong: {document['wrong']}\n")
+    return document
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """How many times as fast as torch.distributed the other ways make the step: a panel for each shape."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    shapes, machine = document["shapes"], document["machine"]
+    figure = Figure(figsize=(5.5 * len(shapes), 3.6), layout="constrained")
+    named = [f"{name} {machine['versions'][name]}" for name in ("torch", "nccl") if name in machine["versions"]]
+    devices = f"{machine['ranks']} x {machine['devices'][0] if machine['devices'] else 'CPU process'}"
+    figure.suptitle(f"One decode step, bfloat16, {', '.join([devices, *named])}", fontsize="medium")
+    labels = {"plain": "all_reduce", "fused": "all_reduce_add_rms_norm", "none": "no communication"}
+    for panel, name in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes, strict=True):
+        for number, (way, label) in enumerate(labels.items()):
+            rows = [row for row in document["rows"] if (row["shape"], row["way"]) == (name, way)]
+            heights = [row["times_as_fast"] for row in rows]
+            ends = [[abs(row["times_as_fast"] - row["quartiles"][end]) for row in rows] for end in (0, 1)]
+            places, color = [place + 0.28 * number for place in range(len(rows))], ("C0", "C1", "lightgray")[number]
+            bars = panel.bar(places, heights, 0.26, yerr=ends, label=label, color=color, error_kw={"linewidth": 0.8})
+            panel.bar_label(bars, fmt="%.2f", fontsize="x-small")
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_xticks([place + 0.28 for place in range(len(rows))], [f"batch {row['batch']}" for row in rows])
+        panel.set(title=f"Llama-3 {name}, {shapes[name]['layers']} layers", ylim=(0.8, None))
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.axes[0].set_ylabel("times as fast as torch.distributed")
+    with mpl.rc_context({"svg.hashsalt": "decode_step"}):
+        figure.savefig(path)
+
+
+def main() -> int:
+    """Measure or read, write, draw; 1 where an element is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="8B,70B", help=f"of {', '.join(SHAPES)}, comma-separated (default 8B,70B)")
+    parser.add_argument("--batches", default="1,8,32,128", help="sequences in a batch (default 1,8,32,128)")
+    parser.add_argument("--layers", type=int, help="layers in a step (8B: 32, 70B: 80)")
+    parser.add_argument("--distinct", type=int, help="layers with weights of their own (8B: 32, 70B: 16)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each way, at least 2 (default 15)")
+    parser.add_argument("--replays", type=int, default=20, help="steps timed together in a turn (default 20)")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--plot", type=Path, help="draw the record here; needs matplotlib")
+    parser.add_argument("--read", type=Path, help="draw this record and measure nothing")
+    options = parser.parse_args()
+    if options.read:
+        draw(json.loads(options.read.read_text()), options.plot or options.read.with_suffix(".svg"))
+        return 0
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it by torchrun --nproc-per-node N benchmarks/decode_step.py")
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one can't be captured
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    document = measure_all(device, options)
+    if dist.get_rank() == 0 and options.json:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if dist.get_rank() == 0 and options.plot:
+        draw(document, options.plot)
+    gc.collect()  # graphs have to be gone before the groups whose calls they hold
+    comm.close()
+    dist.destroy_process_group()
+    return int(document["wrong"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
