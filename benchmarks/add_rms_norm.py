@@ -193,6 +193,7 @@ def main() -> None:
                     say(f"{case}{line.us[0]:8.2f}{ratio:>26}{line.worst:8.2f}")
     if args.json:
         machine = {
+            "command": f"python {' '.join(sys.argv)}",
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,

@@ -231,6 +231,7 @@ def report(everyone: list[list[dict[str, Any]]], options: argparse.Namespace, to
     options.out.mkdir(parents=True, exist_ok=True)
     data = {
         "schema": 1,
+        "command": f"torchrun --nproc-per-node {len(everyone)} {' '.join(sys.argv)}",
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "ranks": len(everyone),

@@ -273,7 +273,7 @@ def measure_all(device: torch.device, options: argparse.Namespace) -> dict[str, 
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """How many times as fast as torch.distributed the other ways make the step: a panel for each shape."""
-    import matplotlib as mpl
+    import summarize
     from matplotlib.figure import Figure
 
     shapes, machine = document["shapes"], document["machine"]
@@ -295,8 +295,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         panel.set(title=f"Llama-3 {name}, {shapes[name]['layers']} layers", ylim=(0.8, None))
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.axes[0].set_ylabel("times as fast as torch.distributed")
-    with mpl.rc_context({"svg.hashsalt": "decode_step"}):
-        figure.savefig(path)
+    summarize.save(figure, path)
 
 
 def main() -> int:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -38,3 +40,58 @@ def test_every_way_of_a_decode_step_is_timed_and_right(tmp_path: Path) -> None:
     assert all(0 < row["error"] < 0.05 for (_, way), row in rows.items() if way != "none")
     run(BENCHMARKS / "decode_step.py", "--read", record, "--plot", picture)
     assert 0 < picture.stat().st_size < 100_000
+
+
+def test_a_summary_has_the_medians_and_ratios_of_a_record(tmp_path: Path) -> None:
+    record, summary, picture = (tmp_path / name for name in ("record.json", "summary.json", "picture.svg"))
+    run(
+        *("-m", "comm_core", "bench", "--nproc", 2, "-b", "1K", "-e", "2K", "-n", 3, "--place", "in"),
+        *("--repetitions", 7, "--backends", "shm", "--json", record),
+    )
+    run(BENCHMARKS / "summarize.py", record, "--out", summary)
+    whole, short = json.loads(record.read_text()), json.loads(summary.read_text())
+    (table,) = short["tables"]
+    assert table["cases"] == [1024, 2048]
+    row = next(row for row in whole["rows"] if (row["name"], row["nbytes"]) == ("shm", 2048))
+    assert table["us"]["shm"][1] == pytest.approx(row["time_us"], rel=0.01)
+    ratio = table["times_as_fast"]["shm"]["torch_distributed"]
+    assert [ratio["ratio"][1], ratio["low"][1]] == pytest.approx(
+        [row["ratio"]["median"], row["ratio"]["low"]], abs=0.01
+    )
+    assert table["mean_times_as_fast_as_best"]["shm"] == pytest.approx(whole["summaries"][0]["mean"], rel=0.001)
+    run(BENCHMARKS / "summarize.py", summary, "--plot", picture)
+    assert picture.stat().st_size > 0
+
+
+def test_a_tune_programs_summary_has_every_shape_that_matters(tmp_path: Path) -> None:
+    record, summary = tmp_path / "tune.json", tmp_path / "summary.json"
+    lines = [
+        {"tokens": tokens, "hidden": 4096, "row": row, "us": us, "wrong": ""}
+        for tokens, times in ((1, (1.0, 2.0, 3.0)), (16, (1.5, 2.5, 3.5)))
+        for row, us in zip(
+            ("plain", f"push:cluster=2,blocks={2 * tokens}", "push:cluster=2,blocks=7"), times, strict=True
+        )
+    ]
+    described = {"device": "a GPU", "torch": "2.11.0", "ranks": 2, "dtype": "bfloat16"}
+    record.write_text(json.dumps({"schema": 1, **described, "lines": lines}))
+    run(BENCHMARKS / "summarize.py", record, "--command", "tune", "--out", summary)
+    (table,) = json.loads(summary.read_text())["tables"]
+    assert table["cases"] == ["1x4096", "16x4096"]
+    assert table["us"] == {
+        "plain": [1, 1.5],
+        "push:cluster=2,blocks=all": [2, 2.5],
+        "push:cluster=2,blocks=7": [3, 3.5],
+    }
+
+
+def test_what_is_kept_is_small_and_right() -> None:
+    summaries, pictures = (sorted(BENCHMARKS.glob(f"*.{kind}")) for kind in ("json", "svg"))
+    assert summaries
+    assert pictures
+    for path in summaries:
+        assert path.stat().st_size < 20_000, path
+        document = json.loads(path.read_text())
+        assert document["command"], path
+        assert document["machine"]["versions"]["torch"], path
+        assert document.get("wrong", 0) == 0, path
+    assert all(path.stat().st_size < 100_000 for path in pictures)

@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Makes a summary, which the repository keeps, of a record, which it doesn't; and draws a summary.
+
+    python benchmarks/summarize.py RECORD [--command "HOW IT WAS MADE"] --out SUMMARY
+    python benchmarks/summarize.py SUMMARY --plot PICTURE.svg
+
+A record is what `comm-core bench`, `customar_v1_tune.py`, `customar_v2_tune.py`, `customar_v2_tune_norm.py` or
+`add_rms_norm.py` wrote. A summary is JSON: `command`, `machine`, `settings` and `tables`. In a table, every list has
+one number for each of its `cases` (bytes, or tokens x hidden size), null where there is none:
+
+    us              by contender or launch shape: the slowest rank's median time of a call, in microseconds
+    times_as_fast   by backend, then by what it is compared to; "best" is the fastest peer or torch.distributed in each
+                    case. `ratio` is the median over repetitions, `low` the lower end of its confidence interval. In
+                    graphs, where times vary little, only "best" is compared: other ratios follow from `us`.
+    us_over_launch  by backend, eager: the median over repetitions of its time less that of an empty kernel
+
+`mean_times_as_fast_as_best` has the geometric mean of those ratios over the cases.
+
+Of a tune program's shapes, those that are far from the fastest in every case are left out, as `settings` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from comm_core.bench import stats
+from comm_core.bench.document import read_rows
+from comm_core.bench.results import LAUNCH, Row, title
+
+#: The most that a summary may take, in bytes.
+MOST_NBYTES = 20_000
+#: Limits of the machine that are drawn, and what they are.
+LIMITS = {"limit:push": "a push of the bytes alone", "limit:launch": "an empty kernel"}
+#: Shapes are kept that are, in some case, slower than the fastest by at most this, in percent; the first that fits.
+WITHIN = (math.inf, 50, 20, 10, 5, 2, 1, 0)
+
+
+def rounded(value: float | None, digits: int = 4) -> float | int | None:
+    """So many significant digits."""
+    if value is None:
+        return None
+    short = float(f"{value:.{digits}g}")
+    return int(short) if short.is_integer() else short
+
+
+def of_bench(record: dict[str, Any]) -> dict[str, Any]:
+    """The summary of `comm-core bench --json`."""
+    tables: dict[tuple[str, str], list[Row]] = {}
+    for row in read_rows(record):
+        tables.setdefault((title(row.case.op, row.case.mode, row.case.place), row.case.dtype), []).append(row)
+    known = ("ranks", "devices", "nvlinks", "versions")
+    machine = {name: value for name, value in record["machine"].items() if name in known}
+    return {
+        "command": " ".join(record["command"]),
+        "started": record["started"],
+        "machine": machine,
+        "settings": record["settings"],
+        "absent": record["absent"],
+        "dropped": record["dropped"],
+        "wrong": record["wrong"],
+        "tables": [bench_table(f"{name}, {dtype}", rows) for (name, dtype), rows in tables.items()],
+    }
+
+
+def bench_table(name: str, rows: list[Row]) -> dict[str, Any]:
+    """One operation, mode, place and dtype."""
+    by = {(row.name, row.case): row for row in rows}
+    cases = list(dict.fromkeys(row.case for row in rows))
+    kinds = {row.name: row.kind for row in rows}
+    others = [other for other, kind in kinds.items() if kind in {"terminal", "peer"}]
+    eager = cases[0].mode == "eager"
+    # Eager times vary by percents: so much is meaningful.
+    digits, decimals = (3, 2) if eager else (4, 3)
+
+    def best(case: Any) -> Row | None:
+        found = (by[other, case] for other in others if (other, case) in by)
+        return min(found, key=lambda row: row.time.median, default=None)
+
+    def pairs(backend: str, other: Callable[[Any], Row | None]) -> list[tuple[Row, Row] | None]:
+        found = ((by.get((backend, case)), other(case)) for case in cases)
+        return [None if mine is None or theirs is None else (mine, theirs) for mine, theirs in found]
+
+    def ratios(found: list[tuple[Row, Row] | None]) -> list[stats.Ratio | None]:
+        return [pair and stats.ratio(pair[0].times_us, pair[1].times_us) for pair in found]
+
+    def compared(found: list[stats.Ratio | None]) -> dict[str, Any]:
+        return {
+            "ratio": [ratio and round(ratio.median, decimals) for ratio in found],
+            "low": [ratio and round(ratio.low, decimals) for ratio in found],
+        }
+
+    table: dict[str, Any] = {
+        "name": name,
+        "cases": ["x".join(map(str, case.shape)) if len(case.shape) > 1 else case.nbytes for case in cases],
+        "us": {
+            each: [rounded(by[each, case].time.median, digits) if (each, case) in by else None for case in cases]
+            for each in kinds
+        },
+        "mean_times_as_fast_as_best": {},
+        "times_as_fast": {},
+    }
+    for backend in (each for each, kind in kinds.items() if kind == "backend"):
+        against = {"best": ratios(pairs(backend, best))}
+        mean = stats.geometric_mean(ratio.median for ratio in against["best"] if ratio)
+        table["mean_times_as_fast_as_best"][backend] = rounded(mean)
+        if eager:
+            against |= {
+                other: ratios(pairs(backend, lambda case, other=other: by.get((other, case)))) for other in others
+            }
+            table.setdefault("us_over_launch", {})[backend] = [
+                pair
+                and round(statistics.median(a - b for a, b in zip(*(row.times_us for row in pair), strict=True)), 2)
+                for pair in pairs(backend, lambda case: by.get((LAUNCH, case)))
+            ]
+        table["times_as_fast"][backend] = {other: compared(found) for other, found in against.items() if any(found)}
+    return table
+
+
+def of_tune(record: dict[str, Any], within: float) -> dict[str, Any]:
+    """The summary of a tune program's record: what is `within` so many percent of the fastest shape in some case."""
+    times: dict[Any, dict[str, float]] = {}
+    for line in record["lines"]:
+        case, row = line.get("nbytes"), line["row"]
+        if case is None:
+            case = f"{line['tokens']}x{line['hidden']}"
+            row = with_all_blocks(row, line["tokens"], record["ranks"])
+        times.setdefault(case, {})[row] = line["us"]
+    kept = set()
+    for found in times.values():
+        shapes = {row: us for row, us in found.items() if ":" in row}
+        kept |= found.keys() - shapes.keys()
+        kept |= {row for row, us in shapes.items() if us <= min(shapes.values()) * (1 + within / 100)}
+        for algorithm in {row.partition(":")[0] for row in shapes}:
+            kept.add(min((row for row in shapes if row.startswith(algorithm + ":")), key=lambda row: shapes[row]))
+    rows = dict.fromkeys(row for found in times.values() for row in found if row in kept)
+    left_out = f"shapes that are nowhere within {within} % of the fastest, nor the fastest of their algorithm"
+    return {
+        "machine": {
+            "ranks": record["ranks"],
+            "devices": [record["device"]] * record["ranks"],
+            "versions": {"torch": record["torch"]},
+        },
+        "settings": {"dtype": record["dtype"], "left_out": None if within == math.inf else left_out},
+        "wrong": sum(line.get("right") is False or bool(line.get("wrong")) for line in record["lines"]),
+        "tables": [
+            {
+                "name": f"slowest rank's median, {record['dtype']}",
+                "cases": list(times),
+                "us": {row: [rounded(found.get(row)) for found in times.values()] for row in rows},
+            }
+        ],
+    }
+
+
+def with_all_blocks(row: str, tokens: int, ranks: int) -> str:
+    """A fused shape's name, with "all" for the number of blocks that gives every row of the message its own."""
+    name, _, shape = row.partition(":")
+    numbers = dict(part.split("=") for part in shape.split(",") if part)
+    owned = -(-tokens // (ranks if name.startswith("twoshot") else 1))
+    if numbers and int(numbers["blocks"]) == owned * int(numbers["cluster"]):
+        numbers["blocks"] = "all"
+    return ":".join(filter(None, (name, ",".join("=".join(pair) for pair in numbers.items()))))
+
+
+def of_norms(record: dict[str, Any]) -> dict[str, Any]:
+    """The summary of `add_rms_norm.py --json`."""
+    tables: list[dict[str, Any]] = []
+    for dtype in dict.fromkeys(line["dtype"] for line in record["lines"]):
+        by = {
+            (line["name"], f"{line['num_tokens']}x{line['hidden_size']}"): line
+            for line in record["lines"]
+            if line["dtype"] == dtype
+        }
+        names, cases = (list(dict.fromkeys(key[part] for key in by)) for part in (0, 1))
+        tables.append(
+            {
+                "name": f"residual and norm, in place, graph, {dtype}",
+                "cases": cases,
+                "us": {name: [rounded(by[name, case]["us"][0]) for case in cases] for name in names},
+                "times_as_fast": {
+                    name: {
+                        "torch": {
+                            part: [round(by[name, case]["times_as_fast"][n], 3) for case in cases]
+                            for n, part in enumerate(("ratio", "low"))
+                        }
+                    }
+                    for name in names
+                    if name != "torch"
+                },
+                "worst_error": {name: max(by[name, case]["worst"] for case in cases) for name in names},
+            }
+        )
+    versions = {name: record[name] for name in ("torch", "cuda", "python")}
+    return {"machine": {"ranks": 1, "devices": [record["device"]], "versions": versions}, "tables": tables}
+
+
+def text_of(value: Any, indent: str = "") -> str:
+    """JSON with a line for each list of numbers."""
+    inner = indent + " "
+    if isinstance(value, dict) and value and any(isinstance(each, dict | list) for each in value.values()):
+        lines = [f"{inner}{json.dumps(name)}: {text_of(each, inner)}" for name, each in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return "[\n" + ",\n".join(inner + text_of(each, inner) for each in value) + f"\n{indent}]"
+    return json.dumps(value, separators=(",", ":") if isinstance(value, list) else None)
+
+
+def summary_of(record: dict[str, Any], command: str | None) -> str:
+    """A record's summary as text, not larger than `MOST_NBYTES`."""
+    ways: Iterable[Callable[[], dict[str, Any]]]
+    if "rows" in record:
+        ways = [lambda: of_bench(record)]
+    elif "num_tokens" in record["lines"][0]:
+        ways = [lambda: of_norms(record)]
+    else:
+        ways = [lambda within=within: of_tune(record, within) for within in WITHIN]
+    for way in ways:
+        summary = {"schema": 1, "command": command or record.get("command"), **way()}
+        text = text_of(summary) + "\n"
+        if len(text) < MOST_NBYTES:
+            return text
+    raise SystemExit(f"the summary takes {len(text)} bytes, and {MOST_NBYTES} are allowed: record fewer cases")
+
+
+def nbytes_of(case: str, name: str) -> int:
+    """Bytes of tokens x hidden size, in the dtype at the end of a table's name."""
+    tokens, hidden = map(int, case.split("x"))
+    return tokens * hidden * {"float64": 8, "float32": 4}.get(name.rpartition(" ")[2], 2)
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Times over bytes: a panel for each of the bench's tables, backends as thick lines."""
+    from matplotlib.figure import Figure
+
+    tables, machine = summary["tables"], summary["machine"]
+    names = list(dict.fromkeys(name for table in tables for name in table["us"] if not name.startswith("limit:")))
+    columns = min(2, len(tables))
+    lines = -(-len(tables) // columns)
+    figure = Figure(figsize=(6.5 * columns, 4.5 * lines + 0.8), layout="constrained")
+    versions = [f"{name} {machine['versions'][name]}" for name in ("torch", "nccl") if name in machine["versions"]]
+    figure.suptitle(", ".join([f"{machine['ranks']} x {(machine['devices'] or ['CPU process'])[0]}", *versions]))
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel, table in zip(panels, tables, strict=False):
+        nbytes = [case if isinstance(case, int) else nbytes_of(case, table["name"]) for case in table["cases"]]
+        for name, times in table["us"].items():
+            points = sorted((size, us) for size, us in zip(nbytes, times, strict=True) if us is not None)
+            style: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1}
+            if name in names:
+                number = names.index(name)
+                style = {"color": f"C{number % 10}", "linestyle": ("-", "--", "-.")[number // 10], "linewidth": 1}
+                style["linewidth"] = 2 if name in table["times_as_fast"] else 1
+            elif name not in LIMITS:
+                continue
+            panel.plot(*zip(*points, strict=True), label=LIMITS.get(name, name), **style)
+        panel.set(title=table["name"], xlabel="bytes", ylabel="us a call, the slowest rank's median")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.minorticks_off()
+        panel.grid(visible=True, alpha=0.3)
+        panel.legend(fontsize="x-small", ncols=2)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure; an SVG small: letters as text rather than outlines, tenths of a point, no indentation."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "comm-core", "svg.fonttype": "none"}):
+        figure.savefig(path)
+    if path.suffix == ".svg":
+        path.write_text(re.sub(r"(\.\d\d)\d+|\n\s+", lambda found: found[1] or "\n", path.read_text()))
+
+
+def main() -> int:
+    """Read, then write or draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path, help="a record, or with --plot a summary")
+    parser.add_argument("--command", help="how the record was made, where it doesn't say so itself")
+    parser.add_argument("--out", type=Path, help="write the summary here")
+    parser.add_argument("--plot", type=Path, help="draw the summary here; needs matplotlib")
+    options = parser.parse_args()
+    data = json.loads(options.file.read_text())
+    if options.out:
+        options.out.write_text(summary_of(data, options.command))
+    if options.plot:
+        draw(data, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
