@@ -2,7 +2,6 @@
 """Times one tensor-parallel decode step of Llama-3-shaped layers: torch.distributed beside comm-core, in CUDA graphs.
 
     torchrun --nproc-per-node 2 benchmarks/decode_step.py [--shape 8B,70B] [--json FILE] [--plot FILE]
-    python benchmarks/decode_step.py --read FILE --plot FILE
 
 A layer is four linear layers, attention over 512 cached tokens, SiLU and twice an all-reduce, residual and RMSNorm.
 There is no rotary embedding, vocabulary or sampling. The ways differ only in what follows a row-parallel linear layer:
@@ -77,7 +76,7 @@ class Model:
         ranks = dist.get_world_size()
         if shape.kv_heads % ranks:
             raise ValueError(f"{ranks} ranks can't share {shape.kv_heads} key heads evenly")
-        own, self._shared = (torch.Generator(device).manual_seed(seed) for seed in (1 + dist.get_rank(), 0))
+        own, self.shared = (torch.Generator(device).manual_seed(seed) for seed in (1 + dist.get_rank(), 0))
 
         def normal(*size: int, scale: float, generator: torch.Generator = own) -> torch.Tensor:
             return torch.randn(size, device=device, dtype=DTYPE, generator=generator).mul_(scale)
@@ -97,16 +96,12 @@ class Model:
         cache = (max_batch, shape.kv_heads // ranks, CACHE_TOKENS, shape.head_dim)
         # Attention's mean over the cache is small; with values this large its output is of the MLP's size.
         self.caches = [(normal(*cache, scale=1.0), normal(*cache, scale=CACHE_TOKENS**0.5)) for _ in self.weights]
-        self.norms = [1 + normal(shape.hidden, scale=0.1, generator=self._shared) for _ in range(2 * shape.layers + 1)]
-        self.input = normal(max_batch, shape.hidden, scale=1.0, generator=self._shared)
+        self.norms = [1 + normal(shape.hidden, scale=0.1, generator=self.shared) for _ in range(2 * shape.layers + 1)]
+        self.input = normal(max_batch, shape.hidden, scale=1.0, generator=self.shared)
         self.layer_nbytes = sum(weight.nbytes for weight in self.weights[0].values())
         l2_nbytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         if (shape.distinct - 1) * self.layer_nbytes < 2 * l2_nbytes:
             raise ValueError("the L2 cache might hold the weights: raise --distinct")
-
-    def refill(self) -> None:
-        """Draw another input."""
-        self.input.normal_(generator=self._shared)
 
     def step(self, batch: int, combine: Combine, dtype: torch.dtype = DTYPE) -> Pair:
         """Decode one token for each of `batch` sequences; the last norm's output and the residual."""
@@ -210,7 +205,7 @@ def measure(model: Model, batch: int, backend: comm.Backend, options: argparse.N
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(options.rounds):
         if number in {0, options.rounds // 2, options.rounds - 1}:
-            model.refill()
+            model.input.normal_(generator=model.shared)
             expected = model.step(batch, ways[REFERENCE], torch.float32)
             for way in WAYS[:-1]:
                 runs[way][0]()
@@ -272,30 +267,10 @@ def measure_all(device: torch.device, options: argparse.Namespace) -> dict[str, 
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """How many times as fast as torch.distributed the other ways make the step: a panel for each shape."""
-    import summarize
-    from matplotlib.figure import Figure
+    """Draw a record."""
+    import summarize  # needs more than a run does
 
-    shapes, machine = document["shapes"], document["machine"]
-    figure = Figure(figsize=(5.5 * len(shapes), 3.6), layout="constrained")
-    named = [f"{name} {machine['versions'][name]}" for name in ("torch", "nccl") if name in machine["versions"]]
-    devices = f"{machine['ranks']} x {machine['devices'][0] if machine['devices'] else 'CPU process'}"
-    figure.suptitle(f"One decode step, bfloat16, {', '.join([devices, *named])}", fontsize="medium")
-    labels = {"plain": "all_reduce", "fused": "all_reduce_add_rms_norm", "none": "no communication"}
-    for panel, name in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes, strict=True):
-        for number, (way, label) in enumerate(labels.items()):
-            rows = [row for row in document["rows"] if (row["shape"], row["way"]) == (name, way)]
-            heights = [row["times_as_fast"] for row in rows]
-            ends = [[abs(row["times_as_fast"] - row["quartiles"][end]) for row in rows] for end in (0, 1)]
-            places, color = [place + 0.28 * number for place in range(len(rows))], ("C0", "C1", "lightgray")[number]
-            bars = panel.bar(places, heights, 0.26, yerr=ends, label=label, color=color, error_kw={"linewidth": 0.8})
-            panel.bar_label(bars, fmt="%.2f", fontsize="x-small")
-        panel.axhline(1, color="black", linewidth=0.8)
-        panel.set_xticks([place + 0.28 for place in range(len(rows))], [f"batch {row['batch']}" for row in rows])
-        panel.set(title=f"Llama-3 {name}, {shapes[name]['layers']} layers", ylim=(0.8, None))
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.axes[0].set_ylabel("times as fast as torch.distributed")
-    summarize.save(figure, path)
+    summarize.draw(document, path)
 
 
 def main() -> int:
@@ -309,10 +284,10 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=20, help="steps timed together in a turn (default 20)")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--plot", type=Path, help="draw the record here; needs matplotlib")
-    parser.add_argument("--read", type=Path, help="draw this record and measure nothing")
+    parser.add_argument("--read", type=Path, help="with --plot: draw this record and measure nothing")
     options = parser.parse_args()
     if options.read:
-        draw(json.loads(options.read.read_text()), options.plot or options.read.with_suffix(".svg"))
+        draw(json.loads(options.read.read_text()), options.plot)
         return 0
     if "LOCAL_RANK" not in os.environ:
         parser.error("start it by torchrun --nproc-per-node N benchmarks/decode_step.py")

@@ -14,7 +14,8 @@ one number for each of its `cases` (bytes, or tokens x hidden size), null where 
                     graphs, where times vary little, only "best" is compared: other ratios follow from `us`.
     us_over_launch  by backend, eager: the median over repetitions of its time less that of an empty kernel
 
-`mean_times_as_fast_as_best` has the geometric mean of those ratios over the cases.
+`mean_times_as_fast_as_best` has the geometric mean of those ratios over the cases. `decode_step.py` writes a record
+that is small enough to serve as a summary.
 
 Of a tune program's shapes, those that are far from the fastest in every case are left out, as `settings` says.
 """
@@ -240,6 +241,9 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     """Times over bytes: a panel for each of the bench's tables, backends as thick lines."""
     from matplotlib.figure import Figure
 
+    if "shapes" in summary:
+        draw_steps(summary, path)
+        return
     tables, machine = summary["tables"], summary["machine"]
     names = list(dict.fromkeys(name for table in tables for name in table["us"] if not name.startswith("limit:")))
     columns = min(2, len(tables))
@@ -266,6 +270,32 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(visible=True, alpha=0.3)
         panel.legend(fontsize="x-small", ncols=2)
+    save(figure, path)
+
+
+def draw_steps(document: dict[str, Any], path: Path) -> None:
+    """How many times as fast as torch.distributed the other ways make the step: a panel for each shape."""
+    from matplotlib.figure import Figure
+
+    shapes, machine = document["shapes"], document["machine"]
+    figure = Figure(figsize=(5.5 * len(shapes), 3.6), layout="constrained")
+    named = [f"{name} {machine['versions'][name]}" for name in ("torch", "nccl") if name in machine["versions"]]
+    devices = f"{machine['ranks']} x {machine['devices'][0] if machine['devices'] else 'CPU process'}"
+    figure.suptitle(f"One decode step, bfloat16, {', '.join([devices, *named])}", fontsize="medium")
+    labels = {"plain": "all_reduce", "fused": "all_reduce_add_rms_norm", "none": "no communication"}
+    for panel, name in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes, strict=True):
+        for number, (way, label) in enumerate(labels.items()):
+            rows = [row for row in document["rows"] if (row["shape"], row["way"]) == (name, way)]
+            heights = [row["times_as_fast"] for row in rows]
+            ends = [[abs(row["times_as_fast"] - row["quartiles"][end]) for row in rows] for end in (0, 1)]
+            places, color = [place + 0.28 * number for place in range(len(rows))], ("C0", "C1", "lightgray")[number]
+            bars = panel.bar(places, heights, 0.26, yerr=ends, label=label, color=color, error_kw={"linewidth": 0.8})
+            panel.bar_label(bars, fmt="%.2f", fontsize="x-small")
+        panel.axhline(1, color="black", linewidth=0.8)
+        panel.set_xticks([place + 0.28 for place in range(len(rows))], [f"batch {row['batch']}" for row in rows])
+        panel.set(title=f"Llama-3 {name}, {shapes[name]['layers']} layers")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.axes[0].set_ylabel("times as fast as torch.distributed")
     save(figure, path)
 
 
