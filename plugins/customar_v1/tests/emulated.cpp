@@ -137,7 +137,7 @@ int check(size_t rounds, unsigned long long epoch) {
     }
     run(buffers, series);
     if (error_word != 0) {
-        std::printf("a launch gave up\n");
+        std::printf("a launch timed out\n");
         return 1;
     }
     for (size_t index = 0; index < series.size(); ++index) {

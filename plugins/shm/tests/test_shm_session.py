@@ -93,9 +93,9 @@ def sums(sizes: tuple[int, ...]) -> None:
     square = torch.arange(60).reshape(6, 10) + rank
     expected = (torch.arange(60).reshape(6, 10) * world_size + sum(range(world_size))).t()
     assert torch.equal(backend.all_reduce(square.t()), expected)
-    apart = torch.empty(20, 6, dtype=torch.int64)[::2]
-    assert backend.all_reduce(square.t(), out=apart) is apart
-    assert torch.equal(apart, expected)
+    strided = torch.empty(20, 6, dtype=torch.int64)[::2]
+    assert backend.all_reduce(square.t(), out=strided) is strided
+    assert torch.equal(strided, expected)
     comm.close()
 
 

@@ -18,8 +18,8 @@ __all__ = ["Session", "connect"]
 #: How long a rank waits for its peers to unmap its buffer, in seconds; after that it keeps the buffer until the process
 #: ends.
 UNMAP_TIMEOUT_S = 10.0
-# Native functions of sessions whose memory can't be freed, since kernels may still run or peers still read. Referenced
-# until the process ends.
+# Native functions of sessions with memory that can't be freed, since kernels may still run or peers still read. They
+# are referenced until the process ends.
 _kept_until_exit: list[Any] = []
 
 

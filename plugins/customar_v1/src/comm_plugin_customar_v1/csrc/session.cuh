@@ -57,7 +57,7 @@ class Session {
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
     // Runs after the last function that holds the session is gone, so nothing launches any more, and core has waited
-    // for the launches before. A session whose kernels may still run is kept until the process ends (session.py).
+    // for the launches before. A session with kernels that may still run is kept until the process ends (session.py).
     ~Session() = default;
 
     std::string ipc_handle() const { return peers_->ipc_handle(); }

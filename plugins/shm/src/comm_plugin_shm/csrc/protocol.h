@@ -15,10 +15,10 @@
 //
 // Order of memory accesses. `step` is stored with release order and loaded with acquire order. A rank that sees a step
 // therefore sees what was written to the slot before that step; and a rank that overwrites a slot does so after every
-// rank whose step it saw has finished reading it. Going to sleep takes more: `step` and `sleepers` are sequentially
-// consistent. The rank that advances stores its step, then loads its sleepers; a rank that goes to sleep counts itself
-// among the sleepers, then loads the step. In the single order of these four accesses at least one rank sees the
-// other's store, so no wake-up is lost. `abort` is relaxed: it carries a rank's number and nothing else.
+// rank whose step it saw has finished reading it. Going to sleep needs a stronger order: `step` and `sleepers` are
+// sequentially consistent. The rank that advances stores its step, then loads its sleepers; a rank that goes to sleep
+// counts itself among the sleepers, then loads the step. In the single order of these four accesses at least one rank
+// sees the other's store, so no wake-up is lost. `abort` is relaxed: it carries a rank's number and nothing else.
 #pragma once
 
 #include <linux/futex.h>
@@ -113,7 +113,7 @@ class AllReduce {
         const double deadline = now_s() + config_.timeout_s;
         double start = 0;
         for (uint32_t round = 0; round <= rounds; ++round) {
-            if (round == 1) start = now_s();  // the first one only meets the peer
+            if (round == 1) start = now_s();  // the first round only waits for the peer
             ++flag_;
             if (config_.rank == 0) mine.store(flag_, std::memory_order_release);
             while (theirs.load(std::memory_order_acquire) != flag_) {
