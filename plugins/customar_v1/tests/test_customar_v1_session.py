@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,11 @@ def no_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     kept: list[Any] = []
     monkeypatch.setattr(session, "_kept_until_exit", kept)
     return kept
+
+
+def test_the_fake_has_the_functions_of_the_native_code() -> None:
+    source = Path(customar_v1.__file__).with_name("csrc") / "customar_v1.cu"
+    assert tuple(re.findall(r'{"(\w+)", Function::FromTyped', source.read_text())) == FUNCTIONS
 
 
 def on_all(count: int, work: Callable[[int], Any]) -> list[Any]:
