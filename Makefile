@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 MANIFESTS := core/pyproject.toml $(sort $(wildcard plugins/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,./%,$(MANIFESTS))
 TYPED := $(addsuffix /src,$(PACKAGES))
-# Come without what they depend on: gigabytes that need a GPU. Their tests replace it at its border.
+# Installed without their dependencies: gigabytes that need a GPU. Their tests have a fake of it.
 BARE := ./plugins/flashinfer_fusion
 
 # Builds see .venv: the pinned torch and this checkout's core, where an isolated build would download a torch of its own.

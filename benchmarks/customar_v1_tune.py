@@ -37,12 +37,12 @@ class Adapter:
 
     def into(self, tensor: torch.Tensor, out: torch.Tensor, _: int) -> None:
         """Sum."""
-        self.own.into(tensor, out)
+        self.own.all_reduce_out(tensor, out)
 
     def use(self, rows: list[Any]) -> None:
         """Serve by these rows; the chain's own row for meetings isn't one of this backend's."""
         mine = [row if isinstance(row, policy.Row) else policy.Row(1 << 40, "one_stage", threads=32) for row in rows]
-        self.own._native.set_shapes(policy.flat(mine))  # noqa: SLF001 - a session's table is fixed but for this
+        self.own.set_rows(mine)
 
 
 def shapes(nbytes: int, world_size: int) -> list[policy.Row]:
@@ -54,7 +54,7 @@ def shapes(nbytes: int, world_size: int) -> list[policy.Row]:
         for name, (vecs, threads, blocks) in itertools.product(policy.ALGORITHMS, itertools.product(*choices)):
             work = -(-nbytes // 16) // (world_size if name == "two_stage" else 1)
             grid = max(1, min(blocks, -(-work // (threads * vecs))))
-            if vecs <= policy.most_vecs(world_size):
+            if vecs <= policy.max_vecs(world_size):
                 found.setdefault((name, vecs, threads, grid), policy.Row(1 << 40, name, vecs, threads, blocks))
     return list(found.values())
 

@@ -24,8 +24,8 @@ def test_no_kernel_spills(built: Built) -> None:
         (*kind, arch)
         for kind in (
             *((algorithm, world) for algorithm in ("one_stage", "two_stage") for world in (2, 4, 6, 8)),
-            ("write_letters", 0),
-            ("read_letters", 0),
+            ("write_test_pages", 0),
+            ("read_test_pages", 0),
         )
         for arch in ("sm_80", "sm_90", "sm_100")
     }
@@ -38,7 +38,7 @@ def test_nvcc_warns_of_nothing(built: Built) -> None:
 
 def kind_of(name: str) -> tuple[str, int]:
     """A kernel's algorithm and world size, from its mangled name; 0 where it has none."""
-    found = re.search(r"\d(one_stage|two_stage|write_letters|read_letters)(?:IN9comm_core\w*?ELi(\d)E)?", name)
+    found = re.search(r"\d(one_stage|two_stage|write_test_pages|read_test_pages)(?:IN9comm_core\w*?ELi(\d)E)?", name)
     assert found is not None, name
     return found[1], int(found[2] or 0)
 

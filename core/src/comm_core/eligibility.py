@@ -1,43 +1,93 @@
-"""The conditions that backends with CUDA kernels check first: pure functions of a group's topology.
+"""Reasons why a backend can't serve a group: pure, from the group's topology alone.
 
-Each function returns why the group can't be served, as one sentence without a full stop, or "" if the condition holds.
+Each function checks one requirement that several backends share. It returns "" if the group meets the requirement,
+otherwise the reason: one sentence without a full stop, for `Unavailable`. A backend joins the checks that it needs:
+
+```python
+reason = eligibility.no_cuda(topology) or eligibility.missing_dependency(topology, "mine")
+```
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from comm_core.topology import Topology
 
-__all__ = ["no_cuda", "no_native_code", "shared_device", "unfit_devices"]
+__all__ = [
+    "differing_fact",
+    "missing_dependency",
+    "missing_links",
+    "no_cuda",
+    "several_hosts",
+    "shared_device",
+    "unfit_devices",
+    "unfit_world_size",
+]
 
 
 def no_cuda(topology: Topology) -> str:
-    """Check that the group reduces CUDA tensors and every rank has a CUDA device."""
+    """Require that the group reduces CUDA tensors and that every rank has a CUDA device."""
     if "cuda" not in topology.device_types:
         return "it sums CUDA tensors, and this group has none"
-    devices = [info.device for info in topology.ranks]
-    if not all(device is not None and device.type == "cuda" for device in devices):
-        return "not every rank has a CUDA device"
+    for rank, info in enumerate(topology.ranks):
+        if info.device is None or info.device.type != "cuda":
+            return f"rank {rank} has no CUDA device"
     return ""
 
 
-def no_native_code(topology: Topology, name: str) -> str:
-    """Check that the native code can be used on every rank: no `probe` reported something in its fact "missing".
+def unfit_world_size(topology: Topology, sizes: Sequence[int]) -> str:
+    """Require one of these world sizes, two or more, ascending: a range, or a list of them."""
+    if topology.world_size in sizes:
+        return ""
+    middle = " to " if isinstance(sizes, range) else " or "
+    first = sizes[:1] if isinstance(sizes, range) else sizes[:-1]
+    return f"it takes {', '.join(map(str, first))}{middle}{sizes[-1]} ranks, and the group has {topology.world_size}"
+
+
+def missing_dependency(topology: Topology, name: str, dependency: str = "the native code") -> str:
+    """Require that every rank's `probe` reported, as the fact "missing", that nothing is missing.
 
     Args:
         topology: the group.
-        name: the backend's.
+        name: the backend's name.
+        dependency: what the fact is about.
     """
     for rank, info in enumerate(topology.ranks):
         facts = info.facts.get(name)
         if facts is None:
-            return f"rank {rank} didn't report whether it has the native code"
+            return f"rank {rank} didn't report whether it has {dependency}"
         if facts["missing"]:
             return f"on rank {rank} {facts['missing']}"
     return ""
 
 
+def differing_fact(topology: Topology, name: str, key: str, label: str) -> str:
+    """Require that a fact has the same value on every rank.
+
+    Args:
+        topology: a group whose ranks all report the fact.
+        name: the backend's name.
+        key: the fact's key in what the backend's `probe` returned.
+        label: what the reason calls the fact, in the singular.
+    """
+    values = [info.facts[name][key] for info in topology.ranks]
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            return f"{label} differs between ranks: {values[0]} on rank 0, {value} on rank {rank}"
+    return ""
+
+
+def several_hosts(topology: Topology) -> str:
+    """Require that all ranks share a kernel, an IPC namespace and a /dev/shm."""
+    if topology.one_host:
+        return ""
+    hosts = len({info.host.id for info in topology.ranks})
+    return f"its ranks are on {hosts} hosts, or in containers that share no memory"
+
+
 def shared_device(topology: Topology) -> str:
-    """Check that the ranks have distinct devices; each of them must have one."""
+    """Require that every rank has a device of its own; all ranks must have one."""
     uuids = [info.device.uuid for info in topology.ranks if info.device is not None]
     for rank, uuid in enumerate(uuids):
         if uuid in uuids[:rank]:
@@ -45,21 +95,34 @@ def shared_device(topology: Topology) -> str:
     return ""
 
 
-def unfit_devices(topology: Topology, oldest: tuple[int, int]) -> str:
-    """Check that the ranks' devices are distinct, of one compute capability, and new enough.
+def unfit_devices(topology: Topology, oldest: tuple[int, int], below: tuple[int, int] | None = None) -> str:
+    """Require that the ranks' devices are distinct, of one compute capability, and within the supported ones.
 
     Args:
         topology: a group whose ranks all have a device.
-        oldest: the lowest compute capability that is accepted.
+        oldest: the lowest compute capability that is supported.
+        below: the lowest later one that isn't; None: all later ones are.
     """
     shared = shared_device(topology)
     if shared:
         return shared
-    devices = [info.device for info in topology.ranks if info.device is not None]
-    capabilities = sorted({device.capability for device in devices})
+    capabilities = sorted({info.device.capability for info in topology.ranks if info.device is not None})
     listed = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
     if len(capabilities) > 1:
         return f"its devices have different compute capabilities: {listed}"
-    if capabilities[0] < oldest:
-        return f"it takes compute capability {oldest[0]}.{oldest[1]} or newer, and the devices have {listed}"
+    if capabilities[0] < oldest or (below is not None and capabilities[0] >= below):
+        end = "or newer" if below is None else f"or newer, below {below[0]}.{below[1]}"
+        return f"it takes compute capability {oldest[0]}.{oldest[1]} {end}, and the devices have {listed}"
+    return ""
+
+
+def missing_links(topology: Topology, *, nvlink: bool = True) -> str:
+    """Require peer access, and NVLink unless `nvlink` is False, between the devices of every two ranks."""
+    for rank in range(topology.world_size):
+        for peer in range(rank):
+            link = topology.link(peer, rank)
+            if nvlink and not link.nvlinks:
+                return f"ranks {peer} and {rank} have no NVLink between them: {link.reason or 'none was found'}"
+            if not link.p2p:
+                return f"ranks {peer} and {rank} have no peer access: {link.reason or 'the driver gives none'}"
     return ""

@@ -1,4 +1,4 @@
-// The kernels on a CPU: both algorithms, with real concurrency between ranks, judged by the sum in rank order.
+// The kernels on a CPU: both algorithms, with real concurrency between ranks, compared with the sum in rank order.
 //
 //     emulated WORLD_SIZE ROUNDS
 //
@@ -14,16 +14,16 @@
 #include <vector>
 
 #include "emulate.h"
-#include "letters.cuh"
 #include "one_stage.cuh"
+#include "peer_access_test.cuh"
 #include "two_stage.cuh"
 
 using namespace comm_customar_v1;
 
 namespace {
 
-constexpr size_t kLargest = 40016;  // bytes of a message
-constexpr size_t kBehind = 32;      // bytes of somebody else's after it
+constexpr size_t kLargest = 40016;  // the largest message, in bytes
+constexpr size_t kBehind = 32;      // bytes after a message that must not change
 constexpr char kCanary = 0x5a;
 constexpr uint64_t kStagingAt = 1 << 17;  // beyond the flags of any grid here
 
@@ -34,12 +34,12 @@ struct Shape {
     uint32_t threads, max_blocks;
 };
 
-// One launch of a series: what it sums, where to, and with what grid.
+// One launch of a series: its inputs, outputs and shape.
 struct Step {
     const Shape* shape;
     size_t nbytes;
     bool in_place;
-    std::vector<std::vector<char>> inputs, tensors, outputs;  // by rank; `tensors` are the inputs as ranks have them
+    std::vector<std::vector<char>> inputs, tensors, outputs;  // by rank; `tensors` are the ranks' copies of the inputs
 };
 
 uint32_t error_word = 0;
@@ -58,7 +58,7 @@ Params params_of(std::vector<std::vector<char>>& buffers, Step& step, size_t ran
     return params;
 }
 
-// One launch after the other on each rank, whose ranks wait for each other only as the kernels do.
+// Runs the launches one after another on each rank; ranks wait for each other only in the kernels.
 void run(std::vector<std::vector<char>>& buffers, std::vector<Step>& series) {
     const auto world_size = static_cast<uint32_t>(buffers.size());
     fake::on_every_rank(buffers.size(), [&](size_t rank) {
@@ -74,7 +74,7 @@ void run(std::vector<std::vector<char>>& buffers, std::vector<Step>& series) {
     });
 }
 
-// Whether a rank has the sum and nothing but it, `before` being what its output's memory held.
+// Says whether a rank has the sum, and the bytes after it are those of `before`.
 template <typename T>
 bool is_right(const std::string& what,
               const std::vector<char>& result,
@@ -137,7 +137,7 @@ int check(size_t rounds, unsigned long long epoch) {
     }
     run(buffers, series);
     if (error_word != 0) {
-        std::printf("a launch gave up\n");
+        std::printf("a launch timed out\n");
         return 1;
     }
     for (size_t index = 0; index < series.size(); ++index) {
@@ -161,38 +161,38 @@ int check(size_t rounds, unsigned long long epoch) {
     return 0;
 }
 
-// Every rank's letter arrives and is loaded; another number's, or a word that changed on the way, is noticed.
-int check_letters(uint32_t world_size) {
-    std::vector<std::vector<char>> regions(world_size, std::vector<char>(kLettersNbytes));
-    std::vector<Mail> mails(world_size);
+// Every rank's page arrives and is loaded; a page of another seed, or with a changed word, is noticed.
+int check_peer_access_test(uint32_t world_size) {
+    std::vector<std::vector<char>> regions(world_size, std::vector<char>(kTestRegionNbytes));
+    std::vector<PeerAccessTest> tests(world_size);
     for (uint32_t rank = 0; rank < world_size; ++rank) {
-        mails[rank].rank = rank;
-        mails[rank].number = 1000 + 77 * rank;
-        for (uint32_t peer = 0; peer < world_size; ++peer) mails[rank].letters[peer] = regions[peer].data();
+        tests[rank].rank = rank;
+        tests[rank].seed = 1000 + 77 * rank;
+        for (uint32_t peer = 0; peer < world_size; ++peer) tests[rank].regions[peer] = regions[peer].data();
     }
-    fake::launch([](const Mail& mail) { write_letters(mail); }, mails, world_size, 64);
-    fake::launch([](const Mail& mail) { read_letters(mail); }, mails, world_size, 64);
+    fake::launch([](const PeerAccessTest& test) { write_test_pages(test); }, tests, world_size, 64);
+    fake::launch([](const PeerAccessTest& test) { read_test_pages(test); }, tests, world_size, 64);
     for (std::vector<char>& region : regions) {
         for (uint32_t writer = 0; writer < world_size; ++writer) {
-            for (const uint64_t at : {letter_at(writer), answer_at(writer)}) {
+            for (const uint64_t at : {stored_at(writer), loaded_at(writer)}) {
                 auto* const words = reinterpret_cast<uint32_t*>(region.data() + at);
-                const uint32_t number = mails[writer].number, wrong = wrong_words(words, number);
+                const uint32_t seed = tests[writer].seed, wrong = wrong_words(words, seed);
                 words[99] ^= 1u << 31;
-                if (wrong != 0 || wrong_words(words, number) != 1 || wrong_words(words, number + 1) < 1000) {
-                    std::printf("a letter of rank %u has %u wrong words\n", writer, wrong);
+                if (wrong != 0 || wrong_words(words, seed) != 1 || wrong_words(words, seed + 1) < 1000) {
+                    std::printf("a test page of rank %u has %u wrong words\n", writer, wrong);
                     return 1;
                 }
             }
         }
     }
-    std::printf("every letter is right\n");
+    std::printf("every test page is right\n");
     return 0;
 }
 
 template <int W>
 int check_all(size_t rounds) {
     return check<comm_core::BFloat16, W>(rounds, 1) || check<comm_core::Float32, W>(rounds, (1ull << 32) - 4) ||
-           check<comm_core::Float16, W>(rounds, (1ull << 31) + 1) || check_letters(W);
+           check<comm_core::Float16, W>(rounds, (1ull << 31) + 1) || check_peer_access_test(W);
 }
 
 }  // namespace
@@ -202,8 +202,8 @@ int main(int argc, char** argv) {
     const auto rounds = static_cast<size_t>(argc > 2 ? std::atoi(argv[2]) : 1);
     if (world_size == 2) return check_all<2>(rounds);
     if (world_size == 4) return check_all<4>(rounds);
-    // With one dtype, as compiling takes long.
-    if (world_size == 6) return check<comm_core::BFloat16, 6>(rounds, 1) || check_letters(6);
-    if (world_size == 8) return check<comm_core::Float16, 8>(rounds, 1) || check_letters(8);
+    // One dtype, since compiling takes long.
+    if (world_size == 6) return check<comm_core::BFloat16, 6>(rounds, 1) || check_peer_access_test(6);
+    if (world_size == 8) return check<comm_core::Float16, 8>(rounds, 1) || check_peer_access_test(8);
     return 2;
 }

@@ -1,8 +1,9 @@
-"""Where the backend says yes, and why it says no elsewhere: from made-up topologies."""
+"""Which groups the backend serves, and the reason why it can't serve others: on made-up topologies."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,46 +12,19 @@ import comm_core as comm
 import comm_plugin_customar_v1 as customar_v1
 import pytest
 from comm_plugin_customar_v1 import policy
+from made_up_topologies import HERE, cuda_group
 
-HERE = comm.Host("node", "boot ipc 1 shm 1", "boot")
 FACTS: dict[str, Any] = {"missing": None, "forced": None}
-NVLINK = comm.Link(18, True)
 PCIE = comm.Link(0, True, "NVML: P2P_STATUS_NOT_SUPPORTED")
 TWO_PCIE = Path(__file__).parents[3] / "core" / "tests" / "topologies" / "two-pcie-p2p.json"
 
 
-def group(
-    count: int = 2,
-    *,
-    link: comm.Link = NVLINK,
-    hosts: dict[int, comm.Host] | None = None,
-    facts: dict[int, dict[str, Any]] | None = None,
-    capability: dict[int, tuple[int, int]] | None = None,
-    uuids: dict[int, str] | None = None,
-) -> comm.Topology:
-    names = [(uuids or {}).get(rank, f"GPU-{rank}") for rank in range(count)]
-    return comm.Topology.of(
-        (
-            comm.RankInfo(
-                rank,
-                (hosts or {}).get(rank, HERE),
-                comm.Device(
-                    "cuda",
-                    names[rank],
-                    capability=(capability or {}).get(rank, (9, 0)),
-                    links={name: link for name in names if name != names[rank]},
-                ),
-                facts={"customar_v1": FACTS | (facts or {}).get(rank, {})},
-            )
-            for rank in range(count)
-        ),
-        ("cuda", "cpu"),
-    )
+group = functools.partial(cuda_group, "customar_v1", FACTS)
 
 
 @pytest.mark.parametrize("count", policy.WORLD_SIZES)
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-def test_nvlink_between_every_two(count: int, capability: tuple[int, int]) -> None:
+def test_nvlink_between_every_two_is_served(count: int, capability: tuple[int, int]) -> None:
     answer = customar_v1.is_available(group(count, capability=dict.fromkeys(range(count), capability)))
     dtypes = ("float32", "float16", "bfloat16")
     served = comm.Range("all_reduce", dtypes=dtypes, device_types=("cuda",), max_nbytes=8 << 20)
@@ -76,30 +50,34 @@ def test_a_host_with_two_pcie_devices() -> None:
         (group(1), "2, 4, 6 or 8 ranks, and the group has 1"),
         (group(3), "2, 4, 6 or 8 ranks, and the group has 3"),
         (group(10), "2, 4, 6 or 8 ranks, and the group has 10"),
-        (comm.Topology.of([comm.RankInfo(0, HERE), comm.RankInfo(1, HERE)], ("cuda",)), "not every rank"),
+        (comm.Topology.of([comm.RankInfo(0, HERE), comm.RankInfo(1, HERE)], ("cuda",)), "rank 0 has no CUDA device"),
         (group(link=comm.Link(18, False, "NVML: P2P_STATUS_CHIPSET_NOT_SUPPORTED")), "CHIPSET_NOT_SUPPORTED"),
         (group(link=comm.Link(0, None)), "ranks 0 and 1 have no peer access: the driver gives none"),
-        (group(4, link=PCIE), "ranks 0 and 1 have no NVLink between them, which more than two ranks need"),
+        (group(4, link=PCIE), "more than two ranks need NVLink and peer access between every two"),
+        (group(4, link=PCIE), "ranks 0 and 1 have no NVLink between them: NVML: P2P_STATUS_NOT_SUPPORTED"),
         (group(hosts={1: comm.Host("other", "other", "other")}), "2 hosts"),
-        (group(hosts={1: comm.Host("node", "boot ipc 2 shm 2", "boot")}), "containers apart"),
+        (group(hosts={1: comm.Host("node", "boot ipc 2 shm 2", "boot")}), "containers that share no memory"),
         (group(4, uuids={2: "GPU-0"}), "ranks 0 and 2 share the device GPU-0"),
         (group(capability={1: (8, 0)}), "different compute capabilities: 8.0, 9.0"),
         (group(capability={0: (7, 5), 1: (7, 5)}), "8.0 or newer"),
         (group(facts={1: {"missing": "there is no nvcc"}}), "on rank 1 there is no nvcc"),
-        (group(facts={1: {"forced": [8 << 20, 0, 1, 256, 264]}}), "differs between ranks 0 and 1"),
+        (
+            group(facts={1: {"forced": [8 << 20, 0, 1, 256, 264]}}),
+            "differs between ranks: None on rank 0, [8388608, 0, 1, 256, 264] on rank 1",
+        ),
         (
             group(4, facts={rank: {"forced": [8 << 20, 0, 4, 256, 264]} for rank in range(4)}),
-            "with 4 ranks there are 2",
+            "asks for vecs=4, and with 4 ranks the kernels have 2 at most",
         ),
     ],
 )
-def test_no_with_the_reason(topology: comm.Topology, reason: str) -> None:
+def test_other_groups_get_the_reason(topology: comm.Topology, reason: str) -> None:
     answer = customar_v1.is_available(topology)
     assert isinstance(answer, comm.Unavailable)
     assert reason in answer.reason
 
 
-def test_its_facts_are_small_and_tell_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_facts_are_small_and_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(customar_v1.probe()) == {"missing", "forced"}
     monkeypatch.setenv(policy.OPTION, "two_stage:vecs=4")
     assert customar_v1.probe()["forced"] == [8 << 20, 1, 4, 256, 264]
@@ -114,5 +92,5 @@ def test_a_forced_algorithm_is_the_same_for_every_size() -> None:
     forced = {"forced": list(row.numbers())}
     topology = group(facts={0: forced, 1: forced})
     assert isinstance(customar_v1.is_available(topology), comm.Available)
-    assert customar_v1._forced(topology) == row
+    assert policy.forced_row(topology) == row
     assert policy.rows_for(2, row) == (row,)

@@ -1,4 +1,4 @@
-"""The kernels, with a CPU thread for each of a GPU's: whoever reads the wrong place or phase is found here."""
+"""The kernels on the CPU, one thread for each of a GPU's: finds a kernel that reads a wrong place or phase."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ def test_both_algorithms_sum_in_rank_order(program: Path, world_size: int, dtype
     done = subprocess.run([program, str(world_size), "3"], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("every sum is right") == dtypes
-    assert "every letter is right" in done.stdout
+    assert "every test page is right" in done.stdout

@@ -1,11 +1,13 @@
-"""The kernels on two GPUs: both algorithms exact, in graphs too, bounded when a peer is gone; and whose turn it is."""
+"""The kernels on GPUs: exact sums, also in graphs; bounded waits for a peer that is gone; when they serve."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import comm_core as comm
 import kernel_ranks
@@ -24,7 +26,7 @@ SHAPES = (
     *("one_stage", "one_stage:vecs=4,threads=512,blocks=132", "one_stage:vecs=2,threads=32,blocks=3"),
     *("two_stage", "two_stage:vecs=4,threads=512", "two_stage:vecs=2,threads=128,blocks=77"),
 )
-# customar_v2 as it is, and one that can't connect on the second rank.
+# customar_v2 unchanged, and a customar_v2 that can't connect on the second rank.
 V2 = "import comm_plugin_customar_v2 as plugin\n"
 V2_FAILS = """
 import comm_core as comm
@@ -51,12 +53,12 @@ plugin.connect = connect
 
 @pytest.fixture
 def found(tmp_path: Path) -> list[list[Path]]:
-    """Folders in which the plugin, alone, is found by each of two ranks."""
+    """For each of two ranks the folder in which it finds this plugin alone."""
     return [[install(tmp_path, NAME, "import comm_plugin_customar_v1 as plugin\n")]] * 2
 
 
 @pytest.mark.parametrize("shape", ["", *SHAPES])
-def test_sums_are_the_references_to_the_bit(ranks: Ranks, found: list[list[Path]], shape: str) -> None:
+def test_sums_have_the_bits_of_the_reference(ranks: Ranks, found: list[list[Path]], shape: str) -> None:
     env = {policy.OPTION: shape}
     results = ranks.run(kernel_ranks.sums, NAME, SIZES, backend=GPUS, path=found, env=env, deadline_s=280)
     assert results == [2 * len(DTYPES) * len(SIZES)] * 2
@@ -123,7 +125,7 @@ def test_mixed_calls(ranks: Ranks, found: list[list[Path]]) -> None:
 
 @pytest.mark.parametrize("in_a_replay", [False, True])
 def test_a_killed_peer_is_named(ranks: Ranks, found: list[list[Path]], in_a_replay: bool) -> None:
-    # NCCL at the route's end would take the process with it.
+    # torch.distributed's NCCL, which is connected as the fallback, would end the process.
     env = {"COMM_CORE_WAIT_TIMEOUT_S": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     results = ranks.run(kernel_ranks.killed, NAME, in_a_replay, backend=GPUS, path=found, env=env, dying=[1])
     assert results[1] == DEAD
@@ -137,35 +139,31 @@ def test_close_gives_the_memory_back(ranks: Ranks, found: list[list[Path]]) -> N
 
 
 def expandable() -> None:
-    """The caller's tensors are in memory that has no IPC handle; the backend's own buffers aren't torch's."""
+    """The caller's tensors are in memory without an IPC handle; the backend's buffers don't come from torch."""
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     try:
         kernel_ranks.sums(NAME, (14, 8192, (4 << 20) + 46))
     finally:
         torch.cuda.memory._set_allocator_settings("expandable_segments:False")
-        torch.cuda.empty_cache()  # a segment that is left would be evidence in a later test
+        torch.cuda.empty_cache()  # a segment that is left would change a later test's topology
 
 
 def test_expandable_segments_dont_matter(ranks: Ranks, found: list[list[Path]]) -> None:
     ranks.run(expandable, backend=GPUS, path=found)
 
 
-def wrong_letter() -> dict[str, str]:
-    """On the second rank the driver gives wrong data, as far as the session can tell."""
+def wrong_data() -> dict[str, str]:
+    """The second rank compares the test pages with other seeds, so they seem wrong."""
     from comm_plugin_customar_v1 import session
 
-    real = session.Native
+    class OtherSeeds(session.Session):
+        def __init__(self, functions: Mapping[str, Any], *arguments: Any) -> None:
+            read = functions["read_test_pages"]
+            spoilt = {**functions, "read_test_pages": lambda seeds: read([seed ^ 1 for seed in seeds])}
+            super().__init__(spoilt, *arguments)
 
-    def spoilt(*functions: Any) -> session.Native:
-        native = real(*functions)
-        return native._replace(read_letters=lambda numbers: native.read_letters([number ^ 1 for number in numbers]))
-
-    if dist.get_rank() == 1:
-        session.Native = spoilt  # type: ignore[assignment, misc]
-    try:
+    with mock.patch.object(session, "Session", OtherSeeds if dist.get_rank() == 1 else session.Session):
         handle = comm.get_backend()
-    finally:
-        session.Native = real  # type: ignore[misc]
     x = torch.ones(64, device="cuda")
     assert torch.equal(handle.all_reduce(x), 2 * x)
     reason = next(item.reason for item in handle.decision.candidates if item.name == NAME)
@@ -173,14 +171,14 @@ def wrong_letter() -> dict[str, str]:
     return {"name": handle.name, "reason": reason}
 
 
-def test_wrong_data_is_noticed_before_anybody_trusts_it(ranks: Ranks, found: list[list[Path]]) -> None:
-    for result in ranks.run(wrong_letter, backend=GPUS, path=found):
+def test_wrong_data_drops_the_backend_on_all_ranks(ranks: Ranks, found: list[list[Path]]) -> None:
+    for result in ranks.run(wrong_data, backend=GPUS, path=found):
         assert result["name"] == "torch_distributed"
         assert "rank 1: the driver reports peer access, but 1024 of 1024 words" in result["reason"]
 
 
-def whose_turn(nvlink: bool) -> dict[str, Any]:
-    """Who serves, and why the others don't; after a sum and the replay of one."""
+def serving(nvlink: bool) -> dict[str, Any]:
+    """Which backend serves and why the others don't, after a sum and the replay of a recorded one."""
     link = _nvml._link
     if not nvlink:
 
@@ -212,7 +210,7 @@ def whose_turn(nvlink: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("v2", "env", "nvlink", "name", "verdict", "words"),
+    ("v2", "env", "nvlink", "name", "verdict", "reason"),
     [
         (V2, {}, True, "customar_v2", "serves", ""),
         (V2, {"COMM_CORE_DISABLE": "customar_v2"}, True, NAME, "blocked", "COMM_CORE_DISABLE"),
@@ -229,13 +227,13 @@ def test_it_is_never_skipped_on_the_way_from_v2_to_nccl(
     nvlink: bool,
     name: str,
     verdict: str,
-    words: str,
+    reason: str,
 ) -> None:
     path = [[*found[0], install(tmp_path / "v2", "customar_v2", v2)]] * 2
-    results = ranks.run(whose_turn, nvlink, backend=GPUS, path=path, env=env)
+    results = ranks.run(serving, nvlink, backend=GPUS, path=path, env=env)
     assert results[0] == results[1]
     assert results[0]["name"] == name, results[0]["text"]
     assert results[0]["verdicts"]["customar_v2"] == verdict
-    assert words in results[0]["text"]
+    assert reason in results[0]["text"]
     assert results[0]["order"][0] == name
     assert results[0]["order"][-1] == "torch_distributed"

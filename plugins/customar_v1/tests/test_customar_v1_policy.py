@@ -1,4 +1,4 @@
-"""The table, the option and the layout of the buffers: pure, so they are looked at whole."""
+"""The table, the option and the layout of the buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from comm_plugin_customar_v1 import layout, policy
 
-FLAGS, LETTERS = 131328, 65536
+FLAGS_NBYTES, TEST_NBYTES = 131328, 65536
 
 
 @pytest.mark.parametrize("count", policy.WORLD_SIZES)
@@ -18,13 +18,13 @@ def test_every_table_can_be_launched(count: int) -> None:
     for row in rows:
         assert row.algorithm in policy.ALGORITHMS
         assert row.vecs in (1, 2, 4)
-        assert row.vecs <= policy.most_vecs(count)
+        assert row.vecs <= policy.max_vecs(count)
         assert row.threads % 32 == 0
         assert 32 <= row.threads <= policy.MAX_THREADS
         assert 1 <= row.blocks <= policy.MAX_BLOCKS
 
 
-def test_two_ranks_take_one_stage_and_more_two_for_what_is_large() -> None:
+def test_two_ranks_take_one_stage_and_more_ranks_two_for_large_messages() -> None:
     assert {row.algorithm for row in policy.rows_for(2)} == {"one_stage"}
     for count in policy.WORLD_SIZES[1:]:
         assert [policy.rows_for(count)[index].algorithm for index in (0, -1)] == ["one_stage", "two_stage"]
@@ -32,10 +32,10 @@ def test_two_ranks_take_one_stage_and_more_two_for_what_is_large() -> None:
 
 @pytest.mark.parametrize("budget", [1 << 30, 18 << 20, 17 << 20, 4 << 20, 2 << 20])
 def test_the_buffer_holds_its_regions_and_no_more_than_the_budget(budget: int) -> None:
-    plan = layout.plan(budget, FLAGS, LETTERS)
+    plan = layout.plan(budget, FLAGS_NBYTES, TEST_NBYTES)
     regions = [
-        (0, FLAGS),
-        (plan.letters_at, LETTERS),
+        (0, FLAGS_NBYTES),
+        (plan.test_at, TEST_NBYTES),
         (plan.staging_at, 2 * plan.staging_nbytes),
         (plan.nbytes, 0),
     ]
@@ -44,18 +44,18 @@ def test_the_buffer_holds_its_regions_and_no_more_than_the_budget(budget: int) -
     assert plan.staging_nbytes % 16 == 0
     assert plan.nbytes % (2 << 20) == 0
     assert plan.nbytes <= budget
-    assert plan.numbers() == [plan.nbytes, plan.letters_at, plan.staging_at, plan.staging_nbytes]
+    assert plan.numbers() == [plan.nbytes, plan.test_at, plan.staging_at, plan.staging_nbytes]
 
 
 def test_the_memory_that_the_readme_names() -> None:
-    plan = layout.plan(1 << 30, FLAGS, LETTERS)
+    plan = layout.plan(1 << 30, FLAGS_NBYTES, TEST_NBYTES)
     assert plan.nbytes == 18 << 20
     assert plan.staging_nbytes == policy.MAX_NBYTES
 
 
 def test_a_budget_that_is_too_small() -> None:
     with pytest.raises(MemoryError, match="the budget is 1000000"):
-        layout.plan(1_000_000, FLAGS, LETTERS)
+        layout.plan(1_000_000, FLAGS_NBYTES, TEST_NBYTES)
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_the_option(text: str, row: policy.Row) -> None:
         *("one_stage:vecs", "one_stage:vecs=-1", "one_stage:blocks=0", "one_stage:blocks=513"),
     ],
 )
-def test_an_option_that_is_wrong(text: str) -> None:
+def test_an_option_that_cant_be_read(text: str) -> None:
     with pytest.raises(ValueError, match=policy.OPTION):
         policy.parse({policy.OPTION: text})
 
 
-def test_the_rows_numbers_are_in_the_native_codes_order() -> None:
+def test_rows_are_flattened_in_the_native_codes_order() -> None:
     assert policy.flat([policy.Row(16, "two_stage", 2, 64, 3), policy.Row(32, "one_stage")]) == [
         *(16, 1, 2, 64, 3),
         *(32, 0, 1, 256, 264),

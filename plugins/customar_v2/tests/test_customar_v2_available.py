@@ -78,7 +78,7 @@ def test_one_clique_on_two_hosts() -> None:
         (comm.Topology(group().ranks, ("cpu",)), "CUDA tensors"),
         (group(1), "2 to 8 ranks"),
         (group(9), "2 to 8 ranks"),
-        (comm.Topology.of([comm.RankInfo(0, HERE), comm.RankInfo(1, HERE)], ("cuda",)), "not every rank"),
+        (comm.Topology.of([comm.RankInfo(0, HERE), comm.RankInfo(1, HERE)], ("cuda",)), "rank 0 has no CUDA device"),
         (group(link=comm.Link(0, True, "no links")), "ranks 0 and 1 have no NVLink between them: no links"),
         (group(link=comm.Link(None, True)), "no NVLink"),
         (group(link=comm.Link(18, False, "NVML: P2P_STATUS_CHIPSET_NOT_SUPPORTED")), "CHIPSET_NOT_SUPPORTED"),

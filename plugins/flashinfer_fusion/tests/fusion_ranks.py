@@ -1,4 +1,4 @@
-"""What the tests of this plugin run in each rank: core's part around the hooks, and the formula."""
+"""Functions that run in each rank: core's part around the hooks, and the expected results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 
 
 class Member:
-    """One rank of a group: connects, and runs Collective hooks as core does, with a vote at the end."""
+    """One rank of a group: it connects, and runs Collective hooks as core does, with a vote at the end."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, budget: int = BUDGET) -> None:
         ranks = tuple(dist.get_process_group_ranks(group))
@@ -41,7 +41,7 @@ class Member:
         return self.step(lambda: plugin.pre_capture_init(self.session, shapes))
 
     def step(self, call: Callable[[], Any]) -> Any:
-        """What the hook returned; ("failed", the reason, the rank) where it failed on any rank."""
+        """Returns the hook's result; ("failed", the reason, the rank) if it failed on any rank."""
         self.steps += 1
         try:
             with self.channel.opened(self.control, f"step {self.steps}", 60.0) as stage:
@@ -57,13 +57,13 @@ class Member:
         return value
 
     def fused(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The hook, with core's defaults for what is left out."""
+        """Calls the hook, with core's defaults for arguments left out."""
         defaults: tuple[Any, ...] = (1e-6, 0.0, None, None)
         return plugin.all_reduce_add_rms_norm(self.session, *arguments, *defaults[len(arguments) - 3 :])
 
 
 def integers(rank: int, shape: tuple[int, ...], device: torch.device, salt: int = 0) -> torch.Tensor:
-    """Numbers whose sum over a few ranks and a residual is exact in every dtype."""
+    """Numbers with an exact sum over a few ranks and a residual, in every dtype."""
     numel = torch.Size(shape).numel()
     values = (torch.arange(numel, device=device) * 7919 + rank * 104729 + salt * 31) % 23
     return values.reshape(shape).to(BF16)

@@ -1,8 +1,9 @@
-"""Where the backend says yes, and why it says no elsewhere: from made-up topologies."""
+"""Which groups the backend serves, and the reason why it can't serve others: on made-up topologies."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -13,45 +14,17 @@ import comm_plugin_flashinfer_fusion as plugin
 import pytest
 from comm_core.routes import Offer, plan
 from comm_core.types import TERMINAL
+from made_up_topologies import ELSEWHERE, HERE, cuda_group
 
-HERE = comm.Host("node", "boot ipc 1 shm 1", "boot")
-OTHER = comm.Host("other", "other", "other")
 FACTS: dict[str, Any] = {"missing": None, "version": "0.7.2"}
-NVLINK = comm.Link(18, True)
 
 
-def group(
-    count: int = 2,
-    *,
-    link: comm.Link = NVLINK,
-    hosts: dict[int, comm.Host] | None = None,
-    facts: dict[int, dict[str, Any]] | None = None,
-    capability: dict[int, tuple[int, int]] | None = None,
-    uuids: dict[int, str] | None = None,
-) -> comm.Topology:
-    names = [(uuids or {}).get(rank, f"GPU-{rank}") for rank in range(count)]
-    return comm.Topology.of(
-        (
-            comm.RankInfo(
-                rank,
-                (hosts or {}).get(rank, HERE),
-                comm.Device(
-                    "cuda",
-                    names[rank],
-                    capability=(capability or {}).get(rank, (9, 0)),
-                    links={name: link for name in names if name != names[rank]},
-                ),
-                facts={"flashinfer_fusion": FACTS | (facts or {}).get(rank, {})},
-            )
-            for rank in range(count)
-        ),
-        ("cuda", "cpu"),
-    )
+group = functools.partial(cuda_group, "flashinfer_fusion", FACTS)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (10, 3)])
-def test_nvlink_between_every_two(count: int, capability: tuple[int, int]) -> None:
+def test_nvlink_between_every_two_is_served(count: int, capability: tuple[int, int]) -> None:
     answer = plugin.is_available(group(count, capability=dict.fromkeys(range(count), capability)))
     assert isinstance(answer, comm.Available)
     assert answer.priority == 200
@@ -64,7 +37,7 @@ def test_nvlink_between_every_two(count: int, capability: tuple[int, int]) -> No
     assert served.max_nbytes == {2: 8 << 20, 4: 2 << 20, 8: 1 << 20}[count]
 
 
-def test_nothing_is_served_before_a_workspace_is_made() -> None:
+def test_nothing_is_served_before_a_workspace_is_created() -> None:
     answer = plugin.is_available(group())
     assert isinstance(answer, comm.Available)
     routes = plan([Offer("flashinfer_fusion", answer.priority, answer.ranges)], ("cuda",))
@@ -82,21 +55,27 @@ def test_nothing_is_served_before_a_workspace_is_made() -> None:
             comm.Topology.of(
                 [comm.RankInfo(rank, HERE, facts={"flashinfer_fusion": FACTS}) for rank in (0, 1)], ("cuda",)
             ),
-            "not every rank has a CUDA device",
+            "rank 0 has no CUDA device",
         ),
         (group(link=comm.Link(0, True, "no links")), "ranks 0 and 1 have no NVLink between them: no links"),
         (group(link=comm.Link(None, True)), "no NVLink"),
         (group(4, link=comm.Link(18, False, "NVML: P2P_STATUS_CHIPSET_NOT_SUPPORTED")), "no peer access"),
-        (group(hosts={1: OTHER}), "several hosts"),
+        (group(hosts={1: ELSEWHERE}), "its ranks are on 2 hosts"),
         (group(4, uuids={2: "GPU-0"}), "ranks 0 and 2 share the device GPU-0"),
-        (group(capability={1: (10, 0)}), "one compute capability, 9.x or 10.x, and these have 9.0, 10.0"),
-        (group(capability={0: (8, 0), 1: (8, 0)}), "and these have 8.0"),
-        (group(capability={0: (12, 0), 1: (12, 0)}), "and these have 12.0"),
+        (group(capability={1: (10, 0)}), "its devices have different compute capabilities: 9.0, 10.0"),
+        (
+            group(capability={0: (8, 0), 1: (8, 0)}),
+            "9.0 or newer, below 11.0, and the devices have 8.0",
+        ),
+        (group(capability={0: (12, 0), 1: (12, 0)}), "and the devices have 12.0"),
         (group(facts={1: {"missing": "flashinfer isn't installed"}}), "on rank 1 flashinfer isn't installed"),
-        (group(facts={1: {"version": "0.7.1"}}), "ranks 0 and 1 have FlashInfer 0.7.2 and 0.7.1"),
+        (
+            group(facts={1: {"version": "0.7.1"}}),
+            "version differs between ranks: 0.7.2 on rank 0, 0.7.1 on rank 1",
+        ),
     ],
 )
-def test_no_with_the_reason(topology: comm.Topology, reason: str) -> None:
+def test_other_groups_get_the_reason(topology: comm.Topology, reason: str) -> None:
     answer = plugin.is_available(topology)
     assert isinstance(answer, comm.Unavailable)
     assert reason in answer.reason
@@ -115,16 +94,17 @@ def test_a_rank_without_facts() -> None:
         ("0.7.1", None),
         ("0.7.2.post1", None),
         ("0.10.0", None),
-        ("0.7.0.post1", "flashinfer-python 0.7.0.post1 is older than 0.7.1"),
+        (
+            "0.7.0.post1",
+            "flashinfer-python 0.7.0.post1 is older than 0.7.1: pip install 'flashinfer-python>=0.7.1'",
+        ),
         (None, None),
     ],
 )
-def test_its_facts_tell_which_release_is_there(
-    monkeypatch: pytest.MonkeyPatch, version: str | None, missing: str | None
-) -> None:
+def test_its_facts_have_the_version(monkeypatch: pytest.MonkeyPatch, version: str | None, missing: str | None) -> None:
     def installed(name: str) -> str:
         if version is None:
-            # A package on the path that no installer knows of.
+            # A package on the path that no installer has installed.
             raise importlib.metadata.PackageNotFoundError(name)
         return version
 

@@ -1,4 +1,4 @@
-"""FlashInfer itself on two GPUs: exact sums, graphs, growth, memory that comes back, and one rank that has none."""
+"""FlashInfer itself on two GPUs: exact sums, graphs, growth, freed memory, and a rank without memory."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def replays() -> int:
     with torch.cuda.graph(graph):
         first = own.fused(*static)
         second = own.fused(static[0], first[1], static[2])
-    # The graph keeps its workspace, whatever is prepared after it.
+    # The graph keeps its workspace when a larger one is prepared.
     older = own.session._workspace
     prepared(own, 512, 4096)
     assert own.session._workspace is not older
@@ -129,7 +129,7 @@ def free_nbytes() -> int:
 
 def starved() -> tuple[Any, int]:
     own = member()
-    # What the first use of everything takes, is taken before it is counted.
+    # The first use allocates memory that stays; it happens before memory is counted.
     prepared(own, 8, 4096)
     own.fused(*inputs(own.context.rank, 2, (8, 4096), own.context.device))
     torch.cuda.synchronize()
@@ -149,17 +149,17 @@ def starved() -> tuple[Any, int]:
     return outcome, lost
 
 
-def test_where_one_rank_has_no_memory_both_fall_back_and_free_theirs(ranks: Ranks) -> None:
+def test_if_one_rank_has_no_memory_both_fall_back_and_free_theirs(ranks: Ranks) -> None:
     for (failed, reason, rank), lost in ranks.run(starved, backend=GPUS, deadline_s=280):
         assert (failed, rank) == ("failed", 1)
-        assert "a workspace for messages of 8388608 bytes takes" in reason
+        assert "a workspace for messages of 8388608 bytes needs" in reason
         assert lost < 8 << 20
 
 
 def closed() -> list[int]:
     free = []
     for _ in range(4):
-        own = member()  # of one group: a new one would bring communicators of NCCL
+        own = member()  # in one group: a new group would create communicators of NCCL
         for tokens in (8, 512, 1024):
             prepared(own, tokens, 4096)
             check(own.fused(*inputs(own.context.rank, 2, (tokens, 4096), own.context.device)), 2)

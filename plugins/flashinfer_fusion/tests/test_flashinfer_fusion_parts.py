@@ -1,4 +1,4 @@
-"""What needs no device: the kernel's limits, memory, the exchange's messages, the library's interface, streams."""
+"""The parts that need no device: the kernel's limits, memory, exchanged messages, FlashInfer's interface, streams."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from comm_plugin_flashinfer_fusion import channel, library, policy, session
 
 @pytest.mark.parametrize("hidden_size", [8, 96, 1024, 2880, 4096, 5120, 7168, 8192, 16384, 32768, 4088])
 def test_hidden_sizes_that_the_kernel_takes(hidden_size: int) -> None:
-    assert policy.fits(hidden_size)
+    assert policy.fits_kernel(hidden_size)
 
 
-# No multiple of a vector; more threads than blocks that divide them can have; nothing.
+# Not a multiple of a vector; more threads than the blocks that divide them evenly can have; none at all.
 @pytest.mark.parametrize("hidden_size", [1001, 4, 4104, 8200, 16384 + 8, 32768 + 64, 1 << 20, 0])
-def test_hidden_sizes_that_it_doesnt_take(hidden_size: int) -> None:
-    assert not policy.fits(hidden_size)
+def test_other_hidden_sizes(hidden_size: int) -> None:
+    assert not policy.fits_kernel(hidden_size)
 
 
-def test_tokens_end_where_it_is_no_longer_faster() -> None:
-    assert policy.most_tokens(2, 4096, 2048) == 1024
-    assert policy.most_tokens(2, 4096, 100) == 100
-    assert policy.most_tokens(8, 7168, 512) == 73
-    assert policy.most_tokens(4, 8200, 512) == 0
+def test_the_most_tokens() -> None:
+    assert policy.max_tokens(2, 4096, 2048) == 1024
+    assert policy.max_tokens(2, 4096, 100) == 100
+    assert policy.max_tokens(8, 7168, 512) == 73
+    assert policy.max_tokens(4, 8200, 512) == 0
 
 
 def test_a_workspaces_memory() -> None:
@@ -37,13 +37,13 @@ def test_a_workspaces_memory() -> None:
 
 
 @pytest.mark.parametrize("value", [None, True, 3, 0.5, "text", b"\0\xff", [1, (b"", "x")], (), [[]], ("a", [None])])
-def test_what_is_exchanged_arrives_as_it_was(value: Any) -> None:
+def test_exchanged_values_arrive_unchanged(value: Any) -> None:
     arrived = channel.decode(channel.encode(value))
     assert arrived == value
     assert type(arrived) is type(value)
 
 
-def test_what_cant_be_exchanged_is_refused_by_its_type() -> None:
+def test_a_value_that_cant_be_exchanged_is_named_by_its_type() -> None:
     with pytest.raises(TypeError, match="exchanges a set, which"):
         channel.encode([{1}])
 
@@ -62,7 +62,7 @@ def made_up(**functions: Any) -> Any:
     return module
 
 
-def test_a_release_with_another_interface_is_refused_with_what_it_lacks() -> None:
+def test_a_release_with_another_interface_is_refused_by_what_it_lacks() -> None:
     details = SimpleNamespace()
     library.Library(made_up(), details)
     with pytest.raises(RuntimeError, match=r"has no flashinfer\.comm\.allreduce_fusion"):
@@ -76,7 +76,7 @@ def test_the_module_imports_no_flashinfer() -> None:
 
 
 class Stream:
-    """Notes what it waits for."""
+    """Records what it waits for."""
 
     def __init__(self, number: int) -> None:
         self.cuda_stream = number
@@ -118,14 +118,14 @@ def test_calls_on_two_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatc
 
     def call(stream: Stream) -> None:
         streams.current = stream
-        own.fused(x, x, weight, 1e-6, 0.0, None, None)
+        own.all_reduce_add_rms_norm(x, x, weight, 1e-6, 0.0, None, None)
 
     one, two, capture = Stream(1), Stream(2), Stream(3)
     for stream in (one, one, two, one):
         call(stream)
     assert one.waited == [two]
     assert two.waited == [one]
-    # What is recorded runs when the graph is replayed: its order is the caller's.
+    # A recorded call runs when the graph is replayed: the caller orders it.
     capture.capturing = True
     call(capture)
     assert capture.waited == []

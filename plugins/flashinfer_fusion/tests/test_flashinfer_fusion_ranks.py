@@ -1,4 +1,4 @@
-"""Real processes, with the library replaced at its border: the workspace's life, its exchanges, and who else serves."""
+"""Real processes over a fake FlashInfer: how the workspace is created, exchanged, grown and freed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from comm_plugin_flashinfer_fusion import policy, session
 from fusion_ranks import BUDGET, Member, check, inputs
 from harness import Ranks, install
 
-BORDER = Path(__file__).with_name("border")
+FAKE = Path(__file__).with_name("fake")
 CPU = torch.device("cpu")
 
 
 class Cuda:
-    """Whether the stream captures, and how much memory is free, as the test says."""
+    """Whether the stream is being captured, and how much memory is free: set by the test."""
 
     capturing = False
     free = 1 << 40
@@ -32,7 +32,7 @@ class Cuda:
 
 @contextlib.contextmanager
 def cuda() -> Iterator[type[Cuda]]:
-    """What a torch without CUDA lacks of it."""
+    """Replaces the CUDA functions that a torch without CUDA lacks."""
     Cuda.capturing, Cuda.free = False, 1 << 40
     with (
         mock.patch.object(torch.cuda, "mem_get_info", side_effect=lambda _: (Cuda.free, 1 << 40)),
@@ -43,7 +43,7 @@ def cuda() -> Iterator[type[Cuda]]:
         yield Cuda
 
 
-def border() -> dict[str, Any]:
+def fake_state() -> dict[str, Any]:
     import flashinfer.comm
 
     gc.collect()
@@ -51,7 +51,7 @@ def border() -> dict[str, Any]:
 
 
 def member_of(ranks: list[int], budget: int = BUDGET) -> Member | None:
-    """This rank in a new group; None where it isn't in it, and has nothing to do."""
+    """This rank in a new group; None if it isn't in the group, and has nothing to do."""
     group = dist.new_group(ranks)
     return Member(group, CPU, budget) if dist.get_rank() in ranks else None
 
@@ -78,7 +78,7 @@ def sub_group() -> Any:
             check(results, 2)
         total = plugin.all_reduce(member.session, torch.full((3,), member.context.rank + 1.0), None)
         assert total.tolist() == [3.0] * 3
-        found, calls = workspace.found, list(border()["calls"])
+        found, calls = workspace.found, list(fake_state()["calls"])
         del workspace
         plugin.close(member.session, True)
         plugin.close(member.session, True)
@@ -86,16 +86,16 @@ def sub_group() -> Any:
         "ranges": [[item.to_json() for item in items] for items in (first, ranges)],
         "found": found,
         "calls": calls,
-        "live": border()["live"],
+        "live": fake_state()["live"],
         "memory": member.session.memory_nbytes,
     }
 
 
 def test_a_sub_group_that_doesnt_start_at_rank_0(ranks: Ranks) -> None:
-    *others, one, two = ranks.run(sub_group, world_size=4, path=[[BORDER]] * 4)
+    *others, one, two = ranks.run(sub_group, world_size=4, path=[[FAKE]] * 4)
     assert others == [None, None]
     assert one == two
-    # Each rank has what every rank of the group sent, by group rank; a root is the group's.
+    # Each rank has received every rank's data, by group rank; a root is a group rank.
     exchange = [(b"\0\xff\2", b"\1\xff\3"), ("rank 0/fd.sock", "rank 1/fd.sock"), ("root", 2), ("root", 3)]
     assert one["found"] == exchange * 3
     # The second shape has as many elements: it fits into the first one's workspace.
@@ -117,29 +117,29 @@ def starved() -> Any:
     with cuda():
         member.connect()
         outcome = member.prepare(8, 2048)
-        live = border()["live"]
+        live = fake_state()["live"]
         plugin.close(member.session, False)
-        # Nothing is left behind that would keep another session from working.
-        with mock.patch.dict("os.environ", {"BORDER_MEMORY": ""}):
+        # Another session works.
+        with mock.patch.dict("os.environ", {"FAKE_MEMORY": ""}):
             member.connect()
             ranges = member.prepare(8, 2048)
             check(member.fused(*inputs(member.context.rank, 2, (8, 2048), CPU)), 2)
             plugin.close(member.session, True)
-    return outcome, live, len(ranges), border()["live"]
+    return outcome, live, len(ranges), fake_state()["live"]
 
 
 @pytest.mark.parametrize("buffers", [0, 1, 2, 3])
-def test_where_one_rank_has_too_little_memory_all_fall_back_and_free_what_they_took(ranks: Ranks, buffers: int) -> None:
-    # Enough for so many of the three buffers, but not for flags after them, on one rank; its peer is somewhere in the
-    # exchange.
+def test_if_one_rank_has_too_little_memory_all_fall_back_and_free_theirs(ranks: Ranks, buffers: int) -> None:
+    # One rank has memory for this many of the three buffers, but not for the flags after them. Its peer is then in the
+    # middle of the exchange.
     memory = sum((65536, 2048, 3 * 65536)[:buffers])
-    env = [{}, {}, {"BORDER_MEMORY": str(memory)}]
-    _, *results = ranks.run(starved, world_size=3, path=[[BORDER]] * 3, env=env)
+    env = [{}, {}, {"FAKE_MEMORY": str(memory)}]
+    _, *results = ranks.run(starved, world_size=3, path=[[FAKE]] * 3, env=env)
     for outcome, live, ranges, left in results:
         failed, reason, rank = outcome
         assert (failed, rank) == ("failed", 1)
-        assert "FlashInfer couldn't make a workspace for messages of [8, 2048]: RuntimeError: CUDA_ERROR" in reason
-        # On the other rank too: it never got a workspace that one rank lacks.
+        assert "FlashInfer couldn't create a workspace for messages of [8, 2048]: RuntimeError: CUDA_ERROR" in reason
+        # On the other rank, too: it has no workspace that one rank lacks.
         assert (live, ranges, left) == (0, 1, 0)
 
 
@@ -153,13 +153,13 @@ def full() -> Any:
             state.free = 6 << 20
         outcome = member.prepare(1024, 1024)
         plugin.close(member.session, False)
-    return outcome, border()["calls"], border()["live"]
+    return outcome, fake_state()["calls"], fake_state()["live"]
 
 
-def test_what_is_known_to_be_too_little_is_said_before_the_library_is_asked(ranks: Ranks) -> None:
-    for (failed, reason, rank), calls, live in ranks.run(full, path=[[BORDER]] * 2):
+def test_too_little_free_memory_is_noticed_before_flashinfer_is_called(ranks: Ranks) -> None:
+    for (failed, reason, rank), calls, live in ranks.run(full, path=[[FAKE]] * 2):
         assert (failed, rank) == ("failed", 1)
-        assert "a workspace for messages of 2097152 bytes takes 23068672, and 6291456 are free" in reason
+        assert "a workspace for messages of 2097152 bytes needs 23068672, and the device has 6291456 free" in reason
         assert (calls, live) == (["create"], 0)
 
 
@@ -170,20 +170,20 @@ def no_kernels() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "words"),
-    [("BORDER_BUILD", "fails", "ninja: build stopped"), ("BORDER_CONFIDENTIAL", "1", "confidential computing")],
+    ("variable", "value", "reason"),
+    [("FAKE_BUILD", "fails", "ninja: build stopped"), ("FAKE_CONFIDENTIAL", "1", "confidential computing")],
 )
-def test_what_one_rank_cant_do_is_every_ranks_reason(ranks: Ranks, variable: str, value: str, words: str) -> None:
-    for failed, reason, rank in ranks.run(no_kernels, path=[[BORDER]] * 2, env=[{}, {variable: value}]):
+def test_a_failure_of_one_rank_is_every_ranks_reason(ranks: Ranks, variable: str, value: str, reason: str) -> None:
+    for failed, text, rank in ranks.run(no_kernels, path=[[FAKE]] * 2, env=[{}, {variable: value}]):
         assert (failed, rank) == ("failed", 1)
-        assert words in reason
+        assert reason in text
 
 
 def grown() -> Any:
     member = member_of([0, 1], 40 << 20)
     assert member is not None
-    mine = [policy.workspace_nbytes(2, tokens * 1024) for tokens in (8, 64, 512)]
-    took = [2 * tokens * 1024 * 2 * 4 + 2048 + 20 for tokens in (8, 64, 512)]
+    needed = [policy.workspace_nbytes(2, tokens * 1024) for tokens in (8, 64, 512)]
+    allocated = [2 * tokens * 1024 * 2 * 4 + 2048 + 20 for tokens in (8, 64, 512)]
     with cuda() as state:
         member.connect()
 
@@ -192,17 +192,17 @@ def grown() -> Any:
 
         assert member.prepare(8, 1024) is not None
         call(8)
-        # The smaller one is gone before the larger one is made.
+        # The smaller one is freed before the larger one is created.
         assert member.prepare(64, 1024) is not None
-        seen = border()
-        assert (seen["live"], seen["peak"]) == (took[1], took[1])
-        assert member.session.memory_nbytes == mine[1]
+        state_now = fake_state()
+        assert (state_now["live"], state_now["peak"]) == (allocated[1], allocated[1])
+        assert member.session.memory_nbytes == needed[1]
         for unchanged in ((64, 1024, torch.bfloat16), (9, 1024, torch.bfloat16), (8, 1024, torch.float32)):
             assert member.prepare(*unchanged) is None
-        # More tokens of a smaller row need no other workspace.
+        # More tokens of a smaller hidden size need no larger workspace.
         assert member.prepare(128, 512) is not None
-        assert border()["calls"].count("create") == 2
-        # Its kernel is in a graph: it stays.
+        assert fake_state()["calls"].count("create") == 2
+        # A graph has recorded its kernel, so it is kept.
         state.capturing = True
         call(64)
         state.capturing = False
@@ -212,17 +212,17 @@ def grown() -> Any:
         call(512)
         assert member.session._workspace.value is not older
         assert hasattr(older, "ipc_handles")
-        assert border()["live"] == took[1] + took[2]
-        assert member.session.memory_nbytes == mine[1] + mine[2]
-        # What comes on top of it has no room in the budget.
+        assert fake_state()["live"] == allocated[1] + allocated[2]
+        assert member.session.memory_nbytes == needed[1] + needed[2]
+        # The budget has no space for a third workspace.
         full = member.prepare(4096, 1024)
         del older
         plugin.close(member.session, True)
-    return full, border()["live"]
+    return full, fake_state()["live"]
 
 
-def test_it_grows_and_keeps_what_a_graph_may_replay(ranks: Ranks) -> None:
-    for (failed, reason, _), live in ranks.run(grown, path=[[BORDER]] * 2):
+def test_it_grows_and_keeps_a_workspace_that_a_graph_may_replay(ranks: Ranks) -> None:
+    for (failed, reason, _), live in ranks.run(grown, path=[[FAKE]] * 2):
         assert (failed, live) == ("failed", 0)
         assert "beside 6291456 that recorded graphs still use, and the budget is 41943040" in reason
 
@@ -233,7 +233,7 @@ def beyond() -> Any:
     rank = member.context.rank
     with cuda():
         member.connect()
-        # Not served by any range, and right nevertheless: before there is a workspace, and beyond it.
+        # No range serves these calls, but their results are right: before there is a workspace, and beyond it.
         check(member.fused(*inputs(rank, 2, (4, 1024), CPU)), 2)
         assert [member.prepare(*shape) for shape in ((8, 1001), (8, 8 * 1025), (64, 1 << 23))] == [None] * 3
         assert member.prepare(8, 1024) is not None
@@ -243,22 +243,22 @@ def beyond() -> Any:
             results = member.fused(*tensors, 1e-6, 0.0, tensors[0], tensors[1])
             assert results[0] is tensors[0]
             check(results, 2)
-        assert border()["calls"] == ["create"]
+        assert fake_state()["calls"] == ["create"]
         check(member.fused(*inputs(rank, 2, (8, 1024), CPU)), 2)
-        assert border()["calls"] == ["create", (8, 1024)]
-        # It was used: a kernel of it may still run.
-        kept = list(session._abandoned)
+        assert fake_state()["calls"] == ["create", (8, 1024)]
+        # It was used, so its kernel may still run.
+        kept = list(session._kept_until_exit)
         outcome = member.prepare(1024, 1024)
         plugin.close(member.session, False)
-        assert len(session._abandoned) == len(kept) + 1
-        session._abandoned[:] = kept
+        assert len(session._kept_until_exit) == len(kept) + 1
+        session._kept_until_exit[:] = kept
     return outcome
 
 
-def test_what_it_cant_serve_is_composed_and_what_it_cant_hold_is_refused(ranks: Ranks) -> None:
-    for failed, reason, _ in ranks.run(beyond, path=[[BORDER]] * 2):
+def test_calls_it_cant_serve_are_composed_and_shapes_over_budget_are_refused(ranks: Ranks) -> None:
+    for failed, reason, _ in ranks.run(beyond, path=[[FAKE]] * 2):
         assert failed == "failed"
-        assert "a workspace for messages of 2097152 bytes takes 23068672, and the budget is 6291456" in reason
+        assert "a workspace for messages of 2097152 bytes needs 23068672, and the budget is 6291456" in reason
         assert "COMM_CORE_MEMORY_BUDGET_NBYTES" in reason
 
 
@@ -275,7 +275,7 @@ def without() -> tuple[str, str, str, str]:
     return backend.name, candidate.verdict, candidate.reason, explained
 
 
-def test_without_flashinfer_it_says_so_and_the_others_serve(ranks: Ranks, tmp_path: Path) -> None:
+def test_without_flashinfer_the_reason_says_so_and_another_backend_serves(ranks: Ranks, tmp_path: Path) -> None:
     folder = install(tmp_path, "flashinfer_fusion", "import comm_plugin_flashinfer_fusion as plugin\n")
     other = """
 import comm_core as comm

@@ -1,4 +1,4 @@
-"""What runs in the ranks: the plugin as it is, over a binding that sums by Gloo where nccl4py's would by NCCL."""
+"""Functions that run in each rank: the real plugin, over a fake of nccl4py's binding that sums by Gloo."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,28 +17,37 @@ import comm_plugin_nccl
 import pytest
 import torch
 import torch.distributed as dist
-from comm_plugin_nccl import session
+from comm_plugin_nccl import policy, session
 from harness import side_store
 
-DTYPES = {code: dtype for dtype, code in session.CODES.items()}
+DTYPES = {code: dtype for dtype, code in policy.DTYPE_CODES.items()}
+
+
+def install_entry_point(folder: Path, entry: str, name: str = "nccl") -> Path:
+    """A folder in which a rank finds a backend. Not `harness.install`: its module would hide nccl4py's `nccl`."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[comm_core.backends]\n{name} = {entry}\n")
+    return folder
 
 
 class NCCLError(Exception):
-    """As the binding's."""
+    """The binding's exception."""
 
 
 class Binding:
-    """nccl4py's low-level module, as far as the plugin uses it; notes what it is asked to do.
+    """The functions of nccl4py's low-level module that the plugin uses; `calls` lists the calls.
 
     Attributes:
-        stuck: where it is set, a call tells it and then waits until the communicator is aborted, as a kernel would.
+        stuck: if set, `all_reduce` calls it and then waits until the communicator is aborted, as a kernel would.
     """
 
     NCCLError = NCCLError
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
-        self.said: list[Any] = []
+        self.calls: list[Any] = []
         self.stuck: Callable[[], object] | None = None
         self.aborted = threading.Event()
         self.async_error = 0
@@ -47,12 +57,12 @@ class Binding:
     def get_unique_id(self) -> bytes:
         return self.identity
 
-    def Comm(self) -> int:  # noqa: N802 - its name
+    def Comm(self) -> int:  # noqa: N802 - the binding's name
         return 0
 
     def comm_init_rank(self, nranks: int, comm_id: bytearray, rank: int) -> int:
         assert bytes(comm_id) == self.identity, "the first rank's"
-        self.said.append(("init", nranks, rank))
+        self.calls.append(("init", nranks, rank))
         return 7
 
     def all_reduce(
@@ -87,7 +97,7 @@ class Binding:
 
     def _end(self, how: str, communicator: int) -> None:
         assert communicator == 7
-        self.said.append(how)
+        self.calls.append(how)
         self.aborted.set()
 
 
@@ -96,8 +106,8 @@ def view(address: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype, count=numel)
 
 
-class Planted:
-    """The plugin, with CPU tensors for CUDA's."""
+class CpuPlugin:
+    """The plugin, for CPU tensors instead of CUDA tensors."""
 
     COMM_HOOK_API = (1, 0)
     all_reduce = staticmethod(comm_plugin_nccl.all_reduce)
@@ -110,7 +120,7 @@ class Planted:
     @comm.hookimpl
     def is_available(self, topology: comm.Topology) -> comm.Available:
         assert topology.device_types == ("cpu",)
-        dtypes = tuple(map(str, session.CODES))
+        dtypes = tuple(map(str, policy.DTYPE_CODES))
         return comm.Available(900, (comm.Range("all_reduce", ("eager",), dtypes, ("cpu",)),))
 
     @comm.hookimpl
@@ -119,7 +129,7 @@ class Planted:
         return session.connect(self.bindings[-1], lambda _: 3, topology, context)
 
 
-plugin = Planted()
+plugin = CpuPlugin()
 
 
 def handle(group: Any = None) -> tuple[comm.Backend, Binding]:
@@ -129,14 +139,14 @@ def handle(group: Any = None) -> tuple[comm.Backend, Binding]:
 
 
 def groups_and_places() -> list[Any]:
-    """Sums in the world and in a group of two of its ranks, in and out of place; what the bindings were asked for."""
+    """Sums in the world and in a group of two of its ranks, in and out of place; returns the bindings' calls."""
     world, _ = handle()
     pair = dist.new_group([0, 2])
     handles = [(world, 3)]
     if dist.get_rank() != 1:
         handles.append((handle(pair)[0], 2))
     for each, count in handles:
-        for dtype in session.CODES:
+        for dtype in policy.DTYPE_CODES:
             x = torch.arange(50).to(dtype)
             y = each.all_reduce(x)
             assert torch.equal(y, x * count)
@@ -147,11 +157,11 @@ def groups_and_places() -> list[Any]:
         each.check()
     comm.close()
     bindings = plugin.bindings[-len(handles) :]
-    return [binding.said for binding in bindings]
+    return [binding.calls for binding in bindings]
 
 
 def errors_by_name() -> list[str]:
-    """What an error that the binding raises, and one that comes up by itself, read like."""
+    """Returns the texts of an error that the binding raises, and of one that NCCL notices by itself."""
     found, binding = handle()
     texts = []
     with mock.patch.object(found.sessions["nccl"].value, "launch", side_effect=NCCLError("InvalidUsage (5)")):
@@ -160,19 +170,19 @@ def errors_by_name() -> list[str]:
     assert found.all_reduce(torch.ones(3)).tolist() == [2.0] * 3
     binding.async_error, binding.last_error = 6, "socket closed"
     if dist.get_rank() == 0:
-        # The watch asks by itself.
-        wait_for(lambda: "abort" in binding.said)
+        # The watcher queries by itself.
+        wait_for(lambda: "abort" in binding.calls)
         texts.append(raised(found))
     texts += [raised(found, "check"), raised(found)]
-    wait_for(lambda: "abort" in binding.said)
+    wait_for(lambda: "abort" in binding.calls)
     comm.close()
-    assert binding.said.count("abort") == 1
-    assert "destroy" not in binding.said
+    assert binding.calls.count("abort") == 1
+    assert "destroy" not in binding.calls
     return texts
 
 
 def killed_peer() -> dict[str, Any]:
-    """The first rank's call waits in vain for the others, of which one is killed."""
+    """Ranks 0 and 2 wait in a call for rank 1, which is killed."""
     found, binding = handle()
     rank = dist.get_rank()
     if rank == 1:
@@ -182,10 +192,10 @@ def killed_peer() -> dict[str, Any]:
     found.all_reduce(torch.ones(3))
     with pytest.raises(comm.CommTimeoutError) as caught:
         found.all_reduce(torch.ones(3))
-    # Neither ends before the other has seen who did.
+    # Neither rank ends before the other has noticed rank 1's end.
     side_store().set(f"done {rank}", "")
     side_store().wait([f"done {2 - rank}"])
-    return {"text": str(caught.value), "ranks": caught.value.ranks, "said": binding.said}
+    return {"text": str(caught.value), "ranks": caught.value.ranks, "calls": binding.calls}
 
 
 def raised(found: comm.Backend, call: str = "all_reduce") -> str:
@@ -197,12 +207,12 @@ def raised(found: comm.Backend, call: str = "all_reduce") -> str:
 def wait_for(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + 30
     while not holds():
-        assert time.monotonic() < end, "it didn't come"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 def fallback_serves() -> dict[str, str]:
-    """Without a GPU: the plugin as it is installed."""
+    """The installed plugin, without a GPU."""
     found = comm.get_backend()
     assert found.all_reduce(torch.ones(4)).tolist() == [2.0] * 4
     candidate = found.decision.candidate("nccl")

@@ -1,8 +1,9 @@
-"""Where the backend says yes, and why it says no elsewhere: from made-up topologies."""
+"""Which groups the backend serves, and the reason why it can't serve others: on made-up topologies."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -10,36 +11,17 @@ import comm_core as comm
 import comm_plugin_nccl as nccl
 import pytest
 from comm_plugin_nccl import library
+from made_up_topologies import ELSEWHERE, HERE, cuda_group
 
-HERE = comm.Host("node", "boot ipc 1 shm 1", "boot")
-ELSEWHERE = comm.Host("other", "other ipc 1 shm 1", "other")
 FACTS: dict[str, Any] = {"missing": None, "nccl": "2.28.9", "library": "libnccl.so.2"}
 
 
-def group(
-    count: int = 2,
-    *,
-    hosts: dict[int, comm.Host] | None = None,
-    facts: dict[int, dict[str, Any]] | None = None,
-    uuids: dict[int, str] | None = None,
-) -> comm.Topology:
-    return comm.Topology.of(
-        (
-            comm.RankInfo(
-                rank,
-                (hosts or {}).get(rank, HERE),
-                comm.Device("cuda", (uuids or {}).get(rank, f"GPU-{rank}")),
-                facts={"nccl": FACTS | (facts or {}).get(rank, {})},
-            )
-            for rank in range(count)
-        ),
-        ("cuda", "cpu"),
-    )
+group = functools.partial(cuda_group, "nccl", FACTS)
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 72])
 @pytest.mark.parametrize("hosts", [{}, {1: ELSEWHERE}])
-def test_devices_on_any_number_of_hosts(count: int, hosts: dict[int, comm.Host]) -> None:
+def test_devices_on_any_number_of_hosts_are_served(count: int, hosts: dict[int, comm.Host]) -> None:
     answer = nccl.is_available(group(count, hosts=hosts))
     assert isinstance(answer, comm.Available)
     assert answer.priority == 100
@@ -57,11 +39,14 @@ def test_devices_on_any_number_of_hosts(count: int, hosts: dict[int, comm.Host])
         (comm.Topology.of([group().ranks[0], comm.RankInfo(1, HERE)], ("cuda",)), "rank 1 has no CUDA device"),
         (group(3, uuids={2: "GPU-0"}), "ranks 0 and 2 share the device GPU-0"),
         (group(facts={1: {"missing": "nccl4py isn't there"}}), "on rank 1 nccl4py isn't there"),
-        (group(facts={1: {"nccl": "3.0.1"}}), "different versions of NCCL: 2.28.9 on rank 0, 3.0.1 on rank 1"),
+        (
+            group(facts={1: {"nccl": "3.0.1"}}),
+            "version differs between ranks: 2.28.9 on rank 0, 3.0.1 on rank 1",
+        ),
         (group(3, facts={2: {"nccl": "2.27.3"}}), "2.28.9 on rank 0, 2.27.3 on rank 2"),
     ],
 )
-def test_no_with_the_reason(topology: comm.Topology, reason: str) -> None:
+def test_other_groups_get_the_reason(topology: comm.Topology, reason: str) -> None:
     answer = nccl.is_available(topology)
     assert isinstance(answer, comm.Unavailable)
     assert reason in answer.reason
@@ -75,7 +60,7 @@ def test_a_rank_without_facts() -> None:
 
 
 class Binding:
-    """Of nccl4py's module what the probe asks."""
+    """The functions of nccl4py's module that the probe uses."""
 
     def get_version(self) -> int:
         return 22809

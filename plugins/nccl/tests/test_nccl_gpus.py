@@ -1,4 +1,4 @@
-"""NCCL on real GPUs: every dtype and size, groups at once, graphs, and what becomes of a group whose peer is killed."""
+"""NCCL on real GPUs: every dtype and size, several groups at once, graphs, and a peer that is killed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import comm_plugin_nccl as nccl
 import pytest
 import torch
 import torch.distributed as dist
-from comm_plugin_nccl import library, peers, session
+from comm_plugin_nccl import library, peers, policy, session
 from harness import DEAD, Ranks
-from test_nccl_ranks import planted
+from nccl_ranks import install_entry_point
 
 pytestmark = pytest.mark.gpus(2)
 GPUS = "cpu:gloo,cuda:nccl"
-# Bytes: none, around elements and vectors, what no power of two divides, and where NCCL changes its protocol.
+# Bytes: none, around elements and vectors, multiples of no large power of two, and where NCCL changes its protocol.
 SIZES = (
     0,
     8,
@@ -40,7 +40,7 @@ SIZES = (
     (64 << 20) + 8,
     256 << 20,
 )
-# NCCL takes these two processes for two hosts, with a network between them.
+# NCCL treats these two processes as two hosts with a network between them.
 FAR: dict[str, str] = {
     "NCCL_NET": "Socket",
     "NCCL_SOCKET_IFNAME": "lo",
@@ -52,12 +52,12 @@ FAR: dict[str, str] = {
 
 @pytest.fixture
 def found(tmp_path: Path) -> Path:
-    return planted(tmp_path, "comm_plugin_nccl")
+    return install_entry_point(tmp_path, "comm_plugin_nccl")
 
 
 @pytest.fixture
 def far_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Processes of their own, since NCCL reads its variables once a process."""
+    """Separate processes, since NCCL reads its variables once per process."""
     pool = Ranks(tmp_path_factory.mktemp("far"))
     yield pool
     pool.close()
@@ -81,7 +81,7 @@ def integers(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 def check_sums(handle: comm.Backend, ranks: list[int], sizes: tuple[int, ...]) -> int:
     checked = 0
-    for dtype, size in itertools.product(session.CODES, sizes):
+    for dtype, size in itertools.product(policy.DTYPE_CODES, sizes):
         numel = size // dtype.itemsize
         mine = integers(dist.get_rank(), numel, dtype)
         kept, expected = mine.clone(), torch.zeros_like(mine)
@@ -115,7 +115,7 @@ def sums(sizes: tuple[int, ...]) -> dict[str, Any]:
 def test_every_dtype_and_size(ranks: Ranks, found: Path) -> None:
     results = ranks.run(sums, SIZES, backend=GPUS, path=[[found]] * 2, deadline_s=280)
     for result in results:
-        assert result["checked"] == len(session.CODES) * len(SIZES)
+        assert result["checked"] == len(policy.DTYPE_CODES) * len(SIZES)
         assert len(result["loaded"]) == 1, "one NCCL in the process"
         for facts in result["facts"]:
             assert facts["missing"] is None
@@ -138,7 +138,7 @@ def who_serves() -> dict[str, Any]:
 
 def test_it_serves_every_size_where_the_others_are_blocked(ranks: Ranks, found: Path, tmp_path: Path) -> None:
     env = {"COMM_CORE_DISABLE": "customar_v1,customar_v2"}
-    other = planted(tmp_path / "other", "comm_plugin_customar_v2", "customar_v2")
+    other = install_entry_point(tmp_path / "other", "comm_plugin_customar_v2", "customar_v2")
     for result in ranks.run(who_serves, backend=GPUS, path=[[found, other]] * 2, env=env):
         assert result["name"] == "nccl"
         for mode in ("eager", "graph"):
@@ -146,7 +146,7 @@ def test_it_serves_every_size_where_the_others_are_blocked(ranks: Ranks, found: 
 
 
 def groups_at_once(calls: int) -> int:
-    """Groups over the same GPUs, called by turns without a wait of the host's; recorded in one graph, and replayed."""
+    """Groups over the same GPUs, called in turn without synchronising; then recorded in one graph and replayed."""
     handles = [backend(), backend(dist.new_group([0, 1])), backend(dist.new_group([0, 1]))]
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(11)
@@ -192,7 +192,7 @@ def test_groups_at_once_eager_and_captured(ranks: Ranks, found: Path) -> None:
 
 def sub_groups() -> int:
     members = [[0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 2, 3], [1, 2, 3]]
-    groups = [dist.new_group(ranks) for ranks in members]  # by all ranks, also those that aren't in it
+    groups = [dist.new_group(ranks) for ranks in members]  # on all ranks, members or not
     mine = [(group, ranks) for group, ranks in zip(groups, members, strict=True) if dist.get_rank() in ranks]
     handles = [(backend(group), ranks) for group, ranks in mine]
     checked = sum(check_sums(handle, ranks, (8, 8192, 1 << 20)) for handle, ranks in handles)
@@ -202,7 +202,7 @@ def sub_groups() -> int:
 
 @pytest.mark.gpus(4)
 def test_sub_groups(ranks: Ranks, found: Path) -> None:
-    each = 3 * len(session.CODES)
+    each = 3 * len(policy.DTYPE_CODES)
     results = ranks.run(sub_groups, world_size=4, backend=GPUS, path=[[found]] * 4, deadline_s=280)
     assert results == [3 * each, 4 * each, 4 * each, 4 * each]
 
@@ -242,7 +242,7 @@ def killed(in_a_replay: bool) -> dict[str, Any]:
         graph.replay()
         torch.cuda.synchronize()
     else:
-        # The death may be known before the call is made.
+        # The peer's end may be noticed before the call.
         try:
             handle.all_reduce(x)
             torch.cuda.synchronize()
@@ -255,7 +255,7 @@ def killed(in_a_replay: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("in_a_replay", [False, True])
 def test_a_killed_peer_ends_the_wait_and_is_named(ranks: Ranks, found: Path, in_a_replay: bool) -> None:
-    # NCCL at the route's end would take the process with it.
+    # torch.distributed's NCCL, which is connected as the fallback, would end the process.
     env = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     results = ranks.run(killed, in_a_replay, backend=GPUS, path=[[found]] * 2, env=env, dying=[1])
     assert results[1] == DEAD
@@ -268,12 +268,12 @@ def test_over_a_network(far_ranks: Ranks, found: Path) -> None:
     env = [FAR | {"NCCL_HOSTID": f"host{rank}"} for rank in (0, 1)]
     sizes = (8, 8192, 1 << 20, 16 << 20)
     for result in far_ranks.run(sums, sizes, backend=GPUS, path=[[found]] * 2, env=env, deadline_s=200):
-        assert result["checked"] == len(session.CODES) * len(sizes)
+        assert result["checked"] == len(policy.DTYPE_CODES) * len(sizes)
 
 
 def killed_far() -> str:
-    """No process of this machine is watched, as if the peer were on another one."""
-    with mock.patch.object(peers, "open_processes", return_value=peers.Processes({}, {})):
+    """No process is watched, as if the peer were on another machine."""
+    with mock.patch.object(peers, "open_processes", return_value=peers.PeerProcesses({}, {})):
         handle = backend()
     x = torch.ones(1 << 20, device="cuda")
     handle.all_reduce(x)
@@ -290,14 +290,14 @@ def killed_far() -> str:
     return str(caught.value)
 
 
-def test_a_peer_that_is_killed_beyond_a_network_is_told_in_nccls_words(far_ranks: Ranks, found: Path) -> None:
+def test_the_end_of_a_peer_beyond_a_network_raises_nccls_error(far_ranks: Ranks, found: Path) -> None:
     env = [FAR | {"NCCL_HOSTID": f"host{rank}"} for rank in (0, 1)]
     results = far_ranks.run(killed_far, backend=GPUS, path=[[found]] * 2, env=env, dying=[1])
     assert results[1] == DEAD
     assert "NCCL: " in results[0]
 
 
-def closed(graph_lives: bool) -> list[int]:
+def closed(graph_exists: bool) -> list[int]:
     free = []
     graphs = []
     for _ in range(4):
@@ -305,7 +305,7 @@ def closed(graph_lives: bool) -> list[int]:
         x = torch.ones(4096, device="cuda")
         handle.all_reduce(x)
         torch.cuda.synchronize()
-        if graph_lives:
+        if graph_exists:
             graphs.append(torch.cuda.CUDAGraph())
             with torch.cuda.graph(graphs[-1]):
                 handle.all_reduce(x)
@@ -313,7 +313,7 @@ def closed(graph_lives: bool) -> list[int]:
         del handle
         torch.cuda.synchronize()
         free.append(torch.cuda.mem_get_info()[0])
-    # Once the graphs are gone, NCCL is done with what it kept for them.
+    # Once the graphs are gone, NCCL ends the communicators that it kept for them.
     graphs.clear()
     deadline = time.monotonic() + 60
     while any(thread.name == "comm-core nccl: end" for thread in threading.enumerate()):
@@ -322,17 +322,17 @@ def closed(graph_lives: bool) -> list[int]:
     return free
 
 
-@pytest.mark.parametrize("graph_lives", [False, True])
-def test_close_gives_the_memory_back(ranks: Ranks, found: Path, graph_lives: bool) -> None:
-    for free in ranks.run(closed, graph_lives, backend=GPUS, path=[[found]] * 2, deadline_s=200):
-        assert graph_lives or free[-1] >= free[0] - (64 << 20), free
+@pytest.mark.parametrize("graph_exists", [False, True])
+def test_close_gives_the_memory_back(ranks: Ranks, found: Path, graph_exists: bool) -> None:
+    for free in ranks.run(closed, graph_exists, backend=GPUS, path=[[found]] * 2, deadline_s=200):
+        assert graph_exists or free[-1] >= free[0] - (64 << 20), free
 
 
-def stream_of_the_device() -> bool:
+def current_stream() -> bool:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        return library.raw_stream()(torch.cuda.current_device()) == stream.cuda_stream
+        return library.current_stream_function()(torch.cuda.current_device()) == stream.cuda_stream
 
 
-def test_the_raw_stream_is_the_current_one(ranks: Ranks, found: Path) -> None:
-    assert ranks.run(stream_of_the_device, backend=GPUS, path=[[found]] * 2) == [True, True]
+def test_the_current_stream(ranks: Ranks, found: Path) -> None:
+    assert ranks.run(current_stream, backend=GPUS, path=[[found]] * 2) == [True, True]

@@ -1,4 +1,4 @@
-"""One NCCL in the process, and why the binding isn't used where that can't be had; with libraries made for the test."""
+"""One NCCL in the process, or the reason why there can't be; with libraries built for the test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from comm_plugin_nccl import library
 
 CXX = os.environ.get("CXX", "c++")
 
-# Loads the libraries as torch would have them, and asks. Without torch, which may have brought its own.
+# Loads the libraries as torch would, and prints the version or the reason. Without torch, which may have its own NCCL.
 ASK = """
 import ctypes, importlib.util, sys, types
 
@@ -39,7 +39,7 @@ except ImportError as error:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an NCCL, a torch that needs it, one that has it built in, one without, and another NCCL."""
+    """A folder with two NCCLs and three torches: one that needs the first NCCL, one with NCCL built in, one without."""
     if shutil.which(CXX) is None:
         pytest.skip(f"there is no C++ compiler ({CXX}) on this machine")
     folder = tmp_path_factory.mktemp("libraries")
@@ -72,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("needs.so", "other/libnccl.so.2", "nccl/libnccl.so.2", "yes", "nccl4py has bound another NCCL than torch's"),
     ],
 )
-def test_only_torchs_own(made: Path, torchs: str, others: str, bound: str, importable: str, says: str) -> None:
+def test_only_torchs_is_bound(made: Path, torchs: str, others: str, bound: str, importable: str, says: str) -> None:
     paths = [str(made / path) if path else "" for path in (torchs, others, bound)]
     command = [sys.executable, "-c", ASK, library.__file__, *paths, importable]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""The session in real processes, with the binding replaced; and the plugin where there is no GPU."""
+"""The session in real processes, over a fake binding; and the plugin without a GPU."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from pathlib import Path
 import nccl_ranks
 import pytest
 from harness import DEAD, Ranks
-
-
-def planted(folder: Path, entry: str, name: str = "nccl") -> Path:
-    """A folder in which a rank finds a backend. Not by harness.install, whose module would hide nccl4py's `nccl`."""
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[comm_core.backends]\n{name} = {entry}\n")
-    return folder
+from nccl_ranks import install_entry_point
 
 
 @pytest.fixture
 def found(tmp_path: Path) -> Path:
-    return planted(tmp_path, "nccl_ranks:plugin")
+    return install_entry_point(tmp_path, "nccl_ranks:plugin")
 
 
 def test_a_communicator_for_each_group(ranks: Ranks, found: Path) -> None:
@@ -30,7 +22,7 @@ def test_a_communicator_for_each_group(ranks: Ranks, found: Path) -> None:
         assert result == [[("init", *group), "destroy"] for group in groups]
 
 
-def test_errors_have_nccls_words_and_end_the_session(ranks: Ranks, found: Path) -> None:
+def test_errors_have_nccls_text_and_end_the_session(ranks: Ranks, found: Path) -> None:
     for rank, texts in enumerate(ranks.run(nccl_ranks.errors_by_name, path=[[found]] * 2)):
         assert len(texts) == (4 if rank == 0 else 3)
         assert "backend 'nccl'" in texts[0]
@@ -46,11 +38,11 @@ def test_a_peer_that_dies_ends_the_wait_and_is_named(ranks: Ranks, found: Path) 
         assert "rank 1, process" in results[rank]["text"]
         assert "has ended" in results[rank]["text"]
         assert results[rank]["ranks"] == (1,)
-        assert results[rank]["said"] == [("init", 3, rank), "abort"]
+        assert results[rank]["calls"] == [("init", 3, rank), "abort"]
 
 
-def test_without_a_gpu_it_says_so_and_the_fallback_serves(ranks: Ranks, tmp_path: Path) -> None:
-    found = planted(tmp_path, "comm_plugin_nccl")
+def test_without_a_gpu_the_reason_says_so_and_the_fallback_serves(ranks: Ranks, tmp_path: Path) -> None:
+    found = install_entry_point(tmp_path, "comm_plugin_nccl")
     for result in ranks.run(nccl_ranks.fallback_serves, path=[[found]] * 2):
         assert result["name"] == "torch_distributed"
         assert result["verdict"] == "unavailable"

@@ -1,4 +1,4 @@
-"""What a session does by itself, over a fake of nccl4py's module, with processes that end for peers."""
+"""One session over a fake of nccl4py's module; the peer is a process that can end."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ import comm_core as comm
 import comm_plugin_nccl as nccl
 import pytest
 import torch
-from comm_plugin_nccl import peers, session
+from comm_plugin_nccl import peers, policy, session
+from made_up_topologies import ELSEWHERE, HERE
 from nccl_ranks import Binding, NCCLError, wait_for
 
-HERE = comm.Host("node", "boot ipc 1 shm 1", "boot")
-ELSEWHERE = comm.Host("other", "other ipc 1 shm 1", "other")
 
-
-class Alone(Binding):
-    """Of two ranks with equal tensors."""
+class Recording(Binding):
+    """Records calls, and sums nothing."""
 
     def all_reduce(self, *arguments: Any) -> None:
-        self.said.append(arguments)
+        self.calls.append(arguments)
 
 
 @pytest.fixture
@@ -37,11 +35,11 @@ def peer() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def connect(
-    binding: Binding, peer: subprocess.Popen[bytes], *, host: comm.Host = HERE, said: dict[str, Any] | None = None
+    binding: Binding, peer: subprocess.Popen[bytes], *, host: comm.Host = HERE, process: dict[str, Any] | None = None
 ) -> session.Session:
     def all_gather(value: dict[str, Any]) -> list[dict[str, Any]]:
         assert bytes.fromhex(value["id"]) == binding.identity
-        return [value, value | {"id": "", "pid": peer.pid} | (said or {})]
+        return [value, value | {"id": "", "pid": peer.pid} | (process or {})]
 
     topology = comm.Topology.of([comm.RankInfo(4, HERE), comm.RankInfo(7, host)], ("cuda",))
     control: Any = SimpleNamespace(all_gather=all_gather)
@@ -54,42 +52,42 @@ def abort(own: session.Session) -> None:
     own.close(orderly=False)
 
 
-def test_a_call_hands_addresses_over_and_nothing_else(peer: subprocess.Popen[bytes]) -> None:
-    binding = Alone()
+def test_a_call_passes_addresses(peer: subprocess.Popen[bytes]) -> None:
+    binding = Recording()
     own = connect(binding, peer)
     x, y = torch.ones(6, dtype=torch.bfloat16), torch.zeros(6, dtype=torch.bfloat16)
     assert nccl.all_reduce(own, x, y) is y
     assert nccl.all_reduce(own, x, x) is x
     fresh = nccl.all_reduce(own, x, None)
     targets = (y, x, fresh)
-    assert binding.said[1:] == [(x.data_ptr(), each.data_ptr(), 6, 9, 0, 7, 3) for each in targets]
+    assert binding.calls[1:] == [(x.data_ptr(), each.data_ptr(), 6, 9, 0, 7, 3) for each in targets]
     assert fresh.data_ptr() != x.data_ptr()
     abort(own)
 
 
-@pytest.mark.parametrize("dtype", session.CODES)
+@pytest.mark.parametrize("dtype", policy.DTYPE_CODES)
 def test_preparing_calls_at_every_power_of_two_up_to_the_shapes(
     peer: subprocess.Popen[bytes], dtype: torch.dtype
 ) -> None:
-    binding = Alone()
+    binding = Recording()
     own = connect(binding, peer)
     assert nccl.pre_capture_init(own, comm.Shapes(3, 100, dtype)) is None
-    assert [each[2] for each in binding.said[1:]] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
+    assert [each[2] for each in binding.calls[1:]] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]
     nccl.pre_capture_init(own, comm.Shapes(1, 1, dtype))
-    assert [each[2] for each in binding.said[11:]] == [1]
+    assert [each[2] for each in binding.calls[11:]] == [1]
     nccl.pre_capture_init(own, comm.Shapes(1, 1, torch.int16))
-    assert len(binding.said) == 12
+    assert len(binding.calls) == 12
     abort(own)
 
 
 @pytest.mark.parametrize("orderly", [True, False])
 def test_close_ends_the_communicator_once(peer: subprocess.Popen[bytes], orderly: bool) -> None:
-    binding = Alone()
+    binding = Recording()
     own = connect(binding, peer)
     nccl.close(own, orderly)
     nccl.close(own, not orderly)
-    wait_for(lambda: len(binding.said) > 1)
-    assert binding.said[1:] == ["destroy" if orderly else "abort"]
+    wait_for(lambda: len(binding.calls) > 1)
+    assert binding.calls[1:] == ["destroy" if orderly else "abort"]
     for call in (lambda: nccl.check(own), lambda: nccl.all_reduce(own, torch.ones(3), None)):
         with pytest.raises(comm.CommError, match="its session is closed"):
             call()
@@ -100,17 +98,17 @@ def test_close_doesnt_wait_for_graphs_that_recorded_calls(
     peer: subprocess.Popen[bytes], orderly: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gone = threading.Event()
-    monkeypatch.setattr(session, "_DESTROY_S", 0.1)
-    monkeypatch.setattr(Alone, "_end", lambda *_: gone.wait(60))
-    own = connect(Alone(), peer)
+    monkeypatch.setattr(session, "_DESTROY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(Recording, "_end", lambda *_: gone.wait(60))
+    own = connect(Recording(), peer)
     with caplog.at_level(logging.WARNING):
         nccl.close(own, orderly)
     assert ("CUDA graphs that recorded its calls" in caplog.text) is orderly
     gone.set()
 
 
-def test_what_the_binding_refuses_has_nccls_words(peer: subprocess.Popen[bytes]) -> None:
-    binding = Alone()
+def test_an_error_of_the_binding_has_nccls_text(peer: subprocess.Popen[bytes]) -> None:
+    binding = Recording()
     own = connect(binding, peer)
 
     def refuse(*_: object) -> None:
@@ -126,12 +124,12 @@ def test_what_the_binding_refuses_has_nccls_words(peer: subprocess.Popen[bytes])
 
 
 def test_a_peer_that_ends_is_noticed_before_the_next_call(peer: subprocess.Popen[bytes]) -> None:
-    binding = Alone()
+    binding = Recording()
     own = connect(binding, peer)
     binding.async_error = 7  # in progress: no error
     nccl.check(own)
     peer.kill()
-    wait_for(lambda: "abort" in binding.said)
+    wait_for(lambda: "abort" in binding.calls)
     for call in (lambda: nccl.check(own), lambda: nccl.all_reduce(own, torch.ones(3), None)):
         with pytest.raises(
             comm.CommTimeoutError, match=rf"rank 1 \(7 in the job\), process {peer.pid}, has ended"
@@ -139,14 +137,14 @@ def test_a_peer_that_ends_is_noticed_before_the_next_call(peer: subprocess.Popen
             call()
         assert e.value.ranks == (1,)
     nccl.close(own, orderly=True)
-    assert binding.said[1:] == ["abort"]
+    assert binding.calls[1:] == ["abort"]
 
 
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_peer_that_ends_while_nccl_waits_for_it(peer: subprocess.Popen[bytes], dead: bool) -> None:
     arrived, late = threading.Event(), threading.Event()
 
-    class Waiting(Alone):
+    class Waiting(Recording):
         def comm_init_rank(self, nranks: int, comm_id: bytearray, rank: int) -> int:
             arrived.set()
             late.wait(60)
@@ -164,12 +162,12 @@ def test_a_peer_that_ends_while_nccl_waits_for_it(peer: subprocess.Popen[bytes],
     if dead:
         assert not arrived.is_set()
         return
-    # What comes too late isn't kept.
-    wait_for(lambda: binding.said == [("init", 2, 0), "abort"])
+    # A communicator that is created too late is aborted.
+    wait_for(lambda: binding.calls == [("init", 2, 0), "abort"])
 
 
-def test_what_nccl_says_while_it_connects(peer: subprocess.Popen[bytes]) -> None:
-    class Failing(Alone):
+def test_an_error_while_connecting_has_nccls_text(peer: subprocess.Popen[bytes]) -> None:
+    class Failing(Recording):
         def comm_init_rank(self, nranks: int, comm_id: bytearray, rank: int) -> int:
             raise NCCLError(f"SystemError (2) with {nranks} of {len(comm_id)} bytes on {rank}")
 
@@ -180,28 +178,28 @@ def test_what_nccl_says_while_it_connects(peer: subprocess.Popen[bytes]) -> None
 
 
 @pytest.mark.parametrize(("host", "namespace"), [(ELSEWHERE, ""), (HERE, "pid:[1]")])
-def test_processes_that_cant_be_seen_are_left_alone(
+def test_processes_of_other_hosts_and_namespaces_arent_watched(
     peer: subprocess.Popen[bytes], host: comm.Host, namespace: str
 ) -> None:
-    binding = Alone()
-    own = connect(binding, peer, host=host, said={"namespace": namespace} if namespace else None)
+    binding = Recording()
+    own = connect(binding, peer, host=host, process={"namespace": namespace} if namespace else None)
     peer.kill()
     peer.wait()
-    assert own._processes.ended(0.1) == ()
+    assert own._processes.poll_ended(0.1) == ()
     nccl.check(own)
-    # NCCL notices by its network.
+    # NCCL itself notices over the network.
     binding.async_error = 6
     with pytest.raises(comm.CommError, match="NCCL: remote process exited or there was a network error"):
         nccl.check(own)
     abort(own)
 
 
-def test_where_processes_cant_be_watched(peer: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pidfd_no_process_is_watched(peer: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pid: int) -> int:
         raise PermissionError(f"no descriptor for {pid} in here")
 
     monkeypatch.setattr(peers.os, "pidfd_open", refuse)
-    own = connect(Alone(), peer)
+    own = connect(Recording(), peer)
     assert own._processes.ranks == {}
     nccl.all_reduce(own, torch.ones(3), None)
     abort(own)
@@ -209,12 +207,12 @@ def test_where_processes_cant_be_watched(peer: subprocess.Popen[bytes], monkeypa
 
 def test_no_thread_and_no_descriptor_is_left(peer: subprocess.Popen[bytes]) -> None:
     def left() -> tuple[int, int]:
-        # Of earlier tests there may be some that are about to end.
+        # Threads of earlier tests may be about to end.
         threads = [thread for thread in threading.enumerate() if thread.name.startswith("comm-core nccl")]
         return len(threads), len(list(Path("/proc/self/fd").iterdir()))
 
     wait_for(lambda: left()[0] == 0)
     before = left()
     for orderly in (True, False):
-        connect(Alone(), peer).close(orderly)
+        connect(Recording(), peer).close(orderly)
     wait_for(lambda: left() == before)

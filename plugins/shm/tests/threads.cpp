@@ -1,7 +1,8 @@
-// The protocol with threads for ranks, so that ThreadSanitizer sees every access: threads [calls a world size]
+// The protocol with threads as ranks, so that ThreadSanitizer sees every access.
 //
-// Exits 1 where a sum is wrong; ThreadSanitizer prints, and makes the exit status 66, where two accesses aren't
-// ordered.
+//     threads [CALLS]     calls for each world size
+//
+// Exits 1 if a sum is wrong. If two accesses aren't ordered, ThreadSanitizer prints them and exits 66.
 
 #include <cstdio>
 #include <cstdlib>
@@ -28,7 +29,7 @@ bool run_rank(void* segment, int rank, int world_size, int calls) {
     config.chunk_nbytes = kChunk;
     config.two_shot_nbytes = 1024;
     config.timeout_s = 60;
-    config.spins = rank % 2 ? 10 : 200;  // some sleep, some find the step at once
+    config.spins = rank % 2 ? 10 : 200;  // some ranks sleep, some spin until the step comes
     config.pidfds.assign(static_cast<size_t>(world_size), -1);
     AllReduce all_reduce(segment, std::move(config));
     std::vector<float> input, out;

@@ -199,7 +199,7 @@ def _plugin_problems(report: Report) -> Iterator[Problem]:
     for plugin in report.plugins:
         if plugin.usable is False:
             yield Problem(f"plugin '{plugin.name}' can't be used: {plugin.reason}", plugin.remedy)
-        # As `eligibility.no_native_code` reads it. A host without GPUs lacks what plugins for GPUs need, and rightly.
+        # As `eligibility.missing_dependency` reads it. A host without GPUs may lack what plugins for GPUs need.
         missing = plugin.facts.get("missing") if isinstance(plugin.facts, dict) else None
         if missing and report.devices:
             yield Problem(

@@ -1,4 +1,4 @@
-"""How a rank's buffer is divided; csrc/params.cuh says what each region is for."""
+"""How a rank's buffer is divided into regions; csrc/params.cuh describes each. Pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from comm_plugin_customar_v1.policy import MAX_NBYTES
 
 __all__ = ["Layout", "plan"]
 
-#: Regions begin at multiples of it, in bytes.
+# Regions begin at multiples of it, in bytes.
 _ALIGN = 4096
-#: A buffer is a multiple of it, in bytes: a page of the driver's, which a peer that opens any of it has mapped whole.
+# A buffer's size is a multiple of it, in bytes: the driver's page size. A peer always maps whole pages.
 _PAGE = 2 << 20
 _PHASES = 2
-_LEAST_NBYTES = 64 << 10
+_MIN_STAGING_NBYTES = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,43 +21,46 @@ class Layout:
     """Offsets and sizes in a rank's buffer, in bytes.
 
     Attributes:
-        nbytes: of the whole buffer.
-        letters_at: where the letters begin.
-        staging_at, staging_nbytes: where the staging begins, and the size of one phase; larger messages go in several
-            launches.
+        nbytes: the size of the whole buffer.
+        test_at: where the pages of the peer-access test begin.
+        staging_at, staging_nbytes: where the staging begins, and the size of one of its phases. Larger messages take
+            several launches.
     """
 
     nbytes: int
-    letters_at: int
+    test_at: int
     staging_at: int
     staging_nbytes: int
 
     def numbers(self) -> list[int]:
-        """As `Session` in csrc/session.cuh takes them."""
+        """Return the fields as `Session` in csrc/session.cuh takes them."""
         return list(dataclasses.astuple(self))
 
 
-def plan(budget_nbytes: int, flags_nbytes: int, letters_nbytes: int) -> Layout:
-    """Lay out a buffer whose staging takes the largest message, or as much as the budget allows.
+def plan(budget_nbytes: int, flags_nbytes: int, test_nbytes: int) -> Layout:
+    """Lay out a buffer with staging for the largest message, or for as much as fits the budget.
 
     Args:
-        budget_nbytes: the most that the buffer may take.
-        flags_nbytes: of the counter and the barriers' flags; the native code's `constants()`.
-        letters_nbytes: likewise.
+        budget_nbytes: the largest size of the buffer.
+        flags_nbytes: the size of the counter and the barriers' flags, from the native code's `constants()`.
+        test_nbytes: the size of the pages of the peer-access test, likewise.
 
     Raises:
-        MemoryError: the budget doesn't hold even a staging of 64 KiB.
+        MemoryError: not even staging of 64 KiB fits the budget.
     """
-    letters_at = _up(flags_nbytes, _ALIGN)
-    staging_at = _up(letters_at + letters_nbytes, _ALIGN)
+    test_at = _up(flags_nbytes, _ALIGN)
+    staging_at = _up(test_at + test_nbytes, _ALIGN)
     staging = MAX_NBYTES
     while True:
         nbytes = _up(staging_at + _PHASES * staging, _PAGE)
         if nbytes <= budget_nbytes:
-            return Layout(nbytes, letters_at, staging_at, staging)
+            return Layout(nbytes, test_at, staging_at, staging)
         staging //= 2
-        if staging < _LEAST_NBYTES:
-            raise MemoryError(f"a buffer of {nbytes} bytes is needed, and the budget is {budget_nbytes}")
+        if staging < _MIN_STAGING_NBYTES:
+            raise MemoryError(
+                f"a buffer of at least {nbytes} bytes is needed, and the budget is {budget_nbytes} "
+                "(COMM_CORE_MEMORY_BUDGET_NBYTES)"
+            )
 
 
 def _up(nbytes: int, multiple: int) -> int:

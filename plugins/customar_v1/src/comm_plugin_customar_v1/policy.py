@@ -1,6 +1,6 @@
-"""Which algorithm, in which shape of launch, serves which size: the table, and the option that overrides it.
+"""Which groups are served, and which algorithm and launch shape serve which size.
 
-Pure: what it returns depends on its arguments alone, so that every rank has the same table.
+Pure: results depend only on arguments, so every rank decides the same. `parse` reads the environment by default.
 """
 
 from __future__ import annotations
@@ -9,13 +9,38 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
-__all__ = ["ALGORITHMS", "MAX_NBYTES", "OPTION", "WORLD_SIZES", "Row", "flat", "most_vecs", "parse", "rows_for"]
+import comm_core as comm
+from comm_core import eligibility
 
+__all__ = [
+    "ALGORITHMS",
+    "DTYPES",
+    "MAX_NBYTES",
+    "OPTION",
+    "PRIORITY",
+    "WORLD_SIZES",
+    "Row",
+    "flat",
+    "forced_row",
+    "max_vecs",
+    "parse",
+    "ranges",
+    "rows_for",
+    "unavailable_reason",
+]
+
+_NAME = "customar_v1"
+#: Of this backend among all: generic custom kernels.
+PRIORITY = 200
+DTYPES = ("float32", "float16", "bfloat16")
+#: The oldest compute capability that has kernels.
+OLDEST = (8, 0)
 #: `Algorithm` in csrc/params.cuh.
 ALGORITHMS = {"one_stage": 0, "two_stage": 1}
-#: The variable that forces one algorithm and, after a colon, its shape: "two_stage:vecs=2,threads=256,blocks=264".
+#: The environment variable that forces one algorithm for all sizes and, after a colon, its launch shape:
+#: "two_stage:vecs=2,threads=256,blocks=264".
 OPTION = "COMM_CORE_CUSTOMAR_V1_ALGORITHM"
-#: The ranks that there are kernels for: world*.cu in csrc.
+#: The world sizes that have kernels: world*.cu in csrc.
 WORLD_SIZES = (2, 4, 6, 8)
 _KIB, _MIB = 1 << 10, 1 << 20
 #: The largest message, in bytes.
@@ -27,14 +52,14 @@ _SHAPE = ("vecs", "threads", "blocks")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How messages up to a size are served.
+    """The algorithm and launch shape that serve messages up to a size.
 
     Attributes:
         up_to_nbytes: the largest message, in bytes.
         algorithm: one of `ALGORITHMS`.
-        vecs: vectors of 16 bytes of each rank that a thread has in flight; see `most_vecs`.
-        threads: of a block, a multiple of 32, `MAX_THREADS` at most.
-        blocks: the most of a grid, which is otherwise as large as the message needs, and the device can hold at once.
+        vecs: the vectors of 16 bytes that a thread loads from each rank at once; see `max_vecs`.
+        threads: the threads of a block, a multiple of 32 up to `MAX_THREADS`.
+        blocks: the largest grid. A grid is never larger than the message needs, or than the device holds at once.
     """
 
     up_to_nbytes: int
@@ -44,17 +69,17 @@ class Row:
     blocks: int = 264
 
     def numbers(self) -> tuple[int, ...]:
-        """As `Shape` in csrc/session.cuh has them."""
+        """Return the fields as `Shape` in csrc/session.cuh orders them."""
         return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.threads, self.blocks)
 
 
 # Two and four ranks: the fastest shapes, or within 2 % of them, of benchmarks/2026-11-22-h200x2-customar_v1_tune.json,
 # 2026-11-22-h200x4-customar_v1_tune.json and, below 512 KiB, 2026-11-22-h200x4-customar_v1_tune_small.json (H200,
-# graphs of dependent calls, bfloat16). Each block meets its peers', and that costs more than bytes do: at two ranks
-# 256 KiB takes 4.3 us in 32 blocks, 5.5 us in 128.
+# graphs of dependent calls, bfloat16). Each block waits for the same block of every peer, which costs more than moving
+# the bytes: with two ranks 256 KiB takes 4.3 us in 32 blocks and 5.5 us in 128.
 #
-# More ranks: unmeasured; four's shapes, and one stage ends where vLLM's and SGLang's kernels of this design end it, at
-# 256 KiB.
+# Six and eight ranks are unmeasured: they have the shapes of four ranks, and the one-stage algorithm up to 256 KiB, as
+# in vLLM's and SGLang's kernels of this design.
 _TABLES: dict[int, tuple[Row, ...]] = {
     2: (
         Row(32 * _KIB, "one_stage", threads=256),
@@ -78,26 +103,70 @@ _TABLES: dict[int, tuple[Row, ...]] = {
 }
 
 
+def unavailable_reason(topology: comm.Topology) -> str:
+    """Say why the group can't be served; "" if it can."""
+    return (
+        eligibility.no_cuda(topology)
+        or eligibility.unfit_world_size(topology, WORLD_SIZES)
+        or eligibility.missing_dependency(topology, _NAME)
+        or eligibility.differing_fact(topology, _NAME, "forced", OPTION)
+        or _unfit_row(topology)
+        or eligibility.unfit_devices(topology, OLDEST)
+        or eligibility.several_hosts(topology)
+        or _unfit_links(topology)
+    )
+
+
+def _unfit_row(topology: comm.Topology) -> str:
+    row, most = forced_row(topology), max_vecs(topology.world_size)
+    if row is None or row.vecs <= most:
+        return ""
+    return f"{OPTION} asks for vecs={row.vecs}, and with {topology.world_size} ranks the kernels have {most} at most"
+
+
+def _unfit_links(topology: comm.Topology) -> str:
+    # Over PCIe all pairs share the bus, over which each rank would send W - 1 messages. vLLM and SGLang, too, leave
+    # more than two ranks without NVLink to NCCL.
+    if topology.world_size == 2:
+        return eligibility.missing_links(topology, nvlink=False)
+    missing = eligibility.missing_links(topology)
+    return missing and f"{missing}; more than two ranks need NVLink and peer access between every two"
+
+
+def ranges(topology: comm.Topology) -> tuple[comm.Range, ...]:
+    """Say what is served: any number of elements, since no kernel reads or writes beyond the last one."""
+    return (comm.Range("all_reduce", dtypes=DTYPES, device_types=("cuda",), max_nbytes=MAX_NBYTES),)
+
+
+def forced_row(topology: comm.Topology) -> Row | None:
+    """Return the row that the option forces, as rank 0's `probe` reported it; None: the table decides."""
+    numbers = topology.ranks[0].facts[_NAME]["forced"]
+    if numbers is None:
+        return None
+    names = {code: name for name, code in ALGORITHMS.items()}
+    return Row(numbers[0], names[numbers[1]], *numbers[2:])
+
+
 def rows_for(world_size: int, forced: Row | None = None) -> tuple[Row, ...]:
-    """The table of a group, sizes ascending, up to `MAX_NBYTES`.
+    """Return the table of a group, sizes ascending, up to `MAX_NBYTES`.
 
     Args:
-        world_size: ranks in the group, one of `WORLD_SIZES`.
-        forced: what `parse` read; None: the table decides.
+        world_size: one of `WORLD_SIZES`.
+        forced: the row that the option forces; None: the table decides.
     """
     return _TABLES[world_size] if forced is None else (dataclasses.replace(forced, up_to_nbytes=MAX_NBYTES),)
 
 
-def most_vecs(world_size: int) -> int:
-    """Of a row; `max_vecs` in csrc/kernels.cuh."""
+def max_vecs(world_size: int) -> int:
+    """Return the largest `vecs` of a row: `max_vecs` in csrc/kernels.cuh."""
     return {2: 4, 4: 2}.get(world_size, 1)
 
 
 def parse(environ: Mapping[str, str] | None = None) -> Row | None:
-    """What `OPTION` says; None where it is unset or empty.
+    """Read `OPTION`; None if it is unset or empty.
 
     Raises:
-        ValueError: it can't be read.
+        ValueError: it can't be parsed, or no kernel has that shape.
     """
     text = (os.environ if environ is None else environ).get(OPTION, "").strip()
     if not text:
@@ -106,15 +175,15 @@ def parse(environ: Mapping[str, str] | None = None) -> Row | None:
     pairs = [item.partition("=") for item in rest.split(",") if item]
     if algorithm not in ALGORITHMS or not all(name in _SHAPE and number.isdecimal() for name, _, number in pairs):
         known = ", ".join(f"{name}=" for name in _SHAPE)
-        raise ValueError(f"{OPTION}={text!r} isn't {' or '.join(ALGORITHMS)}, with numbers for {known} after a colon")
+        raise ValueError(f"{OPTION}={text!r} isn't {' or '.join(ALGORITHMS)}, then after a colon numbers for {known}")
     row = Row(MAX_NBYTES, algorithm, **{name: int(number) for name, _, number in pairs})
     if row.vecs not in (1, 2, 4) or row.threads % 32 or not 32 <= row.threads <= MAX_THREADS:
-        raise ValueError(f"{OPTION}={text!r}: vecs are 1, 2 or 4, and threads a multiple of 32 up to {MAX_THREADS}")
+        raise ValueError(f"{OPTION}={text!r}: vecs is 1, 2 or 4, and threads a multiple of 32 up to {MAX_THREADS}")
     if not 1 <= row.blocks <= MAX_BLOCKS:
-        raise ValueError(f"{OPTION}={text!r}: blocks are 1 to {MAX_BLOCKS}")
+        raise ValueError(f"{OPTION}={text!r}: blocks is 1 to {MAX_BLOCKS}")
     return row
 
 
 def flat(rows: Sequence[Row]) -> list[int]:
-    """The rows' numbers, one after the other, as the native code takes them."""
+    """Return the rows' numbers one after another, as the native code takes them."""
     return [number for row in rows for number in row.numbers()]

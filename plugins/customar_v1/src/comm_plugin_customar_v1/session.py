@@ -1,112 +1,106 @@
-"""A group's session: its buffers, its launches, and what becomes of it when a peer doesn't come."""
+"""A group's session: its buffers, its launches, and the order in which memory is given back."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import comm_core as comm
 import torch
 from comm_core.types import rank_label
 
-from comm_plugin_customar_v1 import farewell, layout, policy
+from comm_plugin_customar_v1 import layout, policy, teardown
 
-__all__ = ["Native", "Session", "connect"]
+__all__ = ["Session", "connect"]
 
-#: How long the peers may take to let go of this rank's buffer before it is kept for good, in seconds.
-PATIENCE_S = 10.0
-# Of sessions that ended in disorder: their kernels may still run and their peers' still read, so nothing is freed
-# before the process ends.
-_abandoned: list[Any] = []
-
-
-class Native(NamedTuple):
-    """A session's functions in the native code, as csrc/customar_v1.cu tells."""
-
-    into: Any
-    fresh: Any
-    error: Any
-    algorithm_of: Any
-    abort: Any
-    set_shapes: Any
-    handle: Any
-    attach: Any
-    write_letters: Any
-    read_letters: Any
-    unmap: Any
-    free: Any
+#: How long a rank waits for its peers to unmap its buffer, in seconds; after that it keeps the buffer until the process
+#: ends.
+UNMAP_TIMEOUT_S = 10.0
+# Native functions of sessions with memory that can't be freed, since kernels may still run or peers still read. They
+# are referenced until the process ends.
+_kept_until_exit: list[Any] = []
 
 
 class Session:
-    """What the hooks work with.
+    """This rank's part of the group.
 
     Attributes:
-        into: (tensor, out) sums into `out`, which may be `tensor`.
-        fresh: (tensor) -> the sum, in a tensor from torch's allocator.
-        memory_nbytes: of this rank's buffer.
+        all_reduce: (tensor) -> the sum, in a tensor from torch's allocator.
+        all_reduce_out: (tensor, out) sums into `out`, which may be `tensor`.
+        memory_nbytes: the size of this rank's buffer.
     """
 
-    def __init__(self, native: Native, memory_nbytes: int, context: comm.GroupContext) -> None:
-        self.into = native.into
-        self.fresh = native.fresh
+    def __init__(
+        self, functions: Mapping[str, Callable[..., Any]], memory_nbytes: int, context: comm.GroupContext
+    ) -> None:
+        self.all_reduce: Any = functions["all_reduce"]
+        self.all_reduce_out: Any = functions["all_reduce_out"]
         self.memory_nbytes = memory_nbytes
-        self._native: Any = native  # a `Native`; None once it is closed
-        self._farewell: farewell.Farewell | None = None
+        self._functions = dict(functions)  # csrc/customar_v1.cu describes them; empty once the session is closed
+        self._unmap_flags: teardown.UnmapFlags | None = None
         self._context = context
 
+    def set_rows(self, rows: Sequence[policy.Row]) -> None:
+        """Serve by these rows from now on; they must be the same on every rank."""
+        self._functions["set_shapes"](policy.flat(rows))
+
     def algorithm_of(self, nbytes: int) -> str:
-        """The name of the algorithm that serves a message of `nbytes` bytes."""
-        code = self._native.algorithm_of(nbytes)
+        """Return the name of the algorithm that serves a message of `nbytes` bytes."""
+        code = self._functions["algorithm_of"](nbytes)
         return next(name for name, number in policy.ALGORITHMS.items() if number == code)
 
     def check(self) -> None:
-        """Raise where a kernel gave up; reads one word of the host's memory."""
-        missing = 0 if self._native is None else self._native.error()
-        if missing:
-            rank = rank_label(missing - 1, self._context.global_ranks[missing - 1])
-            raise comm.CommTimeoutError(
-                f"rank {rank} didn't come within {self._context.wait_timeout_s:g} s", (missing - 1,)
-            )
-
-    def open_peers(self) -> None:
-        """Open every rank's buffer, and see that what is written there and read from there is right. Collective.
+        """Raise if a kernel timed out; reads one word of host memory.
 
         Raises:
-            RuntimeError: the driver refuses, or the memory isn't what it seems.
+            CommTimeoutError: a kernel timed out waiting for a peer.
+        """
+        late = self._functions["error"]() if self._functions else 0
+        if late:
+            rank = rank_label(late - 1, self._context.global_ranks[late - 1])
+            timeout_s = self._context.wait_timeout_s
+            raise comm.CommTimeoutError(f"rank {rank} didn't come within {timeout_s:g} s", (late - 1,))
+
+    def open_peers(self) -> None:
+        """Open every rank's buffer, and test that data written to it and read from it is right. Collective.
+
+        Raises:
+            RuntimeError: the driver refuses, or data is wrong.
             OSError: the ranks can't share a page of host memory.
         """
-        context, native = self._context, self._native
-        number = secrets.randbits(32)
+        context, functions = self._context, self._functions
+        seed = secrets.randbits(32)
         processors = torch.cuda.get_device_properties(context.device).multi_processor_count
-        token = farewell.create() if context.rank == 0 else ""
+        token = teardown.create() if context.rank == 0 else ""
         try:
-            ranks = context.control.all_gather({"token": token, "number": number, "processors": processors})
-            page = farewell.Farewell(ranks[0]["token"], context.rank, context.world_size)
-            # Before a handle goes out: whoever may open a peer's buffer can say when it has let go of it.
+            ranks = context.control.all_gather({"token": token, "seed": seed, "processors": processors})
+            flags = teardown.UnmapFlags(ranks[0]["token"], context.rank, context.world_size)
+            # Before handles are exchanged: a rank that may map a peer's buffer can always say that it has unmapped it.
             context.control.barrier()
         finally:
             if token:
-                farewell.remove(token)
-        self._farewell = page
-        handles = context.control.all_gather(native.handle().hex())
+                teardown.remove(token)
+        self._unmap_flags = flags
+        handles = context.control.all_gather(functions["ipc_handle"]().hex())
 
         def open_and_write() -> None:
-            native.attach([bytes.fromhex(handle) for handle in handles], min(rank["processors"] for rank in ranks))
-            native.write_letters(number)
+            fewest_processors = min(rank["processors"] for rank in ranks)
+            functions["open_peers"]([bytes.fromhex(handle) for handle in handles], fewest_processors)
+            functions["write_test_pages"](seed)
 
         def read() -> None:
-            wrong = native.read_letters([rank["number"] for rank in ranks])
+            wrong = functions["read_test_pages"]([rank["seed"] for rank in ranks])
             if wrong:
                 raise RuntimeError(f"the driver reports peer access, but {wrong}")
 
-        # Nobody reads before all have written; nor launches before all have opened every buffer.
-        self._together(open_and_write)
-        self._together(read)
+        # No rank reads before all have written, and none launches before all have opened every buffer.
+        self._run_and_vote(open_and_write)
+        self._run_and_vote(read)
 
-    def _together(self, step: Callable[[], None]) -> None:
-        """Take a step and vote on it: who raised alone would wait for peers that don't know of it to let go."""
+    def _run_and_vote(self, step: Callable[[], None]) -> None:
+        """Run a step and raise on all ranks if it fails on one: a rank that raised alone would wait for its peers."""
         reason = ""
         try:
             step()
@@ -118,73 +112,69 @@ class Session:
             raise RuntimeError(f"rank {rank_label(rank, self._context.global_ranks[rank])}: {reason}")
 
     def close(self, orderly: bool) -> None:
-        """Let go of everything; after a failure without waiting, and without taking memory from kernels that run.
+        """Give everything back; after a failure wait for no peer, and keep the memory that kernels may still use.
 
         Raises:
-            CommError: a peer still has this rank's buffer open, which is then kept.
-            RuntimeError: the driver refuses to close or free; likewise.
+            CommError: a peer still has this rank's buffer mapped, which is then kept.
+            RuntimeError: the driver refuses to unmap or free it; likewise.
         """
-        if self._native is None:
+        functions, self._functions = self._functions, {}
+        self.all_reduce = self.all_reduce_out = None
+        if not functions:
             return
-        native, self._native = self._native, None
-        self.into = self.fresh = None
-        if not orderly:
-            native.abort()  # kernels that wait for a peer give up within milliseconds
-            _abandoned.append(native)
-            return
-        self._give_back(native)
+        if orderly:
+            self._free(functions)
+        else:
+            functions["abort"]()  # kernels that wait for a peer end within milliseconds
+            _kept_until_exit.append(functions)
 
-    def discard(self) -> None:
-        """Give back what an incomplete session has, as far as the peers let go of it."""
-        if self._native is not None:
-            native, self._native = self._native, None
-            self.into = self.fresh = None
-            # Another error is already on its way.
-            with contextlib.suppress(comm.CommError, RuntimeError):
-                self._give_back(native)
-
-    def _give_back(self, native: Native) -> None:
+    def _free(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         try:
-            native.unmap()
-            if self._farewell is not None:
-                self._farewell.leave()
-                ranks = self._farewell.wait(PATIENCE_S)
+            functions["unmap_peers"]()
+            if self._unmap_flags is not None:
+                self._unmap_flags.set()
+                ranks = self._unmap_flags.wait(UNMAP_TIMEOUT_S)
                 if ranks:
                     listed = ", ".join(rank_label(rank, self._context.global_ranks[rank]) for rank in ranks)
                     raise comm.CommError(
-                        f"this rank's buffer of {self.memory_nbytes} bytes stays until the process ends: after "
-                        f"{PATIENCE_S:g} s it is still open on rank {listed}"
+                        f"this rank's buffer of {self.memory_nbytes} bytes is kept until the process ends: after "
+                        f"{UNMAP_TIMEOUT_S:g} s it is still mapped by rank {listed}"
                     )
-            native.free()
+            functions["free"]()
         except BaseException:
-            _abandoned.append(native)
+            _kept_until_exit.append(functions)
             raise
 
 
 def connect(module: Any, forced: policy.Row | None, context: comm.GroupContext) -> Session:
-    """Allocate, exchange, and test peer access. Collective.
+    """Allocate a buffer, exchange it with the peers', and test peer access. Collective.
 
     Args:
         module: the native code.
-        forced: what the option says.
+        forced: the row that the option forces, if any.
         context: the group.
+
+    Raises:
+        MemoryError: the budget is too small.
+        RuntimeError: the driver refuses, data is wrong, or the native code has another version.
+        OSError: the ranks can't share a page of host memory.
     """
-    flags_nbytes, letters_nbytes, algorithms = module.constants()
+    flags_nbytes, test_nbytes, algorithms = module.constants()
     if algorithms != len(policy.ALGORITHMS):
         raise RuntimeError(
-            f"the native code has {algorithms} algorithms, not {len(policy.ALGORITHMS)}: it is another version's"
+            f"the native code has {algorithms} algorithms, not {len(policy.ALGORITHMS)}: it belongs to another version"
         )
-    plan = layout.plan(context.memory_budget_nbytes, flags_nbytes, letters_nbytes)
+    plan = layout.plan(context.memory_budget_nbytes, flags_nbytes, test_nbytes)
     functions = module.connect(
         context.rank, context.world_size, plan.numbers(), context.wait_timeout_s, context.device.index
     )
-    native = Native(*functions)
-    session = Session(native, plan.nbytes, context)
+    session = Session(functions, plan.nbytes, context)
     try:
-        # Whoever fails alone does so by here, before the exchange.
-        native.set_shapes(policy.flat(policy.rows_for(context.world_size, forced)))
+        # Everything that can fail on one rank alone has happened once this returns, before the first exchange.
+        session.set_rows(policy.rows_for(context.world_size, forced))
         session.open_peers()
     except BaseException:
-        session.discard()
+        with contextlib.suppress(comm.CommError, RuntimeError):  # the first error is the one to raise
+            session.close(orderly=True)
         raise
     return session

@@ -11,7 +11,7 @@ from typing import Any
 
 import comm_core as comm
 import torch
-from comm_core import eligibility, kernels, registration
+from comm_core import kernels, registration
 
 from comm_plugin_customar_v2 import norm_policy, policy, session
 from comm_plugin_customar_v2.session import Session
@@ -31,11 +31,7 @@ __all__ = [
 
 COMM_HOOK_API = (1, 0)
 
-#: `kMaxRanks` in csrc/params.cuh.
-MAX_RANKS = 8
 DTYPES = ("float32", "float16", "bfloat16")
-#: The oldest compute capability that there are kernels for.
-OLDEST = (8, 0)
 #: `kVecNbytes` in comm_core/vec.cuh.
 VEC_NBYTES = 16
 
@@ -55,7 +51,7 @@ def probe() -> dict[str, Any]:
 @comm.hookimpl
 def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     """NVLink between every two of the group's devices, which are two to eight, distinct, and of one generation."""
-    reason = _reason(topology)
+    reason = policy.unavailable_reason(topology)
     if reason:
         return comm.Unavailable(reason)
     kind = _major(topology), topology.world_size
@@ -77,49 +73,6 @@ def _fused(max_nbytes: int) -> tuple[comm.Range, ...]:
         )
         for dtypes, itemsize in ((DTYPES[:1], 4), (DTYPES[1:], 2))
     )
-
-
-def _reason(topology: comm.Topology) -> str:
-    """Why the group can't be served; "" where it can."""
-    return (
-        eligibility.no_cuda(topology)
-        or _unfit_size(topology)
-        or eligibility.no_native_code(topology, "customar_v2")
-        or _unfit_option(topology)
-        or eligibility.unfit_devices(topology, OLDEST)
-        or _unfit_links(topology)
-    )
-
-
-def _unfit_size(topology: comm.Topology) -> str:
-    size = topology.world_size
-    return "" if 2 <= size <= MAX_RANKS else f"it takes 2 to {MAX_RANKS} ranks, and the group has {size}"
-
-
-def _unfit_option(topology: comm.Topology) -> str:
-    forced = [info.facts["customar_v2"]["forced"] for info in topology.ranks]
-    differing = [rank for rank, value in enumerate(forced) if value != forced[0]]
-    return f"{policy.OPTION} differs between ranks 0 and {differing[0]}" if differing else ""
-
-
-def _unfit_links(topology: comm.Topology) -> str:
-    fabrics = {info.device.fabric for info in topology.ranks if info.device is not None}
-    if not topology.one_host:
-        hosts = len({info.host.id for info in topology.ranks})
-        clique = len(fabrics) == 1 and None not in fabrics
-        return (
-            ""
-            if clique
-            else f"its ranks are on {hosts} hosts, or in containers apart, and in no NVLink clique in common"
-        )
-    for rank in range(topology.world_size):
-        for peer in range(rank):
-            link = topology.link(peer, rank)
-            if not link.nvlinks:
-                return f"ranks {peer} and {rank} have no NVLink between them: {link.reason or 'none was found'}"
-            if not link.p2p:
-                return f"ranks {peer} and {rank} have no peer access: {link.reason or 'the driver gives none'}"
-    return ""
 
 
 def _major(topology: comm.Topology) -> int:

@@ -9,8 +9,15 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
-__all__ = ["ALGORITHMS", "OPTION", "Row", "captured_rows_for", "parse", "rows_for"]
+from comm_core import Topology, eligibility
 
+__all__ = ["ALGORITHMS", "OPTION", "Row", "captured_rows_for", "parse", "rows_for", "unavailable_reason"]
+
+_NAME = "customar_v2"
+#: `kMaxRanks` in csrc/params.cuh.
+MAX_RANKS = 8
+#: The oldest compute capability that there are kernels for.
+OLDEST = (8, 0)
 #: `Algorithm` in csrc/params.cuh.
 ALGORITHMS = {
     "oneshot_push": 0,
@@ -164,3 +171,25 @@ def parse_row(text: str) -> Row:
 def flat(rows: Sequence[Row]) -> list[int]:
     """The rows' numbers, one after the other, as the native code takes them."""
     return [number for row in rows for number in row.numbers()]
+
+
+def unavailable_reason(topology: Topology) -> str:
+    """Say why the group can't be served; "" if it can."""
+    return (
+        eligibility.no_cuda(topology)
+        or eligibility.unfit_world_size(topology, range(2, MAX_RANKS + 1))
+        or eligibility.missing_dependency(topology, _NAME)
+        or eligibility.differing_fact(topology, _NAME, "forced", OPTION)
+        or eligibility.unfit_devices(topology, OLDEST)
+        or _unfit_links(topology)
+    )
+
+
+def _unfit_links(topology: Topology) -> str:
+    """Require NVLink and peer access between every two ranks: on one host, or in one NVLink clique of several hosts."""
+    several = eligibility.several_hosts(topology)
+    if not several:
+        return eligibility.missing_links(topology)
+    fabrics = {info.device.fabric for info in topology.ranks if info.device is not None}
+    clique = len(fabrics) == 1 and None not in fabrics
+    return "" if clique else f"{several}, and in no NVLink clique in common"

@@ -1,4 +1,4 @@
-"""How FlashInfer's ranks find each other: its `CommBackend`, over the group's control channel."""
+"""FlashInfer's `CommBackend`, by which its ranks exchange handles, over the group's control channel."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ __all__ = ["Channel", "decode", "encode"]
 
 
 class Channel:
-    """The methods that FlashInfer calls while it makes a workspace; ranks and roots are the group's.
+    """The methods that FlashInfer calls while it creates a workspace. Ranks and roots are group ranks.
 
-    Collective, inside `pre_capture_init` alone. A rank that fails makes the others' calls raise.
+    Collective; only called inside `pre_capture_init`. If a rank fails, the other ranks' calls raise.
     """
 
     def __init__(self, context: comm.GroupContext) -> None:
         self._context = context
 
-    def Get_rank(self) -> int:  # noqa: N802 - the library's names
-        """This rank's place in the group."""
+    def Get_rank(self) -> int:  # noqa: N802 - FlashInfer's names
+        """Return this group rank."""
         return self._context.rank
 
     def Get_size(self) -> int:  # noqa: N802
-        """Ranks in the group."""
+        """Return the number of ranks in the group."""
         return self._context.world_size
 
     def allgather(self, data: Any) -> tuple[Any, ...]:
-        """Every rank's `data`, by group rank."""
+        """Return every rank's `data`, by group rank."""
         return tuple(decode(value) for value in self._context.control.all_gather(encode(data)))
 
     def bcast(self, data: Any, root: int) -> Any:
-        """What the group rank `root` has."""
+        """Return the `data` of the group rank `root`."""
         mine = encode(data) if root == self._context.rank else None
         return decode(self._context.control.all_gather(mine)[root])
 
@@ -41,19 +41,19 @@ class Channel:
         self._context.control.barrier()
 
     def Split(self, color: int, key: int) -> Channel:  # noqa: N802
-        """Refused: a workspace belongs to the whole group.
+        """Refuse to split: a workspace belongs to the whole group.
 
         Raises:
             RuntimeError: always.
         """
-        raise RuntimeError(f"a workspace is its whole group's, which can't be split (color {color}, key {key})")
+        raise RuntimeError(f"a workspace belongs to its whole group, which can't be split (color {color}, key {key})")
 
 
 def encode(value: Any) -> Any:
-    """A value as JSON from which `decode` makes it again.
+    """Return a value as JSON, for `decode`.
 
     Raises:
-        TypeError: it has parts other than numbers, texts, bytes, None, lists and tuples.
+        TypeError: it contains something other than numbers, strings, bytes, None, lists and tuples.
     """
     match value:
         case None | bool() | int() | float() | str():
@@ -67,7 +67,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`."""
+    """Return the value that `encode` got."""
     match value:
         case {"bytes": text}:
             return bytes.fromhex(text)

@@ -1,4 +1,4 @@
-"""What is used of FlashInfer: its unified all-reduce fusion with the backend "trtllm", which never takes multicast."""
+"""The part of FlashInfer that is used: all-reduce fusion with its backend "trtllm", which never uses multicast."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from comm_plugin_flashinfer_fusion.channel import Channel
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FLOOR", "Library", "installed", "load", "missing"]
+__all__ = ["MIN_VERSION", "Library", "installed_version", "load", "missing"]
 
-#: As in pyproject.toml.
-FLOOR = "0.7.1"
+#: The oldest supported version, as in pyproject.toml.
+MIN_VERSION = "0.7.1"
 _DISTRIBUTION = "flashinfer-python"
-# The arguments of its two functions that are used here.
+# The arguments that are passed to its two functions.
 _CREATE = {"backend", "world_size", "rank", "max_token_num", "hidden_dim", "dtype", "comm_backend", "group"}
 _FUSE = {
     *("input", "workspace", "pattern", "launch_with_pdl", "output", "residual_out", "norm_out", "residual_in"),
@@ -31,8 +31,8 @@ _FUSE = {
 }
 
 
-def installed() -> str | None:
-    """The version of FlashInfer's distribution; None where there is none, or a package without one."""
+def installed_version() -> str | None:
+    """Return the version of FlashInfer's distribution; None if no distribution is installed."""
     try:
         return importlib.metadata.version(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -40,17 +40,17 @@ def installed() -> str | None:
 
 
 def missing() -> str | None:
-    """Why FlashInfer can't be used here, one sentence without a full stop, or None. Imports nothing."""
+    """Say why FlashInfer can't be used here, one sentence without a full stop; None if it can. Imports nothing."""
     if importlib.util.find_spec("flashinfer") is None:
-        return f"flashinfer isn't installed: pip install '{_DISTRIBUTION}>={FLOOR}'"
-    version = installed()
-    if version is not None and Version(version) < Version(FLOOR):
-        return f"{_DISTRIBUTION} {version} is older than {FLOOR}"
+        return f"flashinfer isn't installed: pip install '{_DISTRIBUTION}>={MIN_VERSION}'"
+    version = installed_version()
+    if version is not None and Version(version) < Version(MIN_VERSION):
+        return f"{_DISTRIBUTION} {version} is older than {MIN_VERSION}: pip install '{_DISTRIBUTION}>={MIN_VERSION}'"
     return None
 
 
 class Library:
-    """FlashInfer's functions, looked up and found to take what is given to them.
+    """FlashInfer's functions, after checking that they have the arguments that are passed to them.
 
     Args:
         module: `flashinfer.comm`.
@@ -61,18 +61,18 @@ class Library:
         self._create = _function(module, "create_allreduce_fusion_workspace", _CREATE)
         self._fuse = _function(module, "allreduce_fusion", _FUSE)
         self._pattern = int(module.AllReduceFusionPattern.kARResidualRMSNorm)
-        self._forget = getattr(details, "trtllm_destroy_ipc_workspace_for_all_reduce_fusion", None)
-        # Where it keeps alive what a workspace is made of. Without it nothing is kept.
-        self._kept: dict[int, Any] = getattr(details, "_symm_workspace_refs", {})
+        self._destroy_ipc = getattr(details, "trtllm_destroy_ipc_workspace_for_all_reduce_fusion", None)
+        # FlashInfer's own references to the buffers of workspaces. Releases without it keep none.
+        self._references: dict[int, Any] = getattr(details, "_symm_workspace_refs", {})
 
     def create(self, context: comm.GroupContext, tokens: int, hidden_size: int, dtype: torch.dtype) -> Any:
-        """A workspace for messages of as many elements as `[tokens, hidden_size]` has. Collective.
+        """Create a workspace for messages with as many elements as `[tokens, hidden_size]`. Collective.
 
         Raises:
             CommError: another rank failed.
-            RuntimeError: this one did; what it had taken is free again.
+            RuntimeError: this rank failed; its memory is freed.
         """
-        before = set(self._kept)
+        before = set(self._references)
         try:
             return self._create(
                 backend="trtllm",
@@ -85,20 +85,20 @@ class Library:
                 group=context.group,
             )
         except Exception as error:
-            for key in set(self._kept) - before:
-                del self._kept[key]
-            # Its frames hold buffers for as long as somebody holds the error.
+            for key in set(self._references) - before:
+                del self._references[key]
+            # The error's frames hold buffers for as long as the error is referenced.
             traceback.clear_frames(error.__traceback__)
             if isinstance(error, comm.CommError):
                 raise
-            shape, words = f"[{tokens}, {hidden_size}]", f"{type(error).__name__}: {error}"
-            raise RuntimeError(f"FlashInfer couldn't make a workspace for messages of {shape}: {words}") from None
+            shape, reason = f"[{tokens}, {hidden_size}]", f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"FlashInfer couldn't create a workspace for messages of {shape}: {reason}") from None
 
     def destroy(self, workspace: Any) -> None:
-        """Free a workspace that no kernel uses any more. Local; the caller lets go of it too."""
+        """Free a workspace that no kernel uses any more. Local. The caller drops its reference, too."""
         handles = getattr(workspace, "ipc_handles", None)
-        if self._forget is not None and handles is not None:
-            self._forget(handles)
+        if self._destroy_ipc is not None and handles is not None:
+            self._destroy_ipc(handles)
         workspace.destroy()
 
     def fuse(
@@ -112,13 +112,13 @@ class Library:
         out: torch.Tensor,
         residual_out: torch.Tensor,
     ) -> None:
-        """One-shot all-reduce, residual and norm on the current stream; sums over ranks in fp32."""
+        """Run one-shot all-reduce, residual and norm on the current stream; sums over ranks are in fp32."""
         self._fuse(
             input=tensor,
             workspace=workspace,
             pattern=self._pattern,
             launch_with_pdl=True,
-            # Not written to in this pattern, but allocated where there is none.
+            # Unused in this pattern, but FlashInfer would allocate it if it were None.
             output=out,
             residual_out=residual_out,
             norm_out=out,
@@ -132,19 +132,19 @@ class Library:
 
 
 def load() -> Library:
-    """Import FlashInfer and build its kernels. Local; takes minutes where they are in no cache.
+    """Import FlashInfer and build its kernels. Local; takes minutes unless they are cached.
 
     Raises:
-        RuntimeError: this host, or this release of FlashInfer, has no workspace that is safe to use.
-        Exception: whatever its import, or its build, raises.
+        RuntimeError: this host or this release of FlashInfer isn't supported.
+        Exception: any error of its import or build.
     """
     module: Any = importlib.import_module("flashinfer.comm")
     details: Any = importlib.import_module("flashinfer.comm.trtllm_ar")
     library = Library(module, details)
     confidential = getattr(importlib.import_module("flashinfer.utils"), "is_confidential_compute", None)
     if confidential is not None and confidential():
-        # There it takes torch's symmetric memory instead of its own, and with it a multicast object.
-        raise RuntimeError("under confidential computing FlashInfer's workspace would take NVLink multicast")
+        # There FlashInfer uses torch's symmetric memory, which binds a multicast object, instead of its own.
+        raise RuntimeError("under confidential computing FlashInfer's workspace would use NVLink multicast")
     build = getattr(details, "get_trtllm_comm_module", None)
     if build is not None:
         build()
@@ -152,13 +152,13 @@ def load() -> Library:
 
 
 def _function(module: Any, name: str, arguments: set[str]) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(module, name, None) or _unknown(f"has no flashinfer.comm.{name}")
+    function: Callable[..., Any] = getattr(module, name, None) or _unsupported(f"has no flashinfer.comm.{name}")
     parameters = inspect.signature(function).parameters
     lacking = sorted(arguments - set(parameters))
     if lacking and not any(value.kind is value.VAR_KEYWORD for value in parameters.values()):
-        _unknown(f"has a flashinfer.comm.{name} without {', '.join(lacking)}")
+        _unsupported(f"has a flashinfer.comm.{name} without {', '.join(lacking)}")
     return function
 
 
-def _unknown(what: str) -> Any:
-    raise RuntimeError(f"{_DISTRIBUTION} {installed() or 'of unknown version'} {what}")
+def _unsupported(lack: str) -> Any:
+    raise RuntimeError(f"{_DISTRIBUTION} {installed_version() or 'of unknown version'} {lack}")

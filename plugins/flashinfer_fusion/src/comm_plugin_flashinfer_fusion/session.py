@@ -1,4 +1,4 @@
-"""A group's session: its workspace, how that grows, and which calls it takes."""
+"""A group's session: its workspace, its growth, and the calls that use it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from comm_plugin_flashinfer_fusion.library import Library
 
 __all__ = ["Session"]
 
-# Workspaces of sessions that ended in disorder: their kernels may still run, so these stay until the process ends.
-_abandoned: list[Any] = []
+# Workspaces of sessions that were closed after a failure. Kernels may still use them, so they are referenced until the
+# process ends.
+_kept_until_exit: list[Any] = []
 
 
 @dataclasses.dataclass
 class _Workspace:
-    """What FlashInfer made.
+    """A workspace of FlashInfer.
 
     Attributes:
-        value: its object; None once it is destroyed.
-        numel: elements of the largest message.
-        nbytes: device memory, in bytes.
-        used: whether a kernel was launched or recorded with it.
+        value: FlashInfer's object; None once it is destroyed.
+        numel: the number of elements of the largest message.
+        nbytes: its device memory, in bytes.
+        used: whether a kernel that uses it was launched or recorded.
         recorded: whether a graph may replay such a kernel.
     """
 
@@ -39,10 +40,10 @@ class _Workspace:
 
 
 class Session:
-    """What the hooks work with.
+    """This rank's part of the group.
 
     Attributes:
-        memory_nbytes: of all workspaces of this rank.
+        memory_nbytes: the device memory of this rank's workspaces, in bytes.
     """
 
     def __init__(self, library: Library, context: comm.GroupContext) -> None:
@@ -50,35 +51,35 @@ class Session:
         self._library = library
         self._context = context
         self._workspace: _Workspace | None = None
-        # Smaller ones, which graphs still replay.
+        # Smaller workspaces, which graphs may still replay.
         self._older: list[_Workspace] = []
-        # The most tokens by dtype and hidden size.
+        # The most tokens that are prepared, by dtype and hidden size.
         self._tokens: dict[tuple[torch.dtype, int], int] = {}
-        # Of the last eager call.
+        # The stream of the last eager call.
         self._stream: torch.cuda.Stream | None = None
         self._raw_stream = -1
 
     def prepare(self, shapes: comm.Shapes) -> list[comm.Range] | None:
-        """Make the workspace, or a larger one, and say what is served from now on. Collective.
+        """Create the workspace, or a larger one, and return the ranges served from now on. Collective.
 
-        Every rank takes the same way through here, since it depends on shapes alone.
+        Every rank takes the same branches, since they depend only on shapes.
 
         Raises:
-            MemoryError: it would take more than the group's budget.
-            RuntimeError, CommError: it can't be made on this rank, or on another one.
+            MemoryError: it needs more than the group's budget.
+            RuntimeError, CommError: it can't be created on this rank, or on another one.
         """
         if str(shapes.dtype).removeprefix("torch.") not in policy.DTYPES:
             return None
-        tokens = policy.most_tokens(self._context.world_size, shapes.hidden_size, shapes.max_tokens)
+        tokens = policy.max_tokens(self._context.world_size, shapes.hidden_size, shapes.max_tokens)
         key = (shapes.dtype, shapes.hidden_size)
         if tokens <= self._tokens.get(key, 0):
             return None
         if self._workspace is None or self._workspace.numel < tokens * shapes.hidden_size:
             self._grow(tokens, shapes.hidden_size, shapes.dtype)
         self._tokens[key] = tokens
-        return [self._range(*key, most) for key, most in self._tokens.items()]
+        return [policy.prepared_range(str(key[0]), key[1], most) for key, most in self._tokens.items()]
 
-    def fused(
+    def all_reduce_add_rms_norm(
         self,
         tensor: torch.Tensor,
         residual: torch.Tensor,
@@ -88,14 +89,14 @@ class Session:
         out: torch.Tensor | None,
         residual_out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The fused operation; see the hook's spec."""
+        """Sum over the ranks, add the residual and normalise; see the hook's spec."""
         workspace = self._workspace
         if (
             workspace is None
             or tensor.numel() > workspace.numel
             or tensor.element_size() != policy.ITEMSIZE
-            # A range has no upper end of hidden sizes, and the kernel has.
-            or not policy.fits(tensor.shape[1])
+            # A range has no largest hidden size, but the kernel has one.
+            or not policy.fits_kernel(tensor.shape[1])
         ):
             total = self.all_reduce(tensor, None)
             return fallback.add_rms_norm(
@@ -112,11 +113,11 @@ class Session:
         return out, residual_out
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """The plain sum, which no range promises: torch's own."""
+        """Sum by torch.distributed; no range promises this operation."""
         return fallback.torch_distributed(self._context.group, tensor, out)
 
     def close(self, orderly: bool) -> None:
-        """Let go of everything; after a failure keep what kernels may still use."""
+        """Free all workspaces; after a failure keep those that kernels may still use. Idempotent."""
         workspaces = [*self._older, *([self._workspace] if self._workspace else [])]
         self._older, self._workspace, self._stream = [], None, None
         self._tokens.clear()
@@ -125,21 +126,10 @@ class Session:
                 if orderly or not workspace.used:
                     stack.callback(self._destroy, workspace)
                 else:
-                    _abandoned.append(workspace.value)
-
-    def _range(self, dtype: torch.dtype, hidden_size: int, tokens: int) -> comm.Range:
-        return comm.Range(
-            "all_reduce_add_rms_norm",
-            dtypes=(str(dtype),),
-            device_types=("cuda",),
-            max_nbytes=tokens * hidden_size * policy.ITEMSIZE,
-            max_tokens=tokens,
-            hidden_multiple=hidden_size,
-            prepared=True,
-        )
+                    _kept_until_exit.append(workspace.value)
 
     def _grow(self, tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
-        """Put a larger workspace in the place of the one that there is, if there is one. Collective."""
+        """Replace the workspace, if there is one, by a larger one. Collective."""
         context, old, numel = self._context, self._workspace, tokens * hidden_size
         kept = [*self._older, *([old] if old and old.recorded else [])]
         nbytes = policy.workspace_nbytes(context.world_size, numel)
@@ -147,7 +137,7 @@ class Session:
         if kept_nbytes + nbytes > context.memory_budget_nbytes:
             beside = f", beside {kept_nbytes} that recorded graphs still use" if kept_nbytes else ""
             raise MemoryError(
-                f"a workspace for messages of {numel * policy.ITEMSIZE} bytes takes {nbytes}{beside}, and the budget "
+                f"a workspace for messages of {numel * policy.ITEMSIZE} bytes needs {nbytes}{beside}, and the budget "
                 f"is {context.memory_budget_nbytes} (COMM_CORE_MEMORY_BUDGET_NBYTES)"
             )
         torch.cuda.synchronize(context.device)
@@ -156,21 +146,22 @@ class Session:
         self._workspace, self._older, self.memory_nbytes = None, kept, kept_nbytes
         if old and not old.recorded:
             self._destroy(old)
-        # Memory that a peer has mapped is free only once that peer has let go of it too.
+        # Memory that a peer has mapped is freed only once that peer has unmapped it, too.
         context.control.barrier()
         free = torch.cuda.mem_get_info(context.device)[0]
         if free < nbytes:
             raise MemoryError(
-                f"a workspace for messages of {numel * policy.ITEMSIZE} bytes takes {nbytes}, and {free} are free"
+                f"a workspace for messages of {numel * policy.ITEMSIZE} bytes needs {nbytes}, and the device has "
+                f"{free} free"
             )
-        # Whoever has too little has said so by now: the library leaves a descriptor behind where its own exchange ends
-        # in the middle, and with it memory.
+        # A rank with too little memory has raised by now, and with it all ranks. If FlashInfer's own exchange failed
+        # halfway, it would leak a descriptor and its memory.
         context.control.barrier()
         self._workspace = _Workspace(self._library.create(context, tokens, hidden_size, dtype), numel, nbytes)
         self.memory_nbytes = kept_nbytes + nbytes
 
     def _destroy(self, workspace: _Workspace) -> None:
-        """Free it now, also where somebody, such as a frame of an exception that is kept, still holds it."""
+        """Free it now, even if something else still references it, such as the frame of a kept exception."""
         value, workspace.value = workspace.value, None
         self._library.destroy(value)
 
@@ -193,6 +184,6 @@ class Session:
 
 
 def _raw_stream(device: torch.device) -> int:
-    """The current stream's handle; torch's own way to it takes 0.1 us instead of 4, where it is there."""
+    """Return the current stream's handle, by torch's private function if there is one: 0.1 us instead of 4."""
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # noqa: SLF001 - guarded
     return int(torch.cuda.current_stream(device).cuda_stream if raw is None else raw(device.index))

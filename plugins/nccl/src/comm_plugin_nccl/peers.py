@@ -1,7 +1,7 @@
-"""Who of the group runs on this machine, and whether it still does.
+"""The peers' processes on this machine, and a thread that notices when one ends.
 
-NCCL notices by itself that a peer has gone only where a network is between them: over NVLink, PCIe and shared memory
-its kernels wait for ever. The machine's own kernel tells, through a descriptor a process.
+NCCL notices that a peer is gone only if a network is between them: over NVLink, PCIe and shared memory its kernels wait
+forever. The operating system reports the end of a process through a descriptor (pidfd).
 """
 
 from __future__ import annotations
@@ -17,91 +17,92 @@ from typing import Any
 import comm_core as comm
 from comm_core.types import rank_label
 
-__all__ = ["Processes", "Watch", "introduce", "open_processes"]
+__all__ = ["PeerProcesses", "Watcher", "open_processes", "own_process"]
 
-# Between two questions to NCCL, in seconds: its own detection takes longer, and a question under a microsecond.
-_INTERVAL_S = 1.0
+# The interval between two queries of NCCL's errors, in seconds. NCCL takes longer to detect one, and a query takes less
+# than a microsecond.
+_POLL_S = 1.0
 
 
-class Processes:
+class PeerProcesses:
     """The peers' processes on this machine.
 
     Attributes:
-        ranks: group ranks by descriptor, which becomes readable when the process ends.
+        ranks: group ranks by descriptor; a descriptor becomes readable when its process ends.
     """
 
     def __init__(self, descriptors: Mapping[int, int], labels: Mapping[int, str]) -> None:
         self.ranks = dict(descriptors)
         self._labels = dict(labels)
 
-    def ended(self, timeout_s: float = 0.0) -> tuple[int, ...]:
-        """The group ranks whose process has ended, after waiting for one at most so long."""
+    def poll_ended(self, timeout_s: float = 0.0) -> tuple[int, ...]:
+        """Return the group ranks with processes that have ended; wait for the first one at most `timeout_s` seconds."""
         poller = select.poll()
         for descriptor in self.ranks:
             poller.register(descriptor, select.POLLIN)
         return tuple(sorted(self.ranks[descriptor] for descriptor, _ in poller.poll(timeout_s * 1000)))
 
-    def error(self, ranks: tuple[int, ...]) -> comm.CommTimeoutError:
-        """What is to be raised where these have ended."""
+    def ended_error(self, ranks: tuple[int, ...]) -> comm.CommTimeoutError:
+        """Return the exception to raise after these ranks' processes have ended."""
         return comm.CommTimeoutError(", ".join(f"{self._labels[rank]} has ended" for rank in ranks), ranks)
 
     def close(self) -> None:
-        """Let go of the descriptors."""
+        """Close the descriptors."""
         for descriptor in self.ranks:
             os.close(descriptor)
         self.ranks.clear()
 
 
-def introduce() -> dict[str, Any]:
-    """What the peers have to know to open this process."""
+def own_process() -> dict[str, Any]:
+    """Describe this process, so that peers can open it."""
     return {"pid": os.getpid(), "namespace": str(Path("/proc/self/ns/pid").readlink())}
 
 
 def open_processes(
-    topology: comm.Topology, rank: int, global_ranks: Sequence[int], introduced: Sequence[Mapping[str, Any]]
-) -> Processes:
-    """Open the peers that run on this machine in this process's PID namespace.
+    topology: comm.Topology, rank: int, global_ranks: Sequence[int], processes: Sequence[Mapping[str, Any]]
+) -> PeerProcesses:
+    """Open the peers' processes on this machine that are in this process's PID namespace.
 
-    Others, and all of them where the kernel is older than Linux 5.3 or a container forbids it, stay unwatched.
+    Other processes aren't watched; nor is any process before Linux 5.3, or in a container that forbids it.
 
     Args:
         topology: the group.
-        rank: this process's, in the group.
+        rank: this process's group rank.
         global_ranks: the job's rank of each group rank.
-        introduced: by group rank, what each one's `introduce` said.
+        processes: the result of each group rank's `own_process`.
 
     Raises:
-        CommTimeoutError: one has ended already.
+        CommTimeoutError: a process has already ended.
     """
-    machine, mine = topology.ranks[rank].host.boot_id, introduced[rank]
+    machine, own = topology.ranks[rank].host.boot_id, processes[rank]
     descriptors: dict[int, int] = {}
     labels: dict[int, str] = {}
-    for peer, its in enumerate(introduced):
+    for peer, process in enumerate(processes):
         here = machine is not None and topology.ranks[peer].host.boot_id == machine
-        if peer == rank or not here or its["namespace"] != mine["namespace"]:
+        if peer == rank or not here or process["namespace"] != own["namespace"]:
             continue
-        labels[peer] = f"rank {rank_label(peer, global_ranks[peer])}, process {its['pid']},"
+        labels[peer] = f"rank {rank_label(peer, global_ranks[peer])}, process {process['pid']},"
         try:
-            descriptors[os.pidfd_open(its["pid"])] = peer
+            descriptors[os.pidfd_open(process["pid"])] = peer
         except ProcessLookupError:
-            Processes(descriptors, labels).close()
-            raise Processes({}, labels).error((peer,)) from None
+            PeerProcesses(descriptors, labels).close()
+            raise PeerProcesses({}, labels).ended_error((peer,)) from None
         except OSError:
             continue
-    return Processes(descriptors, labels)
+    return PeerProcesses(descriptors, labels)
 
 
-class Watch:
-    """A thread that sees peers end, and asks now and then for NCCL's own errors.
+class Watcher:
+    """A thread that notices when peers end, and queries NCCL's errors once a second.
 
     Args:
-        processes: taken over: closed with the thread.
-        see: given the ranks that have ended, mostly none; returns whether it has seen enough.
+        processes: the peers; the thread closes them when it ends.
+        on_wake: called with the ranks that have ended, usually none; returns whether the thread is to end.
     """
 
-    def __init__(self, processes: Processes, see: Callable[[tuple[int, ...]], bool]) -> None:
+    def __init__(self, processes: PeerProcesses, on_wake: Callable[[tuple[int, ...]], bool]) -> None:
         self._processes = processes
-        self._see = see
+        self._on_wake = on_wake
         self._read, self._write = os.pipe()
         self._lock = threading.Lock()
         threading.Thread(target=self._run, name="comm-core nccl: watch", daemon=True).start()
@@ -121,7 +122,7 @@ class Watch:
             stack.callback(self._processes.close)
             stack.callback(os.close, self._read)
             while True:
-                ready = {descriptor for descriptor, _ in poller.poll(_INTERVAL_S * 1000)}
-                gone = sorted(self._processes.ranks[descriptor] for descriptor in ready - {self._read})
-                if self._read in ready or self._see(tuple(gone)):
+                ready = {descriptor for descriptor, _ in poller.poll(_POLL_S * 1000)}
+                ended = sorted(self._processes.ranks[descriptor] for descriptor in ready - {self._read})
+                if self._read in ready or self._on_wake(tuple(ended)):
                     return

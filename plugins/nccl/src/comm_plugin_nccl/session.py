@@ -1,4 +1,4 @@
-"""A group's session: its communicator, and what becomes of it when something fails."""
+"""A group's session: its communicator, and how a failure ends it."""
 
 from __future__ import annotations
 
@@ -16,45 +16,34 @@ import torch
 
 from comm_plugin_nccl import peers
 
-__all__ = ["CODES", "SUM", "Session", "connect"]
+__all__ = ["SUM", "Session", "connect"]
 
 _log = logging.getLogger(__name__)
 
-#: `ncclDataType_t` in nccl.h: everything that NCCL sums and core routes.
-CODES = {
-    torch.int8: 0,
-    torch.uint8: 1,
-    torch.int32: 2,
-    torch.int64: 4,
-    torch.float16: 6,
-    torch.float32: 7,
-    torch.float64: 8,
-    torch.bfloat16: 9,
-}
-#: `ncclSum` of `ncclRedOp_t`.
+#: `ncclSum` of `ncclRedOp_t` in nccl.h.
 SUM = 0
 # `ncclSuccess` and `ncclInProgress` of `ncclResult_t`.
-_FINE = (0, 7)
-# Between the refusal of further calls and the communicator's abort, in seconds: a call that is under way ends, unless
-# it waits for a peer, and so does a kernel whose peers have sent all that it needs.
-_GRACE_S = 0.5
-# How long an orderly close waits for NCCL, in seconds: far more than its own work takes. What keeps it longer are
-# graphs that recorded its calls and still exist.
-_DESTROY_S = 5.0
-# Between two looks at the peers while NCCL makes a communicator, in seconds.
-_LOOK_S = 0.2
+_NO_ERROR = (0, 7)
+# The time between the refusal of further calls and the communicator's abort, in seconds. In this time a call that is
+# under way ends unless it waits for a peer, and so does a kernel that has received all it needs.
+_ABORT_DELAY_S = 0.5
+# How long an orderly close waits for NCCL, in seconds. NCCL needs far less, unless graphs that recorded its calls still
+# exist.
+_DESTROY_TIMEOUT_S = 5.0
+# The interval between two checks of the peers while NCCL creates a communicator, in seconds.
+_CONNECT_POLL_S = 0.2
 
 
 class Session:
-    """What the hooks work with.
+    """This rank's part of the group.
 
     Attributes:
-        launch: the binding's `all_reduce`; in its place, once the session has failed or is closed, what raises why.
-        communicator: the binding's.
-        stream_of: tells a device's current stream.
-        index: of the device.
-        device: with that index.
-        refusal: what the binding raises.
+        launch: the binding's `all_reduce`; after a failure or `close`, a function that raises the reason.
+        communicator: the binding's communicator.
+        current_stream: a function from a device's index to its current stream as an integer.
+        device_index: the index of `device`.
+        device: this rank's device.
+        binding_error: the exception type that the binding raises.
     """
 
     def __init__(
@@ -62,84 +51,94 @@ class Session:
         binding: Any,
         communicator: Any,
         device: torch.device,
-        stream_of: Callable[[int], int],
-        processes: peers.Processes,
+        current_stream: Callable[[int], int],
+        processes: peers.PeerProcesses,
     ) -> None:
         self.launch: Callable[..., object] = binding.all_reduce
         self.communicator = communicator
-        self.stream_of = stream_of
-        self.index: Any = device.index
+        self.current_stream = current_stream
+        self.device_index: Any = device.index
         self.device = device
-        self.refusal: type[Exception] = binding.NCCLError
+        self.binding_error: type[Exception] = binding.NCCLError
         self._binding = binding
         self._processes = processes
-        self._failure: Callable[[], comm.CommError] | None = None
-        self._given_back = False
+        self._make_failure: Callable[[], comm.CommError] | None = None
+        self._released = False
         self._lock = threading.Lock()
-        self._watch = peers.Watch(processes, self._see)
+        self._watcher = peers.Watcher(processes, self._on_wake)
 
     def check(self) -> None:
-        """Raise why the session has failed; asks NCCL for an error that came up since."""
-        self._ask()
-        if self._failure is not None:
-            raise self._failure()
+        """Raise the reason why the session has failed, after asking NCCL for new errors.
 
-    def failed(self, error: Exception) -> NoReturn:
-        """Raise, with NCCL's words, what became of a call that the binding refused."""
-        if self._failure is not None:  # which is why
-            raise self._failure() from error
+        Raises:
+            CommTimeoutError: a peer's process has ended.
+            CommError: NCCL noticed an error, or the session is closed.
+        """
+        self._query_nccl()
+        if self._make_failure is not None:
+            raise self._make_failure()
+
+    def raise_failure(self, error: Exception) -> NoReturn:
+        """Raise the reason for an error of the binding: the session's failure, else NCCL's own error text."""
+        if self._make_failure is not None:
+            raise self._make_failure() from error
         raise comm.CommError(f"NCCL: {error}{self._details()}") from error
 
+    def synchronize(self) -> None:
+        """Wait until the current stream has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def close(self, orderly: bool) -> None:
-        """Refuse further calls and give the communicator back: destroyed in order, else aborted without waiting."""
-        self._watch.stop()
+        """Refuse further calls, and destroy the communicator; after a failure abort it without waiting. Idempotent."""
+        self._watcher.stop()
         self._fail(functools.partial(comm.CommError, "its session is closed"))
         if orderly:
-            self._give_back(self._binding.comm_destroy, 0.0, _DESTROY_S)
+            self._release(self._binding.comm_destroy, 0.0, _DESTROY_TIMEOUT_S)
         else:
-            self._give_back(self._binding.comm_abort, _GRACE_S, 0.0)
+            self._release(self._binding.comm_abort, _ABORT_DELAY_S, 0.0)
 
-    def _see(self, gone: tuple[int, ...]) -> bool:
-        """Look for a failure, in the thread that watches; after one, abort, which ends the kernels that wait."""
-        if gone:
-            self._fail(functools.partial(self._processes.error, gone))
+    def _on_wake(self, ended: tuple[int, ...]) -> bool:
+        """Look for a failure, in the watcher's thread; after one abort, which ends kernels that wait."""
+        if ended:
+            self._fail(functools.partial(self._processes.ended_error, ended))
         else:
-            self._ask()
-        if self._failure is None:
+            self._query_nccl()
+        if self._make_failure is None:
             return False
-        self._give_back(self._binding.comm_abort, _GRACE_S, 0.0)
+        self._release(self._binding.comm_abort, _ABORT_DELAY_S, 0.0)
         return True
 
-    def _ask(self) -> None:
-        """Take note of an error that NCCL has noticed by itself, such as a network's."""
+    def _query_nccl(self) -> None:
+        """Fail if NCCL has noticed an error by itself, such as a broken network."""
         with self._lock:
-            if self._given_back:
+            if self._released:
                 return
             code = int(self._binding.comm_get_async_error(self.communicator))
-        if code not in _FINE:
+        if code not in _NO_ERROR:
             text = f"NCCL: {self._binding.get_error_string(code)}{self._details()}"
             self._fail(functools.partial(comm.CommError, text))
 
     def _details(self) -> str:
-        """NCCL's last words, which it keeps for the whole process, in parentheses; "" where it has none."""
+        """Return NCCL's last error text of the process, in parentheses; "" if there is none."""
         with self._lock:
-            return "" if self._given_back else _last_words(self._binding, self.communicator)
+            return "" if self._released else _last_error(self._binding, self.communicator)
 
-    def _fail(self, failure: Callable[[], comm.CommError]) -> None:
-        """Refuse every later call with this, unless there is a reason already."""
+    def _fail(self, make_failure: Callable[[], comm.CommError]) -> None:
+        """Make every later call raise this, unless the session has failed before."""
         with self._lock:
-            if self._failure is None:
-                self._failure = failure
-                self.launch = functools.partial(_refuse, failure)
+            if self._make_failure is None:
+                self._make_failure = make_failure
+                self.launch = functools.partial(_raise, make_failure)
 
-    def _give_back(self, end: Callable[[Any], object], after_s: float, wait_s: float) -> None:
-        """End the communicator, once, in a thread: NCCL waits for its kernels, and for graphs that recorded them."""
+    def _release(self, end: Callable[[Any], object], delay_s: float, wait_s: float) -> None:
+        """End the communicator once, in a thread: NCCL waits for its kernels, and for graphs that recorded them."""
         with self._lock:
-            if self._given_back:
+            if self._released:
                 return
-            self._given_back = True
+            self._released = True
         thread = threading.Thread(
-            target=_end, args=(end, self.communicator, after_s), name="comm-core nccl: end", daemon=True
+            target=_end, args=(end, self.communicator, delay_s), name="comm-core nccl: end", daemon=True
         )
         thread.start()
         thread.join(wait_s)
@@ -148,75 +147,77 @@ class Session:
 
 
 def connect(
-    binding: Any, stream_of: Callable[[int], int], topology: comm.Topology, context: comm.GroupContext
+    binding: Any, current_stream: Callable[[int], int], topology: comm.Topology, context: comm.GroupContext
 ) -> Session:
-    """Make the group's communicator. Collective.
+    """Create the group's communicator. Collective.
 
     Args:
         binding: nccl4py's low-level module.
-        stream_of: tells a device's current stream.
-        topology: the group.
-        context: the same, and this rank in it.
+        current_stream: a function from a device's index to its current stream.
+        topology: the group's topology.
+        context: the group.
 
     Raises:
-        CommTimeoutError: a peer has ended.
-        CommError: NCCL can't; with its words.
+        CommTimeoutError: a peer's process has ended.
+        CommError: NCCL failed; with its error text.
     """
-    identity = bytes(binding.get_unique_id()).hex() if context.rank == 0 else ""
-    introduced = context.control.all_gather({"id": identity, **peers.introduce()})
-    processes = peers.open_processes(topology, context.rank, context.global_ranks, introduced)
+    unique_id = bytes(binding.get_unique_id()).hex() if context.rank == 0 else ""
+    exchanged = context.control.all_gather({"id": unique_id, **peers.own_process()})
+    processes = peers.open_processes(topology, context.rank, context.global_ranks, exchanged)
     try:
-        communicator = _communicator(binding, bytearray.fromhex(introduced[0]["id"]), context, processes)
+        communicator = _communicator(binding, bytearray.fromhex(exchanged[0]["id"]), context, processes)
     except BaseException:
         processes.close()
         raise
-    return Session(binding, communicator, context.device, stream_of, processes)
+    return Session(binding, communicator, context.device, current_stream, processes)
 
 
-def _communicator(binding: Any, identity: bytearray, context: comm.GroupContext, processes: peers.Processes) -> Any:
-    """A blocking communicator, made in a thread, since NCCL waits for ever for a peer that ended meanwhile.
+def _communicator(
+    binding: Any, unique_id: bytearray, context: comm.GroupContext, processes: peers.PeerProcesses
+) -> Any:
+    """Create a blocking communicator in a thread, since NCCL waits forever for a peer that ends meanwhile.
 
-    Not a non-blocking one, which could be aborted: NCCL starts a thread for each of its calls (`ncclGroupEndInternal`
-    in its src/group.cc).
+    A non-blocking communicator could be aborted instead, but NCCL starts a thread for each of its calls
+    (`ncclGroupEndInternal` in its src/group.cc).
     """
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
-    def make() -> None:
+    def create() -> None:
         try:
             with torch.cuda.device(context.device) if context.device.type == "cuda" else contextlib.nullcontext():
-                communicator = binding.comm_init_rank(context.world_size, identity, context.rank)
-        except BaseException as error:  # noqa: BLE001 - a thread's exception reaches nobody unless it is carried over
+                communicator = binding.comm_init_rank(context.world_size, unique_id, context.rank)
+        except BaseException as error:  # noqa: BLE001 - a thread's exception is lost unless the future carries it
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(error)
             return
         try:
             future.set_result(communicator)
-        except concurrent.futures.InvalidStateError:  # nobody waits any more
+        except concurrent.futures.InvalidStateError:  # `connect` has raised meanwhile
             _end(binding.comm_abort, communicator, 0.0)
 
-    threading.Thread(target=make, name="comm-core nccl: init", daemon=True).start()
-    while not concurrent.futures.wait([future], _LOOK_S).done:
-        gone = processes.ended()
-        if gone and future.cancel():
-            raise processes.error(gone)
+    threading.Thread(target=create, name="comm-core nccl: init", daemon=True).start()
+    while not concurrent.futures.wait([future], _CONNECT_POLL_S).done:
+        ended = processes.poll_ended()
+        if ended and future.cancel():
+            raise processes.ended_error(ended)
     try:
         return future.result()
     except binding.NCCLError as error:
-        raise comm.CommError(f"NCCL: {error}{_last_words(binding, binding.Comm())}") from error
+        raise comm.CommError(f"NCCL: {error}{_last_error(binding, binding.Comm())}") from error
 
 
-def _last_words(binding: Any, communicator: Any) -> str:
-    words = str(binding.get_last_error(communicator)).strip()
-    return f" ({words})" if words else ""
+def _last_error(binding: Any, communicator: Any) -> str:
+    text = str(binding.get_last_error(communicator)).strip()
+    return f" ({text})" if text else ""
 
 
-def _refuse(failure: Callable[[], comm.CommError], *_: object) -> NoReturn:
-    raise failure()
+def _raise(make_failure: Callable[[], comm.CommError], *_: object) -> NoReturn:
+    raise make_failure()
 
 
-def _end(end: Callable[[Any], object], communicator: Any, after_s: float) -> None:
-    time.sleep(after_s)
+def _end(end: Callable[[Any], object], communicator: Any, delay_s: float) -> None:
+    time.sleep(delay_s)
     try:
         end(communicator)
-    except Exception:  # noqa: BLE001 - in a thread of its own, with nobody to tell
+    except Exception:  # noqa: BLE001 - in a thread of its own: there is no caller to raise to
         _log.warning("NCCL couldn't end a communicator", exc_info=True)

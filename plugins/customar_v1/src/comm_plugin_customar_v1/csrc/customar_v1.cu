@@ -1,4 +1,4 @@
-// What the Python side calls; session.cuh for what it does.
+// The functions that session.py calls; session.cuh does the work.
 
 #include <memory>
 #include <string>
@@ -14,14 +14,16 @@ using comm_core::listed;
 using tvm::ffi::Array;
 using tvm::ffi::Bytes;
 using tvm::ffi::Function;
+using tvm::ffi::Map;
 using tvm::ffi::String;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
-// A table's rows, five numbers each, as in Shape.
+// The rows of a table, each given as the first five fields of Shape.
 std::vector<Shape> shapes_of(const Array<int64_t>& numbers) {
     std::vector<Shape> shapes;
-    if (numbers.size() == 0 || numbers.size() % 5 != 0) TVM_FFI_THROW(ValueError) << "rows of five numbers are needed";
+    if (numbers.size() == 0 || numbers.size() % 5 != 0)
+        TVM_FFI_THROW(ValueError) << "the table has " << numbers.size() << " numbers, which aren't rows of five";
     for (size_t row = 0; row < numbers.size(); row += 5) {
         const auto at = [&](size_t column) { return static_cast<int64_t>(numbers[row + column]); };
         if (at(1) < 0 || at(1) >= static_cast<int64_t>(Algorithm::kCount) || at(3) < 32 || at(3) > 1024 ||
@@ -37,26 +39,27 @@ std::vector<Shape> shapes_of(const Array<int64_t>& numbers) {
     return shapes;
 }
 
-// Raises where a kernel gave up: the text is for a person, the caller reads `error()`.
+// Raises if a kernel timed out; session.py then reads `error()` and raises an error that names the rank.
 void refuse_if_poisoned(const Session& session) {
-    if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel waited in vain";
+    if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel timed out waiting for a peer";
 }
 
-// A session, as functions, in the order of `Native` in session.py:
-//   into(tensor, out)         sums into `out`, which may be `tensor`
-//   fresh(tensor)             sums into a tensor that the caller's allocator gives
-//   error()                   0, or 1 + the rank that was waited for in vain
-//   algorithm_of(nbytes)      the code of the algorithm that serves a size
-//   abort()                   ends every wait of kernels in flight
-//   set_shapes(numbers)       the table from now on
-//   handle()                  of this rank's buffer, for the peers
-//   attach(handles, count)    opens every rank's buffer; the multiprocessors to count on; once, before what follows
-//   write_letters(number)     to every rank
-//   read_letters(numbers)     of every rank; "", or what is wrong
-//   unmap()                   lets go of the peers' buffers
-//   free()                    gives this rank's back
-// The stream is the one that the binding found current for the tensors' device.
-Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
+// Allocates this rank's buffer, and returns the functions of a session by name:
+//   all_reduce(tensor)              returns the sum, in a tensor from the caller's allocator
+//   all_reduce_out(tensor, out)     sums into `out`, which may be `tensor`
+//   error()                         returns 0, or 1 + the rank that a kernel timed out waiting for
+//   algorithm_of(nbytes)            returns the code of the algorithm that serves a size
+//   abort()                         ends every wait of running kernels
+//   set_shapes(numbers)             replaces the table
+//   ipc_handle()                    returns the handle by which peers open this rank's buffer
+//   open_peers(handles, count)      opens every rank's buffer; `count`: the fewest multiprocessors of any rank's device
+//   write_test_pages(seed)          writes a page to every rank; after open_peers
+//   read_test_pages(seeds)          reads every rank's pages; returns "", or what is wrong; after all ranks' writes
+//   unmap_peers()                   unmaps the peers' buffers
+//   free()                          frees this rank's buffer
+// Sums run on the stream that the binding found current for the tensors' device.
+Map<String, Function> connect(
+    int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
     auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
     const auto run = [session](const auto& tensor, char* out) {
         const DLDevice place = tensor.device();
@@ -64,11 +67,11 @@ Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout,
         const DLDataType dtype = tensor.dtype();
         session->run(data_of(tensor), out, tensor.numel() * dtype.bits / 8, element_of(dtype), stream);
     };
-    const auto into = [session, run](TensorView tensor, TensorView out) {
+    const auto all_reduce_out = [session, run](TensorView tensor, TensorView out) {
         refuse_if_poisoned(*session);
         run(tensor, data_of(out));
     };
-    const auto fresh = [session, run](TensorView tensor) -> Tensor {
+    const auto all_reduce = [session, run](TensorView tensor) -> Tensor {
         refuse_if_poisoned(*session);
         Tensor out = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, tensor.shape(), tensor.dtype(), tensor.device());
         run(tensor, data_of(out));
@@ -80,35 +83,35 @@ Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout,
     };
     const auto abort = [session]() { session->abort(); };
     const auto set_shapes = [session](Array<int64_t> numbers) { session->set_shapes(shapes_of(numbers)); };
-    const auto handle = [session]() -> Bytes { return session->handle(); };
-    const auto attach = [session](Array<Bytes> handles, int64_t multiprocessors) {
-        session->attach({handles.begin(), handles.end()}, multiprocessors);
+    const auto ipc_handle = [session]() -> Bytes { return session->ipc_handle(); };
+    const auto open_peers = [session](Array<Bytes> handles, int64_t multiprocessors) {
+        session->open_peers({handles.begin(), handles.end()}, multiprocessors);
     };
-    const auto write_letters = [session](int64_t number) { session->write_letters(number); };
-    const auto read_letters = [session](Array<int64_t> numbers) -> String {
-        return session->read_letters(listed(numbers));
+    const auto write_test_pages = [session](int64_t seed) { session->write_test_pages(seed); };
+    const auto read_test_pages = [session](Array<int64_t> seeds) -> String {
+        return session->read_test_pages(listed(seeds));
     };
-    const auto unmap = [session]() { session->unmap(); };
+    const auto unmap_peers = [session]() { session->unmap_peers(); };
     const auto free = [session]() { session->free(); };
-    return {Function::FromTyped(into),
-            Function::FromTyped(fresh),
-            Function::FromTyped(error),
-            Function::FromTyped(algorithm_of),
-            Function::FromTyped(abort),
-            Function::FromTyped(set_shapes),
-            Function::FromTyped(handle),
-            Function::FromTyped(attach),
-            Function::FromTyped(write_letters),
-            Function::FromTyped(read_letters),
-            Function::FromTyped(unmap),
-            Function::FromTyped(free)};
+    return {{"all_reduce", Function::FromTyped(all_reduce)},
+            {"all_reduce_out", Function::FromTyped(all_reduce_out)},
+            {"error", Function::FromTyped(error)},
+            {"algorithm_of", Function::FromTyped(algorithm_of)},
+            {"abort", Function::FromTyped(abort)},
+            {"set_shapes", Function::FromTyped(set_shapes)},
+            {"ipc_handle", Function::FromTyped(ipc_handle)},
+            {"open_peers", Function::FromTyped(open_peers)},
+            {"write_test_pages", Function::FromTyped(write_test_pages)},
+            {"read_test_pages", Function::FromTyped(read_test_pages)},
+            {"unmap_peers", Function::FromTyped(unmap_peers)},
+            {"free", Function::FromTyped(free)}};
 }
 
-// What the Python side must agree with: bytes of the counter and the barriers' flags, bytes of the letters, and how
-// many algorithms there are.
+// Returns what session.py needs to know: the size of the counter and the barriers' flags, the size of the region of the
+// peer-access test, both in bytes, and the number of algorithms.
 Array<int64_t> constants() {
     return {static_cast<int64_t>(kFlagsAt + kMaxBlocks * comm_core::kFlagLineNbytes),
-            static_cast<int64_t>(kLettersNbytes),
+            static_cast<int64_t>(kTestRegionNbytes),
             static_cast<int64_t>(Algorithm::kCount)};
 }
 

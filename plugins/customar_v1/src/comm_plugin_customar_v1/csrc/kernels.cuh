@@ -1,5 +1,5 @@
-// Every kernel of one world size, by what the host asks for. Each world size is a source file of its own, world*.cu, so
-// that they compile side by side.
+// Looks up a kernel of one world size. Each world size has a source file of its own, world*.cu, so that they compile in
+// parallel.
 #pragma once
 
 #include "one_stage.cuh"
@@ -9,7 +9,7 @@ namespace comm_customar_v1 {
 
 using comm_core::Element;
 
-// The most vectors of a rank that a thread has in flight, by world size: what its registers allow.
+// The most vectors that a thread loads from each rank at once, by world size: a thread's registers hold no more.
 constexpr int max_vecs(int world_size) {
     return world_size == 2 ? 4 : world_size <= 4 ? 2 : 1;
 }
@@ -38,7 +38,7 @@ const void* kernel_of(Algorithm algorithm, int vecs) {
     return nullptr;
 }
 
-// null: there is none of that kind.
+// Returns null if there is no such kernel.
 template <int W>
 const void* kernel_of(Element element, Algorithm algorithm, int vecs) {
     switch (element) {

@@ -1,7 +1,7 @@
 // One-stage: every rank reads the whole message of every peer, and sums it.
 //
-// A thread copies and sums the same places, on every rank: so its block depends on the blocks of its own number alone,
-// and `output` may be `input`, each place of which is read before the same thread writes it.
+// A thread copies and sums the same vectors on every rank. Its block therefore depends only on the block of the same
+// index of each peer; and `output` may be `input`, since a thread reads each vector before it writes it.
 #pragma once
 
 #include "params.cuh"
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_stage(const __grid_constan
     const Staged staged(params, epoch);
     char* const copy = comm_core::ready(staged.mine());
     comm_core::Patience patience;
-    // From here on on what others wrote and read: the input, the staging, the output.
+    // Only from here on it accesses memory that earlier kernels use: the input, the staging, the output.
     comm_core::wait_for_predecessors();
 
     for (uint32_t first = thread; first < num_vecs; first += V * stride) {

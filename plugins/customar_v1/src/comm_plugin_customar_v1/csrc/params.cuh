@@ -1,20 +1,22 @@
-// What every kernel is launched with, how a rank's buffer is laid out, and how two phases of it make one barrier
-// enough.
+// The parameters of every kernel, the layout of a rank's buffer, and why two phases make one barrier enough.
 //
-// A rank's buffer, the same on all ranks, begins with the launch counter and the barriers' flags; then come
+// A rank's buffer has the same layout on all ranks. It begins with the launch counter and the barriers' flags; then
+// come
 //
-//   letters  what the ranks write to each other once, to see that peer access works (letters.cuh)
-//   staging  2 phases of a copy of the message
+//   test     the pages of the peer-access test (peer_access_test.cuh)
+//   staging  2 phases, each a copy of the message
 //
-// A launch copies its input to its phase of the staging, meets its peers, and reads theirs: a pull. Between launches
-// the phases alternate, so that nobody waits at the end until all have read. It is enough whatever algorithms, grids
-// and sizes the launches have, and although a launch's blocks may be there before the launch before has ended
-// (comm_core/pdl.cuh): they touch no staging before `wait_for_predecessors`. I write the phase of launch k again in
-// launch k + 2. My launch k + 1 has ended by then, and each of its blocks met every peer's; a peer tells in launch k +
-// 1 only after its launch k has ended, and with it the reading of what I staged for k.
+// A launch copies its input to its phase of the staging, passes a barrier with its peers, and reads the peers' copies:
+// a pull. Consecutive launches use different phases, so a launch needn't wait at its end until all peers have read.
+// This holds for any sequence of algorithms, grids and sizes. It also holds when blocks of a launch start before the
+// launch before it has ended (comm_core/pdl.cuh), since they touch no staging before `wait_for_predecessors`:
 //
-// The first barrier of a launch is where that order comes from: its acquire load follows the peer's release store, and
-// that the end of the peer's launch before (pdl.cuh).
+// A rank overwrites the phase of launch k in its launch k + 2. By then its launch k + 1 has ended, in which each block
+// passed a barrier with every peer. A peer enters that barrier only after its own launch k has ended, and with it the
+// peer's reading of launch k's phase.
+//
+// The first barrier of a launch gives this order: its acquire load follows the peer's release store, which follows the
+// end of the peer's launch before (pdl.cuh).
 #pragma once
 
 #include <comm_core/barrier.cuh>
@@ -35,11 +37,11 @@ using comm_core::threads_in_grid;
 using comm_core::Vec;
 
 constexpr int kMaxRanks = comm_core::kMaxRanks;
-// Blocks that have flags, thus the largest grid.
+// The largest grid: the barriers have flags for so many blocks.
 constexpr uint32_t kMaxBlocks = 512;
-// Where the barriers' flags begin; the counter has the line before.
+// Offset of the barriers' flags; the counter lies before them.
 constexpr uint64_t kFlagsAt = 256;
-// Of a block: with what a thread has in flight, their registers fill a multiprocessor.
+// The largest block: its threads' registers fill a multiprocessor.
 constexpr int kMaxThreads = 512;
 
 enum class Algorithm : int32_t {
@@ -51,11 +53,11 @@ enum class Algorithm : int32_t {
 struct Params {
     const char* input;
     char* output;
-    char* buffers[kMaxRanks];  // by rank, as this device sees them
+    char* buffers[kMaxRanks];  // by rank, as this device maps them
     comm_core::Bound bound;
-    uint64_t staging_at, staging_nbytes;  // of a phase
-    uint32_t num_vecs;                    // whole ones
-    uint32_t tail_nbytes;                 // what follows them, 0 to 14
+    uint64_t staging_at, staging_nbytes;  // offset of the first phase, size of each
+    uint32_t num_vecs;                    // whole vectors of the message
+    uint32_t tail_nbytes;                 // bytes after them, 0 to 14
     uint32_t rank;
 };
 
@@ -63,20 +65,19 @@ __device__ __forceinline__ unsigned long long* counter_of(const Params& params) 
     return reinterpret_cast<unsigned long long*>(params.buffers[params.rank]);
 }
 
-// Where a launch finds what it sums and what it gathers. Inputs that peers read in place, without a copy, would need
-// another one of these, and a barrier at the launch's end, since their owner may write to them after it.
+// Where a launch reads the messages that it sums and the sums that it gathers: in the staging of its phase.
 class Staged {
   public:
     __device__ __forceinline__ Staged(const Params& params, unsigned long long epoch)
         : params_(params), at_(params.staging_at + (epoch & 1) * params.staging_nbytes) {}
 
-    // This rank's copy.
+    // This rank's copy of the message.
     __device__ __forceinline__ char* mine() const { return params_.buffers[params_.rank] + at_; }
 
-    // Any rank's copy.
+    // Any rank's copy of the message.
     __device__ __forceinline__ const char* copy_of(int rank) const { return params_.buffers[rank] + at_; }
 
-    // What a rank's terms are read from: of this rank, the input itself.
+    // Where a rank's message is read: this rank's in the input itself.
     __device__ __forceinline__ const char* terms_of(int rank) const {
         return rank == static_cast<int>(params_.rank) ? params_.input : copy_of(rank);
     }
@@ -86,7 +87,7 @@ class Staged {
     uint64_t at_;
 };
 
-// The sum of one vector of every rank, in rank order.
+// Sums one vector of every rank, in rank order.
 template <typename T, int W>
 __device__ __forceinline__ Vec sum_of(const Vec (&vecs)[W]) {
     comm_core::Sum<T> sum(vecs[0]);
@@ -95,8 +96,8 @@ __device__ __forceinline__ Vec sum_of(const Vec (&vecs)[W]) {
     return sum.rounded();
 }
 
-// A vector from a peer's staging, or this rank's. Relaxed at system scope: the barrier before orders it, and the
-// first-level cache, which may hold what the place had two launches ago, is bypassed.
+// Loads a vector from a rank's staging. Relaxed at system scope: the barrier before it gives the order, and the load
+// bypasses the first-level cache, which may hold the staging's content of two launches ago.
 __device__ __forceinline__ Vec pull(const char* address) {
     return comm_core::load_relaxed_sys(address);
 }
@@ -109,10 +110,10 @@ __device__ __forceinline__ void meet(const Params& params,
     comm_core::barrier<W>(params.buffers, kFlagsAt, params.rank, stage, epoch, params.bound, patience);
 }
 
-// The tail: what of a message is less than a vector. One thread stages it before the launch's first barrier and sums it
-// after, whatever the algorithm. It reads and writes the tensors element by element: behind the tail may lie another
-// tensor's data, or nothing. In a launch of one round it is in a warp that has nothing else to do (`run` in session.cuh
-// makes room for it).
+// The tail is the end of a message, shorter than a vector. In every algorithm, one thread stages it before the launch's
+// first barrier and sums it after. That thread accesses the tensors element by element, since another tensor's data, or
+// unmapped memory, may follow the tail. If the threads sum the message in one round, the tail's thread is in a warp
+// that has nothing else to do (`launch` in session.cuh enlarges the grid for it).
 __device__ __forceinline__ bool has_tail(const Params& params) {
     return params.tail_nbytes != 0 && thread_in_grid() == (params.num_vecs + 31) / 32 * 32 % threads_in_grid();
 }

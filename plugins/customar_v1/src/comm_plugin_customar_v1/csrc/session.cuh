@@ -1,4 +1,4 @@
-// A group's state on the host: its buffers, which shape of launch serves which size, and the launch itself.
+// A group's state on the host: its buffers, the table of launch shapes, and the launch itself.
 #pragma once
 
 #include <comm_core/host.h>
@@ -19,20 +19,20 @@ const void* kernel_of_4(Element, Algorithm, int);
 const void* kernel_of_6(Element, Algorithm, int);
 const void* kernel_of_8(Element, Algorithm, int);
 
-// How one message is served; a row of policy.py's table.
+// The algorithm and launch shape of messages up to a size: a `Row` of policy.py.
 struct Shape {
-    int64_t up_to_nbytes;  // of a message
+    int64_t up_to_nbytes;  // the largest message
     Algorithm algorithm;
-    int vecs;               // of a rank that a thread has in flight
-    uint32_t threads;       // of a block
-    uint32_t max_blocks;    // the grid is no larger than the message needs, and than this
-    uint32_t resident = 0;  // blocks that a multiprocessor holds at once, of whatever dtype; `set_shapes` finds it
+    int vecs;               // vectors that a thread loads from each rank at once
+    uint32_t threads;       // threads of a block
+    uint32_t max_blocks;    // the largest grid; a smaller message has a smaller one
+    uint32_t resident = 0;  // blocks that a multiprocessor holds at once with any dtype; computed by `set_shapes`
 };
 
 class Session {
   public:
-    // `layout`: nbytes, letters_at, staging_at, staging_nbytes, as layout.py computes them. Everything that can fail on
-    // one rank alone is here and in the first `set_shapes`, before ranks exchange their handles.
+    // `layout`: nbytes, test_at, staging_at, staging_nbytes, as layout.py computes them. What can fail on one rank
+    // alone does so here or in the first `set_shapes`, before the ranks exchange their handles.
     Session(int64_t rank, int64_t world_size, const std::vector<int64_t>& layout, double timeout_s, int64_t device)
         : lookup_(lookup(world_size)),
           world_size_(static_cast<uint32_t>(world_size)),
@@ -41,7 +41,7 @@ class Session {
             TVM_FFI_THROW(ValueError) << "rank " << rank << " of " << world_size << ", a layout of " << layout.size();
         }
         params_.rank = static_cast<uint32_t>(rank);
-        letters_at_ = static_cast<uint64_t>(layout[1]);
+        test_at_ = static_cast<uint64_t>(layout[1]);
         params_.staging_at = static_cast<uint64_t>(layout[2]);
         params_.staging_nbytes = static_cast<uint64_t>(layout[3]);
         params_.bound.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
@@ -56,15 +56,15 @@ class Session {
     }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
-    // Runs once the last function that holds the session is gone; nothing is launched after that, and core has waited
-    // for what was, or the session was abandoned and never comes here (session.py).
+    // Runs after the last function that holds the session is gone, so nothing launches any more, and core has waited
+    // for the launches before. A session with kernels that may still run is kept until the process ends (session.py).
     ~Session() = default;
 
-    std::string handle() const { return peers_->handle(); }
+    std::string ipc_handle() const { return peers_->ipc_handle(); }
 
-    // Opens every peer's buffer. `multiprocessors`: of the rank that has the fewest, since the barriers take grids of
+    // Opens every peer's buffer. `multiprocessors`: the fewest of any rank's device, since the barriers need grids of
     // one size on all ranks.
-    void attach(const std::vector<std::string>& handles, int64_t multiprocessors) {
+    void open_peers(const std::vector<std::string>& handles, int64_t multiprocessors) {
         if (multiprocessors < 1) TVM_FFI_THROW(ValueError) << multiprocessors << " multiprocessors";
         const OnDevice here(device_);
         peers_->open(handles);
@@ -72,16 +72,16 @@ class Session {
         multiprocessors_ = static_cast<uint32_t>(multiprocessors);
     }
 
-    void write_letters(int64_t number) const {
+    void write_test_pages(int64_t seed) const {
         const OnDevice here(device_);
-        peers_->write(letters_at_, static_cast<uint32_t>(number));
+        peers_->write_test_pages(test_at_, static_cast<uint32_t>(seed));
     }
-    std::string read_letters(const std::vector<int64_t>& numbers) const {
+    std::string read_test_pages(const std::vector<int64_t>& seeds) const {
         const OnDevice here(device_);
-        return peers_->read(letters_at_, numbers);
+        return peers_->read_test_pages(test_at_, seeds);
     }
 
-    void unmap() {
+    void unmap_peers() {
         const OnDevice here(device_);
         peers_->unmap();
     }
@@ -90,7 +90,7 @@ class Session {
         peers_->free();
     }
 
-    // Also loads the rows' kernels, since the driver can't while a stream captures.
+    // Also loads the kernels of all rows, since the driver can't load them while a stream captures.
     void set_shapes(std::vector<Shape> shapes) {
         const OnDevice here(device_);
         for (Shape& shape : shapes) {
@@ -102,13 +102,13 @@ class Session {
         shapes_ = std::move(shapes);
     }
 
-    // 0, or 1 + the rank that a kernel waited for in vain.
+    // Returns 0, or 1 + the rank that a kernel timed out waiting for.
     int64_t error() const { return error_->read(); }
 
-    // Ends every wait of kernels in flight, as if a peer hadn't come.
+    // Ends every wait of running kernels, as if it had timed out.
     void abort() { error_->abort(params_.rank); }
 
-    // All of a message, cut into several launches where it is larger than the staging.
+    // Sums a message, in several launches if it is larger than the staging.
     void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
         const Shape& shape = shape_of(nbytes);
         order_->follow(stream);
@@ -127,7 +127,7 @@ class Session {
         for (const Shape& shape : shapes_) {
             if (nbytes <= shape.up_to_nbytes) return shape;
         }
-        TVM_FFI_THROW(ValueError) << nbytes << " bytes are beyond the table's last row";
+        TVM_FFI_THROW(ValueError) << nbytes << " bytes are more than the table's last row serves";
         return shapes_.front();
     }
 
@@ -158,7 +158,7 @@ class Session {
             TVM_FFI_THROW(ValueError) << "algorithm " << static_cast<int>(shape.algorithm) << " has no kernel with "
                                       << shape.vecs << " vectors a thread and " << shape.threads << " threads a block";
         }
-        // Code for older devices has no waits for predecessors, so it may not start before they have ended.
+        // Code compiled for older devices has no wait for the kernels before it, so it must not start before they end.
         early_ = early_ && attributes.ptxVersion >= 90;
         int resident = 0;
         check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, function, static_cast<int>(shape.threads), 0),
@@ -179,10 +179,10 @@ class Session {
         params.tail_nbytes = static_cast<uint32_t>(nbytes % comm_core::kVecNbytes);
         uint32_t work = params.num_vecs;
         if (shape.algorithm == Algorithm::kTwoStage) work = (work + world_size_ - 1) / world_size_;
-        // The tail takes a warp of its own, where the grid isn't full (params.cuh).
+        // The tail gets a warp of its own if the grid isn't full (params.cuh).
         if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
-        // Blocks wait for their likes at the peers, and nobody promises in which order blocks start: all must have
-        // room.
+        // Each block waits for the block of the same index on every peer, and blocks may start in any order: all of
+        // them must be resident at once.
         const uint32_t most = std::min({shape.max_blocks, kMaxBlocks, shape.resident * multiprocessors_});
         const uint32_t a_block = shape.threads * static_cast<uint32_t>(shape.vecs);
         cudaLaunchConfig_t config{};
@@ -202,9 +202,9 @@ class Session {
     Lookup lookup_;
     uint32_t world_size_;
     int device_;
-    bool early_ = false;  // launches before the predecessor's end: programmatic dependent launch
+    bool early_ = false;  // a launch may start before the one before it ends: programmatic dependent launch
     Params params_{};
-    uint64_t letters_at_ = 0;
+    uint64_t test_at_ = 0;
     uint32_t multiprocessors_ = 1;
     std::unique_ptr<comm_core::ErrorWord> error_;
     std::unique_ptr<comm_core::StreamOrder> order_;

@@ -1,15 +1,16 @@
-// Two-stage: each rank owns a part of the message, sums it, and stages the sum, which all gather.
+// Two-stage: each rank owns a part of the message, sums it, and stages the sum; then every rank gathers all sums.
 //
-// 2 (W - 1) W-ths of the message come over the links, instead of W - 1 whole ones. A thread works on the same places of
-// every part, on every rank: so its block depends on the blocks of its own number alone, and `output` may be `input`,
-// whose other parts a thread has copied before its block meets its peers.
+// A rank reads 2 (W - 1) / W messages from its peers, instead of W - 1. A thread works on the same vectors of every
+// part on every rank. Its block therefore depends only on the block of the same index of each peer; and `output` may be
+// `input`, since a thread has staged its vectors of the other parts before its block passes the first barrier.
 #pragma once
 
 #include "params.cuh"
 
 namespace comm_customar_v1 {
 
-// The d-th rank after this one, from 0. Ranks begin with different peers, so that not all read from one at first.
+// The d-th rank after this one, counted from 0. Ranks begin with different peers, so that not all of them read from one
+// rank at once.
 template <int W>
 __device__ __forceinline__ uint32_t rank_after(uint32_t rank, int d) {
     const uint32_t peer = rank + 1 + d;
@@ -24,10 +25,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_stage(const __grid_constan
     const Staged staged(params, epoch);
     char* const copy = staged.mine();
     comm_core::Patience patience;
-    // From here on on what others wrote and read: the input, the staging, the output.
+    // Only from here on it accesses memory that earlier kernels use: the input, the staging, the output.
     comm_core::wait_for_predecessors();
 
-    // The parts that peers sum.
+    // Stage the parts that the peers sum.
     for (uint32_t place = thread; place < part; place += stride) {
         Vec own[W - 1];
 #pragma unroll
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_stage(const __grid_constan
                 const uint32_t place = first + j * stride;
                 if (place >= end) continue;
                 const Vec sum = sum_of<T, W>(vecs[j]);
-                // Where nobody staged or reads anything before the second barrier.
+                // This rank's own part of the staging: no rank reads it before the second barrier.
                 comm_core::store(copy + (begin + place) * 16, sum);
                 comm_core::store(params.output + (begin + place) * 16, sum);
             }
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_stage(const __grid_constan
     }
     meet<W>(params, 1, epoch, patience);
 
-    // From all peers at once: what comes from one after the other takes as many trips over the links.
+    // Read from all peers at once: one peer after another would take W - 1 round trips over the links.
     for (uint32_t first = thread; first < part; first += V * stride) {
         Vec vecs[V][W - 1];
 #pragma unroll

@@ -1,23 +1,24 @@
 // All-reduce over a segment of memory that the ranks' processes share.
 //
-// Every rank has a counter, `step`, that it alone advances, and two slots that it alone writes, but for what is said
-// below. A message is cut into chunks that fit a slot; consecutive chunks use the two slots in turn. For each chunk
+// Every rank has a counter, `step`, and two slots; it alone writes them. A message is cut into chunks that fit a slot;
+// consecutive chunks use the two slots in turn. For each chunk, a rank does this:
 //
-//   one-shot   write my input to my slot, advance my step; wait for every rank's step; sum all slots, in rank order.
-//   two-shot   the chunk is cut into one part a rank. As above, but sum only my own part, and put it where my slot has
-//              my own input's part, which nobody else reads; advance my step again; wait for every rank's step again,
-//              and copy its part.
+//   one-shot   Write the input to its slot and advance its step. Wait for every rank's step. Sum all slots, in rank
+//              order.
+//   two-shot   The chunk has one part for each rank. Write the other ranks' parts of the input to its slot and advance
+//              its step. Wait for every rank's step. Sum its own part over the ranks, write the sum to its slot and
+//              advance its step again. Wait for every rank's step again, and copy that rank's part.
 //
-// Why two slots are enough, without a barrier: a rank advances its step for chunk k + 1 only after it is done with
-// chunk k. I write chunk k + 2, over chunk k, only after I saw every rank's step for chunk k + 1. So nobody reads chunk
-// k any more.
+// Two slots are enough, without a barrier: a rank advances its step for chunk k + 1 only after it has read all it needs
+// of chunk k. Another rank overwrites chunk k, with chunk k + 2, only after it has seen every rank's step for chunk
+// k + 1. By then no rank reads chunk k any more.
 //
-// Order of memory accesses. `step` is stored with release order and loaded with acquire order: who sees a step sees
-// what was written to the slot before it; and what a rank read from others' slots before it advanced its step has been
-// read when others, who saw that step, overwrite them. Both are sequentially consistent on top, together with
-// `sleepers`: the rank that advances stores its step, then loads its sleepers; a rank that goes to sleep counts itself
-// in, then loads the step. In the one order of these four, one of the two sees the other, so no wake-up is lost.
-// `abort` is relaxed: it carries a rank's number and nothing else.
+// Order of memory accesses. `step` is stored with release order and loaded with acquire order. A rank that sees a step
+// therefore sees what was written to the slot before that step; and a rank that overwrites a slot does so after every
+// rank whose step it saw has finished reading it. Going to sleep needs a stronger order: `step` and `sleepers` are
+// sequentially consistent. The rank that advances stores its step, then loads its sleepers; a rank that goes to sleep
+// counts itself among the sleepers, then loads the step. In the single order of these four accesses at least one rank
+// sees the other's store, so no wake-up is lost. `abort` is relaxed: it carries a rank's number and nothing else.
 #pragma once
 
 #include <linux/futex.h>
@@ -38,9 +39,9 @@
 namespace comm_shm {
 
 constexpr int kMaxRanks = 64;
-// Two lines, since processors fetch them in pairs: one rank's steps must not slow another's.
+// Two cache lines, since processors fetch them in pairs: one rank's stores must not slow another's loads.
 constexpr size_t kLine = 128;
-// Slots and parts begin at multiples of it, in bytes: the widest vector.
+// Slots and parts begin at multiples of the widest vector, in bytes.
 constexpr size_t kAlign = 64;
 
 struct alignas(kLine) RankState {
@@ -48,10 +49,10 @@ struct alignas(kLine) RankState {
     std::atomic<uint32_t> sleepers;  // ranks that sleep until `step` changes
 };
 
-// What the segment begins with; all zero at first.
+// The beginning of the segment; all zero at first.
 struct Header {
-    alignas(kLine) std::atomic<uint32_t> abort;  // 0, or 1 + the rank that was waited for in vain: no call works again
-    alignas(kLine) std::atomic<uint32_t> ping;   // of `round_trip_s` alone
+    alignas(kLine) std::atomic<uint32_t> abort;  // 0, or 1 + the rank that timed out: every later call fails
+    alignas(kLine) std::atomic<uint32_t> ping;   // for `round_trip_s` only
     alignas(kLine) std::atomic<uint32_t> pong;
     RankState ranks[kMaxRanks];
 };
@@ -65,8 +66,8 @@ struct Config {
     double timeout_s;         // of one wait
     int spins;                // looks at a peer's step before yielding the processor
     std::vector<int> pidfds;  // by rank; readable once that process has ended; -1: not watched
-    // Called now and then during long waits; false gives up, as for a signal.
-    std::function<bool()> go_on = [] { return true; };
+    // Called about ten times a second during long waits; false ends the wait, as after a signal.
+    std::function<bool()> keep_waiting = [] { return true; };
 };
 
 inline size_t segment_nbytes(int world_size, size_t chunk_nbytes) {
@@ -75,7 +76,7 @@ inline size_t segment_nbytes(int world_size, size_t chunk_nbytes) {
 
 class AllReduce {
   public:
-    // How a call ended, else 1 + the rank that didn't come.
+    // The result of a call; any other value is 1 + the rank that timed out.
     static constexpr int kDone = 0;
     static constexpr int kInterrupted = -1;
 
@@ -86,7 +87,8 @@ class AllReduce {
 
     // The sum over the ranks, elementwise. `out` may be `input`; both are aligned to the element's size.
     int operator()(const void* input, void* out, size_t numel, int64_t dtype) {
-        if (const uint32_t culprit = header_->abort.load(std::memory_order_relaxed)) return static_cast<int>(culprit);
+        if (const uint32_t late_rank = header_->abort.load(std::memory_order_relaxed))
+            return static_cast<int>(late_rank);
         const size_t item = item_nbytes(dtype);
         const size_t nbytes = numel * item;
         for (size_t start = 0; start < nbytes; start += config_.chunk_nbytes) {
@@ -102,8 +104,8 @@ class AllReduce {
         return kDone;
     }
 
-    // How long a flag takes to the other rank and back, in seconds: the least that any exchange of ranks 0 and 1 takes.
-    // For these two, called by both at once; 0 for others, and where the peer doesn't come.
+    // Measures how long a flag takes to the other rank and back, in seconds: no exchange between two ranks is faster.
+    // Ranks 0 and 1 call it at the same time. Returns 0 on the other ranks, and if the peer times out.
     double round_trip_s(uint32_t rounds) {
         if (config_.rank > 1) return 0;
         std::atomic<uint32_t>& mine = config_.rank == 0 ? header_->ping : header_->pong;
@@ -111,7 +113,7 @@ class AllReduce {
         const double deadline = now_s() + config_.timeout_s;
         double start = 0;
         for (uint32_t round = 0; round <= rounds; ++round) {
-            if (round == 1) start = now_s();  // the first one only meets the peer
+            if (round == 1) start = now_s();  // the first round only waits for the peer
             ++flag_;
             if (config_.rank == 0) mine.store(flag_, std::memory_order_release);
             while (theirs.load(std::memory_order_acquire) != flag_) {
@@ -128,7 +130,7 @@ class AllReduce {
         advance();
         const void* inputs[kMaxRanks];
         for (int rank = 0; rank < config_.world_size; ++rank) {
-            // My own input is in my cache, and still there when `out` isn't it or is it.
+            // This rank's input is still in its cache, so it is read there instead of from the slot.
             inputs[rank] = rank == config_.rank ? input : slot(rank);
             if (const int ended = await(rank)) return ended;
         }
@@ -156,7 +158,7 @@ class AllReduce {
             std::memcpy(out + mine, my_slot + mine, mine_end - mine);
         }
         advance();
-        // Everybody begins with another rank's part, so that not all read from one at once.
+        // Each rank begins with a different peer's part, so that not all of them read from one rank at once.
         for (int offset = 1; offset < config_.world_size; ++offset) {
             const int rank = (config_.rank + offset) % config_.world_size;
             if (const int ended = await(rank)) return ended;
@@ -167,7 +169,7 @@ class AllReduce {
 
     char* slot(int rank) const { return slots_ + (2 * static_cast<size_t>(rank) + parity_) * config_.chunk_nbytes; }
 
-    // Say that I have come one step further.
+    // Publishes that this rank has come one step further, and wakes the ranks that sleep until then.
     void advance() {
         RankState& mine = header_->ranks[config_.rank];
         mine.step.store(++step_, std::memory_order_seq_cst);
@@ -176,7 +178,7 @@ class AllReduce {
         }
     }
 
-    // Wait until `rank` has come as far as I have.
+    // Waits until `rank` has come as far as this rank. Returns kDone, kInterrupted or 1 + the rank that timed out.
     int await(int rank) {
         if (rank == config_.rank) return kDone;
         const std::atomic<uint32_t>& step = header_->ranks[rank].step;
@@ -195,7 +197,7 @@ class AllReduce {
 
     int await_long(int rank) {
         RankState& peer = header_->ranks[rank];
-        // With more ranks than processors the peer may only be waiting for this one.
+        // With more ranks than processors, the peer may be waiting for this processor.
         for (int look = 0; look < 64; ++look) {
             if (reached(peer.step.load(std::memory_order_acquire))) return kDone;
             sched_yield();
@@ -207,27 +209,28 @@ class AllReduce {
             if (!reached(seen)) sleep_while(peer.step, seen);
             peer.sleepers.fetch_sub(1, std::memory_order_relaxed);
             if (reached(peer.step.load(std::memory_order_acquire))) return kDone;
-            if (const uint32_t culprit = header_->abort.load(std::memory_order_relaxed))
-                return static_cast<int>(culprit);
+            if (const uint32_t late_rank = header_->abort.load(std::memory_order_relaxed))
+                return static_cast<int>(late_rank);
             if (ended(rank) && !reached(peer.step.load(std::memory_order_acquire))) return give_up(rank);
             if (now_s() >= deadline) return give_up(rank);
-            if (!config_.go_on()) {
-                // This rank has left the sequence of calls, so it is the one that the others wait for in vain.
+            if (!config_.keep_waiting()) {
+                // This rank leaves the sequence of calls, so it is the one that the other ranks wait for.
                 give_up(config_.rank);
                 return kInterrupted;
             }
         }
     }
 
-    // Tell everybody whom I waited for in vain, or learn who was faster in saying so.
-    int give_up(int culprit) {
-        uint32_t none = 0;
-        const uint32_t mine = static_cast<uint32_t>(culprit) + 1;
-        const bool first = header_->abort.compare_exchange_strong(none, mine, std::memory_order_relaxed);
-        return static_cast<int>(first ? mine : none);
+    // Publishes which rank timed out, unless another rank has published one before. Returns 1 + the published rank.
+    int give_up(int late_rank) {
+        uint32_t published = 0;
+        const uint32_t mine = static_cast<uint32_t>(late_rank) + 1;
+        const bool first = header_->abort.compare_exchange_strong(published, mine, std::memory_order_relaxed);
+        return static_cast<int>(first ? mine : published);
     }
 
-    // Sleeps until `word` changes from `seen`, for a tenth of a second at most: who is asleep for long looks around.
+    // Sleeps until `word` changes from `seen`, for a tenth of a second at most: a long wait also checks the peer's
+    // process, the deadline and signals.
     static void sleep_while(std::atomic<uint32_t>& word, uint32_t seen) {
         const timespec slice = {0, 100'000'000};
         syscall(SYS_futex, &word, FUTEX_WAIT, seen, &slice, nullptr, 0);
@@ -249,8 +252,8 @@ class AllReduce {
     Header* header_;
     char* slots_;
     Config config_;
-    uint32_t step_ = 0;  // equal to my step in the header
-    size_t parity_ = 0;  // of the slots that the next chunk uses
+    uint32_t step_ = 0;  // equal to this rank's step in the header
+    size_t parity_ = 0;  // which of the two slots the next chunk uses
     uint32_t flag_ = 0;  // of `round_trip_s`
 };
 

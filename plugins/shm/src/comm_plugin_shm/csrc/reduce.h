@@ -7,20 +7,20 @@
 #include <cstdint>
 #include <cstring>
 
-// One function for each instruction set, chosen when the library is loaded, so that one binary is fast everywhere.
-// ThreadSanitizer's runtime isn't there yet when that choice runs.
+// One function for each instruction set, chosen when the library is loaded, so that one binary is fast on every
+// processor. That choice runs before ThreadSanitizer's runtime has started, so there is only one function then.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_THREAD__)
 #define COMM_SHM_CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define COMM_SHM_CLONES
 #endif
 
-// Into every clone, compiled for that clone's instructions: a call would end vectorisation.
+// Inlined into every clone and compiled for its instruction set: a call would prevent vectorisation.
 #define COMM_SHM_INLINE __attribute__((always_inline)) static inline
 
 namespace comm_shm {
 
-// What the hook is called with; the Python side has the same numbers.
+// The same numbers as `DTYPE_CODES` in policy.py.
 enum DType : int64_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kInt16, kInt8 };
 
 inline size_t item_nbytes(int64_t dtype) {
@@ -50,7 +50,8 @@ COMM_SHM_INLINE To bits(From from) {
     return to;
 }
 
-// Elements that are added as they are; signed integers as unsigned ones, whose overflow is defined.
+// Elements that are added in their own type. Signed integers are added as unsigned ones, since their overflow is
+// defined.
 template <class T>
 struct Plain {
     using Element = T;
@@ -66,7 +67,7 @@ struct BFloat16 {
     COMM_SHM_INLINE uint16_t narrow(float value) {
         const uint32_t word = bits<uint32_t>(value);
         const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-        // Rounding could carry a NaN into infinity, so NaNs are cut off and made quiet.
+        // Rounding could carry a NaN into infinity, so NaNs are truncated and made quiet.
         const uint32_t quiet = (word >> 16) | 0x40u;
         return static_cast<uint16_t>((word & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
     }
@@ -85,12 +86,12 @@ struct Float16 {
     COMM_SHM_INLINE uint16_t narrow(float value) {
         const uint32_t word = bits<uint32_t>(value);
         const uint32_t magnitude = word & 0x7fffffffu;
-        // From 2^-14 on: to nearest even, with the carry into the exponent that makes 65520 infinite.
+        // From 2^-14 on: round to nearest even; the carry into the exponent makes 65520 infinite.
         const uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-        // Below: adding 0.5 leaves the bits of a subnormal, rounded by the addition, in the low end of the mantissa.
+        // Below 2^-14: adding 0.5 leaves the subnormal, rounded by the addition, in the low bits of the mantissa.
         const uint32_t subnormal = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
         const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-        // Chosen by masks: a branch around the addition would end vectorisation.
+        // Selected by masks: a branch around the addition would prevent vectorisation.
         const uint32_t small = 0u - static_cast<uint32_t>(magnitude < 0x38800000u);
         const uint32_t large = 0u - static_cast<uint32_t>(magnitude >= 0x47800000u);
         const uint32_t finite = (subnormal & small) | (normal & ~small);
@@ -98,8 +99,8 @@ struct Float16 {
     }
 };
 
-// `out` may be one of the inputs. The sums stand in a block of their own meanwhile, which nothing aliases, so that the
-// compiler vectorises each loop; 4 KiB stay in the first-level cache.
+// `out` may be one of the inputs. The sums are kept in a block that nothing aliases, so that the compiler vectorises
+// each loop; its 4 KiB stay in the first-level cache.
 template <class Kind>
 COMM_SHM_INLINE void sum(void* out, const void* const* inputs, int count, size_t numel) {
     using Element = typename Kind::Element;

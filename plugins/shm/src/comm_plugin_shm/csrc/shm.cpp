@@ -1,4 +1,4 @@
-// What the Python side calls; see protocol.h for what it does.
+// The functions that session.py calls; protocol.h has the algorithm.
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -16,12 +16,14 @@ namespace {
 
 using tvm::ffi::Array;
 using tvm::ffi::Function;
+using tvm::ffi::Map;
+using tvm::ffi::String;
 
 std::string reason(const char* call) {
     return std::string(call) + ": " + std::strerror(errno);
 }
 
-// The segment as this process has it mapped, and the descriptors by which it watches its peers.
+// This process's mapping of the segment, and the descriptors by which it notices that a peer has ended.
 class Mapping {
   public:
     Mapping(int descriptor, size_t nbytes) : nbytes_(nbytes) {
@@ -46,17 +48,18 @@ class Mapping {
     size_t nbytes_;
 };
 
-// A session, as two functions: (input address, output address, elements, dtype) -> 0, or 1 + the rank that didn't come;
-// and (rounds) -> the seconds of a flag's round trip.
+// Maps the segment behind `descriptor`, and returns the functions of a session by name:
+//   all_reduce(input, out, numel, dtype)   sums; takes addresses; returns 0, or 1 + the rank that timed out
+//   round_trip_s(rounds)                   measures a flag's round trip, in seconds
 //
-// `pids` are the ranks' process ids, in order; 0 for one that isn't to be watched.
-Array<Function> connect(int64_t descriptor,
-                        int64_t rank,
-                        Array<int64_t> pids,
-                        int64_t chunk_nbytes,
-                        int64_t two_shot_nbytes,
-                        double timeout_s,
-                        int64_t spins) {
+// `pids`: the ranks' process ids, by rank; 0 for a process that isn't watched.
+Map<String, Function> connect(int64_t descriptor,
+                              int64_t rank,
+                              Array<int64_t> pids,
+                              int64_t chunk_nbytes,
+                              int64_t two_shot_nbytes,
+                              double timeout_s,
+                              int64_t spins) {
     const int world_size = static_cast<int>(pids.size());
     if (world_size < 2 || world_size > kMaxRanks || rank < 0 || rank >= world_size || chunk_nbytes <= 0 ||
         chunk_nbytes % (kAlign * kMaxRanks) != 0) {
@@ -65,7 +68,7 @@ Array<Function> connect(int64_t descriptor,
     }
     const size_t chunk = static_cast<size_t>(chunk_nbytes);
     auto mapping = std::make_shared<Mapping>(static_cast<int>(descriptor), segment_nbytes(world_size, chunk));
-    // Touched by its owner first, so that the pages of a slot are on the owner's memory node.
+    // Each rank touches its own slots first, so that their pages are on that rank's memory node.
     char* slots = static_cast<char*>(mapping->address()) + sizeof(Header);
     std::memset(slots + 2 * static_cast<size_t>(rank) * chunk, 0, 2 * chunk);
 
@@ -77,27 +80,27 @@ Array<Function> connect(int64_t descriptor,
     config.timeout_s = timeout_s;
     config.spins = static_cast<int>(spins);
     for (int peer = 0; peer < world_size; ++peer) {
-        // Without pidfd (Linux before 5.3), a peer's end is noticed at the deadline.
+        // Without pidfd (Linux before 5.3), a peer's end is noticed only when it times out.
         const auto pid = static_cast<pid_t>(pids[peer]);
         mapping->pidfds.push_back(peer == rank || pid == 0 ? -1 : static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
     }
     config.pidfds = mapping->pidfds;
-    config.go_on = [] { return TVMFFIEnvCheckSignals() == 0; };
+    config.keep_waiting = [] { return TVMFFIEnvCheckSignals() == 0; };
     auto all_reduce = std::make_shared<AllReduce>(mapping->address(), std::move(config));
     const auto run = [mapping, all_reduce](int64_t input, int64_t out, int64_t numel, int64_t dtype) -> int64_t {
-        const int ended = (*all_reduce)(
+        const int result = (*all_reduce)(
             reinterpret_cast<const void*>(input), reinterpret_cast<void*>(out), static_cast<size_t>(numel), dtype);
-        // The signal's exception is set already; this makes the call raise it.
-        if (ended == AllReduce::kInterrupted) throw tvm::ffi::EnvErrorAlreadySet();
-        return ended;
+        // The signal's handler has set a Python exception; this makes the call raise it.
+        if (result == AllReduce::kInterrupted) throw tvm::ffi::EnvErrorAlreadySet();
+        return result;
     };
-    const auto round_trip = [mapping, all_reduce](int64_t rounds) -> double {
+    const auto round_trip_s = [mapping, all_reduce](int64_t rounds) -> double {
         return all_reduce->round_trip_s(static_cast<uint32_t>(rounds));
     };
-    return {Function::FromTyped(run), Function::FromTyped(round_trip)};
+    return {{"all_reduce", Function::FromTyped(run)}, {"round_trip_s", Function::FromTyped(round_trip_s)}};
 }
 
-int64_t needed_nbytes(int64_t world_size, int64_t chunk_nbytes) {
+int64_t nbytes_of_segment(int64_t world_size, int64_t chunk_nbytes) {
     return static_cast<int64_t>(segment_nbytes(static_cast<int>(world_size), static_cast<size_t>(chunk_nbytes)));
 }
 
@@ -105,4 +108,4 @@ int64_t needed_nbytes(int64_t world_size, int64_t chunk_nbytes) {
 }  // namespace comm_shm
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(connect, comm_shm::connect);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(needed_nbytes, comm_shm::needed_nbytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(segment_nbytes, comm_shm::nbytes_of_segment);

@@ -4,4 +4,4 @@ import os
 
 
 def is_confidential_compute() -> bool:
-    return os.environ.get("BORDER_CONFIDENTIAL") == "1"
+    return os.environ.get("FAKE_CONFIDENTIAL") == "1"

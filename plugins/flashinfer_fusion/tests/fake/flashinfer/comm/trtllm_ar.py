@@ -10,5 +10,5 @@ def trtllm_destroy_ipc_workspace_for_all_reduce_fusion(workspace: object, group:
 
 
 def get_trtllm_comm_module() -> None:
-    if os.environ.get("BORDER_BUILD") == "fails":
+    if os.environ.get("FAKE_BUILD") == "fails":
         raise RuntimeError("ninja: build stopped")

@@ -1,4 +1,4 @@
-"""Takes, checks, exchanges, keeps and frees what release 0.7.2 does; BORDER_MEMORY is what a device has, in bytes."""
+"""Checks, exchanges, references and frees what release 0.7.2 does; FAKE_MEMORY is the device's memory, in bytes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 from flashinfer.comm import trtllm_ar
 
-#: Bytes that are allocated now, at most so far, and what was called.
+#: The bytes allocated now, the most bytes allocated so far, and the calls.
 state: dict[str, Any] = {"live": 0, "peak": 0, "calls": []}
 
 
 class AllReduceFusionPattern:
-    kAllReduce = 0  # noqa: N815 - the library's names
+    kAllReduce = 0  # noqa: N815 - FlashInfer's names
     kARResidualRMSNorm = 1  # noqa: N815
 
 
 class _Buffer:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = 0
-        if state["live"] + nbytes > int(os.environ.get("BORDER_MEMORY") or 1 << 40):
+        if state["live"] + nbytes > int(os.environ.get("FAKE_MEMORY") or 1 << 40):
             raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
         self.nbytes = nbytes
         state["live"] += nbytes
@@ -43,7 +43,7 @@ class _Workspace:
         self.found: list[Any] = []
         buffers = []
         for nbytes in (size * numel * 2, size * 1024, 3 * size * numel * 2):
-            # A rank of an NVLink fabric sends its handle, another one the path of a socket.
+            # FlashInfer exchanges handles on an NVLink fabric, and else the paths of sockets.
             buffers.append(_Buffer(nbytes))
             self.found.append(comm.allgather(bytes([rank, 255, dist.get_rank()])))
             self.found.append(comm.allgather(f"rank {rank}/fd.sock"))
@@ -69,7 +69,7 @@ def create_allreduce_fusion_workspace(
     force_oneshot_support: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> _Workspace:
-    assert backend == "trtllm", "any other takes multicast"
+    assert backend == "trtllm", "any other backend uses multicast"
     assert world_size in (2, 4, 8, 16)
     assert dtype in (torch.float16, torch.bfloat16)
     assert group is not None
@@ -106,7 +106,7 @@ def allreduce_fusion(
     state["calls"].append((num_tokens, hidden_size))
     total = input.float()
     dist.all_reduce(total, group=workspace.group)
-    # Rounded after the sum and after the residual, as its kernel does.
+    # Rounded after the sum and after the residual, as in the real kernel.
     summed = (total.to(input.dtype).float() + residual_in.float()).to(input.dtype)
     wide = summed.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + rms_eps)

@@ -1,4 +1,4 @@
-"""The protocol's memory order, with threads for ranks under ThreadSanitizer."""
+"""The protocol's memory order: ranks are threads, under ThreadSanitizer."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ def build(source: Path, headers: Path, target: Path, *flags: str) -> Path:
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    # Newer kernels spread addresses further than older sanitizers expect; without that spread they start.
-    steady = ["setarch", "--addr-no-randomize"] if shutil.which("setarch") else []
+    # Newer kernels randomise more address bits than older sanitizers support; without randomisation they start.
+    no_randomisation = ["setarch", "--addr-no-randomize"] if shutil.which("setarch") else []
     return subprocess.run(
-        [*steady, str(program), *arguments], capture_output=True, text=True, timeout=250, env=environ, check=False
+        [*no_randomisation, str(program), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=environ,
+        check=False,
     )
 
 
@@ -53,7 +58,7 @@ def test_every_access_is_ordered(tmp_path: Path) -> None:
     ],
 )
 def test_a_weaker_order_is_found(tmp_path: Path, order: str, weaker: str) -> None:
-    """What the test above is worth: it fails once the protocol is weakened."""
+    """The test above can fail: it does when the protocol is weakened."""
     headers = tmp_path / "csrc"
     shutil.copytree(csrc(), headers)
     text = (headers / "protocol.h").read_text()

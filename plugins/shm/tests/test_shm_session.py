@@ -1,4 +1,4 @@
-"""The backend in real processes: exact, bounded, and leaving nothing behind."""
+"""The backend in real processes: sums are exact, waits are bounded, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ SIZES = (1, 3, 4095, 4096, 4097, 16 << 10, (512 << 10) - 8, 512 << 10, (512 << 1
 
 @pytest.fixture
 def shm(tmp_path: Path) -> Path:
-    """A folder in which the installed plugin, alone, is found."""
+    """A folder in which ranks find this plugin alone."""
     return install(tmp_path, "shm", "import comm_plugin_shm as plugin\n")
 
 
 def left_behind() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - looked at, not written to
+    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - only read
 
 
-def made_of(rank: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
-    """A rank's input: random bits, so that all kinds of numbers and of non-numbers are among the floating ones."""
+def random_bits(rank: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """A rank's input: random bits, so that floating-point inputs have numbers, infinities and NaNs of every kind."""
     generator = torch.Generator().manual_seed(rank * 1_000_003 + nbytes)
     words = torch.randint(
         0, 256, (-(-nbytes // dtype.itemsize) * dtype.itemsize,), dtype=torch.uint8, generator=generator
@@ -52,7 +52,7 @@ def made_of(rank: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def reference(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """From left to right; half precisions in float32, rounded once."""
+    """The sum from left to right; half precisions in float32, rounded once."""
     dtype = tensors[0].dtype
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     total = tensors[0].to(wide)
@@ -62,7 +62,7 @@ def reference(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit, but for what kind of NaN a NaN is."""
+    """Equal bits, except that any NaN equals any NaN."""
     if not one.is_floating_point():
         return torch.equal(one, other)
     numbers = ~one.isnan()
@@ -82,7 +82,7 @@ def sums(sizes: tuple[int, ...]) -> None:
     for dtype in DTYPES:
         assert backend.all_reduce(torch.empty(0, 5, dtype=dtype)).shape == (0, 5)
         for nbytes in sizes:
-            inputs = [made_of(r, nbytes, dtype) for r in range(world_size)]
+            inputs = [random_bits(r, nbytes, dtype) for r in range(world_size)]
             expected = reference(inputs)
             mine = inputs[rank].clone()
             result = backend.all_reduce(mine)
@@ -93,14 +93,14 @@ def sums(sizes: tuple[int, ...]) -> None:
     square = torch.arange(60).reshape(6, 10) + rank
     expected = (torch.arange(60).reshape(6, 10) * world_size + sum(range(world_size))).t()
     assert torch.equal(backend.all_reduce(square.t()), expected)
-    apart = torch.empty(20, 6, dtype=torch.int64)[::2]
-    assert backend.all_reduce(square.t(), out=apart) is apart
-    assert torch.equal(apart, expected)
+    strided = torch.empty(20, 6, dtype=torch.int64)[::2]
+    assert backend.all_reduce(square.t(), out=strided) is strided
+    assert torch.equal(strided, expected)
     comm.close()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_every_sum_is_that_of_the_reference_bit_for_bit(ranks: Ranks, shm: Path, world_size: int) -> None:
+def test_every_sum_has_the_bits_of_the_reference(ranks: Ranks, shm: Path, world_size: int) -> None:
     ranks.run(sums, SIZES, world_size=world_size, path=[[shm]] * world_size, deadline_s=280)
 
 
@@ -108,7 +108,7 @@ def large() -> None:
     backend = backend_of_shm()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for dtype in (torch.bfloat16, torch.float32):
-        inputs = [made_of(r, 64 << 20, dtype) for r in range(world_size)]
+        inputs = [random_bits(r, 64 << 20, dtype) for r in range(world_size)]
         assert same(backend.all_reduce(inputs[rank]), reference(inputs))
     comm.close()
 
@@ -134,7 +134,7 @@ def test_every_bit_pattern_of_the_half_precisions(ranks: Ranks, shm: Path) -> No
 
 
 def soak(calls: int) -> int:
-    """Random sizes, dtypes and placements in two groups over the same ranks, every result checked."""
+    """Random sizes, dtypes and outputs in two groups of the same ranks; every result is checked."""
     backends = [backend_of_shm(), backend_of_shm(dist.new_group(list(range(dist.get_world_size()))))]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dice = random.Random(5)  # noqa: S311 - dice, the same on every rank
@@ -182,7 +182,7 @@ def interrupted_by_death(victim: int) -> dict[str, Any]:
                 backend.all_reduce(x)
             comm.close()  # which doesn't wait for the dead
             return {"call": call, "ranks": error.ranks, "text": str(error)}
-    raise AssertionError("nobody noticed")
+    raise AssertionError("no call raised")
 
 
 @pytest.mark.parametrize(("world_size", "victim"), [(2, 1), (4, 0), (4, 2)])
@@ -198,7 +198,7 @@ def test_a_killed_rank_is_named_by_all_others(ranks: Ranks, shm: Path, world_siz
     assert left_behind() == before
 
 
-def late() -> str:
+def late_rank() -> str:
     backend = backend_of_shm()
     x = torch.ones(10)
     backend.all_reduce(x)
@@ -210,15 +210,15 @@ def late() -> str:
     return str(caught.value)
 
 
-def test_a_late_rank_is_named_by_all_and_the_session_is_over(ranks: Ranks, shm: Path) -> None:
-    results = ranks.run(late, world_size=3, path=[[shm]] * 3, env={"COMM_CORE_WAIT_TIMEOUT_S": "1"})
+def test_a_late_rank_is_named_by_all(ranks: Ranks, shm: Path) -> None:
+    results = ranks.run(late_rank, world_size=3, path=[[shm]] * 3, env={"COMM_CORE_WAIT_TIMEOUT_S": "1"})
     assert all("didn't come within 1 s" in text for text in results)
 
 
 def interrupted_by_a_signal() -> str:
     backend = backend_of_shm()
     if dist.get_rank() == 0:
-        # Python's own; a job in a shell's background is started without.
+        # Python's own handler, which a background job of a shell starts without.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
@@ -228,17 +228,18 @@ def interrupted_by_a_signal() -> str:
     with pytest.raises(comm.CommTimeoutError) as caught:
         backend.all_reduce(torch.ones(10))
     assert caught.value.ranks == (0,)
-    return "told"
+    return "raised"
 
 
-def test_a_wait_can_be_interrupted_and_the_others_are_told(ranks: Ranks, shm: Path) -> None:
-    assert ranks.run(interrupted_by_a_signal, path=[[shm]] * 2) == ["interrupted", "told"]
+def test_a_wait_can_be_interrupted_and_the_other_ranks_raise(ranks: Ranks, shm: Path) -> None:
+    assert ranks.run(interrupted_by_a_signal, path=[[shm]] * 2) == ["interrupted", "raised"]
 
 
-# A rank that dies where `VICTIM` says, in the middle of the exchange in which the segment is handed over.
+# A rank dies when it reaches the step that `VICTIM` names, while the ranks connect.
 DYING = """
 import os, signal
 import comm_plugin_shm as plugin
+from comm_plugin_shm import session
 
 def dying(step):
     def die(*arguments, **keywords):
@@ -249,13 +250,13 @@ def dying(step):
     return die
 
 for name in {steps!r}:
-    setattr(plugin, name, dying(getattr(plugin, name)))
+    setattr(session, name, dying(getattr(session, name)))
 """
 STEPS = ("_create", "_open", "Session")
 
 
 def connecting() -> str:
-    """In pairs, of whose ranks the first is to die."""
+    """Connect in pairs; the first rank of each dies."""
     first = dist.get_rank() // 2 * 2
     pairs = [dist.new_group([rank, rank + 1]) for rank in range(0, dist.get_world_size(), 2)]
     pair = pairs[first // 2]
@@ -269,24 +270,24 @@ def connecting() -> str:
 def test_a_rank_killed_while_it_connects_leaves_nothing(ranks: Ranks, tmp_path: Path) -> None:
     folder = install(tmp_path, "shm", DYING.format(steps=STEPS))
     before = left_behind()
-    # However little time that is here, a candidate that runs out of it has failed, too.
+    # A short deadline: a candidate that exceeds it has failed, too.
     deadline = {"COMM_CORE_CONNECT_TIMEOUT_S": "2"}
-    env = [{**deadline, "VICTIM": where if dies else ""} for where in STEPS for dies in (True, False)]
+    env = [{**deadline, "VICTIM": step if dies else ""} for step in STEPS for dies in (True, False)]
     results = ranks.run(connecting, world_size=6, path=[[folder]] * 6, env=env, dying=[0, 2, 4])
     assert results[::2] == [DEAD] * 3
     assert all(results[1::2])
     assert left_behind() == before
 
 
-def held() -> list[tuple[int, int]]:
-    """The plugin's mappings and descriptors, before the first of five sessions, within and after each."""
+def held_resources() -> list[tuple[int, int]]:
+    """Numbers of the plugin's mappings and descriptors: before five sessions, and during and after each."""
 
     def count() -> tuple[int, int]:
         maps = Path("/proc/self/maps").read_text().count("memfd:comm-plugin-shm")
-        # Of the segment, and of the watched peers. Others come and go: the store's clients keep connections open.
+        # Of the shared memory and of the watched peers. Others come and go, such as the store's connections.
         links = []
         for path in Path("/proc/self/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile, as the listing's own is
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile, such as the listing's own
                 links.append(str(path.readlink()))
         return maps, sum("memfd:comm-plugin-shm" in link or "pidfd" in link for link in links)
 
@@ -300,17 +301,17 @@ def held() -> list[tuple[int, int]]:
 
 
 def test_close_gives_back_the_mapping_and_the_descriptors(ranks: Ranks, shm: Path) -> None:
-    assert ranks.run(held, path=[[shm]] * 2) == [[(0, 0), *[(1, 1), (0, 0)] * 5]] * 2
+    assert ranks.run(held_resources, path=[[shm]] * 2) == [[(0, 0), *[(1, 1), (0, 0)] * 5]] * 2
 
 
-def below_budget() -> tuple[str, str]:
+def over_budget() -> tuple[str, str]:
     candidate = comm.get_backend().decision.candidate("shm")
     assert candidate is not None
     comm.close()
     return candidate.verdict, candidate.reason
 
 
-def test_a_small_budget_is_kept(ranks: Ranks, shm: Path) -> None:
-    for verdict, reason in ranks.run(below_budget, path=[[shm]] * 2, env={"COMM_CORE_MEMORY_BUDGET_NBYTES": "1000"}):
+def test_a_budget_that_is_too_small_drops_the_backend(ranks: Ranks, shm: Path) -> None:
+    for verdict, reason in ranks.run(over_budget, path=[[shm]] * 2, env={"COMM_CORE_MEMORY_BUDGET_NBYTES": "1000"}):
         assert verdict == "failed"
         assert "1000" in reason

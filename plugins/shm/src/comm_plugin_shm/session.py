@@ -1,0 +1,164 @@
+"""A group's session: the memory that its ranks share, and the functions that work on it."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import comm_core as comm
+import torch
+from comm_core.types import rank_label
+
+from comm_plugin_shm import policy
+
+__all__ = ["Session", "connect"]
+
+
+class Session:
+    """This rank's part of the group.
+
+    Attributes:
+        all_reduce: (input address, output address, numel, dtype code) -> 0, or 1 + the group rank that timed out.
+        memory_nbytes: the size of the shared memory, which all ranks map.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[..., Any]],
+        memory_nbytes: int,
+        pids: tuple[int, ...],
+        context: comm.GroupContext,
+    ) -> None:
+        self.all_reduce: Any = functions["all_reduce"]
+        self._round_trip_s: Any = functions["round_trip_s"]
+        self.memory_nbytes = memory_nbytes
+        self._pids = pids
+        self._context = context
+
+    def limits(self) -> dict[str, float]:
+        """Measure what bounds this backend on this machine, in microseconds. Collective; takes a tenth of a second."""
+        large = 16 << 20
+        # A one-shot call reads the input twice and the other slots once, and writes its slot and the output; a two-shot
+        # call moves less. A copy reads and writes.
+        moved = (self._context.world_size + 3) * large // 2
+        source, target = torch.ones(moved, dtype=torch.uint8), torch.ones(moved, dtype=torch.uint8)
+        copied = [_timed(lambda: target.copy_(source), 1) for _ in range(9)]
+        code = policy.DTYPE_CODES[torch.uint8]
+        kernel = functools.partial(self.all_reduce, source.data_ptr(), target.data_ptr(), 1 << 10, code)
+        called = [_timed(kernel, 1000) for _ in range(9)]
+        return {
+            "a flag's round trip between two ranks": self._round_trip_s(10_000) * 1e6,
+            "its kernel alone, on 1 KiB": statistics.median(called) * 1e6,
+            "a copy of the bytes that 16 MiB move": statistics.median(copied) * 1e6,
+        }
+
+    def close(self) -> None:
+        """Unmap the shared memory, which lives as long as the native functions. Idempotent."""
+        self.all_reduce = self._round_trip_s = None
+
+    def raise_timeout(self, late_rank: int) -> NoReturn:
+        """Raise that the group rank `late_rank` timed out, or that its process has ended.
+
+        Raises:
+            CommTimeoutError: always.
+        """
+        rank = f"rank {rank_label(late_rank, self._context.global_ranks[late_rank])}"
+        pid = self._pids[late_rank]
+        why = "has ended" if _has_ended(pid) else f"didn't come within {self._context.wait_timeout_s:g} s"
+        raise comm.CommTimeoutError(f"{rank}, process {pid}, {why}", (late_rank,))
+
+
+def connect(module: Any, context: comm.GroupContext) -> Session:
+    """Create memory without a name on the first rank, and map it on every rank. Collective.
+
+    The memory is a memfd, which the other ranks open through /proc. It has no name in /dev/shm, so nothing is left
+    behind, whichever process dies when; and a container's limit on /dev/shm doesn't limit its size.
+
+    Args:
+        module: the native code.
+        context: the group.
+
+    Raises:
+        ConnectionError: the ranks are on different machines.
+        OSError: the memory can't be created or opened.
+        RuntimeError: it can't be mapped.
+    """
+    nbytes = int(module.segment_nbytes(context.world_size, policy.CHUNK_NBYTES))
+    # Random, so that a process on a clone of this machine can't be mistaken for the first rank.
+    name = f"comm-plugin-shm-{secrets.token_hex(8)}"
+    created = _create(name, nbytes) if context.rank == 0 else -1
+    opened = -1
+    functions = None
+    try:
+        peers = context.control.all_gather({"pid": os.getpid(), "name": name, "descriptor": created})
+        opened = _open(peers[0]["pid"], peers[0]["descriptor"], peers[0]["name"])
+        pids = tuple(peer["pid"] for peer in peers)
+        functions = module.connect(
+            opened,
+            context.rank,
+            list(pids),
+            policy.CHUNK_NBYTES,
+            policy.TWO_SHOT_NBYTES,
+            context.wait_timeout_s,
+            policy.spins(context.world_size, len(os.sched_getaffinity(0))),
+        )
+        # The first rank keeps its descriptor open until every rank has opened it.
+        context.control.barrier()
+    except BaseException:
+        # The exception's traceback keeps this frame, and the frame would keep the mapping.
+        functions = None
+        raise
+    finally:
+        for descriptor in (created, opened):
+            if descriptor >= 0:
+                os.close(descriptor)
+    return Session(functions, nbytes, pids, context)
+
+
+def _timed(call: Callable[[], object], repeats: int) -> float:
+    """Return the mean time of `repeats` calls, in seconds."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _create(name: str, nbytes: int) -> int:
+    """Create a memfd of a fixed size; returns its descriptor."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, nbytes)
+    # No process can shrink it under the others, which would die of a bus error at their next access.
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return descriptor
+
+
+def _open(pid: int, descriptor: int, name: str) -> int:
+    """Open another process's memfd by an ordinary open, which the kernel allows only to the same user.
+
+    Raises:
+        ConnectionError: the descriptor refers to something else.
+        OSError: it can't be opened.
+    """
+    path = f"/proc/{pid}/fd/{descriptor}"
+    opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    target = str(Path(f"/proc/self/fd/{opened}").readlink())
+    if target != f"/memfd:{name} (deleted)":
+        os.close(opened)
+        raise ConnectionError(f"{path} is {target}, not the first rank's memory: the ranks are on different machines")
+    return opened
+
+
+def _has_ended(pid: int) -> bool:
+    """Say whether a process is gone, or a zombie."""
+    try:
+        # The state follows the name, which is in parentheses and may hold any character.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True
