@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 #: Files that pages link to or show, and that aren't pages.
-ASSETS = ["LICENSE", "benchmarks/*.svg"]
+ASSETS = ["LICENSE", "benchmarks/*.svg", "benchmarks/*_step.py", "benchmarks/*_step.json"]
 #: In docs/env.md: what a reader of the repository sees in the place of the table.
 VARIABLES = "`core/src/comm_core/env.py` lists the variables with their meanings; `make docs` puts a table here."
 
