@@ -1,5 +1,4 @@
-// Every kernel of one world size, by what the host asks for. Each world size is a source file of its own, world*.cu, so
-// that they compile side by side.
+// Every kernel of one world size, by what the host asks for; instantiate.cuh.
 #pragma once
 
 #include "one_stage.cuh"
