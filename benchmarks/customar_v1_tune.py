@@ -35,7 +35,7 @@ class Adapter:
     def __init__(self, own: session.Session) -> None:
         self.own = own
 
-    def into(self, tensor: torch.Tensor, out: torch.Tensor, _: int) -> None:
+    def all_reduce_out(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
         """Sum."""
         self.own.all_reduce_out(tensor, out)
 

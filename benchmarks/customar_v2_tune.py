@@ -3,7 +3,6 @@
 
     torchrun --nproc-per-node 2 benchmarks/customar_v2_tune.py --out FOLDER [--sizes 1K,8K,...] [--only REGEX]
 
-With `--registered` the pulls read their peers' inputs where they are, as in graphs captured inside `comm.capture()`.
 For each size and shape a graph of calls is captured, each reading what the one before wrote, and replayed with an event
 on either side; before each replay the ranks meet in one call, so that they start together. The sums at the chain's end
 are checked. Printed are each size's best shapes, by the slowest rank's median; FOLDER/tune.json has everything.
@@ -12,7 +11,6 @@ are checked. Printed are each size's best shapes, by the slowest rank's median; 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -70,7 +68,7 @@ def parse_size(text: str) -> int:
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
 
 
-# (algorithm, from bytes, to bytes, vectors a thread, threads, blocks, leads): what is worth a look where.
+# (algorithm, from bytes, to bytes, vectors a thread, threads, blocks, pipeline depths): what is worth a look where.
 _K, _M = 1 << 10, 1 << 20
 GRIDS = (
     ("oneshot_push", 0, 64 * _K, (1,), (32, 64, 128, 256, 512), (264,), (0,)),
@@ -85,10 +83,6 @@ GRIDS = (
     ("oneshot_stream", _M, 64 * _M, (2, 4), (256, 512), (132, 264), (1, 2, 4, 9999)),
     ("twoshot_push", _M, 64 * _M, (1, 2, 4), (256, 512), (132, 264), (0, 1, 2, 9999)),
     ("twoshot_push", _M, 64 * _M, (1,), (1024,), (132,), (1, 9999)),
-    ("oneshot_pull", _M, _M, (1, 4), (512,), (132,), (0,)),
-    ("twoshot_pull", _M, _M, (1, 4), (512,), (132,), (0,)),
-    ("oneshot_pull", 16 * _M, 16 * _M, (1, 4), (512,), (132,), (0,)),
-    ("twoshot_pull", 16 * _M, 16 * _M, (1, 4), (512,), (132,), (0,)),
 )
 
 
@@ -106,14 +100,14 @@ def shapes(nbytes: int, world_size: int) -> list[policy.Row]:
         if not low <= nbytes <= high:
             continue
         work = -(-nbytes // 16) // (world_size if algorithm.startswith("twoshot") else 1)
-        for vecs, threads, blocks, lead in itertools.product(*choices):
+        for vecs, threads, blocks, depth in itertools.product(*choices):
             a_block = threads * vecs
             grid = max(1, min(blocks, -(-work // a_block)))
             rounds = -(-work // (a_block * grid))
             if vecs > (4 if world_size == 2 else 1) or threads > most_threads(world_size, vecs):
                 continue
-            row = policy.Row(1 << 40, algorithm, vecs, threads, blocks, min(lead, rounds))
-            found.setdefault((algorithm, vecs, threads, grid, row.lead), row)
+            row = policy.Row(1 << 40, algorithm, vecs, threads, blocks, min(depth, rounds))
+            found.setdefault((algorithm, vecs, threads, grid, row.pipeline_depth), row)
     return list(found.values())
 
 
@@ -125,7 +119,6 @@ class Chain:
     numel: int
     dtype: torch.dtype
     calls: int
-    registered: bool = False
 
     def __post_init__(self) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -146,29 +139,25 @@ class Chain:
     def enqueue(self) -> None:
         """All calls on the current stream."""
         for call in range(self.calls):
-            self.own.into(self.buffers[call % 2], self.buffers[1 - call % 2], 0)
+            self.own.all_reduce_out(self.buffers[call % 2], self.buffers[1 - call % 2])
 
     def time_us(self, row: policy.Row, replays: int) -> tuple[float, bool]:
         """Microseconds a call, this rank's median over the replays, and whether the sums are right."""
         self.own.use([row])
-        self.own.into(self.start, self.buffers[1], 0)  # eager once: what is wrong here needs no graph to be seen
+        self.own.all_reduce_out(self.start, self.buffers[1])  # eager once: an error here needs no graph to be seen
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
-        registered = self.registered and row.pulls
-        if registered:
-            self.own.use_captured([row])
-        with self.own.capturing() if registered else contextlib.nullcontext():
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.enqueue()
-            finally:
-                graph.capture_end()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            self.enqueue()
+        finally:
+            graph.capture_end()
         meet = policy.Row(1 << 40, "oneshot_push", threads=32)
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays + 1)]
         self.own.use([meet])
         for before, after in pairs:
             self.buffers[0].copy_(self.start)
-            self.own.into(self.meeting, self.meeting, 0)
+            self.own.all_reduce_out(self.meeting, self.meeting)
             before.record(stream)
             graph.replay()
             after.record(stream)
@@ -186,7 +175,8 @@ def calls_of(nbytes: int, world_size: int) -> int:
 
 def text_of(row: policy.Row) -> str:
     """A row as the option takes it."""
-    return f"{row.algorithm}:vecs={row.vecs},threads={row.threads},blocks={row.blocks},lead={row.lead}"
+    shape = f"vecs={row.vecs},threads={row.threads},blocks={row.blocks},pipeline_depth={row.pipeline_depth}"
+    return f"{row.algorithm}:{shape}"
 
 
 def joined(package: str) -> Any:
@@ -213,7 +203,7 @@ def connected(module: Any) -> session.Session:
     """A session that has room for every algorithm."""
     context = group_context()
     major = torch.cuda.get_device_capability(context.device)[0]
-    return session.connect(module, major, None, context, shareable=True)
+    return session.connect(module, major, None, context)
 
 
 def measure(options: argparse.Namespace, own: session.Session, module: Any) -> list[dict[str, Any]]:
@@ -229,7 +219,7 @@ def measure(options: argparse.Namespace, own: session.Session, module: Any) -> l
     ]
     lines: list[dict[str, Any]] = []
     for nbytes in sizes:
-        chain = Chain(own, nbytes // dtype.itemsize, dtype, calls_of(nbytes, world_size), options.registered)
+        chain = Chain(own, nbytes // dtype.itemsize, dtype, calls_of(nbytes, world_size))
         for row in given or shapes(nbytes, world_size):
             if options.only and not re.search(options.only, text_of(row)):
                 continue
@@ -270,7 +260,6 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=5, help="of each graph; the median counts")
     parser.add_argument("--late", action="store_true", help="no kernel starts before the one before has ended")
     parser.add_argument("--slot", default="32M", help="the largest slot; larger messages are cut (default 32M)")
-    parser.add_argument("--registered", action="store_true", help="pulls in graphs read inputs where they are")
     parser.add_argument("--top", type=int, default=4, help="shapes printed a size")
     options = parser.parse_args()
     started = time.monotonic()
@@ -279,7 +268,6 @@ def main() -> int:
     layout.SLOT_NBYTES = parse_size(options.slot)
     # Room for every algorithm at once.
     policy.rows_for = lambda *_: tuple(policy.Row(64 << 20, name) for name in policy.ALGORITHMS)
-    policy.captured_rows_for = policy.rows_for if options.registered else lambda *_: ()
     own = connected(module)
     if options.late:
         own.set_early(False)
@@ -318,7 +306,7 @@ def eager(own: session.Session) -> None:
     figures = {
         "all_reduce hook, allocated": each_us(lambda: plugin.all_reduce(own, x, None)),
         "all_reduce hook, in place": each_us(lambda: plugin.all_reduce(own, out, out)),
-        "torch.empty_like + into": each_us(lambda: own.into(x, torch.empty_like(x), 0)),
+        "torch.empty_like + all_reduce_out": each_us(lambda: own.all_reduce_out(x, torch.empty_like(x))),
         "torch.neg, out=": each_us(lambda: torch.neg(x, out=out)),
         "torch.neg": each_us(lambda: torch.neg(x)),
     }

@@ -32,7 +32,7 @@ TOKENS = "1,2,3,8,16,33,64,128,256,512,2048"
 HIDDEN = "2880,4096,5120,7168"
 EPS = 1e-6
 _ANY_SIZE = 1 << 40
-# (algorithm, from bytes, to bytes, vectors a thread, clusters, blocks, leads): what is worth a look where.
+# (algorithm, from bytes, to bytes, vectors a thread, clusters, blocks, pipeline depths): what is worth a look where.
 _K, _M = 1 << 10, 1 << 20
 GRIDS = (
     ("oneshot_push_norm", 0, 512 * _K, (1, 2, 4), (1, 2, 4, 8), (1056,), (0,)),
@@ -54,7 +54,7 @@ def shapes(num_tokens: int, row_nbytes: int, world_size: int, major: int) -> lis
         together = world_size if algorithm.startswith("twoshot") else 1
         if num_tokens < together:
             continue
-        for vecs, cluster, blocks, lead in itertools.product(*choices):
+        for vecs, cluster, blocks, depth in itertools.product(*choices):
             threads = -(-row_vecs // (vecs * cluster))
             if (
                 (world_size > 2 and vecs != 2 and algorithm != "separate")
@@ -66,13 +66,14 @@ def shapes(num_tokens: int, row_nbytes: int, world_size: int, major: int) -> lis
             # The same launch by another name.
             grid = min(blocks, groups * cluster)
             rounds = -(-groups * cluster // grid)
-            found[norm_policy.NormRow(_ANY_SIZE, algorithm, vecs, cluster, grid, min(lead, rounds))] = None
+            found[norm_policy.NormRow(_ANY_SIZE, algorithm, vecs, cluster, grid, min(depth, rounds))] = None
     return list(found)
 
 
 def text_of(row: norm_policy.NormRow) -> str:
     """A shape's name."""
-    return f"{row.algorithm}:vecs={row.vecs},cluster={row.cluster},blocks={row.blocks},lead={row.lead}"
+    shape = f"vecs={row.vecs},cluster={row.cluster},blocks={row.blocks},pipeline_depth={row.pipeline_depth}"
+    return f"{row.algorithm}:{shape}"
 
 
 class Chain:
@@ -95,11 +96,11 @@ class Chain:
 
     def call(self, tensors: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]) -> None:
         """One fused call."""
-        self.own.norm_into(tensors[0], tensors[1], self.weight, results[0], results[1], EPS, 0.0)
+        self.own.all_reduce_add_rms_norm_out(tensors[0], tensors[1], self.weight, results[0], results[1], EPS, 0.0)
 
     def plain(self, tensors: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]) -> None:
         """One plain all-reduce of the same bytes."""
-        self.own.into(tensors[0], results[0], 0)
+        self.own.all_reduce_out(tensors[0], results[0])
 
     def time_us(self, row: norm_policy.NormRow | None, rows: list[policy.Row], replays: int) -> tuple[float, str]:
         """Microseconds a call, this rank's median over the replays, and what is wrong; `row` None: plain calls."""
@@ -124,7 +125,7 @@ class Chain:
         for before, after in pairs:
             for buffer, values in zip(self.buffers[0], self.start, strict=True):
                 buffer.copy_(values)
-            self.own.into(self.meeting, self.meeting, 0)
+            self.own.all_reduce_out(self.meeting, self.meeting)
             before.record(stream)
             graph.replay()
             after.record(stream)
@@ -190,12 +191,12 @@ def eager(own: session.Session, rows: list[policy.Row]) -> None:
 
     def bare() -> None:
         y, total = torch.empty_like(x), torch.empty_like(residual)
-        own.norm_into(x, residual, weight, y, total, EPS, 0.0)
+        own.all_reduce_add_rms_norm_out(x, residual, weight, y, total, EPS, 0.0)
 
     calls = {
         "hook, allocated": lambda: plugin.all_reduce_add_rms_norm(own, x, residual, weight, EPS, 0.0, None, None),
         "hook, in place": lambda: plugin.all_reduce_add_rms_norm(own, x, residual, weight, EPS, 0.0, x, residual),
-        "two torch.empty_like + norm_into": bare,
+        "two torch.empty_like + all_reduce_add_rms_norm_out": bare,
         "two torch.empty_like + torch.neg, out=": lambda: (
             torch.empty_like(x),
             torch.neg(x, out=torch.empty_like(x)),

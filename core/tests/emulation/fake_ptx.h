@@ -135,16 +135,6 @@ inline void store(void* address, const Vec& vec) {
 inline void store_relaxed_sys(void* address, const Vec& vec) {
     store(address, vec);
 }
-inline void store_relaxed_sys(uint32_t* address, uint32_t word) {
-    store_word(address, word, std::memory_order_relaxed);
-}
-inline void store_release_sys(uint32_t* address, uint32_t word) {
-    store_word(address, word, std::memory_order_release);
-}
-inline uint32_t load_acquire_sys(const uint32_t* address) {
-    sched_yield();
-    return load_word(address, std::memory_order_acquire);
-}
 inline void store_release_sys(uint64_t* address, uint64_t word) {
     std::atomic_ref<uint64_t>(*address).store(word, std::memory_order_release);
 }
@@ -237,12 +227,12 @@ struct Bound {
     uint64_t timeout_ns;
 };
 
-class Patience {
+class SpinGuard {
   public:
     // Of a thread's waits in a launch together; few of them, where somebody is waited for in vain on purpose.
     static inline uint32_t most_polls = 30'000'000;
 
-    bool ends(const Bound& bound, uint32_t rank) {
+    bool expired(const Bound& bound, uint32_t rank) {
         if (++polls_ < most_polls) return false;
         uint32_t none = 0;  // who gave up first is who tells
         std::atomic_ref<uint32_t>(*bound.error).compare_exchange_strong(none, rank + 1);

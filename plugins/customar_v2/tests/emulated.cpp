@@ -18,11 +18,9 @@
 #include "emulate.h"
 #include "oneshot_push.cuh"
 #include "oneshot_stream.cuh"
-#include "pull.cuh"
 #include "twoshot_push.cuh"
 
 using namespace comm_customar_v2;
-using fake::at;
 
 namespace {
 
@@ -34,25 +32,20 @@ struct Launch {
     std::string name;
     std::function<void(const Params&)> kernel;
     int vecs;
-    uint32_t threads, max_blocks, lead;
-    bool registered = false;
-    uint64_t offset = 0;  // of the launch's part in a registered message
+    uint32_t threads, max_blocks, pipeline_depth;
 };
 
 struct Rank {
     std::vector<char> buffer;
     std::vector<char> input, output;
-    std::vector<unsigned long long> row;  // of the table of inputs: tag, addresses
 };
-
-constexpr unsigned long long kTag = 7ull << 20;
 
 uint32_t error_word = 0;
 
 // Where the regions of a buffer begin.
-constexpr uint64_t tails_at = 1 << 17, cells_at = tails_at + 4096;
+constexpr uint64_t tails_at = 4096, cells_at = tails_at + 4096;
 
-uint64_t staging_at(size_t world_size) {
+uint64_t buffer_nbytes(size_t world_size) {
     return cells_at + 2 * (world_size - 1) * 2 * kLargest;
 }
 
@@ -62,17 +55,13 @@ Params params_of(std::vector<Rank>& ranks, size_t rank, size_t nbytes, const Lau
     params.tails_at = tails_at;
     params.cells_at = cells_at;
     params.cells_nbytes = 2 * kLargest;
-    params.staging_at = staging_at(ranks.size());
-    // Registered inputs need room for a part's sums alone.
-    params.staging_nbytes = launch.registered ? (kLargest / 16 / ranks.size() + 1) * 16 : kLargest;
     params.bound = {&error_word, 60'000'000'000ull};
     params.input = ranks[rank].input.data();
     params.output = in_place ? ranks[rank].input.data() : ranks[rank].output.data();
     params.num_vecs = static_cast<uint32_t>(nbytes / 16);
     params.tail_nbytes = static_cast<uint32_t>(nbytes % 16);
     params.rank = static_cast<uint32_t>(rank);
-    params.lead = launch.lead;
-    if (launch.registered) params.registered = {ranks[rank].row.data(), kTag, launch.offset};
+    params.pipeline_depth = launch.pipeline_depth;
     return params;
 }
 
@@ -90,69 +79,18 @@ void run(std::vector<Rank>& ranks, size_t nbytes, const Launch& launch, bool in_
     fake::launch(launch.kernel, params, blocks, launch.threads);
 }
 
-// A launch that sums what begins some way into its registered message: small integers, the same in all dtypes' sums.
-template <typename T, int W>
-bool part_of_a_message(std::vector<Rank>& ranks) {
-    constexpr size_t from = 1600, nbytes = 8000;
-    for (const bool twoshot : {false, true}) {
-        for (Rank& rank : ranks) {
-            float ones[T::count];
-            for (size_t byte = 0; byte < kLargest; byte += 4) {
-                std::fill(ones, ones + T::count, static_cast<float>(byte / 16 % 16));
-                const uint32_t word = T::pack(ones);
-                std::memcpy(rank.input.data() + byte, &word, 4);
-            }
-            std::fill(rank.output.begin(), rank.output.end(), kCanary);
-        }
-        Launch launch{"", oneshot_pull<T, W, 1>, 1, 32, 3, 0, true, from};
-        if (twoshot) launch = {"twoshot", twoshot_pull<T, W, 1>, 1, 32, 3, 0, true, from};
-        run(ranks, nbytes, launch, false);
-        for (const Rank& rank : ranks) {
-            for (size_t index = 0; index < nbytes / (4 / T::count); ++index) {
-                const float expected = W * static_cast<float>((from + index * (4 / T::count)) / 16 % 16);
-                if (at<T>(rank.output.data(), index) != expected) {
-                    std::printf("%s, %d ranks: a part of a message is wrong at %zu\n", launch.name.c_str(), W, index);
-                    return false;
-                }
-            }
-        }
-    }
-    return error_word == 0;
-}
-
-// Rows that nobody wrote, or that another call has by now: the launch ends, and says so; and it reads nobody's memory.
-template <typename T, int W>
-bool not_registered(std::vector<Rank>& ranks) {
-    for (const unsigned long long tag : {0ull, kTag + (1ull << 20)}) {
-        for (Rank& rank : ranks) std::fill(rank.row.begin(), rank.row.end(), 0xdead0000ull);
-        for (Rank& rank : ranks) rank.row[0] = tag;
-        for (const bool twoshot : {false, true}) {
-            error_word = 0;
-            Launch launch{"", oneshot_pull<T, W, 1>, 1, 32, 3, 0, true};
-            if (twoshot) launch = {"twoshot", twoshot_pull<T, W, 1>, 1, 32, 3, 0, true};
-            run(ranks, 4096, launch, false);
-            if (error_word != comm_core::kNotRegistered) {
-                std::printf("%s, %d ranks: the error word is %u\n", launch.name.c_str(), W, error_word);
-                return false;
-            }
-        }
-    }
-    error_word = 0;
-    return true;
-}
-
 // A wait for several cells at once ends though some stay empty, names the first of their ranks, and has the others'.
-bool settles_what_comes() {
+bool polls_what_comes() {
     const Vec arrived{1, 2, 3, 4}, partly{1, 2, 3, kEmpty}, nothing{kEmpty, kEmpty, kEmpty, kEmpty};
     Vec cells[4] = {arrived, arrived, partly, nothing}, vecs[4] = {arrived, nothing, nothing, nothing};
     const uint32_t sources[4] = {5, 3, 6, 0};
     Params params{};
     params.bound.error = &error_word;
     error_word = 0;
-    comm_core::Patience::most_polls = 100;
-    comm_core::Patience patience;
+    comm_core::SpinGuard::most_polls = 100;
+    comm_core::SpinGuard guard;
     const auto cell_of = [&](int i) { return reinterpret_cast<const char*>(cells + i); };
-    settle(vecs, cell_of, [&](int i) { return sources[i]; }, params, patience);
+    poll_until_full(vecs, cell_of, [&](int i) { return sources[i]; }, params, guard);
     if (error_word != 1 + 6 || !full(vecs[0]) || !full(vecs[1]) || full(vecs[2]) || full(vecs[3])) {
         std::printf("a wait for four cells: the error word is %u\n", error_word);
         return false;
@@ -163,10 +101,9 @@ bool settles_what_comes() {
 // A push whose peers don't come ends, and says for whom it waited.
 template <int W>
 bool gives_up(std::vector<Rank>& ranks, const std::vector<Launch>& launches) {
-    comm_core::Patience::most_polls = 100;
+    comm_core::SpinGuard::most_polls = 100;
     for (const Launch& launch : launches) {
-        if (launch.name.find("pull") != std::string::npos) continue;
-        for (Rank& rank : ranks) std::memset(rank.buffer.data() + tails_at, 0xff, staging_at(ranks.size()) - tails_at);
+        for (Rank& rank : ranks) std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
         error_word = 0;
         run(ranks, 4002, launch, false, 1);
         // Of those that are missing the first.
@@ -184,8 +121,7 @@ int check(int rounds) {
         {"oneshot_push 1", oneshot_push<T, W, 1>, 1, 32, 3, 0},
         {"oneshot_stream 1", oneshot_stream<T, W, 1>, 1, 64, 2, 3},
         {"twoshot_push 1", twoshot_push<T, W, 1>, 1, 32, 3, 0},
-        {"twoshot_push 1, lead 2", twoshot_push<T, W, 1>, 1, 32, 1, 2},
-        {"oneshot_pull registered", oneshot_pull<T, W, 1>, 1, 32, 3, 0, true},
+        {"twoshot_push 1, pipeline_depth 2", twoshot_push<T, W, 1>, 1, 32, 1, 2},
     };
     if constexpr (W <= 4) {
         const std::vector<Launch> more = {
@@ -194,25 +130,18 @@ int check(int rounds) {
             {"oneshot_stream 4", oneshot_stream<T, W, 4>, 4, 32, 2, 0},
             {"twoshot_push 2", twoshot_push<T, W, 2>, 2, 32, 2, 1},
             {"twoshot_push 4", twoshot_push<T, W, 4>, 4, 32, 2, 5},
-            {"oneshot_pull staged", oneshot_pull<T, W, 2>, 2, 32, 3, 0},
-            {"twoshot_pull staged", twoshot_pull<T, W, 2>, 2, 32, 2, 0},
-            {"twoshot_pull registered", twoshot_pull<T, W, 2>, 2, 64, 2, 0, true},
         };
         launches.insert(launches.end(), more.begin(), more.end());
     }
     std::vector<Rank> ranks(W);
     for (Rank& rank : ranks) {
-        rank.buffer.assign(staging_at(W) + 2 * kLargest + 64, 0);
+        rank.buffer.assign(buffer_nbytes(W), 0);
         rank.input.resize(kLargest + kBehind);
         rank.output.resize(kLargest + kBehind);
-        // As if no barrier had been met for so many launches that 32 bits of a flag would have wrapped.
+        // As if so many launches had been that 32 bits of their count would have wrapped.
         const unsigned long long first = ((1ull << 31) + 1) * comm_core::kOneEpoch;
         std::memcpy(rank.buffer.data(), &first, 8);
-        std::memset(rank.buffer.data() + tails_at, 0xff, staging_at(W) - tails_at);
-    }
-    for (Rank& rank : ranks) {
-        rank.row.push_back(kTag);
-        for (Rank& other : ranks) rank.row.push_back(reinterpret_cast<unsigned long long>(other.input.data()));
+        std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
     }
     std::mt19937 dice(5);
     int done = 0;
@@ -237,9 +166,7 @@ int check(int rounds) {
             }
             std::vector<std::vector<char>> inputs;
             for (const Rank& rank : ranks) inputs.push_back(rank.input);
-            // The one pull that the host never launches in place (pull.cuh).
-            const bool may = !launch.registered || launch.name.rfind("twoshot", 0) == 0;
-            const bool in_place = may && dice() % 2 == 0;
+            const bool in_place = dice() % 2 == 0;
             run(ranks, nbytes, launch, in_place);
             for (int rank = 0; rank < W; ++rank) {
                 const std::vector<char>& result = in_place ? ranks[rank].input : ranks[rank].output;
@@ -272,11 +199,9 @@ int check(int rounds) {
             ++done;
         }
     }
-    if (!part_of_a_message<T, W>(ranks) || !not_registered<T, W>(ranks) || !settles_what_comes() ||
-        !gives_up<W>(ranks, launches))
-        return 1;
+    if (!polls_what_comes() || !gives_up<W>(ranks, launches)) return 1;
     error_word = 0;
-    comm_core::Patience::most_polls = 30'000'000;
+    comm_core::SpinGuard::most_polls = 30'000'000;
     std::printf("%d launches of %d ranks, every sum is right\n", done, W);
     return 0;
 }

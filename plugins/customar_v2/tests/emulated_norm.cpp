@@ -38,7 +38,7 @@ constexpr uint64_t tails_at = 1 << 17, cells_at = tails_at + 4096, slot = 2 * kL
 struct Launch {
     std::string name;
     std::function<void(const NormParams&)> kernel;
-    uint32_t vecs, cluster, clusters, lead;
+    uint32_t vecs, cluster, clusters, pipeline_depth;
     bool two_shots, separate;
 };
 
@@ -105,7 +105,7 @@ void run(std::vector<Rank>& ranks,
     fake::on_every_rank(present, [&](size_t rank) {
         NormParams params = params_of(ranks, rank, num_rows, row_vecs, in_place);
         params.inverse_hidden = 1.0f / static_cast<float>(row_vecs * 4 * T::count);
-        params.plain.lead = launch.lead;
+        params.plain.pipeline_depth = launch.pipeline_depth;
         fake::run_grid(clusters * launch.cluster, threads, launch.cluster, [&] { launch.kernel(params); });
     });
 }
@@ -223,7 +223,7 @@ std::string judge(const Tensors& now,
 // A launch whose peers don't come ends, and says for whom it waited.
 template <typename T, int W>
 bool gives_up(std::vector<Rank>& ranks, const std::vector<Launch>& launches) {
-    comm_core::Patience::most_polls = 100;
+    comm_core::SpinGuard::most_polls = 100;
     for (const Launch& launch : launches) {
         if (launch.separate) continue;
         for (Rank& rank : ranks) std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
@@ -243,8 +243,8 @@ int check(int rounds, unsigned seed) {
     std::vector<Launch> launches = {
         {"oneshot 2, clusters of 2", oneshot_push_norm<T, W, 2>, 2, 2, 1, 0, false, false},
         {"twoshot 2", twoshot_push_norm<T, W, 2>, 2, 1, 3, 0, true, false},
-        {"twoshot 2, lead 1", twoshot_push_norm<T, W, 2>, 2, 1, 2, 1, true, false},
-        {"twoshot 2, clusters of 2, lead 1", twoshot_push_norm<T, W, 2>, 2, 2, 1, 1, true, false},
+        {"twoshot 2, pipeline_depth 1", twoshot_push_norm<T, W, 2>, 2, 1, 2, 1, true, false},
+        {"twoshot 2, clusters of 2, pipeline_depth 1", twoshot_push_norm<T, W, 2>, 2, 2, 1, 1, true, false},
         {"separate", add_norm<T>, 1, 1, 2, 0, false, true},
     };
     if constexpr (W <= 4) {
@@ -252,7 +252,7 @@ int check(int rounds, unsigned seed) {
             {"oneshot 1", oneshot_push_norm<T, W, 1>, 1, 1, 2, 0, false, false},
             {"oneshot 1, clusters of 4", oneshot_push_norm<T, W, 1>, 1, 4, 1, 0, false, false},
             {"twoshot 1", twoshot_push_norm<T, W, 1>, 1, 1, 3, 0, true, false},
-            {"twoshot 1, clusters of 2, lead 5", twoshot_push_norm<T, W, 1>, 1, 2, 1, 5, true, false},
+            {"twoshot 1, clusters of 2, pipeline_depth 5", twoshot_push_norm<T, W, 1>, 1, 2, 1, 5, true, false},
         };
         launches.insert(launches.end(), more.begin(), more.end());
     }
@@ -328,7 +328,7 @@ int check(int rounds, unsigned seed) {
     }
     if (!gives_up<T, W>(ranks, launches)) return 1;
     error_word = 0;
-    comm_core::Patience::most_polls = 30'000'000;
+    comm_core::SpinGuard::most_polls = 30'000'000;
     std::printf("%d launches of %d ranks, every row is right\n", done, W);
     return 0;
 }

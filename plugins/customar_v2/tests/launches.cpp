@@ -163,7 +163,8 @@ const char* wrong_with(const Launched& each, int world_size, const NormShape& sh
     const uint32_t together = two_shots ? static_cast<uint32_t>(world_size) : 1;
     const uint32_t groups = (params.num_rows + together - 1) / together, clusters = each.blocks / each.cluster;
     if (int64_t{groups} * params.row_vecs * 16 > kSlot / (two_shots ? 2 : 1)) return "beyond the slot";
-    if (clusters > groups || params.plain.lead > (groups + clusters - 1) / clusters) return "more than there is to do";
+    if (clusters > groups || params.plain.pipeline_depth > (groups + clusters - 1) / clusters)
+        return "more than there is to do";
     return "";
 }
 
@@ -190,7 +191,7 @@ const char* judge(const NormCall& call, int world_size, const NormShape& shape, 
 }
 
 bool check(int world_size) {
-    Session session(0, world_size, {1 << 17, 1 << 18, kSlot, 1 << 24, 0}, 1.0, 0);
+    Session session(0, world_size, {1 << 17, 1 << 18, kSlot}, 1.0, 0);
     session.attach(std::vector<int64_t>(static_cast<size_t>(world_size), 4096), kMultiprocessors);
     session.set_shapes({{int64_t{1} << 40, Algorithm::kOneShotPush, 1, 128, 128, 0}});
     Norms norms(session);

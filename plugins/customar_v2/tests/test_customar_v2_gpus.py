@@ -16,9 +16,8 @@ pytestmark = pytest.mark.gpus(2)
 NAME, GPUS = "customar_v2", "cpu:gloo,cuda:nccl"
 SHAPES = (
     *("oneshot_push", "oneshot_push:vecs=4,threads=256,blocks=132", "oneshot_push:threads=32"),
-    *("oneshot_stream:vecs=4,lead=1", "oneshot_stream:vecs=2,threads=512,blocks=132,lead=3"),
-    *("twoshot_push", "twoshot_push:vecs=4,lead=1", "twoshot_push:vecs=2,threads=128,lead=9999"),
-    *("oneshot_pull:vecs=4,threads=512,blocks=132", "twoshot_pull:vecs=2,threads=512,blocks=132"),
+    *("oneshot_stream:vecs=4,pipeline_depth=1", "oneshot_stream:vecs=2,threads=512,blocks=132,pipeline_depth=3"),
+    *("twoshot_push", "twoshot_push:vecs=4,pipeline_depth=1", "twoshot_push:vecs=2,threads=128,pipeline_depth=9999"),
 )
 
 

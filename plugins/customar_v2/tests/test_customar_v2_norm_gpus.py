@@ -23,15 +23,15 @@ NAME, GPUS = "customar_v2", "cpu:gloo,cuda:nccl"
 EPS = 0.1
 OFFSETS = (0.0, 1.0)
 _ANY = 1 << 40
-# Every kernel of two ranks; clusters; grids that take one round and several; leads from none to beyond the rounds.
+# Every kernel of two ranks; clusters; grids that take one round and several; depths from none to beyond the rounds.
 ROWS = (
     *(NormRow(_ANY, "oneshot_push_norm", vecs) for vecs in (1, 2, 4)),
     *(NormRow(_ANY, "oneshot_push_norm", vecs, cluster) for vecs, cluster in ((1, 2), (2, 4), (1, 8))),
     NormRow(_ANY, "oneshot_push_norm", 2, blocks=7),
     NormRow(_ANY, "oneshot_push_norm", 1, 4, blocks=8),
-    *(NormRow(_ANY, "twoshot_push_norm", vecs, lead=lead) for vecs, lead in ((1, 0), (2, 2))),
-    NormRow(_ANY, "twoshot_push_norm", 1, blocks=5, lead=1),
-    NormRow(_ANY, "twoshot_push_norm", 2, 2, blocks=16, lead=9999),
+    *(NormRow(_ANY, "twoshot_push_norm", vecs, pipeline_depth=depth) for vecs, depth in ((1, 0), (2, 2))),
+    NormRow(_ANY, "twoshot_push_norm", 1, blocks=5, pipeline_depth=1),
+    NormRow(_ANY, "twoshot_push_norm", 2, 2, blocks=16, pipeline_depth=9999),
     NormRow(_ANY, "separate"),
 )
 # [num_tokens, hidden_size]: a vector, models' rows, rows that fill no warp, more rows than blocks, the longest row that
@@ -155,7 +155,7 @@ def test_more_ranks(ranks: Ranks, found: list[list[Path]], world_size: int) -> N
 def test_messages_beyond_a_slot_go_in_several_launches(ranks: Ranks, found: list[list[Path]]) -> None:
     env = {"COMM_CORE_MEMORY_BUDGET_NBYTES": str(1 << 20)}
     messages = ((41, 7168), (300, 1024), (17, 16384), (2, 131072))
-    rows = (ROWS[0], ROWS[8], NormRow(_ANY, "twoshot_push_norm", 2, lead=1), ROWS[-1])
+    rows = (ROWS[0], ROWS[8], NormRow(_ANY, "twoshot_push_norm", 2, pipeline_depth=1), ROWS[-1])
     results = ranks.run(fused, messages, rows, backend=GPUS, path=found, env=env, deadline_s=200)
     assert results == [len(DTYPES) * len(messages) * 2 * len(rows)] * 2
 

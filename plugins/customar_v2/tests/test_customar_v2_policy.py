@@ -8,7 +8,6 @@ from itertools import pairwise
 import pytest
 from comm_plugin_customar_v2 import layout, norm_policy, policy
 
-FLAGS = 65792
 KINDS = [(major, count) for major in (8, 9, 10) for count in range(2, 9)]
 
 
@@ -44,9 +43,9 @@ def test_every_fused_table_can_be_launched(major: int, count: int) -> None:
 
 @pytest.mark.parametrize(("major", "count"), KINDS)
 def test_a_forced_algorithm_leaves_the_fused_calls_their_slots(major: int, count: int) -> None:
-    rows = policy.rows_for(major, count, policy.parse_row("twoshot_pull"))
+    rows = policy.rows_for(major, count, policy.parse_row("twoshot_push"))
     fused = norm_policy.rows_for(major, count)
-    plan = layout.plan(count, [*rows, *norm_policy.needs(fused)], 1 << 30, FLAGS)
+    plan = layout.plan(count, [*rows, *norm_policy.needs(fused)], 1 << 30)
     # A row of a model's in each half of a slot.
     assert plan.cells_nbytes >= 2 * 16384 * 4
 
@@ -54,12 +53,11 @@ def test_a_forced_algorithm_leaves_the_fused_calls_their_slots(major: int, count
 @pytest.mark.parametrize(("major", "count"), KINDS)
 def test_the_buffers_hold_the_table_and_no_more_than_the_budget(major: int, count: int) -> None:
     rows = policy.rows_for(major, count)
-    plan = layout.plan(count, rows, 1 << 30, FLAGS)
+    plan = layout.plan(count, rows, 1 << 30)
     regions = [
-        (0, FLAGS),
+        (0, 8),
         (plan.tails_at, 2 * (count - 1) * 16),
         (plan.cells_at, 2 * (count - 1) * plan.cells_nbytes),
-        (plan.staging_at, 2 * plan.staging_nbytes),
         (plan.nbytes, 0),
     ]
     assert all(begin + nbytes <= following for (begin, nbytes), (following, _) in pairwise(regions))
@@ -67,33 +65,15 @@ def test_the_buffers_hold_the_table_and_no_more_than_the_budget(major: int, coun
     for row in rows:
         if row.algorithm == "twoshot_push":
             assert (plan.cells_nbytes // 2 - 16) // 16 * 16 * count >= row.up_to_nbytes
-    small = layout.plan(count, rows, 2 << 20, FLAGS)
+    small = layout.plan(count, rows, 2 << 20)
     assert small.nbytes <= 2 << 20
     with pytest.raises(MemoryError, match="the budget is 1000"):
-        layout.plan(count, rows, 1000, FLAGS)
-
-
-@pytest.mark.parametrize(("major", "count"), KINDS)
-def test_only_pulls_are_ever_captured_with_registered_inputs(major: int, count: int) -> None:
-    rows = policy.captured_rows_for(major, count)
-    assert rows == () or any(row.pulls for row in rows)
-    for name in policy.ALGORITHMS:
-        forced = policy.parse_row(name)
-        expected = policy.rows_for(major, count, forced) if name.endswith("_pull") else ()
-        assert policy.captured_rows_for(major, count, forced) == expected
-
-
-@pytest.mark.parametrize("count", range(2, 9))
-def test_what_isnt_staged_needs_room_for_a_parts_sums_alone(count: int) -> None:
-    rows = policy.rows_for(9, count)
-    assert layout.plan(count, rows, 1 << 30, FLAGS, [policy.Row(8 << 20, "oneshot_pull")]).staging_nbytes == 0
-    plan = layout.plan(count, rows, 1 << 30, FLAGS, [policy.Row(8 << 20, "twoshot_pull")])
-    assert (8 << 20) <= plan.staging_nbytes * count <= (9 << 20)
+        layout.plan(count, rows, 1000)
 
 
 def test_the_memory_that_the_readme_names() -> None:
     rows = [*policy.rows_for(9, 2), *norm_policy.needs(norm_policy.rows_for(9, 2))]
-    plan = layout.plan(2, rows, 1 << 30, FLAGS)
+    plan = layout.plan(2, rows, 1 << 30)
     assert 2 * plan.cells_nbytes == 64 << 20
     assert plan.nbytes < 65 << 20
 
@@ -101,16 +81,15 @@ def test_the_memory_that_the_readme_names() -> None:
 def test_every_algorithm_has_room_once_it_is_forced() -> None:
     for name in policy.ALGORITHMS:
         rows = policy.rows_for(9, 4, policy.parse_row(name))
-        plan = layout.plan(4, rows, 1 << 30, FLAGS)
-        room = plan.staging_nbytes if name.endswith("pull") else plan.cells_nbytes
-        assert room >= 64 << 10
+        plan = layout.plan(4, rows, 1 << 30)
+        assert plan.cells_nbytes >= 64 << 10
 
 
 @pytest.mark.parametrize(
     ("text", "row"),
     [
         ("oneshot_push", policy.Row(0, "oneshot_push")),
-        ("twoshot_push:vecs=4,threads=128,blocks=99,lead=2", policy.Row(0, "twoshot_push", 4, 128, 99, 2)),
+        ("twoshot_push:vecs=4,threads=128,blocks=99,pipeline_depth=2", policy.Row(0, "twoshot_push", 4, 128, 99, 2)),
     ],
 )
 def test_the_option(text: str, row: policy.Row) -> None:
@@ -129,7 +108,7 @@ def test_an_option_that_is_wrong(text: str) -> None:
 
 def test_the_rows_numbers_are_in_the_native_codes_order() -> None:
     row = policy.Row(16, "twoshot_push", 2, 64, 3, 4)
-    assert policy.flat([row, dataclasses.replace(row, lead=5)]) == [16, 2, 2, 64, 3, 4, 16, 2, 2, 64, 3, 5]
+    assert policy.flat([row, dataclasses.replace(row, pipeline_depth=5)]) == [16, 2, 2, 64, 3, 4, 16, 2, 2, 64, 3, 5]
 
 
 def test_the_fused_rows_numbers_are_in_the_native_codes_order() -> None:

@@ -6,12 +6,11 @@ in rank order, in float32, rounded once: every rank holds the same bits, and a r
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import comm_core as comm
 import torch
-from comm_core import kernels, registration
+from comm_core import kernels
 
 from comm_plugin_customar_v2 import norm_policy, policy, session
 from comm_plugin_customar_v2.session import Session
@@ -20,7 +19,6 @@ __all__ = [
     "COMM_HOOK_API",
     "all_reduce",
     "all_reduce_add_rms_norm",
-    "capture_ctx",
     "check",
     "close",
     "connect",
@@ -91,14 +89,7 @@ def _forced(topology: comm.Topology) -> policy.Row | None:
 @comm.hookimpl
 def connect(topology: comm.Topology, context: comm.GroupContext) -> Session:
     """Build, allocate and map; see `session.connect`."""
-    shareable = not registration.unshareable(topology)
-    return session.connect(_library.load(), _major(topology), _forced(topology), context, shareable=shareable)
-
-
-@comm.hookimpl
-def capture_ctx(session: Session) -> AbstractContextManager[None]:
-    """Record calls whose inputs the peers read where they are, if some are to be; see `Session.capturing`."""
-    return session.capturing()
+    return session.connect(_library.load(), _major(topology), _forced(topology), context)
 
 
 @comm.hookimpl
@@ -106,8 +97,8 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
     """Sum over the ranks; see the hook's spec."""
     try:
         if out is None:
-            return session.fresh(tensor, 0)  # type: ignore[no-any-return]
-        session.into(tensor, out, 0)
+            return session.all_reduce(tensor)  # type: ignore[no-any-return]
+        session.all_reduce_out(tensor, out)
     except RuntimeError:
         session.check()  # a kernel gave up: that is what is to be told
         raise
@@ -155,7 +146,7 @@ def try_all_reduce_add_rms_norm(
     if residual_out is None:
         residual_out = torch.empty_like(residual)
     try:
-        taken = session.norm_into(tensor, residual, weight, out, residual_out, eps, weight_offset)
+        taken = session.all_reduce_add_rms_norm_out(tensor, residual, weight, out, residual_out, eps, weight_offset)
     except RuntimeError:
         session.check()  # as above
         raise

@@ -13,8 +13,8 @@ __all__ = ["Layout", "plan"]
 _ALIGN = 4096
 #: The largest slot, in bytes. Larger messages go in several launches, whose hand-over costs some 2 µs of 90.
 SLOT_NBYTES = 32 << 20
-#: The largest staged copy, in bytes; larger messages go in several launches.
-STAGING_NBYTES = 16 << 20
+#: Of the launch counter, with which a buffer begins, in bytes.
+_COUNTER_NBYTES = 8
 #: A tail's slot, in bytes: one vector.
 _TAIL_NBYTES = 16
 _PHASES = 2
@@ -28,15 +28,12 @@ class Layout:
     Attributes:
         tails_at: where the region begins.
         cells_at, cells_nbytes: where the region begins, and the size of one slot.
-        staging_at, staging_nbytes: where the region begins, and the size of one phase.
         nbytes: of the whole buffer.
     """
 
     tails_at: int
     cells_at: int
     cells_nbytes: int
-    staging_at: int
-    staging_nbytes: int
     nbytes: int
 
     def numbers(self) -> list[int]:
@@ -44,32 +41,24 @@ class Layout:
         return list(dataclasses.astuple(self))[:-1]
 
 
-def plan(
-    world_size: int, rows: Iterable[Row], budget_nbytes: int, flags_nbytes: int, captured: Iterable[Row] = ()
-) -> Layout:
+def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int) -> Layout:
     """Lay out a buffer for what the rows' algorithms need.
 
     Args:
         world_size: ranks in the group.
         rows: the table, or all that the session may use.
-        captured: the table of calls whose inputs aren't staged; its two-shot pulls stage a part's sums.
         budget_nbytes: the most that the buffer may take.
-        flags_nbytes: of the counter and the barriers' flags; the native code's `constants()`.
 
     Raises:
         MemoryError: the budget doesn't hold even slots of 64 KiB.
     """
-    needs = list(rows)
-    cells = min(SLOT_NBYTES, max((_slot_nbytes(row, world_size) for row in needs), default=0))
-    pulled = [row.up_to_nbytes for row in needs if row.pulls]
-    pulled += [-(-row.up_to_nbytes // world_size) + 16 for row in captured if row.algorithm == "twoshot_pull"]
-    staging = min(STAGING_NBYTES, max(pulled, default=0))
+    cells = min(SLOT_NBYTES, max(_slot_nbytes(row, world_size) for row in rows))
     while True:
-        layout = _layout(flags_nbytes, _up(cells), _up(staging), world_size - 1)
+        layout = _layout(_up(cells), world_size - 1)
         if layout.nbytes <= budget_nbytes:
             return layout
-        cells, staging = cells // 2, staging // 2
-        if max(cells, staging) < _LEAST_NBYTES:
+        cells //= 2
+        if cells < _LEAST_NBYTES:
             raise MemoryError(
                 f"{layout.nbytes} bytes of buffers are needed for {world_size} ranks, and the budget is {budget_nbytes}"
             )
@@ -77,8 +66,6 @@ def plan(
 
 def _slot_nbytes(row: Row, world_size: int) -> int:
     """Bytes of a peer's slot for the largest message of a row in one launch."""
-    if row.pulls:
-        return 0
     if row.algorithm == "twoshot_push":
         # Two halves of a part each, rounded up to a vector; small messages go one-shot.
         part = -(-row.up_to_nbytes // world_size)
@@ -90,9 +77,7 @@ def _up(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
-def _layout(flags: int, cells: int, staging: int, peers: int) -> Layout:
-    tails_at = _up(flags)
+def _layout(cells: int, peers: int) -> Layout:
+    tails_at = _up(_COUNTER_NBYTES)
     cells_at = _up(tails_at + _PHASES * peers * _TAIL_NBYTES)
-    staging_at = _up(cells_at + _PHASES * peers * cells)
-    nbytes = _up(staging_at + _PHASES * staging)
-    return Layout(tails_at, cells_at, cells, staging_at, staging, nbytes)
+    return Layout(tails_at, cells_at, cells, _up(cells_at + _PHASES * peers * cells))

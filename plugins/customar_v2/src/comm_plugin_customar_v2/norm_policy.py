@@ -33,7 +33,7 @@ class NormRow:
         cluster: blocks that share a row, or more where so many couldn't take the row: 1, 2, 4 or 8; above 1 from
             compute capability 9.0 on.
         blocks: the most of a grid, which is otherwise as large as the message needs, and the device can hold at once.
-        lead: rounds that shares are ahead of sums, in two shots.
+        pipeline_depth: rounds that shares are ahead of sums, in two shots.
     """
 
     up_to_nbytes: int
@@ -41,11 +41,12 @@ class NormRow:
     vecs: int = 1
     cluster: int = 1
     blocks: int = 1056
-    lead: int = 0
+    pipeline_depth: int = 0
 
     def numbers(self) -> tuple[int, ...]:
         """As `NormShape` in csrc/norm_session.cuh has them."""
-        return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.cluster, self.blocks, self.lead)
+        code = ALGORITHMS[self.algorithm]
+        return (self.up_to_nbytes, code, self.vecs, self.cluster, self.blocks, self.pipeline_depth)
 
 
 # Two ranks on Hopper. Every row was measured on two H200 that NVLink joins by 18 links (torch 2.11, CUDA 13.0,

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from comm_core import Topology, eligibility
 
-__all__ = ["ALGORITHMS", "OPTION", "Row", "captured_rows_for", "parse", "rows_for", "unavailable_reason"]
+__all__ = ["ALGORITHMS", "OPTION", "Row", "parse", "rows_for", "unavailable_reason"]
+
 
 _NAME = "customar_v2"
 #: `kMaxRanks` in csrc/params.cuh.
@@ -19,13 +20,7 @@ MAX_RANKS = 8
 #: The oldest compute capability that there are kernels for.
 OLDEST = (8, 0)
 #: `Algorithm` in csrc/params.cuh.
-ALGORITHMS = {
-    "oneshot_push": 0,
-    "oneshot_stream": 1,
-    "twoshot_push": 2,
-    "oneshot_pull": 3,
-    "twoshot_pull": 4,
-}
+ALGORITHMS = {"oneshot_push": 0, "oneshot_stream": 1, "twoshot_push": 2}
 #: The variable that forces one algorithm and, after a colon, its shape: "twoshot_push:vecs=4,threads=256,blocks=264".
 OPTION = "COMM_CORE_CUSTOMAR_V2_ALGORITHM"
 
@@ -44,7 +39,7 @@ class Row:
         vecs: vectors of 16 bytes that a thread has in flight: 1, 2 or 4; beyond two ranks 1.
         threads: of a block, a multiple of 32.
         blocks: the most of a grid, which is otherwise as large as the message needs, and the device can hold at once.
-        lead: rounds that pushes are ahead of sums, where the algorithm has rounds.
+        pipeline_depth: rounds that pushes are ahead of sums, where the algorithm has rounds.
     """
 
     up_to_nbytes: int
@@ -52,16 +47,12 @@ class Row:
     vecs: int = 1
     threads: int = 256
     blocks: int = 264
-    lead: int = 0
-
-    @property
-    def pulls(self) -> bool:
-        """Whether ranks read their peers' messages, rather than being sent them."""
-        return self.algorithm.endswith("_pull")
+    pipeline_depth: int = 0
 
     def numbers(self) -> tuple[int, ...]:
         """As `Shape` in csrc/session.cuh has them."""
-        return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.threads, self.blocks, self.lead)
+        code = ALGORITHMS[self.algorithm]
+        return (self.up_to_nbytes, code, self.vecs, self.threads, self.blocks, self.pipeline_depth)
 
 
 # Two ranks on Hopper. Every row was measured on two H200 that NVLink joins by 18 links (torch 2.11, CUDA 13.0,
@@ -74,8 +65,8 @@ _HOPPER_2 = (
     Row(264 * 128 * 16, "oneshot_push", threads=128),  # 128 to 512 KiB: 0.0 %
     Row(264 * 256 * 16, "oneshot_push", threads=256),  # 1 MiB: 0.0 %
     Row(264 * 512 * 16, "oneshot_push", threads=512),  # 2 MiB: 0.0 %
-    Row(24 * _MIB, "twoshot_push", threads=512, lead=2),  # 4 to 16 MiB: 1.1 %
-    Row(64 * _MIB, "oneshot_stream", vecs=2, threads=512, lead=2),  # 32 and 64 MiB: 0.0 %
+    Row(24 * _MIB, "twoshot_push", threads=512, pipeline_depth=2),  # 4 to 16 MiB: 1.1 %
+    Row(64 * _MIB, "oneshot_stream", vecs=2, threads=512, pipeline_depth=2),  # 32 and 64 MiB: 0.0 %
 )
 # Three and four, likewise, on four H200 that a switch joins by 18 links each, up to 8 MiB. Beyond that NCCL may let the
 # switch sum (NVLS), which wasn't measured: there the vendor's library is next.
@@ -83,8 +74,8 @@ _HOPPER_3 = (
     Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.2 %
     Row(384 * _KIB, "oneshot_push", threads=128),  # 128 to 384 KiB: 0.5 %
     Row(768 * _KIB, "twoshot_push", threads=64),  # 512 and 768 KiB: 0.0 %
-    Row(2 * _MIB, "twoshot_push", threads=512, lead=1),  # 1 and 2 MiB: 0.2 %
-    Row(8 * _MIB, "twoshot_push", threads=512, lead=2),  # 4 and 8 MiB: 0.4 %
+    Row(2 * _MIB, "twoshot_push", threads=512, pipeline_depth=1),  # 1 and 2 MiB: 0.2 %
+    Row(8 * _MIB, "twoshot_push", threads=512, pipeline_depth=2),  # 4 and 8 MiB: 0.4 %
 )
 _HOPPER_4 = (
     Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.2 %
@@ -92,7 +83,7 @@ _HOPPER_4 = (
     Row(768 * _KIB, "twoshot_push", threads=64),  # 384 to 768 KiB: 0.0 %
     Row(1 * _MIB, "twoshot_push", threads=128),  # 1 MiB: 0.4 %
     Row(2 * _MIB, "twoshot_push", threads=512),  # 2 MiB: 0.0 %
-    Row(8 * _MIB, "twoshot_push", threads=512, lead=1),  # 4 and 8 MiB: 0.0 %
+    Row(8 * _MIB, "twoshot_push", threads=512, pipeline_depth=1),  # 4 and 8 MiB: 0.0 %
 )
 # Everything else: unmeasured. One shot up to where two take as long: on H200 some 450 KiB for three ranks and 320 for
 # four, beyond that the less the more bytes one shot sends than two, (W - 1) - 2 (W - 1) / W of the message; then two,
@@ -101,10 +92,6 @@ _ONE_SHOT_NBYTES = {2: _MIB, 3: 384 * _KIB, 4: 256 * _KIB, 5: 192 * _KIB}
 
 # By compute capability's major number and world size; graphs and eager calls alike.
 _TABLES: dict[tuple[int, int], tuple[Row, ...]] = {(9, 2): _HOPPER_2, (9, 3): _HOPPER_3, (9, 4): _HOPPER_4}
-# What replaces them in graphs that are captured inside `comm.capture()`, likewise: pulls in it read the peers' inputs
-# where they are. There is no row: on two H200 the fastest of them took 8.1 us for 1 MiB and 55 us for 16 MiB, where
-# pushes take 4.7 and 50 (benchmarks/customar_v2_tune.py --registered, 2026-11-22).
-_CAPTURED: dict[tuple[int, int], tuple[Row, ...]] = {}
 
 
 def rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Row, ...]:
@@ -117,17 +104,6 @@ def rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Ro
     """
     rows = _TABLES.get((major, world_size)) or _conservative(world_size)
     return rows if forced is None else (dataclasses.replace(forced, up_to_nbytes=rows[-1].up_to_nbytes),)
-
-
-def captured_rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Row, ...]:
-    """The table of calls that are captured with inputs that peers can read, sizes ascending; empty for the other one.
-
-    Only its pulls read inputs where they are; the sizes of its other rows, and those beyond its last, are served by
-    `rows_for`. Arguments as there: a pull that is forced is one here, too.
-    """
-    if forced is None:
-        return _CAPTURED.get((major, world_size), ())
-    return rows_for(major, world_size, forced) if forced.pulls else ()
 
 
 def _conservative(world_size: int) -> tuple[Row, ...]:
@@ -148,7 +124,7 @@ def parse(environ: Mapping[str, str] | None = None) -> Row | None:
 
 
 def parse_row(text: str) -> Row:
-    """A row from its text, "algorithm" or "algorithm:vecs=..,threads=..,blocks=..,lead=..".
+    """A row from its text, "algorithm" or "algorithm:vecs=..,threads=..,blocks=..,pipeline_depth=..".
 
     Raises:
         ValueError: it can't be read.
@@ -159,8 +135,10 @@ def parse_row(text: str) -> Row:
     values: dict[str, int] = {}
     for item in filter(None, shape.split(",")):
         name, _, number = item.partition("=")
-        if name not in ("vecs", "threads", "blocks", "lead") or not number.isdecimal():
-            raise ValueError(f"{OPTION}={text!r}: {item!r} isn't vecs=, threads=, blocks= or lead= with a number")
+        if name not in ("vecs", "threads", "blocks", "pipeline_depth") or not number.isdecimal():
+            raise ValueError(
+                f"{OPTION}={text!r}: {item!r} isn't vecs=, threads=, blocks= or pipeline_depth= with a number"
+            )
         values[name] = min(int(number), _MOST)
     row = Row(0, algorithm, **values)
     if row.threads % 32 or not 32 <= row.threads <= 1024 or row.blocks < 1 or row.vecs not in (1, 2, 4):

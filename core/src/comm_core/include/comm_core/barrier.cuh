@@ -33,14 +33,14 @@ __device__ __forceinline__ void barrier(char* const* buffers,
                                         uint32_t stage,
                                         uint64_t epoch,
                                         const Bound& bound,
-                                        Patience& patience) {
+                                        SpinGuard& guard) {
     __syncthreads();
     const uint32_t peer = threadIdx.x;
     if (peer < W && peer != rank) {
         store_release_sys(flag_of(buffers[peer] + at, blockIdx.x, stage, rank), epoch);
         const uint64_t* mine = flag_of(buffers[rank] + at, blockIdx.x, stage, peer);
         while (load_acquire_sys(mine) < epoch) {
-            if (patience.ends(bound, peer)) break;
+            if (guard.expired(bound, peer)) break;
         }
     }
     __syncthreads();

@@ -27,24 +27,10 @@ __device__ __forceinline__ Vec load_relaxed_sys(const void* address) {
     return vec;
 }
 
-__device__ __forceinline__ void store_relaxed_sys(uint32_t* address, uint32_t word) {
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(word) : "memory");
-}
-
 // Release: whatever this thread did before, and what it saw of others' doing (a barrier's threads, say), is visible to
 // who reads this word with acquire order.
-__device__ __forceinline__ void store_release_sys(uint32_t* address, uint32_t word) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(word) : "memory");
-}
-
 __device__ __forceinline__ void store_release_sys(uint64_t* address, uint64_t word) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(word) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_acquire_sys(const uint32_t* address) {
-    uint32_t word;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(word) : "l"(address) : "memory");
-    return word;
 }
 
 __device__ __forceinline__ uint64_t load_acquire_sys(const uint64_t* address) {

@@ -7,18 +7,18 @@ namespace comm_core {
 
 // What bounds a wait; the same for all of a session's launches.
 struct Bound {
-    // In host memory that the device sees: 0, 1 + the rank that was waited for in vain, or what registered.cuh says.
+    // In host memory that the device sees: 0, or 1 + the rank that didn't come in time.
     uint32_t* error;
     uint64_t timeout_ns;  // of one thread's waits in a launch, from the first that is long
 };
 
-// The waits of one thread. A healthy wait pays a register, an addition and a test a poll; the clock and the error word
-// are looked at every 2^12 polls, some milliseconds.
-class Patience {
+// Bounds the polling of one thread. A healthy wait pays a register, an addition and a test a poll; the clock and the
+// error word are looked at every 2^12 polls, some milliseconds.
+class SpinGuard {
   public:
-    // Called after each poll in vain; true: give up. `rank` is who is waited for. What the thread then has isn't what
-    // the peer sent, and the session is over: the host raises at the next call.
-    __device__ __forceinline__ bool ends(const Bound& bound, uint32_t rank) {
+    // Call it after each poll that found nothing; true: give up. `rank` is the peer that is waited for. What the thread
+    // then has isn't what the peer sent, and the session is over: the host raises at the next call.
+    __device__ __forceinline__ bool expired(const Bound& bound, uint32_t rank) {
         if (++polls_ & kMask) return over_;
         return look(bound, rank);
     }

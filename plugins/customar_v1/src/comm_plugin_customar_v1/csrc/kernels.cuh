@@ -1,5 +1,5 @@
 // Looks up a kernel of one world size. Each world size has a source file of its own, world*.cu, so that they compile in
-// parallel.
+// parallel; instantiate.cuh.
 #pragma once
 
 #include "one_stage.cuh"

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_stage(const __grid_constan
     const uint32_t thread = comm_core::ready(thread_in_grid());
     const Staged staged(params, epoch);
     char* const copy = comm_core::ready(staged.mine());
-    comm_core::Patience patience;
+    comm_core::SpinGuard guard;
     // Only from here on it accesses memory that earlier kernels use: the input, the staging, the output.
     comm_core::wait_for_predecessors();
 
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_stage(const __grid_constan
         }
     }
     stage_tail(params, staged);
-    meet<W>(params, 0, epoch, patience);
+    meet<W>(params, 0, epoch, guard);
 
     const char* terms[W];
 #pragma unroll

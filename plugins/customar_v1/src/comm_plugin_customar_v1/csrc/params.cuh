@@ -106,8 +106,8 @@ template <int W>
 __device__ __forceinline__ void meet(const Params& params,
                                      uint32_t stage,
                                      unsigned long long epoch,
-                                     comm_core::Patience& patience) {
-    comm_core::barrier<W>(params.buffers, kFlagsAt, params.rank, stage, epoch, params.bound, patience);
+                                     comm_core::SpinGuard& guard) {
+    comm_core::barrier<W>(params.buffers, kFlagsAt, params.rank, stage, epoch, params.bound, guard);
 }
 
 // The tail is the end of a message, shorter than a vector. In every algorithm, one thread stages it before the launch's

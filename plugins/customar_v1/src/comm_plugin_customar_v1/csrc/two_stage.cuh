@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_stage(const __grid_constan
     const uint32_t thread = thread_in_grid(), part = (num_vecs + W - 1) / W;
     const Staged staged(params, epoch);
     char* const copy = staged.mine();
-    comm_core::Patience patience;
+    comm_core::SpinGuard guard;
     // Only from here on it accesses memory that earlier kernels use: the input, the staging, the output.
     comm_core::wait_for_predecessors();
 
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_stage(const __grid_constan
         }
     }
     stage_tail(params, staged);
-    meet<W>(params, 0, epoch, patience);
+    meet<W>(params, 0, epoch, guard);
 
     {
         const uint32_t begin = rank * part, end = min(part, num_vecs - min(num_vecs, begin));
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) two_stage(const __grid_constan
             }
         }
     }
-    meet<W>(params, 1, epoch, patience);
+    meet<W>(params, 1, epoch, guard);
 
     // Read from all peers at once: one peer after another would take W - 1 round trips over the links.
     for (uint32_t first = thread; first < part; first += V * stride) {

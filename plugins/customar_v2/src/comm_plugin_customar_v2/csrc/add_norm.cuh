@@ -11,9 +11,9 @@ constexpr uint32_t kAddNormThreads = 512;
 // A block a row, any number of vectors. The output holds the rows' sums over the ranks.
 template <typename T>
 __global__ void __launch_bounds__(kAddNormThreads) add_norm(const __grid_constant__ NormParams params) {
-    Board<> board;
+    ClusterReducer<> reducer;
     comm_core::launch_successor();
-    board.open();
+    reducer.open();
     comm_core::wait_for_predecessors();
     const uint32_t row_vecs = params.row_vecs;
     for (size_t row = blockIdx.x; row < params.num_rows; row += gridDim.x) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kAddNormThreads) add_norm(const __grid_constan
             comm_core::store(params.sum + at + vec * 16, rounded);
             terms[0][0] += squares<T>(rounded);
         }
-        board.sum(terms, totals, blockDim.x / 32);
+        reducer.sum(terms, totals, blockDim.x / 32);
         const float scale = rsqrtf(fmaf(totals[0], params.inverse_hidden, params.eps));
         for (uint32_t vec = threadIdx.x; vec < row_vecs; vec += blockDim.x) {
             const Vec sum = comm_core::load(params.sum + at + vec * 16);

@@ -15,7 +15,8 @@ namespace comm_customar_v2 {
 
 constexpr uint32_t kEmpty = 0xffffffffu;
 
-__device__ __forceinline__ Vec sendable(const Vec& vec) {
+// What is sent for a vector: no word of it is empty.
+__device__ __forceinline__ Vec escape_sentinel(const Vec& vec) {
     return {min(vec.x, kEmpty - 1), min(vec.y, kEmpty - 1), min(vec.z, kEmpty - 1), min(vec.w, kEmpty - 1)};
 }
 
@@ -36,15 +37,15 @@ __device__ __forceinline__ void empty(char* cell) {
 // a look takes as long as a small message is on its way, and one after the other would be that many times as long.
 // `cell_of(i)`: its address; `source_of(i)`: the rank that fills it.
 template <int N, typename CellOf, typename SourceOf>
-__device__ __forceinline__ void settle(Vec (&vecs)[N],
-                                       const CellOf& cell_of,
-                                       const SourceOf& source_of,
-                                       const Params& params,
-                                       comm_core::Patience& patience) {
+__device__ __forceinline__ void poll_until_full(Vec (&vecs)[N],
+                                                const CellOf& cell_of,
+                                                const SourceOf& source_of,
+                                                const Params& params,
+                                                comm_core::SpinGuard& guard) {
     // The same loop for one cell, in fewer instructions.
     if constexpr (N == 1) {
         while (!full(vecs[0])) {
-            if (patience.ends(params.bound, source_of(0))) break;
+            if (guard.expired(params.bound, source_of(0))) break;
             vecs[0] = comm_core::load_relaxed_sys(cell_of(0));
         }
     } else {
@@ -54,7 +55,7 @@ __device__ __forceinline__ void settle(Vec (&vecs)[N],
             for (int i = N - 1; i >= 0; --i) {
                 if (!full(vecs[i])) missing = i;
             }
-            if (missing < 0 || patience.ends(params.bound, source_of(missing))) break;
+            if (missing < 0 || guard.expired(params.bound, source_of(missing))) break;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 if (!full(vecs[i])) vecs[i] = comm_core::load_relaxed_sys(cell_of(i));
@@ -109,16 +110,16 @@ struct Arrivals {
     }
 
     // Looks again until all are full.
-    __device__ __forceinline__ void settle(const Cells<W>& cells,
-                                           uint32_t offset,
-                                           const Params& params,
-                                           comm_core::Patience& patience) {
-        comm_customar_v2::settle(
+    __device__ __forceinline__ void poll_until_full(const Cells<W>& cells,
+                                                    uint32_t offset,
+                                                    const Params& params,
+                                                    comm_core::SpinGuard& guard) {
+        comm_customar_v2::poll_until_full(
             vecs,
             [&](int s) { return cells.mine(s, offset); },
             [&](int s) { return Slots<W>::source(params.rank, s); },
             params,
-            patience);
+            guard);
     }
 };
 

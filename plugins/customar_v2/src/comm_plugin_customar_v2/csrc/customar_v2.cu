@@ -16,7 +16,8 @@ using comm_core::element_of;
 using comm_core::listed;
 using tvm::ffi::Array;
 using tvm::ffi::Function;
-using tvm::ffi::Optional;
+using tvm::ffi::Map;
+using tvm::ffi::String;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
@@ -67,19 +68,47 @@ std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
     return shapes;
 }
 
-// The fused calls of a session, as functions:
-//   into(tensor, residual, weight, out, sum, eps, offset)  `out` may be `tensor`, and `sum` the residual; false, and
-//                                                          nothing is sent, where these aren't as kernels take them
-//   set_shapes(numbers)                                    the fused table from now on
-Array<Function> norm_functions(const std::shared_ptr<Session>& session) {
+// A session, as functions by name; `Native` in session.py has them:
+//   all_reduce(tensor)           sums into a tensor that the caller's allocator gives
+//   all_reduce_out(tensor, out)  sums into `out`, which may be `tensor`
+//   all_reduce_add_rms_norm_out(tensor, residual, weight, out, sum, eps, offset)
+//                                `out` may be `tensor`, and `sum` the residual; false, and nothing is sent, where these
+//                                aren't as kernels take them
+//   set_shapes(numbers)          the table from now on
+//   set_norm_shapes(numbers)     the fused table from now on
+//   error()                      0, or 1 + the rank that didn't come in time
+//   algorithm_of(nbytes)         the code of the algorithm that serves a size
+//   abort()                      ends every wait of kernels in flight
+//   set_early(early)             whether blocks may start while the kernel before still runs; at first they may
+//   attach(buffers, count)       every rank's buffer and the multiprocessors to count on; once, before the first call
+// The stream is the one that the binding found current for the tensors' device.
+Map<String, Function> connect(
+    int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
+    const auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
     const auto norms = std::make_shared<Norms>(*session);
-    const auto into = [session, norms](TensorView tensor,
-                                       TensorView residual,
-                                       TensorView weight,
-                                       TensorView out,
-                                       TensorView sum,
-                                       double eps,
-                                       double offset) {
+    const auto run = [session](const auto& tensor, char* out) {
+        const DLDevice place = tensor.device();
+        auto* const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id));
+        const DLDataType dtype = tensor.dtype();
+        session->run(data_of(tensor), out, tensor.numel() * dtype.bits / 8, element_of(dtype), stream);
+    };
+    const auto all_reduce = [session, run](TensorView tensor) -> Tensor {
+        refuse_if_poisoned(*session);
+        Tensor out = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, tensor.shape(), tensor.dtype(), tensor.device());
+        run(tensor, data_of(out));
+        return out;
+    };
+    const auto all_reduce_out = [session, run](TensorView tensor, TensorView out) {
+        refuse_if_poisoned(*session);
+        run(tensor, data_of(out));
+    };
+    const auto all_reduce_add_rms_norm_out = [session, norms](TensorView tensor,
+                                                              TensorView residual,
+                                                              TensorView weight,
+                                                              TensorView out,
+                                                              TensorView sum,
+                                                              double eps,
+                                                              double offset) {
         refuse_if_poisoned(*session);
         const DLDevice place{kDLCUDA, session->device()};
         if (!comm_core::are_operands(place, tensor, residual, weight, out, sum)) return false;
@@ -97,72 +126,34 @@ Array<Function> norm_functions(const std::shared_ptr<Session>& session) {
                     static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id))});
         return true;
     };
-    const auto set_shapes = [session, norms](Array<int64_t> numbers) { norms->set_shapes(norm_shapes_of(numbers)); };
-    return {Function::FromTyped(into), Function::FromTyped(set_shapes)};
-}
-
-// A session, as functions:
-//   into(tensor, out, row)     sums into `out`, which may be `tensor`; `row`: the tag of the call's row in the table of
-//                              inputs, 0 for none
-//   fresh(tensor, row)         sums into a tensor that the caller's allocator gives
-//   set_shapes(numbers)        the table from now on
-//   error()                    0, 1 + the rank that was waited for in vain, or kNotRegistered
-//   algorithm_of(nbytes)       the code of the algorithm that serves a size
-//   abort()                    ends every wait of kernels in flight
-//   set_early(early)           whether blocks may start while the kernel before still runs; at first they may
-//   attach(buffers, count)     every rank's buffer and the multiprocessors to count on; once, before the first call
-//   set_registered(numbers, table)  the table for calls that have a row, and where the table of inputs is
-//   norms()                    the fused calls, as functions
-// The stream is the one that the binding found current for the tensors' device.
-Array<Function> connect(int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
-    auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
-    const auto run = [session](const auto& tensor, char* out, int64_t row) {
-        const DLDevice place = tensor.device();
-        auto* const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id));
-        const DLDataType dtype = tensor.dtype();
-        session->run(data_of(tensor), out, tensor.numel() * dtype.bits / 8, element_of(dtype), stream, row);
-    };
-    const auto into = [session, run](TensorView tensor, TensorView out, int64_t row) {
-        refuse_if_poisoned(*session);
-        run(tensor, data_of(out), row);
-    };
-    const auto fresh = [session, run](TensorView tensor, int64_t row) -> Tensor {
-        refuse_if_poisoned(*session);
-        Tensor out = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, tensor.shape(), tensor.dtype(), tensor.device());
-        run(tensor, data_of(out), row);
-        return out;
-    };
     const auto set_shapes = [session](Array<int64_t> numbers) { session->set_shapes(shapes_of(numbers)); };
+    const auto set_norm_shapes = [session, norms](Array<int64_t> numbers) {
+        norms->set_shapes(norm_shapes_of(numbers));
+    };
     const auto error = [session]() -> int64_t { return session->error(); };
     const auto algorithm_of = [session](int64_t nbytes) -> int64_t {
         return static_cast<int64_t>(session->shape_of(nbytes).algorithm);
     };
     const auto abort = [session]() { session->abort(); };
     const auto set_early = [session](bool early) { session->set_early(early); };
-    const auto set_registered = [session](Array<int64_t> numbers, int64_t table) {
-        session->set_registered(shapes_of(numbers), table);
-    };
     const auto attach = [session](Array<int64_t> buffers, int64_t multiprocessors) {
         session->attach(listed(buffers), multiprocessors);
     };
-    return {Function::FromTyped(into),
-            Function::FromTyped(fresh),
-            Function::FromTyped(set_shapes),
-            Function::FromTyped(error),
-            Function::FromTyped(algorithm_of),
-            Function::FromTyped(abort),
-            Function::FromTyped(set_early),
-            Function::FromTyped(attach),
-            Function::FromTyped(set_registered),
-            Function::FromTyped([session]() { return norm_functions(session); })};
+    return {{"all_reduce", Function::FromTyped(all_reduce)},
+            {"all_reduce_out", Function::FromTyped(all_reduce_out)},
+            {"all_reduce_add_rms_norm_out", Function::FromTyped(all_reduce_add_rms_norm_out)},
+            {"set_shapes", Function::FromTyped(set_shapes)},
+            {"set_norm_shapes", Function::FromTyped(set_norm_shapes)},
+            {"error", Function::FromTyped(error)},
+            {"algorithm_of", Function::FromTyped(algorithm_of)},
+            {"abort", Function::FromTyped(abort)},
+            {"set_early", Function::FromTyped(set_early)},
+            {"attach", Function::FromTyped(attach)}};
 }
 
-// What the Python side must agree with: bytes of the counter and the barriers' flags, and how many algorithms there
-// are, plain and fused.
+// How many algorithms there are, plain and fused: what the Python side must agree with.
 Array<int64_t> constants() {
-    return {static_cast<int64_t>(kFlagsAt + kMaxBlocks * comm_core::kFlagLineNbytes),
-            static_cast<int64_t>(Algorithm::kCount),
-            static_cast<int64_t>(NormAlgorithm::kCount)};
+    return {static_cast<int64_t>(Algorithm::kCount), static_cast<int64_t>(NormAlgorithm::kCount)};
 }
 
 }  // namespace

@@ -1,10 +1,8 @@
-// Every kernel of one world size, by what the host asks for. Each world size is a source file of its own, world*.cu, so
-// that they compile side by side.
+// Every kernel of one world size, by what the host asks for; instantiate.cuh.
 #pragma once
 
 #include "oneshot_push.cuh"
 #include "oneshot_stream.cuh"
-#include "pull.cuh"
 #include "twoshot_push.cuh"
 
 namespace comm_customar_v2 {
@@ -26,10 +24,6 @@ const void* kernel_of(Algorithm algorithm) {
             return reinterpret_cast<const void*>(&oneshot_stream<T, W, V>);
         case Algorithm::kTwoShotPush:
             return reinterpret_cast<const void*>(&twoshot_push<T, W, V>);
-        case Algorithm::kOneShotPull:
-            return reinterpret_cast<const void*>(&oneshot_pull<T, W, V>);
-        case Algorithm::kTwoShotPull:
-            return reinterpret_cast<const void*>(&twoshot_pull<T, W, V>);
         default:
             return nullptr;
     }

@@ -3,18 +3,18 @@
 // With s the sum of the ranks' rows in rank order, plus the residual, in fp32 and rounded once: y = s * rsqrt(mean(s^2)
 // + eps) * (weight + offset), the RMSNorm of Zhang and Sennrich, 2019. y is the norm of s as it is returned, rounded,
 // since that alone travels in two shots: all ranks hold the same bits, and a row's bits depend neither on the
-// algorithm, nor on the shape of the launch, nor on the rows beside it (comm_core/board.cuh).
+// algorithm, nor on the shape of the launch, nor on the rows beside it (comm_core/cluster_reducer.cuh).
 //
 // Cells, slots, epochs and waits are those of the plain kernels, so that launches of both may follow each other.
 #pragma once
 
-#include <comm_core/board.cuh>
+#include <comm_core/cluster_reducer.cuh>
 
 #include "cells.cuh"
 
 namespace comm_customar_v2 {
 
-using comm_core::Board;
+using comm_core::ClusterReducer;
 
 enum class NormAlgorithm : int32_t {
     kOneShotPush = 0,  // oneshot_push_norm.cuh
@@ -33,8 +33,8 @@ struct NormParams {
     float inverse_hidden, eps, offset;
 };
 
-// The longest row of the fused kernels in vectors: a warp's worth of them is a number on the board.
-constexpr uint32_t kMaxRowVecs = 32 * comm_core::kBoardSize;
+// The longest row of the fused kernels in vectors: the reducer takes one number of each 32.
+constexpr uint32_t kMaxRowVecs = 32 * comm_core::kMaxReducerNumbers;
 
 // The most blocks that share a row: what every device that has clusters can launch.
 constexpr uint32_t kMaxCluster = 8;
@@ -51,8 +51,8 @@ __host__ __device__ constexpr int max_norm_threads(int world_size, NormAlgorithm
     return world_size == 2 && vecs <= (algorithm == NormAlgorithm::kOneShotPush ? 2 : 1) ? 1024 : 512;
 }
 
-// A thread's vectors of a row: V, a cluster's threads apart, so that a warp has 32 that follow each other, of which it
-// brings the board one number.
+// A thread's vectors of a row: V, a cluster's threads apart, so that a warp has 32 that follow each other, for which it
+// gives the reducer one number.
 template <int V>
 struct Place {
     uint32_t first, step, row_vecs;
@@ -127,7 +127,7 @@ __device__ __forceinline__ uint32_t normed(uint32_t sum, uint32_t weight, float 
 // rows that aren't present goes nowhere.
 template <typename T, int V, int N, uint32_t kSums>
 __device__ __forceinline__ void norm_rows(const NormParams& params,
-                                          Board<kSums>& board,
+                                          ClusterReducer<kSums>& reducer,
                                           const Place<V>& place,
                                           const Vec (&sums)[V][N],
                                           const Vec (&weight)[V],
@@ -139,7 +139,7 @@ __device__ __forceinline__ void norm_rows(const NormParams& params,
 #pragma unroll
         for (int j = 0; j < V; ++j) terms[n][j] = place.has(j) ? squares<T>(sums[j][n]) : 0.0f;
     }
-    board.sum(terms, totals, (place.row_vecs + 31) / 32);
+    reducer.sum(terms, totals, (place.row_vecs + 31) / 32);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const float scale = rsqrtf(fmaf(totals[n], params.inverse_hidden, params.eps));
@@ -157,7 +157,7 @@ __device__ __forceinline__ void norm_rows(const NormParams& params,
 
 template <typename T, int V, uint32_t kSums>
 __device__ __forceinline__ void norm_row(const NormParams& params,
-                                         Board<kSums>& board,
+                                         ClusterReducer<kSums>& reducer,
                                          const Place<V>& place,
                                          const Vec (&sums)[V],
                                          const Vec (&weight)[V],
@@ -167,7 +167,7 @@ __device__ __forceinline__ void norm_row(const NormParams& params,
     for (int j = 0; j < V; ++j) rows[j][0] = sums[j];
     char* const outputs[1] = {output};
     const bool present[1] = {true};
-    norm_rows<T>(params, board, place, rows, weight, outputs, present);
+    norm_rows<T>(params, reducer, place, rows, weight, outputs, present);
 }
 
 }  // namespace comm_customar_v2

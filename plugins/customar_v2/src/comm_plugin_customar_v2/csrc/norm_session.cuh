@@ -28,7 +28,7 @@ struct NormShape {
     int vecs;             // of a row that a thread has, and more where the row is long
     uint32_t cluster;     // blocks that share a row, likewise
     uint32_t max_blocks;  // the grid is no larger than the message needs, than the device holds at once, and than this
-    uint32_t lead;        // of two shots
+    uint32_t pipeline_depth;  // rounds that shares are ahead of sums, of two shots
 };
 
 struct NormCall {
@@ -126,7 +126,7 @@ class Norms {
             const std::optional<Fit> fit = most > 0 ? fit_of(shape, NormAlgorithm::kOneShotPush, call) : std::nullopt;
             if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), 1);
         }
-        session_.run(call.input, call.output, call.num_rows * call.row_nbytes, call.element, call.stream, 0);
+        session_.run(call.input, call.output, call.num_rows * call.row_nbytes, call.element, call.stream);
         NormParams params = params_of(call, call.num_rows);
         const uint32_t blocks = static_cast<uint32_t>(std::min<int64_t>(call.num_rows, 1 << 20));
         session_.enqueue(add_norm_of(call.element), blocks, kAddNormThreads, 1, call.stream, &params);
@@ -140,7 +140,7 @@ class Norms {
         // Clusters wait for what others push, and nobody promises in which order blocks start: all must have room.
         const uint32_t most = std::min(fit.resident, std::max(1u, shape.max_blocks / fit.cluster));
         const uint32_t clusters = std::min(groups, most);
-        params.plain.lead = std::min(shape.lead, (groups + clusters - 1) / clusters);
+        params.plain.pipeline_depth = std::min(shape.pipeline_depth, (groups + clusters - 1) / clusters);
         session_.enqueue(fit.function, clusters * fit.cluster, fit.threads, fit.cluster, call.stream, &params);
         return num_rows;
     }

@@ -14,7 +14,7 @@ template <typename T, int W, int V>
 __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __grid_constant__ Params params) {
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
     const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
-    comm_core::Patience patience;
+    comm_core::SpinGuard guard;
     // All addresses before the wait, so that the input's load comes right after it.
     const uint32_t num_vecs = comm_core::ready(params.num_vecs), stride = comm_core::ready(threads_in_grid());
     const uint32_t thread = comm_core::ready(thread_in_grid());
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __gri
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            if (first + j * stride < num_vecs) cells.fill_theirs(j * stride * 16, sendable(own[j]));
+            if (first + j * stride < num_vecs) cells.fill_theirs(j * stride * 16, escape_sentinel(own[j]));
         }
         constexpr int kAhead = looks_ahead(W, V, 8);
         Arrivals<W> arrivals[kAhead];
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __gri
                 }
             }
             if (first + j * stride >= num_vecs) continue;
-            arrival.settle(cells, offset, params, patience);
+            arrival.poll_until_full(cells, offset, params, guard);
             comm_core::store(output + offset, sum_in_rank_order<T, W>(own[j], arrival.vecs, params.rank));
         }
         // Late: the next launch waits for the sums, and nobody for empty cells before the launch after it.
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __gri
         output += V * stride * 16;
         cells.advance(V * stride * 16);
     }
-    sum_tail<T, W>(params, epoch, patience);
+    sum_tail<T, W>(params, epoch, guard);
 }
 
 }  // namespace comm_customar_v2

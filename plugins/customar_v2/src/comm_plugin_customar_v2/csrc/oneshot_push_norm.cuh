@@ -13,7 +13,7 @@ namespace comm_customar_v2 {
 template <typename T, int W, int V>
 __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPush, V), 1)
     oneshot_push_norm(const __grid_constant__ NormParams params) {
-    Board<> board;
+    ClusterReducer<> reducer;
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
     const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
     const Place<V> place(params);
@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
     const uint32_t rows = comm_core::ready(comm_core::clusters_in_grid());
     const char* const input = comm_core::ready(params.plain.input);
     const Cells<W> cells(slots, 0);
-    comm_core::Patience patience;
+    comm_core::SpinGuard guard;
     prefetch(params, place, first_row);
-    board.open();
+    reducer.open();
     // From here on on what others wrote and read.
     comm_core::wait_for_predecessors();
 
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
         load_row(own, input + at, place);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            if (place.has(j)) cells.fill_theirs(at + place.offset(j), sendable(own[j]));
+            if (place.has(j)) cells.fill_theirs(at + place.offset(j), escape_sentinel(own[j]));
         }
         in_step();
         // While the vectors are on their way.
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
             }
             if (place.has(j)) {
                 Arrivals<W>& arrival = arrivals[j % kAhead];
-                arrival.settle(cells, at + place.offset(j), params.plain, patience);
+                arrival.poll_until_full(cells, at + place.offset(j), params.plain, guard);
                 comm_core::Sum<T> sum = sum_of_ranks<T, W>(own[j], arrival.vecs, params.plain.rank);
                 sum.add(residual[j]);
                 own[j] = sum.rounded();
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
             }
             in_step();
         }
-        norm_row<T>(params, board, place, own, weight, params.plain.output + at);
+        norm_row<T>(params, reducer, place, own, weight, params.plain.output + at);
         // Late: the next launch waits for the results, and nobody for empty cells before the launch after it.
 #pragma unroll
         for (int j = 0; j < V; ++j) {

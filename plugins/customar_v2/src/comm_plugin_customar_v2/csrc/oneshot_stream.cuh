@@ -1,8 +1,8 @@
 // One-shot push of messages that take the grid several rounds.
 //
-// As oneshot_push.cuh, but a thread's pushes are `lead` rounds ahead of its sums: when it comes to look, its peers'
-// cells have mostly arrived, so that the links are busy all the time and few looks are in vain. The own part is loaded
-// anew for the sum, from the second-level cache, where a round that isn't long ago still is.
+// As oneshot_push.cuh, but a thread's pushes are `pipeline_depth` rounds ahead of its sums: when it comes to look, its
+// peers' cells have mostly arrived, so that the links are busy all the time and most first looks suffice. The own part
+// is loaded again for the sum, from the second-level cache, where a round that isn't long ago still is.
 #pragma once
 
 #include "cells.cuh"
@@ -17,10 +17,10 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_stream(const __g
     const uint32_t num_vecs = params.num_vecs, stride = threads_in_grid(), thread = thread_in_grid();
     const uint32_t rounds = (num_vecs + V * stride - 1) / (V * stride);
     const Cells<W> cells(slots, 0);
-    comm_core::Patience patience;
+    comm_core::SpinGuard guard;
     comm_core::wait_for_predecessors();
 
-    for (uint32_t step = 0; step < rounds + params.lead; ++step) {
+    for (uint32_t step = 0; step < rounds + params.pipeline_depth; ++step) {
         if (step < rounds) {
             const uint32_t first = thread + step * V * stride;
             Vec own[V];
@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_stream(const __g
 #pragma unroll
             for (int j = 0; j < V; ++j) {
                 const uint32_t vec = first + j * stride;
-                if (vec < num_vecs) cells.fill_theirs(vec * 16, sendable(own[j]));
+                if (vec < num_vecs) cells.fill_theirs(vec * 16, escape_sentinel(own[j]));
             }
         }
-        if (step < params.lead) continue;
-        const uint32_t first = thread + (step - params.lead) * V * stride;
+        if (step < params.pipeline_depth) continue;
+        const uint32_t first = thread + (step - params.pipeline_depth) * V * stride;
         // Where the sums go over the input, nobody needs it any more: this thread alone reads these vectors, and has.
         Vec own[V];
         constexpr int kAhead = looks_ahead(W, V, 4);
@@ -58,12 +58,12 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_stream(const __g
             }
             if (vec >= num_vecs) continue;
             Arrivals<W>& arrival = arrivals[j % kAhead];
-            arrival.settle(cells, vec * 16, params, patience);
+            arrival.poll_until_full(cells, vec * 16, params, guard);
             comm_core::store(params.output + vec * 16, sum_in_rank_order<T, W>(own[j], arrival.vecs, params.rank));
             cells.empty_mine(vec * 16);
         }
     }
-    sum_tail<T, W>(params, epoch, patience);
+    sum_tail<T, W>(params, epoch, guard);
 }
 
 }  // namespace comm_customar_v2

@@ -1,10 +1,9 @@
 // What every kernel is launched with, and how a rank's buffer is laid out.
 //
-// A rank's buffer, the same on all ranks, begins with the launch counter and the barriers' flags; then come
+// A rank's buffer, the same on all ranks, begins with the launch counter; then come
 //
 //   tails    2 phases of a slot a peer, each one cell: what of a message is less than a vector (tail.cuh)
-//   cells    the pushes: 2 phases of a slot a peer, all empty between launches (cells.cuh)
-//   staging  the pulls: 2 phases of a copy of the message
+//   cells    2 phases of a slot a peer, all empty between launches (cells.cuh)
 //
 // A rank has no slot for itself: its own part comes from its input.
 //
@@ -21,12 +20,10 @@
 // the one fence that this rests on, and wait_for_predecessors() returns after it.
 #pragma once
 
-#include <comm_core/barrier.cuh>
 #include <comm_core/epoch.cuh>
 #include <comm_core/grid.cuh>
 #include <comm_core/memory.cuh>
 #include <comm_core/pdl.cuh>
-#include <comm_core/registered.cuh>
 #include <comm_core/vec.cuh>
 #include <comm_core/wait.cuh>
 
@@ -39,11 +36,7 @@ using comm_core::thread_in_grid;
 using comm_core::threads_in_grid;
 using comm_core::Vec;
 
-constexpr int kMaxRanks = comm_core::kMaxRanks;
-// Blocks that have flags, thus the largest grid of a kernel with barriers.
-constexpr uint32_t kMaxBlocks = 512;
-// Where the barriers' flags begin; the counter has the line before.
-constexpr uint64_t kFlagsAt = 256;
+constexpr int kMaxRanks = 8;
 
 // The two-shot push takes messages of at least this many vectors: then no rank's part is empty.
 constexpr uint32_t two_shot_vecs(int world_size) {
@@ -54,25 +47,20 @@ enum class Algorithm : int32_t {
     kOneShotPush = 0,    // oneshot_push.cuh
     kOneShotStream = 1,  // oneshot_stream.cuh
     kTwoShotPush = 2,    // twoshot_push.cuh
-    kOneShotPull = 3,    // pull.cuh
-    kTwoShotPull = 4,    // pull.cuh
-    kCount = 5,
+    kCount = 3,
 };
 
 struct Params {
     const char* input;
     char* output;
     char* buffers[kMaxRanks];  // by rank, as this device sees them
-    // Pulls in a graph: where every rank's input is; without a row the inputs are staged.
-    comm_core::Registered registered;
     comm_core::Bound bound;
     uint64_t tails_at;
-    uint64_t cells_at, cells_nbytes;      // of a slot
-    uint64_t staging_at, staging_nbytes;  // of a phase
-    uint32_t num_vecs;                    // whole ones
-    uint32_t tail_nbytes;                 // what follows them, 0 to 14
+    uint64_t cells_at, cells_nbytes;  // of a slot
+    uint32_t num_vecs;                // whole ones
+    uint32_t tail_nbytes;             // what follows them, 0 to 14
     uint32_t rank;
-    uint32_t lead;  // of the kernels that work in batches: how many their pushes are ahead of their sums
+    uint32_t pipeline_depth;  // of the kernels that work in rounds: how many their pushes are ahead of their sums
 };
 
 __device__ __forceinline__ unsigned long long* counter_of(const Params& params) {

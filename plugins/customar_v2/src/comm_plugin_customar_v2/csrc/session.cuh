@@ -27,28 +27,26 @@ using comm_core::OnDevice;
 struct Shape {
     int64_t up_to_nbytes;  // of a message
     Algorithm algorithm;
-    int vecs;               // that a thread has in flight
-    uint32_t threads;       // of a block
-    uint32_t max_blocks;    // the grid is no larger than the message needs, and than this
-    uint32_t lead;          // of the algorithms that have rounds
-    uint32_t resident = 0;  // blocks that a multiprocessor holds at once, of whatever dtype; `set_shapes` finds it
+    int vecs;                 // that a thread has in flight
+    uint32_t threads;         // of a block
+    uint32_t max_blocks;      // the grid is no larger than the message needs, and than this
+    uint32_t pipeline_depth;  // rounds that pushes are ahead of sums, of the algorithms that have rounds
+    uint32_t resident = 0;    // blocks that a multiprocessor holds at once, of whatever dtype; `set_shapes` finds it
 };
 
 class Session {
   public:
-    // `layout`: tails_at, cells_at, cells_nbytes, staging_at, staging_nbytes, as layout.py computes them. Everything
-    // that can fail on one rank alone is here and in the first `set_shapes`, before ranks exchange their buffers.
+    // `layout`: tails_at, cells_at, cells_nbytes, as layout.py computes them. Everything that can fail on one rank
+    // alone is here and in the first `set_shapes`, before ranks exchange their buffers.
     Session(int64_t rank, int64_t world_size, const std::vector<int64_t>& layout, double timeout_s, int64_t device)
         : world_size_(static_cast<int>(world_size)), device_(static_cast<int>(device)) {
-        if (world_size < 2 || world_size > kMaxRanks || rank < 0 || rank >= world_size || layout.size() != 5) {
+        if (world_size < 2 || world_size > kMaxRanks || rank < 0 || rank >= world_size || layout.size() != 3) {
             TVM_FFI_THROW(ValueError) << "rank " << rank << " of " << world_size << ", a layout of " << layout.size();
         }
         params_.rank = static_cast<uint32_t>(rank);
         params_.tails_at = static_cast<uint64_t>(layout[0]);
         params_.cells_at = static_cast<uint64_t>(layout[1]);
         params_.cells_nbytes = static_cast<uint64_t>(layout[2]);
-        params_.staging_at = static_cast<uint64_t>(layout[3]);
-        params_.staging_nbytes = static_cast<uint64_t>(layout[4]);
         params_.bound.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
         const OnDevice here(device_);
         int major = 0;
@@ -64,8 +62,8 @@ class Session {
     // for what was, or the session was abandoned and never comes here (session.py).
     ~Session() = default;
 
-    // Every rank's buffer as mapped here; and the multiprocessors of the rank that has the fewest, since the barriers
-    // take grids of one size on all ranks.
+    // Every rank's buffer as mapped here; and the multiprocessors of the rank that has the fewest, since grids are of
+    // one size on all ranks.
     void attach(const std::vector<int64_t>& buffers, int64_t multiprocessors) {
         if (buffers.size() != static_cast<size_t>(world_size_) || multiprocessors < 1) {
             TVM_FFI_THROW(ValueError) << buffers.size() << " buffers of " << world_size_ << " ranks, "
@@ -78,18 +76,10 @@ class Session {
     }
 
     // Also loads the rows' kernels, since the driver can't while a stream captures.
-    void set_shapes(std::vector<Shape> shapes) { shapes_ = loaded(std::move(shapes), false); }
-
-    // What serves calls that have a row of the table of inputs, which is at `table` on this device.
-    void set_registered(std::vector<Shape> shapes, int64_t table) {
-        registered_ = loaded(std::move(shapes), true);
-        table_ = reinterpret_cast<const unsigned long long*>(table);
-    }
-
-    std::vector<Shape> loaded(std::vector<Shape> shapes, bool registered) {
+    void set_shapes(std::vector<Shape> shapes) {
         const OnDevice here(device_);
         for (Shape& shape : shapes) {
-            if (capacity(shape, registered) < comm_core::kVecNbytes) {
+            if (capacity(shape) < comm_core::kVecNbytes) {
                 TVM_FFI_THROW(ValueError)
                     << "the buffers have no room for algorithm " << static_cast<int>(shape.algorithm);
             }
@@ -104,45 +94,37 @@ class Session {
                 }
             }
         }
-        return shapes;
+        shapes_ = std::move(shapes);
     }
 
     // Whether blocks may start while the kernel before still runs, where the device can; for comparisons.
     void set_early(bool early) { early_ = early && can_; }
 
-    // 0, 1 + the rank that a kernel waited for in vain, or kNotRegistered.
+    // 0, or 1 + the rank that didn't come in time.
     int64_t error() const { return error_->read(); }
 
     // Ends every wait of kernels in flight, as if a peer hadn't come.
     void abort() { error_->abort(params_.rank); }
 
-    // All of a message, cut into several launches where it is larger than the buffers. `row`: the tag of the call's row
-    // in the table of inputs, whose low bits are the row's index; 0: it has none.
-    void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream, int64_t row) {
-        const Shape& shape = shape_of(nbytes, row != 0);
+    // All of a message, cut into several launches where it is larger than the buffers.
+    void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
+        const Shape& shape = shape_of(nbytes);
         order_->follow(stream);
-        const int64_t most = capacity(shape, row != 0);
-        comm_core::Registered call{};
-        if (row != 0) {
-            call.row = table_ + (row & comm_core::kRowMask) * (1 + world_size_);
-            call.tag = static_cast<unsigned long long>(row);
-        }
+        const int64_t most = capacity(shape);
         for (int64_t done = 0; done < nbytes; done += most) {
-            call.offset = static_cast<uint64_t>(done);
             launch(static_cast<const char*>(input) + done,
                    static_cast<char*>(output) + done,
                    std::min(most, nbytes - done),
                    element,
                    shape,
-                   stream,
-                   call);
+                   stream);
         }
     }
 
     int device() const { return device_; }
 
-    const Shape& shape_of(int64_t nbytes, bool registered = false) const {
-        for (const Shape& shape : registered ? registered_ : shapes_) {
+    const Shape& shape_of(int64_t nbytes) const {
+        for (const Shape& shape : shapes_) {
             if (nbytes <= shape.up_to_nbytes) return shape;
         }
         TVM_FFI_THROW(ValueError) << nbytes << " bytes are beyond the table's last row";
@@ -182,48 +164,26 @@ class Session {
     }
 
     // The largest message of one launch, in bytes.
-    int64_t capacity(const Shape& shape, bool registered) const {
+    int64_t capacity(const Shape& shape) const {
         const auto cells = static_cast<int64_t>(params_.cells_nbytes);
-        const auto staging = static_cast<int64_t>(params_.staging_nbytes);
-        switch (shape.algorithm) {
-            case Algorithm::kTwoShotPush:
-                // Half of a slot takes a part, rounded up to a vector.
-                return (cells / 2 - 16) / 16 * 16 * world_size_;
-            case Algorithm::kOneShotPull:
-                return registered ? INT64_MAX : staging;
-            case Algorithm::kTwoShotPull:
-                // Without staged inputs a part's sums are all that is staged.
-                return registered ? staging / 16 * 16 * world_size_ : staging;
-            default:
-                return cells;
-        }
+        // In two shots half of a slot takes a part, rounded up to a vector.
+        return shape.algorithm == Algorithm::kTwoShotPush ? (cells / 2 - 16) / 16 * 16 * world_size_ : cells;
     }
 
-    void launch(const char* input,
-                char* output,
-                int64_t nbytes,
-                Element element,
-                Shape shape,
-                cudaStream_t stream,
-                const comm_core::Registered& registered) {
+    void launch(const char* input, char* output, int64_t nbytes, Element element, Shape shape, cudaStream_t stream) {
         Params params = params_;
         params.input = input;
         params.output = output;
         params.num_vecs = static_cast<uint32_t>(nbytes / comm_core::kVecNbytes);
         params.tail_nbytes = static_cast<uint32_t>(nbytes % comm_core::kVecNbytes);
-        params.registered = registered;
         const auto world_size = static_cast<uint32_t>(world_size_);
         uint32_t work = params.num_vecs;
-        // Blocks wait for their likes at the peers, and nobody promises in which order blocks start: all must have
-        // room.
-        uint32_t max_blocks = std::min(shape.max_blocks, shape.resident * multiprocessors_);
+        // Blocks wait for the same-index blocks of the peers, and blocks may start in any order: all must have room.
+        const uint32_t max_blocks = std::min(shape.max_blocks, shape.resident * multiprocessors_);
         if (shape.algorithm == Algorithm::kTwoShotPush && params.num_vecs < two_shot_vecs(world_size_)) {
             shape.algorithm = Algorithm::kOneShotPush;
-        } else if (shape.algorithm == Algorithm::kTwoShotPush || shape.algorithm == Algorithm::kTwoShotPull) {
+        } else if (shape.algorithm == Algorithm::kTwoShotPush) {
             work = (params.num_vecs + world_size - 1) / world_size;
-        }
-        if (shape.algorithm == Algorithm::kOneShotPull || shape.algorithm == Algorithm::kTwoShotPull) {
-            max_blocks = std::min(max_blocks, kMaxBlocks);
         }
         // The tail takes a warp of its own, where the grid isn't full (tail.cuh).
         if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
@@ -231,7 +191,7 @@ class Session {
         const uint32_t blocks = std::max(1u, std::min(max_blocks, (work + a_block - 1) / a_block));
         // No further ahead than there are rounds.
         const uint32_t a_round = blocks * a_block;
-        params.lead = std::min(shape.lead, (work + a_round - 1) / a_round);
+        params.pipeline_depth = std::min(shape.pipeline_depth, (work + a_round - 1) / a_round);
         enqueue(kernel(element, shape), blocks, shape.threads, 1, stream, &params);
     }
 
@@ -269,8 +229,7 @@ class Session {
     Params params_{};
     uint32_t multiprocessors_ = 1;
     std::unique_ptr<comm_core::ErrorWord> error_;
-    std::vector<Shape> shapes_, registered_;
-    const unsigned long long* table_ = nullptr;
+    std::vector<Shape> shapes_;
     std::unique_ptr<comm_core::StreamOrder> order_;
 };
 

@@ -10,9 +10,7 @@
 namespace comm_customar_v2 {
 
 template <typename T, int W>
-__device__ __forceinline__ void sum_tail(const Params& params,
-                                         unsigned long long epoch,
-                                         comm_core::Patience& patience) {
+__device__ __forceinline__ void sum_tail(const Params& params, unsigned long long epoch, comm_core::SpinGuard& guard) {
     if (params.tail_nbytes == 0) return;
     // The first of the warp after the last that has vectors; `run` in session.cuh makes room for it.
     if (thread_in_grid() != (params.num_vecs + 31) / 32 * 32 % threads_in_grid()) return;
@@ -20,10 +18,10 @@ __device__ __forceinline__ void sum_tail(const Params& params,
     char* const output = params.output + params.num_vecs * 16;
     const Cells<W> cells(Slots<W>(params, params.tails_at, comm_core::kVecNbytes, epoch), 0);
     const Vec own = comm_core::load_part(input, params.tail_nbytes);
-    cells.fill_theirs(0, sendable(own));
+    cells.fill_theirs(0, escape_sentinel(own));
     Arrivals<W> arrivals;
     arrivals.look(cells, 0);
-    arrivals.settle(cells, 0, params, patience);
+    arrivals.poll_until_full(cells, 0, params, guard);
     comm_core::store_part(output, sum_in_rank_order<T, W>(own, arrivals.vecs, params.rank), params.tail_nbytes);
     cells.empty_mine(0);
 }

@@ -2,9 +2,10 @@
 //
 // W - 1 W-ths of the message twice, instead of the whole to each of W - 1 peers. Cells as in cells.cuh: the lower half
 // of a slot takes a peer's share of my part, the upper half the sum of the peer's part. A thread works on the same
-// places of every part, so that it depends on its likes at the peers alone, and a block on blocks of its own number.
+// places of every part, so that it depends only on the same-index thread of each peer, and a block on the same-index
+// blocks.
 //
-// In rounds: shares go out `lead` rounds ahead of the sums, and sums `lead` rounds ahead of being gathered.
+// In rounds: shares go out `pipeline_depth` rounds ahead of the sums, and sums as many rounds ahead of being gathered.
 #pragma once
 
 #include "cells.cuh"
@@ -18,15 +19,15 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
     const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
     const uint32_t num_vecs = params.num_vecs, rank = params.rank, stride = threads_in_grid();
     const uint32_t thread = thread_in_grid(), part = (num_vecs + W - 1) / W;
-    const uint32_t rounds = (part + V * stride - 1) / (V * stride), lead = params.lead;
+    const uint32_t rounds = (part + V * stride - 1) / (V * stride), pipeline_depth = params.pipeline_depth;
     const uint32_t upper = static_cast<uint32_t>(params.cells_nbytes / 2);
     const Cells<W> cells(slots, 0);
     // Where a rank's part ends, in vectors from its beginning: the last may be shorter.
     const auto end_of = [&](uint32_t owner) { return min(part, num_vecs - min(num_vecs, owner * part)); };
-    comm_core::Patience patience;
+    comm_core::SpinGuard guard;
     comm_core::wait_for_predecessors();
 
-    for (uint32_t step = 0; step < rounds + 2 * lead; ++step) {
+    for (uint32_t step = 0; step < rounds + 2 * pipeline_depth; ++step) {
         if (step < rounds) {
             const uint32_t first = thread + step * V * stride;
             // All loads go out before the first store waits for its own.
@@ -46,12 +47,12 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                     const uint32_t vec = first + j * stride;
-                    if (vec < end) fill(slots.theirs(d) + vec * 16, sendable(shares[d][j]));
+                    if (vec < end) fill(slots.theirs(d) + vec * 16, escape_sentinel(shares[d][j]));
                 }
             }
         }
-        if (step >= lead && step - lead < rounds) {
-            const uint32_t first = thread + (step - lead) * V * stride;
+        if (step >= pipeline_depth && step - pipeline_depth < rounds) {
+            const uint32_t first = thread + (step - pipeline_depth) * V * stride;
             const uint32_t begin = rank * part, end = end_of(rank);
             Vec own[V];
             constexpr int kAhead = looks_ahead(W, V, 4);
@@ -73,16 +74,16 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
                 const uint32_t vec = first + j * stride;
                 if (vec >= end) continue;
                 Arrivals<W>& arrival = arrivals[j % kAhead];
-                arrival.settle(cells, vec * 16, params, patience);
+                arrival.poll_until_full(cells, vec * 16, params, guard);
                 // What the peers get is what stays here, to the bit.
-                const Vec sum = sendable(sum_in_rank_order<T, W>(own[j], arrival.vecs, rank));
+                const Vec sum = escape_sentinel(sum_in_rank_order<T, W>(own[j], arrival.vecs, rank));
                 cells.fill_theirs(upper + vec * 16, sum);
                 comm_core::store(params.output + (begin + vec) * 16, sum);
                 cells.empty_mine(vec * 16);
             }
         }
-        if (step < 2 * lead) continue;
-        const uint32_t first = thread + (step - 2 * lead) * V * stride;
+        if (step < 2 * pipeline_depth) continue;
+        const uint32_t first = thread + (step - 2 * pipeline_depth) * V * stride;
         // All owners' sums of a place together; where an owner's part ends before it, there is nothing to wait for.
         Vec sums[V][W - 1];
         const auto owner_of = [&](int s) { return Slots<W>::source(rank, s); };
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            settle(sums[j], [&](int s) { return cell_of(s, j); }, owner_of, params, patience);
+            poll_until_full(sums[j], [&](int s) { return cell_of(s, j); }, owner_of, params, guard);
 #pragma unroll
             for (int s = 0; s < W - 1; ++s) {
                 const uint32_t vec = first + j * stride;
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
             }
         }
     }
-    sum_tail<T, W>(params, epoch, patience);
+    sum_tail<T, W>(params, epoch, guard);
 }
 
 }  // namespace comm_customar_v2

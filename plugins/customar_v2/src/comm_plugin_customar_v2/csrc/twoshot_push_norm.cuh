@@ -6,10 +6,10 @@
 // registers anyway. The residual is read by the owner alone.
 //
 // Cells as in twoshot_push.cuh: the lower half of a slot takes a peer's shares of my rows, the upper half the sums of
-// the peer's rows. A cluster takes groups of W consecutive rows, one of each owner, in rounds: shares go out `lead`
-// rounds ahead of the sums, and sums `lead` rounds ahead of being gathered. Whatever the grids and leads, nobody waits
-// in a circle: a group's sums wait for its shares alone, its gathering for its sums, and a cluster that waits for a
-// group has done the earlier ones.
+// the peer's rows. A cluster takes groups of W consecutive rows, one of each owner, in rounds: shares go out
+// `pipeline_depth` rounds ahead of the sums, and sums as many rounds ahead of being gathered. Whatever the grids and
+// the depth, no rank waits in a circle: a group's sums wait for its shares alone, its gathering for its sums, and a
+// cluster that waits for a group has done the earlier ones.
 #pragma once
 
 #include "norm.cuh"
@@ -21,23 +21,23 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
     twoshot_push_norm(const __grid_constant__ NormParams params) {
     // Peers whose rows a thread has in flight at once, to them and from them: what its registers allow.
     constexpr int kSends = W <= 3 ? W - 1 : 2, kGathers = W <= 4 ? W - 1 : 1;
-    Board<kGathers> board;
+    ClusterReducer<kGathers> reducer;
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
     const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
     const Place<V> place(params);
     const uint32_t num_rows = params.num_rows, rank = params.plain.rank, row_nbytes = place.row_vecs * 16;
     const uint32_t cluster = comm_core::cluster_in_grid(), clusters = comm_core::clusters_in_grid(),
-                   lead = params.plain.lead;
+                   pipeline_depth = params.plain.pipeline_depth;
     const uint32_t groups = (num_rows + W - 1) / W, rounds = (groups + clusters - 1) / clusters;
     const uint32_t upper = static_cast<uint32_t>(params.plain.cells_nbytes / 2);
     const Cells<W> cells(slots, 0);
-    comm_core::Patience patience;
+    comm_core::SpinGuard guard;
     prefetch(params, place, cluster * W + rank);
-    board.open();
+    reducer.open();
     comm_core::wait_for_predecessors();
 
     Vec weight[V];
-    for (uint32_t step = 0; step < rounds + 2 * lead; ++step) {
+    for (uint32_t step = 0; step < rounds + 2 * pipeline_depth; ++step) {
         if (step < rounds) {
             const uint32_t group = cluster + step * clusters;
             // Several peers' loads go out before the first store waits for its own.
@@ -58,15 +58,15 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                     char* const theirs = slots.theirs(d) + group * row_nbytes;
 #pragma unroll
                     for (int j = 0; j < V; ++j) {
-                        if (place.has(j)) fill(theirs + place.offset(j), sendable(shares[i][j]));
+                        if (place.has(j)) fill(theirs + place.offset(j), escape_sentinel(shares[i][j]));
                     }
                 }
             }
             in_step();
         }
         if (step == 0) load_row(weight, params.weight, place);
-        if (step >= lead && step - lead < rounds) {
-            const uint32_t group = cluster + (step - lead) * clusters, row = group * W + rank;
+        if (step >= pipeline_depth && step - pipeline_depth < rounds) {
+            const uint32_t group = cluster + (step - pipeline_depth) * clusters, row = group * W + rank;
             if (row < num_rows) {
                 const uint32_t at = row * row_nbytes, cell = group * row_nbytes;
                 Vec sums[V];
@@ -88,22 +88,22 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                     }
                     if (place.has(j)) {
                         Arrivals<W>& arrival = arrivals[j % kAhead];
-                        arrival.settle(cells, cell + place.offset(j), params.plain, patience);
+                        arrival.poll_until_full(cells, cell + place.offset(j), params.plain, guard);
                         comm_core::Sum<T> sum = sum_of_ranks<T, W>(own[j % kAhead], arrival.vecs, rank);
                         sum.add(residual[j % kAhead]);
                         // What the peers get is what stays here, to the bit.
-                        sums[j] = sendable(sum.rounded());
+                        sums[j] = escape_sentinel(sum.rounded());
                         cells.fill_theirs(upper + cell + place.offset(j), sums[j]);
                         comm_core::store(params.sum + at + place.offset(j), sums[j]);
                         cells.empty_mine(cell + place.offset(j));
                     }
                     in_step();
                 }
-                norm_row<T>(params, board, place, sums, weight, params.plain.output + at);
+                norm_row<T>(params, reducer, place, sums, weight, params.plain.output + at);
             }
         }
-        if (step < 2 * lead) continue;
-        const uint32_t group = cluster + (step - 2 * lead) * clusters;
+        if (step < 2 * pipeline_depth) continue;
+        const uint32_t group = cluster + (step - 2 * pipeline_depth) * clusters;
 #pragma unroll 1
         for (int from = 0; from < W - 1; from += kGathers) {
             // Several owners' sums together; of a row that isn't there, there is nothing to wait for.
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
             in_step();
 #pragma unroll
             for (int j = 0; j < V; ++j) {
-                settle(sums[j], [&](int i) { return cell_of(i, j); }, owner_of, params.plain, patience);
+                poll_until_full(sums[j], [&](int i) { return cell_of(i, j); }, owner_of, params.plain, guard);
                 in_step();
             }
             // Owners ascend: without the first row there is none.
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                 }
             }
             // Their norms in one meeting.
-            norm_rows<T>(params, board, place, sums, weight, outputs, present);
+            norm_rows<T>(params, reducer, place, sums, weight, outputs, present);
         }
     }
 }

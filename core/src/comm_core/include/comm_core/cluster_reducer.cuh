@@ -5,27 +5,27 @@
 
 namespace comm_core {
 
-constexpr uint32_t kBoardSize = 64;
+// Numbers of a sum, at most.
+constexpr uint32_t kMaxReducerNumbers = 64;
 
-// Numbers, of which every block of the cluster has a copy: warps post to all copies, and each block reads its own, once
-// all numbers of a sum are there.
+// Takes sums over a cluster. Every block has a buffer of numbers in its shared memory: warps post a number to all
+// blocks' buffers, and each block adds up its own, once all numbers of a sum are there.
 //
-// There are two boards, taken in turn, so that nobody waits for readers: who posts to a board again has passed the gate
-// of the sum between. For that every warp that has numbers had posted one, after it had read the sum before and, where
-// it is its block's first, had told its gate to expect that sum. Warps without numbers neither wait nor read, and
-// nobody posts to blocks without: these may have ended. Others end after they passed their last gate, behind which
-// nothing comes.
+// A block has two buffers, taken in turn, so that no warp waits for readers: a warp that posts to a buffer again has
+// passed the gate of the sum between. For that every warp that has numbers had posted one, after it had read the sum
+// before and, if it is its block's first, had made its gate expect that sum. Warps without numbers neither wait nor
+// read, and no warp posts to blocks without numbers: these may have ended. Others end after they passed their last
+// gate, behind which nothing comes.
 //
 // `kSums`: sums that are taken together, at most.
 template <uint32_t kSums = 1>
-class Board {
+class ClusterReducer {
   public:
-    // Numbers of a sum, at most.
-    static constexpr uint32_t kSize = kBoardSize;
-
     // All threads, first of all.
-    __device__ __forceinline__ Board()
-        : boards_(shared_numbers<2 * kSums * kSize>()), gates_(shared_gates<2>()), blocks_(blocks_in_cluster()) {
+    __device__ __forceinline__ ClusterReducer()
+        : buffers_(shared_numbers<2 * kSums * kMaxReducerNumbers>()),
+          gates_(shared_gates<2>()),
+          blocks_(blocks_in_cluster()) {
         if (blocks_ == 1) return;
         if (threadIdx.x == 0) {
             set_up(gates_);
@@ -48,10 +48,10 @@ class Board {
     // same over however many blocks, warps and terms a thread they are spread, and whatever is summed beside them.
     template <int N, int V>
     __device__ __forceinline__ void sum(const float (&terms)[N][V], float (&totals)[N], uint32_t count) {
-        static_assert(N <= kSums, "the boards have room for fewer sums");
+        static_assert(N <= kSums, "the buffers have room for fewer sums");
         const uint32_t turn = turns_ % 2, parity = turns_ / 2 % 2;
         ++turns_;
-        float* const board = boards_ + turn * kSums * kSize;
+        float* const buffer = buffers_ + turn * kSums * kMaxReducerNumbers;
         const uint32_t warps = blockDim.x / 32, lane = threadIdx.x % 32;
         const uint32_t first = block_in_cluster() * warps + threadIdx.x / 32;
         float sums[N][V];
@@ -66,7 +66,8 @@ class Board {
             for (int j = 0; j < V; ++j) {
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-                    if (lane == 0 && first + j * warps < count) board[n * kSize + first + j * warps] = sums[n][j];
+                    if (lane == 0 && first + j * warps < count)
+                        buffer[n * kMaxReducerNumbers + first + j * warps] = sums[n][j];
                 }
             }
             __syncthreads();
@@ -81,23 +82,23 @@ class Board {
                 const uint32_t number = first + j * blocks_ * warps;
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-                    if (posts && number < count) post(board + n * kSize + number, gate, lane, sums[n][j]);
+                    if (posts && number < count) post(buffer + n * kMaxReducerNumbers + number, gate, lane, sums[n][j]);
                 }
             }
             pass(gate, parity);
         }
 #pragma unroll
-        for (int n = 0; n < N; ++n) totals[n] = total(board + n * kSize, count);
+        for (int n = 0; n < N; ++n) totals[n] = total(buffer + n * kMaxReducerNumbers, count);
     }
 
   private:
-    static __device__ __forceinline__ float total(const float* board, uint32_t count) {
+    static __device__ __forceinline__ float total(const float* buffer, uint32_t count) {
         float sums[4] = {};
         // In batches, so that their loads go out together.
         for (uint32_t place = 0; place < count; place += 16) {
             float4 batch[4];
 #pragma unroll
-            for (int k = 0; k < 4; ++k) batch[k] = *reinterpret_cast<const float4*>(board + place + 4 * k);
+            for (int k = 0; k < 4; ++k) batch[k] = *reinterpret_cast<const float4*>(buffer + place + 4 * k);
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 const float numbers[4] = {batch[k].x, batch[k].y, batch[k].z, batch[k].w};
@@ -108,7 +109,7 @@ class Board {
         return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
-    float* boards_;
+    float* buffers_;
     Gate* gates_;
     uint32_t blocks_;
     uint32_t turns_ = 0;

@@ -1,0 +1,12 @@
+// The kernels of one world size, for the host's code to look up; world*.cu, one of each size, so that they compile side
+// by side.
+#pragma once
+
+#include "kernels.cuh"
+
+#define COMM_CUSTOMAR_V1_WORLD(W)                                               \
+    namespace comm_customar_v1 {                                                \
+    const void* kernel_of_##W(Element element, Algorithm algorithm, int vecs) { \
+        return kernel_of<W>(element, algorithm, vecs);                          \
+    }                                                                           \
+    }
