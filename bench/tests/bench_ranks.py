@@ -22,9 +22,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from comm_bench import cli
-from comm_bench.cases import Case, shapes
+from comm_bench.cases import BenchCase, shapes
 from comm_bench.document import Listener
-from comm_bench.measure import Settings
+from comm_bench.measure import Procedure
 from comm_bench.session import measure_all
 from comm_core import fallback
 from comm_core.types import DTYPES, OPS, TERMINAL
@@ -308,9 +308,9 @@ def measured(
 ) -> dict[str, Any]:
     """The document, the same on every rank, of what is measured of these."""
 
-    def cases(device_type: str) -> list[Case]:
+    def cases(device_type: str) -> list[BenchCase]:
         return [
-            Case(op, mode, place, dtype, device_type, shape)
+            BenchCase(op, mode, place, dtype, device_type, shape)
             for op in ops
             for mode in modes
             for place in places
@@ -319,7 +319,7 @@ def measured(
             for shape in shapes(op, dtype, nbytes, (), (HIDDEN_SIZE,))
         ]
 
-    fine = Settings(calls=5, launches=1, warmup=2, repetitions=7, checks=True)
+    fine = Procedure(calls=5, launches=1, warmup=2, repetitions=7, checks=True)
     document, rows = measure_all(cases, ["test"], dataclasses.replace(fine, **settings), (), Listener())
     assert [row.to_json() for row in rows] == document["rows"]
     return document
@@ -366,11 +366,11 @@ def measured_with(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def measured_only(only: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Who was absent, and who was there, where these are wanted."""
-    settings = Settings(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
+    procedure = Procedure(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
     document, rows = measure_all(
-        lambda device_type: [Case(PLAIN, "eager", "in", "bfloat16", device_type, (512,))],
+        lambda device_type: [BenchCase(PLAIN, "eager", "in", "bfloat16", device_type, (512,))],
         ["test"],
-        settings,
+        procedure,
         only,
         Listener(),
     )
@@ -378,7 +378,7 @@ def measured_only(only: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def measured_nothing() -> str:
-    settings = Settings(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
+    procedure = Procedure(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
     with pytest.raises(ValueError, match="no size") as caught:
-        measure_all(lambda _: [], ["test"], settings, (), Listener())
+        measure_all(lambda _: [], ["test"], procedure, (), Listener())
     return str(caught.value)

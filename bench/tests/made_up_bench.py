@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from comm_bench import stats
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.document import SCHEMA, closed
 from comm_bench.results import Row, rows_of
 from comm_core.types import TERMINAL
@@ -23,7 +23,7 @@ def row(name: str = TERMINAL, time_us: float = 10.0, **changes: Any) -> Row:
     fine = Row(
         name,
         KINDS.get(name, "limit"),
-        Case("all_reduce", "eager", "out", "bfloat16", "cpu", (1_000_000,)),
+        BenchCase("all_reduce", "eager", "out", "bfloat16", "cpu", (1_000_000,)),
         world_size=4,
         calls=5,
         restarts=0 if name.startswith("limit") else 1,

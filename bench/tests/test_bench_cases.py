@@ -10,7 +10,7 @@ import pytest
 import torch
 from comm_bench.cases import (
     ALIASES,
-    Case,
+    BenchCase,
     Pattern,
     bus_factor,
     calls_for,
@@ -186,10 +186,10 @@ def test_tokens_replace_the_sweep(op: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_case_knows_its_bytes(dtype: str) -> None:
-    case = Case(FUSED, "eager", "out", dtype, "cpu", (3, 5))
+    case = BenchCase(FUSED, "eager", "out", dtype, "cpu", (3, 5))
     assert (case.count, case.fused) == (15, True)
     assert case.nbytes == torch.empty(3, 5, dtype=getattr(torch, dtype)).nbytes
-    assert not Case(PLAIN, "eager", "out", dtype, "cpu", (3, 5)).fused
+    assert not BenchCase(PLAIN, "eager", "out", dtype, "cpu", (3, 5)).fused
 
 
 def test_bus_bandwidth_is_nccl_tests() -> None:

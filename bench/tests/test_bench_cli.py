@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from comm_bench import cli as bench
 from comm_bench import stats
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.document import SCHEMA, closed
 from comm_bench.results import Row, rows_of
 from comm_core import cli
@@ -44,7 +44,7 @@ def parsed(*arguments: str) -> Any:
     return parser.parse_args(["bench", *arguments])
 
 
-def measured(*arguments: str, device_type: str = "cpu") -> list[Case]:
+def measured(*arguments: str, device_type: str = "cpu") -> list[BenchCase]:
     """The cases that these arguments ask for."""
     return bench._cases(parsed(*arguments), device_type)
 
@@ -187,7 +187,7 @@ def test_graphs_of_cpus_are_refused_in_a_line() -> None:
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     """A recorded run."""
-    case = Case("all_reduce", "eager", "out", "bfloat16", "cpu", (512,))
+    case = BenchCase("all_reduce", "eager", "out", "bfloat16", "cpu", (512,))
     reference = Row(TERMINAL, "terminal", case, 2, 5, 1, 0.5, 0.0, tuple(map(float, range(20, 27))), 0)
     mine = Row("mine", "backend", case, 2, 5, 1, 0.5, 0.0, tuple(map(float, range(10, 17))), 0)
     begun = {

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.contenders import Contender, State
 from comm_bench.roster import Roster
 
@@ -19,7 +19,7 @@ class Idle(Contender):
         self.error = error
         self.closed = False
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         return bool(case)
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
@@ -40,7 +40,7 @@ class Idle(Contender):
 def test_inputs_of_a_sweep_in_small_steps_take_a_few_times_the_largest(op: str) -> None:
     contender = Idle()
     for rows in range(1, 1001):
-        case = Case(op, "eager", "out", "bfloat16", "cpu", (rows, 64))
+        case = BenchCase(op, "eager", "out", "bfloat16", "cpu", (rows, 64))
         state = contender.inputs(case)
         assert [tensor.shape for tensor in state] == [(rows, 64)] * (1 + case.fused)
         assert all(tensor.dtype is torch.bfloat16 and not tensor.data_ptr() % 64 for tensor in state)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from comm_bench import peer_nccl
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.contenders import Absent, behind_itself
 
 
-def case(mode: str = "eager", dtype: str = "bfloat16", op: str = "all_reduce", numel: int = 300) -> Case:
-    return Case(op, mode, "out", dtype, "cuda", (numel,))
+def case(mode: str = "eager", dtype: str = "bfloat16", op: str = "all_reduce", numel: int = 300) -> BenchCase:
+    return BenchCase(op, mode, "out", dtype, "cuda", (numel,))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def made(one: Any) -> Any:
 def test_calls_between_two_buffers_and_in_place(said: list[Any]) -> None:
     contender = made(job())
     assert said.pop() == (2, bytearray(b"id"), 0)
-    one = Case("all_reduce", "eager", "out", "bfloat16", "cpu", (300,))
+    one = BenchCase("all_reduce", "eager", "out", "bfloat16", "cpu", (300,))
     state = contender.inputs(one)
     second = contender.call(state, None, in_place=False)
     third = contender.call(second, None, in_place=False)
@@ -58,7 +58,7 @@ def test_calls_between_two_buffers_and_in_place(said: list[Any]) -> None:
     assert abs(first - other) >= 600
     tail = (300, 9, 0, "communicator", 101)
     assert said == [(first, other, *tail), (other, first, *tail), (first, first, *tail)]
-    smaller = contender.inputs(Case("all_reduce", "eager", "out", "int64", "cpu", (3,)))
+    smaller = contender.inputs(BenchCase("all_reduce", "eager", "out", "int64", "cpu", (3,)))
     assert smaller[0].data_ptr() == first
     contender.call(smaller, None, in_place=True)
     assert said[-1] == (first, first, 3, 4, *tail[2:])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from comm_bench import stats
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.results import HOP, LAUNCH, Row, header, line, rows_of, summaries
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL
 from hypothesis import given
@@ -87,7 +87,7 @@ def test_what_wasnt_compared_isnt_called_right() -> None:
 
 
 def test_a_fused_case_shows_its_rows() -> None:
-    case = Case("all_reduce_add_rms_norm", "eager", "in", "float32", "cpu", (8, 64))
+    case = BenchCase("all_reduce_add_rms_norm", "eager", "in", "float32", "cpu", (8, 64))
     assert line(row(case=case)).split()[:3] == ["2048", "8x64", "float32"]
 
 
@@ -129,7 +129,7 @@ def rows(draw: Any) -> Row:
     micros = st.integers(1, 10**10).map(lambda steps: round(steps * STEP_US, 4))
     op = draw(st.sampled_from(OPS))
     shape = (draw(st.integers(1, 1 << 20)), *((64,) if op == OPS[1] else ()))
-    case = Case(op, draw(st.sampled_from(MODES)), draw(st.sampled_from(("out", "in"))), "", "cuda", shape)
+    case = BenchCase(op, draw(st.sampled_from(MODES)), draw(st.sampled_from(("out", "in"))), "", "cuda", shape)
     case = dataclasses.replace(case, dtype=draw(st.sampled_from([name for name in DTYPES if "float" in name])))
     made = Row(
         TERMINAL,

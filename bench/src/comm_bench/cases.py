@@ -15,7 +15,7 @@ from comm_core.types import DTYPES
 __all__ = [
     "ALIASES",
     "PLACES",
-    "Case",
+    "BenchCase",
     "Pattern",
     "bus_factor",
     "calls_for",
@@ -50,7 +50,7 @@ _CALLS = {"cuda": (10, 200), "cpu": (3, 200)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One kind of call, which every contender that takes it is timed on.
 
     Attributes:

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from comm_bench.cases import Case, Pattern, fused_start, pattern_of
+from comm_bench.cases import BenchCase, Pattern, fused_start, pattern_of
 from comm_bench.contenders import Contender, Job, State
 
 __all__ = ["Chain", "Check", "Spacer", "start"]
@@ -33,7 +33,7 @@ _SIGNS = Pattern(1, 0, alone=False, length=1)
 class Spacer:
     """A kernel of one element that has nothing to do with any call."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: BenchCase) -> None:
         self._element = torch.zeros(1, device=case.device_type)
 
     def run(self) -> None:
@@ -50,7 +50,7 @@ class Chain:
         buffers: what the first call reads.
     """
 
-    def __init__(self, contender: Contender, case: Case, job: Job) -> None:
+    def __init__(self, contender: Contender, case: BenchCase, job: Job) -> None:
         pattern = pattern_of(case.op, case.dtype, job.world_size)
         self.length = pattern.length
         self.spaced = contender.spaced(case)
@@ -104,7 +104,7 @@ class Check:
     Each gets its input late, after decoys; `run` can be recorded, and its replays be given other values by `fill`.
     """
 
-    def __init__(self, contender: Contender, case: Case, job: Job, buffers: State) -> None:
+    def __init__(self, contender: Contender, case: BenchCase, job: Job, buffers: State) -> None:
         dtype = getattr(torch, case.dtype)
         self._case = case
         self._job = job
@@ -159,7 +159,7 @@ class Check:
         return wrong
 
 
-def start(case: Case, job: Job) -> State:
+def start(case: BenchCase, job: Job) -> State:
     """What a chain starts from on this rank; see `Pattern`."""
     pattern, dtype = pattern_of(case.op, case.dtype, job.world_size), getattr(torch, case.dtype)
     if case.fused:
@@ -169,19 +169,19 @@ def start(case: Case, job: Job) -> State:
     return (_laid_out(case, values.to(dtype)),)
 
 
-def _bound(contender: Contender, case: Case, weight: torch.Tensor | None) -> Callable[[State], State]:
+def _bound(contender: Contender, case: BenchCase, weight: torch.Tensor | None) -> Callable[[State], State]:
     in_place = case.place == "in"
     return lambda state: contender.call(state, weight, in_place=in_place)
 
 
-def _ones(case: Case) -> torch.Tensor | None:
+def _ones(case: BenchCase) -> torch.Tensor | None:
     """A weight, for the fused operation."""
     if not case.fused:
         return None
     return torch.ones(case.shape[1], dtype=getattr(torch, case.dtype), device=case.device_type)
 
 
-def _integers(case: Case, pattern: Pattern, rank: int, world_size: int, salt: int = 0) -> torch.Tensor:
+def _integers(case: BenchCase, pattern: Pattern, rank: int, world_size: int, salt: int = 0) -> torch.Tensor:
     """One period of a rank's integers, in fp64: mixed, so that ranks, neighbours and salts have nothing in common."""
     index = torch.arange(min(_PERIOD, case.count), device=case.device_type)
     mixed = (index * 7919 + rank * 104729 + salt * 15485863) * 2654435761 % (1 << 32)
@@ -192,17 +192,17 @@ def _integers(case: Case, pattern: Pattern, rank: int, world_size: int, salt: in
     return values.double()
 
 
-def _sum_over(ranks: Sequence[int], case: Case, pattern: Pattern, world_size: int, salt: int) -> torch.Tensor:
+def _sum_over(ranks: Sequence[int], case: BenchCase, pattern: Pattern, world_size: int, salt: int) -> torch.Tensor:
     """One period of the sum of these ranks' integers."""
     return torch.stack([_integers(case, pattern, rank, world_size, salt) for rank in ranks]).sum(0)
 
 
-def _laid_out(case: Case, values: torch.Tensor) -> torch.Tensor:
+def _laid_out(case: BenchCase, values: torch.Tensor) -> torch.Tensor:
     """A period repeated to the case's shape."""
     return values.repeat(-(-case.count // len(values)))[: case.count].reshape(case.shape)
 
 
-def _unequal(case: Case, result: torch.Tensor, expected: torch.Tensor) -> int:
+def _unequal(case: BenchCase, result: torch.Tensor, expected: torch.Tensor) -> int:
     return int((result != _laid_out(case, expected.to(result.dtype))).sum())
 
 

@@ -17,7 +17,7 @@ from comm_core.command import enough_gpus, joined, launch, under_torchrun
 from comm_core.types import DTYPES, OPS
 
 from comm_bench import stats
-from comm_bench.cases import ALIASES, PLACES, Case, parse_nbytes, shapes, sizes
+from comm_bench.cases import ALIASES, PLACES, BenchCase, parse_nbytes, shapes, sizes
 from comm_bench.document import Listener, footer, heading, preamble, read_rows, tables
 from comm_bench.results import Row, header, line, title
 
@@ -140,13 +140,13 @@ def _refuse_files(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, *, speaks: bool) -> int:
-    from comm_bench.measure import Settings
+    from comm_bench.measure import Procedure
     from comm_bench.session import measure_all
 
-    settings = Settings(args.calls, max(args.graph or 1, 1), args.warmup, args.repetitions, bool(args.checks))
+    procedure = Procedure(args.calls, max(args.graph or 1, 1), args.warmup, args.repetitions, bool(args.checks))
     told = Listener() if not speaks else _Teller(tables=args.json != "-")
     document, rows = measure_all(
-        functools.partial(_cases, args), ["comm-core", *args.arguments], settings, args.backends, told
+        functools.partial(_cases, args), ["comm-core", *args.arguments], procedure, args.backends, told
     )
     if speaks:
         _say(args, footer(document))
@@ -154,7 +154,7 @@ def _measure(args: argparse.Namespace, *, speaks: bool) -> int:
     return 1 if document["wrong"] else 0
 
 
-def _cases(args: argparse.Namespace, device_type: str) -> list[Case]:
+def _cases(args: argparse.Namespace, device_type: str) -> list[BenchCase]:
     """What is to be measured, in the order of the tables."""
     if args.graph and device_type != "cuda":
         raise ValueError(_NO_GRAPHS.format(args.graph))
@@ -164,7 +164,7 @@ def _cases(args: argparse.Namespace, device_type: str) -> list[Case]:
     last = args.last or parse_nbytes(_LARGEST[device_type])
     sweep = list(sizes(args.first, last, args.factor, args.increment))
     return [
-        Case(op, mode, place, dtype, device_type, shape)
+        BenchCase(op, mode, place, dtype, device_type, shape)
         for op, mode, place, dtype in itertools.product(_OPS[args.op], modes, places, args.dtypes)
         if op == "all_reduce" or "float" in dtype
         for shape in shapes(op, dtype, sweep, args.tokens, args.hidden)
@@ -214,7 +214,7 @@ class _Teller(Listener):
         if self._tables:
             print(*preamble(document), sep="\n", flush=True)
 
-    def measures(self, number: int, count: int, case: Case) -> None:
+    def measures(self, number: int, count: int, case: BenchCase) -> None:
         table = title(case.op, case.mode, case.place)
         self._progress(f"{number}/{count}  {table}, {case.dtype}, {case.nbytes} B")
         self._table, above = table, self._table

@@ -17,7 +17,7 @@ from comm_core import fallback
 from comm_core.command import describe
 from comm_core.types import TERMINAL
 
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.watch import Watch
 
 __all__ = ["Absent", "Contender", "Job", "Recorder", "State", "backends", "behind_itself", "terminal"]
@@ -148,7 +148,7 @@ class Contender(Recorder, abc.ABC):
         self._inputs: list[torch.Tensor] = []  # kept like the graphs that read them
 
     @abc.abstractmethod
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         """Whether it serves such calls. Local, the same on every rank."""
 
     @abc.abstractmethod
@@ -161,11 +161,11 @@ class Contender(Recorder, abc.ABC):
             in_place: whether the output goes to the input's memory, of the fused operation the residual's.
         """
 
-    def inputs(self, case: Case) -> State:
+    def inputs(self, case: BenchCase) -> State:
         """Memory for what the first call reads; the residual second. Local, once a case; what it held before goes."""
         return self.parts(case, 1 + case.fused)
 
-    def parts(self, case: Case, count: int) -> State:
+    def parts(self, case: BenchCase, count: int) -> State:
         """So many tensors of the case's shape and dtype, side by side. Local; what they held before goes."""
         room = -(-case.nbytes // _ALIGNMENT) * _ALIGNMENT
         held = self._inputs[-1].nbytes if self._inputs else 0
@@ -176,7 +176,7 @@ class Contender(Recorder, abc.ABC):
         parts = (self._inputs[-1][number * room :][: case.nbytes] for number in range(count))
         return tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
 
-    def spaced(self, case: Case) -> bool:  # noqa: ARG002 - most never are
+    def spaced(self, case: BenchCase) -> bool:  # noqa: ARG002 - most never are
         """Whether a chain of its calls needs a kernel of somebody else's between them, whose time is subtracted."""
         return False
 
@@ -203,7 +203,7 @@ class _Named(Contender):
         self._handle = handle
         self._group = group
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         decision = self._handle.decision
         sizes = (case.nbytes, *case.shape) if case.fused else (case.nbytes,)
         owner = decision.route(case.op, case.mode, case.device_type, case.dtype).backend_for(*sizes)
@@ -215,7 +215,7 @@ class _Named(Contender):
     def capture(self) -> AbstractContextManager[None]:
         return comm.capture()
 
-    def spaced(self, case: Case) -> bool:
+    def spaced(self, case: BenchCase) -> bool:
         return self.name == _NCCL and behind_itself(case)
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
@@ -243,10 +243,10 @@ class _Terminal(Contender):
         super().__init__(TERMINAL)
         self._group = job.world
 
-    def takes(self, case: Case) -> bool:  # noqa: ARG002 - it takes every one
+    def takes(self, case: BenchCase) -> bool:  # noqa: ARG002 - it takes every one
         return True
 
-    def spaced(self, case: Case) -> bool:
+    def spaced(self, case: BenchCase) -> bool:
         # Out of place the copy is between its kernels.
         return case.place == "in" and behind_itself(case)
 
@@ -260,7 +260,7 @@ class _Terminal(Contender):
         return fallback.add_rms_norm(total, residual, weight, 1e-6, 0.0, out, residual if in_place else None)
 
 
-def behind_itself(case: Case) -> bool:
+def behind_itself(case: BenchCase) -> bool:
     """Whether NCCL's kernels, with nothing else in a chain, need something between them.
 
     Right behind itself NCCL's kernel takes three times as long in a graph as behind any other kernel, if only of one

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.results import Row, Summary, header, line, summaries, title
 
 __all__ = ["SCHEMA", "Listener", "closed", "footer", "heading", "preamble", "read_rows", "tables"]
@@ -25,7 +25,7 @@ class Listener:
     def begins(self, document: dict[str, Any]) -> None:
         """Everybody is there; the document has all but its results."""
 
-    def measures(self, number: int, count: int, case: Case) -> None:
+    def measures(self, number: int, count: int, case: BenchCase) -> None:
         """A case is begun."""
 
     def measured(self, rows: Sequence[Row]) -> None:

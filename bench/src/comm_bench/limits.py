@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from comm_core import kernels
 
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.contenders import Absent, Contender, Job, State
 from comm_bench.results import HOP, LAUNCH
 from comm_bench.symmetric import Symmetric, allocate
@@ -37,7 +37,7 @@ class _Limit(Contender):
         self._function = function
         self.unit = unit
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         return case.device_type == self._device.type
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - it has no place

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from comm_core import env
 
-from comm_bench.cases import Case, calls_for
+from comm_bench.cases import BenchCase, calls_for
 from comm_bench.chains import Chain, Check, Spacer, start
 from comm_bench.contenders import Absent, Contender, Job, Recorder
 
-__all__ = ["Measured", "Settings", "measure"]
+__all__ = ["Measured", "Procedure", "measure"]
 
 # Runs of the untimed check, each with new inputs.
 _CHECKS = 3
@@ -24,7 +24,7 @@ _SPACERS = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Procedure:
     """How everything is measured.
 
     Attributes:
@@ -58,7 +58,7 @@ class Measured:
     """
 
     contender: Contender
-    case: Case
+    case: BenchCase
     calls: int
     restarts: int
     copy_us: float
@@ -89,7 +89,7 @@ class _Timed:
 
 
 def measure(
-    job: Job, case: Case, contenders: Sequence[Contender], settings: Settings, absent: Callable[[str, str], None]
+    job: Job, case: BenchCase, contenders: Sequence[Contender], procedure: Procedure, absent: Callable[[str, str], None]
 ) -> list[Measured]:
     """Time every contender that takes the case, in turns. Collective.
 
@@ -97,7 +97,7 @@ def measure(
         job: the ranks.
         case: what to measure.
         contenders: the same on every rank, in the same order.
-        settings: how.
+        procedure: how.
         absent: told the name of a contender that can't do this case after all, and why.
     """
     deadlines = env.Settings.read()
@@ -107,28 +107,28 @@ def measure(
             try:
                 # It may build its kernels now.
                 with job.watch.step(f"{contender.name} in {case}, before it is timed", deadlines.connect_timeout_s):
-                    ready[contender] = _prepare(contender, case, job, settings)
+                    ready[contender] = _prepare(contender, case, job, procedure)
             except Absent as reason:
                 absent(contender.name, str(reason))
     copies, spacers = _copies(case, job), _spacers(case, job)
     everyone = [copies, spacers, *ready.values()]
-    for repetition in range(settings.repetitions):
+    for repetition in range(procedure.repetitions):
         # Whoever goes first in one repetition goes last in the next.
         turn = repetition % len(everyone)
         for timed in everyone[turn:] + everyone[:turn]:
             with job.watch.step(f"{timed.name} in {case}", deadlines.wait_timeout_s):
-                timed.seconds.append(_time(job, timed.launch, settings.launches))
-            if timed.chain is not None and timed.wrong is not None and repetition == settings.repetitions - 1:
+                timed.seconds.append(_time(job, timed.launch, procedure.launches))
+            if timed.chain is not None and timed.wrong is not None and repetition == procedure.repetitions - 1:
                 # At once: another contender of the same library may use the same memory.
                 timed.wrong += timed.chain.wrong(timed.calls)
     copy, spacer = (statistics.median(timed.seconds) / timed.calls for timed in (copies, spacers))
     return [_result(job, case, contender, timed, copy, spacer) for contender, timed in ready.items()]
 
 
-def _prepare(contender: Contender, case: Case, job: Job, settings: Settings) -> _Timed:
+def _prepare(contender: Contender, case: BenchCase, job: Job, procedure: Procedure) -> _Timed:
     """Warm up, check and record. Collective; where one rank fails, `Absent` on all."""
-    calls = settings.calls or calls_for(case.device_type, case.nbytes)
-    warmup = max(1, min(settings.warmup, calls))
+    calls = procedure.calls or calls_for(case.device_type, case.nbytes)
+    warmup = max(1, min(procedure.warmup, calls))
     if contender.kind == "limit":
         # Nothing to depend on, nothing to compare.
         state = job.together(lambda: contender.inputs(case))
@@ -146,7 +146,7 @@ def _prepare(contender: Contender, case: Case, job: Job, settings: Settings) -> 
     job.together(lambda: chain.run(1))
     job.together(lambda: chain.run(warmup))
     wrong = None
-    if settings.checks:
+    if procedure.checks:
         check: Check = job.together(lambda: Check(contender, case, job, chain.buffers))
         run, wrong = _recorded(job, case, contender, check.run), 0
         for number in range(_CHECKS):
@@ -158,7 +158,7 @@ def _prepare(contender: Contender, case: Case, job: Job, settings: Settings) -> 
     return _Timed(contender.name, launch, calls, chain, wrong)
 
 
-def _copies(case: Case, job: Job) -> _Timed:
+def _copies(case: BenchCase, job: Job) -> _Timed:
     """The copies that start chains anew, alone."""
     values = start(case, job)
     buffers = tuple(map(torch.empty_like, values))
@@ -171,7 +171,7 @@ def _copies(case: Case, job: Job) -> _Timed:
     return _Timed("copies", _recorded(job, case, Recorder(), body), _COPIES)
 
 
-def _spacers(case: Case, job: Job) -> _Timed:
+def _spacers(case: BenchCase, job: Job) -> _Timed:
     """Spacers alone."""
     spacer = Spacer(case)
 
@@ -182,7 +182,7 @@ def _spacers(case: Case, job: Job) -> _Timed:
     return _Timed("spacers", _recorded(job, case, Recorder(), body), _SPACERS)
 
 
-def _recorded(job: Job, case: Case, recorder: Recorder, body: Callable[[], None]) -> Callable[[], object]:
+def _recorded(job: Job, case: BenchCase, recorder: Recorder, body: Callable[[], None]) -> Callable[[], object]:
     """In graph mode a replay of what `body` does, else `body` itself; run once. Collective."""
     launch: Callable[[], object] = body
     if case.mode == "graph":
@@ -217,7 +217,7 @@ def _time(job: Job, launch: Callable[[], object], launches: int) -> float:
     return elapsed_ms / 1e3 / launches
 
 
-def _result(job: Job, case: Case, contender: Contender, timed: _Timed, copy: float, spacer: float) -> Measured:
+def _result(job: Job, case: BenchCase, contender: Contender, timed: _Timed, copy: float, spacer: float) -> Measured:
     """Each repetition's slowest rank, and everybody's wrong elements. Collective."""
     restarts = timed.chain.restarts(timed.calls) if timed.chain is not None else 0
     per_call = spacer if timed.chain is not None and timed.chain.spaced else 0.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.contenders import Absent, Contender, Job, State
 
 __all__ = ["peers"]
@@ -76,7 +76,7 @@ class _V1(Contender):
         self._session = self._api.vllm_init_custom_ar(self._shared[0], table, job.rank, True)
         self._api.vllm_register_buffer(self._session, self._shared[1])
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         return (
             case.op == "all_reduce"
             and case.device_type == "cuda"
@@ -140,7 +140,7 @@ class _Fused(Contender):
         self._workspace = workspace
         self._one_shot = one_shot
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         workspace = self._workspace
         return (
             case.fused

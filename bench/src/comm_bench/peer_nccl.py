@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.contenders import Absent, Contender, Job, State, behind_itself
 
 __all__ = ["peers"]
@@ -56,13 +56,13 @@ class _Raw(Contender):
         self._views: State = ()
         self._code = 0
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         return case.op == "all_reduce" and case.device_type == "cuda" and case.dtype in _CODES
 
-    def spaced(self, case: Case) -> bool:
+    def spaced(self, case: BenchCase) -> bool:
         return behind_itself(case)
 
-    def inputs(self, case: Case) -> State:
+    def inputs(self, case: BenchCase) -> State:
         self._views = self.parts(case, 2)
         self._code = _CODES[case.dtype]
         return self._views[:1]

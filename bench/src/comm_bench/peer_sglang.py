@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.contenders import Absent, Contender, Job, State
 from comm_bench.symmetric import allocate
 
@@ -135,12 +135,12 @@ class _Push(Contender):
         self._plans: dict[tuple[int, torch.dtype], tuple[Any, str, bool]] = {}
         planes.module("bfloat16")
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         # A slot of two shots holds a part of the message and a part of the sum.
         most = self._planes.slot
         return _fits(case, most) and case.place == "out"
 
-    def inputs(self, case: Case) -> State:
+    def inputs(self, case: BenchCase) -> State:
         plan = self._planes.module(case.dtype), self._algorithm, False
         self._plans[case.nbytes, getattr(torch, case.dtype)] = plan
         return super().inputs(case)
@@ -159,7 +159,7 @@ class _Push(Contender):
 class _Pull(_Push):
     """Pulls: from its staging buffer in eager mode, from the inputs themselves in a graph; two shots then in place."""
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         place = "in" if case.mode == "graph" and self._algorithm == "2shot_pull" else "out"
         return _fits(case, self._planes.capacity) and case.place == place
 
@@ -191,7 +191,7 @@ class _Fused(Contender):
         self._api.register_comm(planes.communicator)
         self._tokens = torch.cuda.get_device_properties(planes.job.device).multi_processor_count
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         return (
             case.fused
             and case.device_type == "cuda"
@@ -210,7 +210,7 @@ class _Fused(Contender):
         return normed, summed
 
 
-def _fits(case: Case, most: int) -> bool:
+def _fits(case: BenchCase, most: int) -> bool:
     return (
         case.op == "all_reduce"
         and case.device_type == "cuda"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.contenders import Contender, Job, State
 from comm_bench.symmetric import Symmetric, allocate
 
@@ -41,7 +41,7 @@ class _Symmetric(Contender):
         self._views: tuple[torch.Tensor, ...] = ()
         self._ops: Any = torch.ops.symm_mem
 
-    def takes(self, case: Case) -> bool:
+    def takes(self, case: BenchCase) -> bool:
         return (
             case.op == "all_reduce"
             and case.device_type == "cuda"
@@ -51,7 +51,7 @@ class _Symmetric(Contender):
             and case.nbytes <= self._capacity
         )
 
-    def inputs(self, case: Case) -> State:
+    def inputs(self, case: BenchCase) -> State:
         dtype = getattr(torch, case.dtype)
         self._views = tuple(buffer.own[: case.nbytes].view(dtype).view(case.shape) for buffer in self._buffers)
         return self._views[:1]

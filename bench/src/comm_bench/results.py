@@ -10,7 +10,7 @@ from typing import Any
 from comm_core.types import TERMINAL
 
 from comm_bench import stats
-from comm_bench.cases import Case, bus_factor
+from comm_bench.cases import BenchCase, bus_factor
 
 __all__ = ["HOP", "LAUNCH", "Row", "Summary", "header", "line", "rows_of", "summaries", "title"]
 
@@ -55,7 +55,7 @@ class Row:
 
     name: str
     kind: str
-    case: Case
+    case: BenchCase
     world_size: int
     calls: int
     restarts: int
@@ -115,7 +115,7 @@ class Row:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], device_type: str, world_size: int) -> Row:
         """The inverse of `to_json`; the device type and the world size are the document's."""
-        case = Case(data["op"], data["mode"], data["place"], data["dtype"], device_type, tuple(data["shape"]))
+        case = BenchCase(data["op"], data["mode"], data["place"], data["dtype"], device_type, tuple(data["shape"]))
         return cls(
             **{name: data[name] for name in ("name", "kind", "calls", "restarts", "copy_us", "spacer_us", "wrong")},
             case=case,

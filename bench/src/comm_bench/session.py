@@ -12,11 +12,11 @@ import comm_core as comm
 import torch
 
 from comm_bench import stats
-from comm_bench.cases import Case
+from comm_bench.cases import BenchCase
 from comm_bench.conditions import clocks, machine
 from comm_bench.contenders import Job
 from comm_bench.document import SCHEMA, Listener, closed
-from comm_bench.measure import Measured, Settings, measure
+from comm_bench.measure import Measured, Procedure, measure
 from comm_bench.results import Row, rows_of, title
 from comm_bench.roster import assemble
 
@@ -24,9 +24,9 @@ __all__ = ["measure_all"]
 
 
 def measure_all(
-    cases: Callable[[str], Sequence[Case]],
+    cases: Callable[[str], Sequence[BenchCase]],
     command: Sequence[str],
-    settings: Settings,
+    procedure: Procedure,
     only: Sequence[str],
     listener: Listener,
 ) -> tuple[dict[str, Any], list[Row]]:
@@ -35,7 +35,7 @@ def measure_all(
     Args:
         cases: what to measure, for tensors of a device type.
         command: for the record.
-        settings: how to measure.
+        procedure: how to measure.
         only: names of backends and peers; empty for all.
         listener: hears how it goes on, on this rank.
 
@@ -63,7 +63,7 @@ def measure_all(
         "command": list(command),
         "machine": machine(roster.topology),
         "clocks": {"before": job.gather(clocks(job))},
-        "settings": {**dataclasses.asdict(settings), "confidence": stats.interval(settings.repetitions)[1]},
+        "settings": {**dataclasses.asdict(procedure), "confidence": stats.interval(procedure.repetitions)[1]},
         "absent": roster.absent,
         "dropped": dropped,
     }
@@ -75,12 +75,12 @@ def measure_all(
     for number, case in enumerate(todo, 1):
         listener.measures(number, len(todo), case)
 
-        def drop(name: str, reason: str, case: Case = case) -> None:
+        def drop(name: str, reason: str, case: BenchCase = case) -> None:
             where = f"{title(case.op, case.mode, case.place)}, {case.dtype}, {case.nbytes} B"
             dropped.append({"name": name, "where": where, "reason": reason})
             listener.drops(name, where, reason)
 
-        found = rows_of(_row(each, job) for each in measure(job, case, roster.contenders, settings, drop))
+        found = rows_of(_row(each, job) for each in measure(job, case, roster.contenders, procedure, drop))
         listener.measured(found)
         rows += found
     gc.unfreeze()
@@ -90,7 +90,7 @@ def measure_all(
     return closed(document, rows), rows
 
 
-def _largest(todo: Sequence[Case]) -> dict[tuple[int, str], int]:
+def _largest(todo: Sequence[BenchCase]) -> dict[tuple[int, str], int]:
     """By hidden size and dtype, the most tokens of the fused operation's cases."""
     found: dict[tuple[int, str], int] = {}
     for case in todo:
