@@ -6,7 +6,7 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-MANIFESTS := core/pyproject.toml $(sort $(wildcard plugins/*/pyproject.toml))
+MANIFESTS := core/pyproject.toml bench/pyproject.toml $(sort $(wildcard plugins/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,./%,$(MANIFESTS))
 TYPED := $(addsuffix /src,$(PACKAGES))
 # Installed without their dependencies: gigabytes that need a GPU. Their tests have a fake of it.
@@ -21,7 +21,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
-setup: $(STAMP)  ## .venv with core and every plugin, editable, and the tools to develop them
+setup: $(STAMP)  ## .venv with core, the benchmark and every plugin, editable, and the tools to develop them
 
 demo: $(STAMP)  ## two CPU processes agree on a backend and sum a tensor
 	$(BIN)/comm-core demo
@@ -43,7 +43,7 @@ lint: $(STAMP)  ## ruff, mypy and clang-format; changes nothing
 docs: $(STAMP)  ## the site, in site/; a broken link, or a docstring that can't be parsed, is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-wheels: $(STAMP)  ## dist/: a wheel of core and of every plugin, kernels compiled
+wheels: $(STAMP)  ## dist/: a wheel of each distribution, kernels compiled
 	rm -rf dist
 	HATCH_BUILD_HOOKS_ENABLE=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist $(PACKAGES)
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comm_bench import stats
 from comm_core import fallback, norm
-from comm_core.bench import stats
 
 SCHEMA = 1
 EPS = 1e-6

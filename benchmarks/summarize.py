@@ -32,9 +32,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from comm_core.bench import stats
-from comm_core.bench.document import read_rows
-from comm_core.bench.results import LAUNCH, Row, title
+from comm_bench import stats
+from comm_bench.document import read_rows
+from comm_bench.results import LAUNCH, Row, title
 
 #: The most that a summary may take, in bytes.
 MOST_NBYTES = 20_000

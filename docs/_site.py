@@ -36,7 +36,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File, Files
 
     theme = [file for file in files if file.src_dir != config.docs_dir]
-    paths = _matches(["*.md", "docs/**/*.md", "plugins/*/README.md", "benchmarks/README.md", *ASSETS])
+    paths = _matches(
+        ["*.md", "docs/**/*.md", "plugins/*/README.md", "bench/README.md", "benchmarks/README.md", *ASSETS]
+    )
     return Files([*theme, *(File.generated(config, path, abs_src_path=str(ROOT / path)) for path in paths)])
 
 

@@ -92,6 +92,13 @@ def test_installed_by_name_away_from_the_checkout(installed: Venv, clean_environ
     assert not (installed.folder / "bin" / "comm").exists()
 
 
+def test_without_comm_bench_its_command_says_what_to_install(installed: Venv, clean_environ: dict[str, str]) -> None:
+    command = [installed.folder / "bin" / "comm-core", "bench", "-b", "8K"]
+    done = subprocess.run(command, cwd=installed.folder, env=clean_environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "comm-core: error: 'bench' isn't installed: pip install comm-bench"
+
+
 def test_plugin_serves_a_group_beside_jupyters_comm(
     installed: Venv, pip: Pip, clean_environ: dict[str, str], tmp_path: Path
 ) -> None:

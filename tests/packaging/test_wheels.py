@@ -11,11 +11,12 @@ from pathlib import Path, PurePosixPath
 import pytest
 from wheelhouse import ROOT, BuildWheel, Pip, read_metadata
 
-PROJECTS = ["core", *sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("plugins/*/pyproject.toml"))]
+PLUGINS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("plugins/*/pyproject.toml"))
+PROJECTS = ["core", "bench", *PLUGINS]
 
 
 def module_of(project: str) -> str:
-    return "comm_core" if project == "core" else f"comm_plugin_{Path(project).name}"
+    return f"comm_{project}" if project not in PLUGINS else f"comm_plugin_{Path(project).name}"
 
 
 def entry_points(wheel: Path, group: str) -> list[EntryPoint]:
@@ -41,6 +42,20 @@ def test_core_wheel_has_its_script_and_no_backend(build_wheel: BuildWheel) -> No
         ("comm-core", "comm_core.cli:main")
     ]
     assert entry_points(wheel, "comm_core.backends") == []
+    assert entry_points(wheel, "comm_core.commands") == []
+
+
+def test_the_benchmark_is_in_its_own_wheel_alone(build_wheel: BuildWheel) -> None:
+    core, bench = (build_wheel(ROOT / project) for project in ("core", "bench"))
+    with zipfile.ZipFile(core) as archive:
+        assert [name for name in archive.namelist() if "bench" in name or "csrc" in name] == []
+    with zipfile.ZipFile(bench) as archive:
+        assert {"comm_bench/schema.json", "comm_bench/csrc/limits.cu", "comm_bench/cli.py"} <= set(archive.namelist())
+    assert [(entry.name, entry.value) for entry in entry_points(bench, "comm_core.commands")] == [
+        ("bench", "comm_bench.cli")
+    ]
+    extras = {path: read_metadata(path).metadata.get_all("Provides-Extra") for path in (core, bench)}
+    assert extras == {core: ["kernels"], bench: ["plot"]}
 
 
 @pytest.mark.parametrize("project", PROJECTS)
@@ -50,7 +65,7 @@ def test_names_are_this_projects_own(project: str, build_wheel: BuildWheel) -> N
     # Jupyter's `comm` must be left what is Jupyter's.
     assert "comm" not in [entry.name for entry in entry_points(wheel, "console_scripts")]
     backends = [entry.name for entry in entry_points(wheel, "comm_core.backends")]
-    assert backends == ([] if project == "core" else [Path(project).name])
+    assert backends == ([Path(project).name] if project in PLUGINS else [])
 
 
 @pytest.mark.parametrize("project", PROJECTS)
@@ -62,13 +77,14 @@ def test_project_file_holds_its_own_facts_alone(project: str) -> None:
     )
 
 
-def test_root_installs_core_and_names_every_plugin(pip: Pip) -> None:
+def test_root_installs_core_and_its_benchmark_and_names_every_plugin(pip: Pip) -> None:
     # Torch is there already, as in any environment that runs this: with no index, a name that only an index has fails.
     report = json.loads(
         pip("install", "--dry-run", "--no-index", "--no-build-isolation", "--quiet", "--report", "-", ROOT)
     )
     installs = {item["metadata"]["name"]: item for item in report["install"]}
-    assert installs["comm-core"]["download_info"]["url"] == (ROOT / "core").as_uri()
+    for project in ("core", "bench"):
+        assert installs[f"comm-{project}"]["download_info"]["url"] == (ROOT / project).as_uri()
     required = installs["comm-workspace"]["metadata"]["requires_dist"]
     for project in PROJECTS:
         assert any((ROOT / project).as_uri() in line for line in required), f"pyproject.toml doesn't name {project}"

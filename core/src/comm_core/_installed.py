@@ -1,4 +1,4 @@
-"""Lists the installed backends from metadata alone: which there are, and which can't be used whatever they contain."""
+"""Lists installed backends and commands from metadata alone, and says which of them can't be used."""
 
 from __future__ import annotations
 
@@ -87,16 +87,18 @@ class LoadFailure:
         )
 
 
-def listing() -> tuple[Entry | LoadFailure, ...]:
-    """Everything that registers in the entry-point group, sorted by name; imports nothing."""
+def listing(group: str = GROUP) -> tuple[Entry | LoadFailure, ...]:
+    """Everything that registers in an entry-point group, by default the backends', sorted by name; imports nothing."""
     by_name: dict[str, list[Entry]] = {}
     found: list[Entry | LoadFailure] = []
-    for item in _walk():
+    for item in _walk(group):
         if isinstance(item, Entry):
             by_name.setdefault(item.name, []).append(item)
         else:
             found.append(item)
-    found += map(_one, by_name.values())
+    for entries in by_name.values():
+        item = _one(entries)
+        found.append(_backend(item) if group == GROUP and isinstance(item, Entry) else item)
     return tuple(sorted(found, key=lambda item: item.name))
 
 
@@ -148,25 +150,25 @@ def _conflicts(requirement: Requirement, extras: tuple[str, ...], running: str) 
     return not requirement.specifier.contains(running, prereleases=True)
 
 
-def _walk() -> Iterator[Entry | LoadFailure]:
+def _walk(group: str) -> Iterator[Entry | LoadFailure]:
     """The entries of every distribution, but only of the first on the path where several have its name."""
     seen: set[str] = set()
     for distribution in metadata.distributions():
         try:
             # Most distributions have nothing to do with this group: what is broken in their files isn't its business.
-            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
+            if group not in (distribution.read_text("entry_points.txt") or ""):
                 continue
         except Exception as error:  # noqa: BLE001 - finders are foreign code, and one unreadable file must hide no others
             _log.debug("a distribution's entry points can't be read: %s", describe(error))
             continue
         name = _name(distribution)
         if name is None:
-            yield from _entries(distribution, None)
+            yield from _entries(distribution, None, group)
         elif name not in seen:
             seen.add(name)
             # The first that pip would see, remains without metadata left aside; it may have no entry any more.
             same = (other for other in metadata.distributions(name=name) if _name(other) == name)
-            yield from _entries(next(same, distribution), name)
+            yield from _entries(next(same, distribution), name, group)
 
 
 def _name(distribution: Any) -> str | None:
@@ -176,14 +178,14 @@ def _name(distribution: Any) -> str | None:
         return None
 
 
-def _entries(distribution: Any, name: str | None) -> Iterator[Entry | LoadFailure]:
+def _entries(distribution: Any, name: str | None, group: str) -> Iterator[Entry | LoadFailure]:
     version: str | None = None
     try:
         version = distribution.version if name else None
         requires = tuple(distribution.requires or ()) if name else ()
-        points = [(point.name, point.value) for point in distribution.entry_points if point.group == GROUP]
+        points = [(point.name, point.value) for point in distribution.entry_points if point.group == group]
     except Exception as error:  # noqa: BLE001 - a malformed file raises whatever its parser happens to trip over
-        unread = Entry(name or GROUP, "", name, version)
+        unread = Entry(name or group, "", name, version)
         yield failed(unread, Refused(f"its metadata can't be read: {describe(error)}", _reinstall(unread)))
         return
     for point_name, value in points:
@@ -206,14 +208,19 @@ def _one(entries: list[Entry]) -> Entry | LoadFailure:
     if first.distribution is None:
         reason = "its distribution has no metadata, as after an interrupted removal"
         return failed(first, Refused(reason, _reinstall(first)))
-    try:
-        check_name(first.name)
-    except Refused as refusal:
-        if first.name == TERMINAL:
-            # Never under the fallback's own name, which others look up.
-            first = dataclasses.replace(first, name=f"{first.distribution}:{first.name}")
-        return failed(first, refusal)
     return first
+
+
+def _backend(entry: Entry) -> Entry | LoadFailure:
+    """The entry, if a backend may have its name."""
+    try:
+        check_name(entry.name)
+    except Refused as refusal:
+        if entry.name == TERMINAL:
+            # Never under the fallback's own name, which others look up.
+            entry = dataclasses.replace(entry, name=f"{entry.distribution}:{entry.name}")
+        return failed(entry, refusal)
+    return entry
 
 
 def failed(entry: Entry, refusal: Refused) -> LoadFailure:

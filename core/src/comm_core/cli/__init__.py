@@ -1,15 +1,23 @@
-"""The command `comm-core`."""
+"""The command `comm-core`: its own subcommands, and those that other distributions add; see `comm_core.command`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from comm_core.command import GROUP, describe, under_torchrun
+
+if TYPE_CHECKING:
+    from comm_core._installed import Entry, LoadFailure
 
 __all__ = ["main"]
 
-_COMMANDS = ("bench", "demo", "doctor", "explain")
+_COMMANDS = ("demo", "doctor", "explain")
+#: This project's subcommands that have a distribution of their own.
+_SEPARATE = {"bench": "comm-bench"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +37,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         importlib.import_module(f"comm_core.cli.{command}").add_parser(subparsers)
     arguments = sys.argv[1:] if argv is None else list(argv)
+    called = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for item, summary in _installed_commands():
+        if item.name in _COMMANDS:
+            if not under_torchrun():  # else every rank would say it
+                _complain(f"the command '{item.name}' of {_source(item)} isn't used: comm-core has one of that name")
+        elif item.name != called:
+            subparsers.add_parser(item.name, help=summary)
+        elif reason := _load(item, subparsers):
+            _complain(f"the command '{called}' of {_source(item)} can't be used: {reason}")
+            return 1
+    for name, distribution in _SEPARATE.items():
+        if name not in subparsers.choices:
+            subparsers.add_parser(name, help=f"not installed: pip install {distribution}")
+            if name == called:
+                parser.error(f"'{name}' isn't installed: pip install {distribution}")
     args = parser.parse_args(arguments)
     args.arguments = arguments  # for a command that starts itself again in other processes
     status: int = args.run(args)
     return status
+
+
+def _installed_commands() -> Iterator[tuple[Entry | LoadFailure, str]]:
+    """What registers in the entry-point group, each name once, with a line of help; imports none of it."""
+    try:
+        from comm_core._compat import metadata
+        from comm_core._installed import Entry, listing
+
+        by_name = {item.name: item for item in listing(GROUP)}
+        summaries = [
+            metadata.metadata(item.distribution).get("Summary") or f"from {_source(item)}"
+            if isinstance(item, Entry) and item.distribution
+            else f"can't be used: {getattr(item, 'reason', '')}"
+            for item in by_name.values()
+        ]
+    except Exception as error:  # noqa: BLE001 - `doctor` has to print whatever is broken in an installation
+        _complain(f"commands of other distributions can't be listed: {describe(error)}")
+        return
+    # argparse formats a line of help by %.
+    yield from zip(by_name.values(), (summary.replace("%", "%%") for summary in summaries), strict=True)
+
+
+def _load(item: Entry | LoadFailure, subparsers: Any) -> str:
+    """Import a command and let it add its parser; why it can't be used, "" where it can."""
+    from comm_core._compat import metadata
+    from comm_core._installed import LoadFailure, Refused, check_requirements
+    from comm_core._version import __version__
+
+    if isinstance(item, LoadFailure):
+        return f"{item.reason}. {item.remedy}"
+    try:
+        check_requirements(item, __version__)
+        metadata.EntryPoint(item.name, item.value, GROUP).load().add_parser(subparsers)
+    except KeyboardInterrupt:
+        raise
+    except Refused as refusal:
+        return f"{refusal.reason}. {refusal.remedy}"
+    except BaseException as error:  # noqa: BLE001 - another distribution's code may raise anything, also SystemExit
+        module = item.value.partition(":")[0].strip()
+        return f"{describe(error)}. See the traceback: python -c 'import {module}'. Mend or uninstall it"
+    added = subparsers.choices.get(item.name)
+    if added is None or not callable(added.get_default("run")):
+        return f"its add_parser has to add a parser '{item.name}' with a function as default of 'run'"
+    return ""
+
+
+def _source(item: Entry | LoadFailure) -> str:
+    """What brings a command, and its version."""
+    return " ".join(filter(None, (item.distribution, item.version))) or "an unknown distribution"
+
+
+def _complain(text: str) -> None:
+    print(f"comm-core: {text}", file=sys.stderr)

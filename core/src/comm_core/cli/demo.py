@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from comm_core.cli._job import joined, launch, under_torchrun
-from comm_core.report import size, table
+from comm_core.command import joined, launch, size, table, under_torchrun
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from comm_core.cli._job import joined, under_torchrun
+from comm_core.command import joined, under_torchrun
 
 if TYPE_CHECKING:
     from comm_core.topology import Topology

@@ -1,0 +1,219 @@
+"""Rows of what was measured, as text and as JSON, and what follows from them. Pure, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from comm_core.types import TERMINAL
+
+from comm_bench import stats
+from comm_bench.cases import BenchCase, bus_factor
+
+__all__ = ["HOP", "LAUNCH", "Row", "Summary", "header", "line", "rows_of", "summaries", "title"]
+
+_COLUMNS = (
+    ("size", "(B)", 11),
+    ("count", "(elements)", 11),
+    ("type", "", 9),
+    ("backend", "", 19),
+    ("time", "(us)", 10),
+    ("p10", "(us)", 10),
+    ("p90", "(us)", 10),
+    ("algbw", "(GB/s)", 8),
+    ("busbw", "(GB/s)", 8),
+    ("#wrong", "", 7),
+    ("times as fast", f"as {TERMINAL}", 24),
+)
+#: The limits that move no bytes worth the name.
+HOP, LAUNCH = "limit:hop", "limit:launch"
+# Of a time in the JSON, in decimals of a microsecond: a tenth of a nanosecond.
+_DECIMALS = 4
+_LEAST_US = 10**-_DECIMALS
+_LEFT = ("type", "backend", "times as fast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One contender on one case.
+
+    Attributes:
+        name: the contender.
+        kind: "terminal", "backend", "peer" or "limit".
+        case: what was measured.
+        world_size: ranks.
+        calls: in a chain.
+        restarts: of a chain.
+        copy_us: what one restart took, and was subtracted for it.
+        spacer_us: what a kernel between the calls took, and was subtracted for each; 0 where there was none.
+        times_us: of one call, the slowest rank's, by repetition.
+        wrong: wrong elements; None where nothing was compared.
+        ratio: how many times as fast as the terminal fallback; None for a limit, and where that dropped out.
+    """
+
+    name: str
+    kind: str
+    case: BenchCase
+    world_size: int
+    calls: int
+    restarts: int
+    copy_us: float
+    spacer_us: float
+    times_us: tuple[float, ...]
+    wrong: int | None
+    ratio: stats.Ratio | None = None
+
+    def __post_init__(self) -> None:
+        # What is subtracted was timed at other moments: of a call that does next to nothing it may leave less yet.
+        times_us = tuple(max(time_us, _LEAST_US) for time_us in self.times_us)
+        object.__setattr__(self, "times_us", times_us)
+
+    @functools.cached_property
+    def time(self) -> stats.Spread:
+        """In microseconds."""
+        return stats.spread(self.times_us)
+
+    @property
+    def algbw(self) -> float | None:
+        """Bytes over time, in GB/s (1e9); None for a limit that moves none."""
+        return None if self.name in {HOP, LAUNCH} else self.case.nbytes / self.time.median / 1e3
+
+    @property
+    def busbw(self) -> float | None:
+        """As nccl-tests define it, in GB/s (1e9); None as `algbw`."""
+        return None if self.algbw is None else self.algbw * bus_factor(self.world_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that is known of it, and what follows."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "op": self.case.op,
+            "mode": self.case.mode,
+            "place": self.case.place,
+            "dtype": self.case.dtype,
+            "shape": list(self.case.shape),
+            "count": self.case.count,
+            "nbytes": self.case.nbytes,
+            "calls": self.calls,
+            "restarts": self.restarts,
+            "copy_us": round(self.copy_us, _DECIMALS),
+            "spacer_us": round(self.spacer_us, _DECIMALS),
+            "times_us": [round(time_us, _DECIMALS) for time_us in self.times_us],
+            "time_us": self.time.median,
+            "p10_us": self.time.p10,
+            "p90_us": self.time.p90,
+            # In GB/s, like the columns.
+            "algbw": self.algbw,
+            "busbw": self.busbw,
+            "wrong": self.wrong,
+            "ratio": None if self.ratio is None else dataclasses.asdict(self.ratio),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], device_type: str, world_size: int) -> Row:
+        """The inverse of `to_json`; the device type and the world size are the document's."""
+        case = BenchCase(data["op"], data["mode"], data["place"], data["dtype"], device_type, tuple(data["shape"]))
+        return cls(
+            **{name: data[name] for name in ("name", "kind", "calls", "restarts", "copy_us", "spacer_us", "wrong")},
+            case=case,
+            world_size=world_size,
+            times_us=tuple(data["times_us"]),
+            ratio=None if data["ratio"] is None else stats.Ratio(**data["ratio"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a backend did against the best of all that isn't a backend, size by size, in one table.
+
+    Attributes:
+        name: the backend.
+        table: (op, mode, place, dtype).
+        sizes: how many sizes it served.
+        mean: geometric mean of how many times as fast it was as the best other one of each size.
+        low: the lowest lower end of the sizes' confidence intervals.
+        lowest: the size, in bytes, where that was.
+    """
+
+    name: str
+    table: tuple[str, str, str, str]
+    sizes: int
+    mean: float
+    low: float
+    lowest: int
+
+
+def rows_of(rows: Iterable[Row]) -> list[Row]:
+    """The rows of one case, with how each compares to the terminal fallback's."""
+    found = list(rows)
+    reference = next((row for row in found if row.kind == "terminal"), None)
+    if reference is None:
+        return found
+    return [
+        row if row.kind == "limit" else dataclasses.replace(row, ratio=stats.ratio(row.times_us, reference.times_us))
+        for row in found
+    ]
+
+
+def summaries(rows: Sequence[Row]) -> list[Summary]:
+    """Every backend against the best other one of each size."""
+    tables: dict[tuple[str, tuple[str, str, str, str]], list[tuple[stats.Ratio, int]]] = {}
+    for row in rows:
+        if row.kind == "backend":
+            others = [other for other in rows if other.case == row.case and other.kind in {"terminal", "peer"}]
+            if not others:
+                continue
+            best = min(others, key=lambda other: other.time.median)
+            key = row.name, (row.case.op, row.case.mode, row.case.place, row.case.dtype)
+            tables.setdefault(key, []).append((stats.ratio(row.times_us, best.times_us), row.case.nbytes))
+    found = []
+    for (name, table), ratios in tables.items():
+        low, lowest = min((ratio.low, nbytes) for ratio, nbytes in ratios)
+        mean = stats.geometric_mean(ratio.median for ratio, _ in ratios)
+        found.append(Summary(name, table, len(ratios), mean, low, lowest))
+    return found
+
+
+def title(op: str, mode: str, place: str) -> str:
+    """Names a table."""
+    return f"{op}, {mode}, {'out of place' if place == 'out' else 'in place'}"
+
+
+def header() -> str:
+    """The two lines above a table, as nccl-tests print them."""
+    names = "#" + _joined([name for name, _, _ in _COLUMNS])[1:]
+    units = "#" + _joined([unit for _, unit, _ in _COLUMNS])[1:]
+    return f"{names}\n{units}"
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    time = row.time
+    compared = "" if row.ratio is None else f"{row.ratio.median:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]"
+    limit = row.kind == "limit"
+    return _joined(
+        [
+            str(row.case.nbytes),
+            str(row.case.count) if len(row.case.shape) == 1 else "x".join(map(str, row.case.shape)),
+            row.case.dtype,
+            row.name,
+            f"{time.median:.2f}",
+            f"{time.p10:.2f}",
+            f"{time.p90:.2f}",
+            "" if row.algbw is None else f"{row.algbw:.2f}",
+            "" if row.busbw is None else f"{row.busbw:.2f}",
+            "" if limit else "N/A" if row.wrong is None else str(row.wrong),
+            compared,
+        ]
+    )
+
+
+def _joined(cells: Sequence[str]) -> str:
+    aligned = (
+        cell.ljust(width) if name in _LEFT else cell.rjust(width)
+        for cell, (name, _, width) in zip(cells, _COLUMNS, strict=True)
+    )
+    return "  ".join(aligned).rstrip()

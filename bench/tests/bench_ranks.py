@@ -1,0 +1,384 @@
+"""Backends with one fault each that the benchmark has to catch, and what runs in the ranks for test_bench.py.
+
+The faults show only for messages of `AT` bytes, inside the range whose edges admission tests, so that every backend is
+admitted; and only in what it returns: its collectives are honest, and none hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import comm_core as comm
+import pytest
+import torch
+import torch.distributed as dist
+from comm_bench import cli
+from comm_bench.cases import BenchCase, shapes
+from comm_bench.document import Listener
+from comm_bench.measure import Procedure
+from comm_bench.session import measure_all
+from comm_core import fallback
+from comm_core.types import DTYPES, OPS, TERMINAL
+from harness import install
+
+PLAIN, FUSED = OPS
+#: The size of which planted backends are faulty, in bytes, and one of which they aren't.
+AT, BESIDE = 4096, 1024
+MAX_NBYTES = 16384
+HIDDEN_SIZE = 64
+DELAY_S = 0.02
+FLOATS = tuple(name for name in DTYPES if "float" in name)
+
+
+# Backends. Each is made in the ranks, by the module that `plant` writes.
+
+
+class Session:
+    """What a planted backend keeps for a group."""
+
+    def __init__(self, context: comm.GroupContext) -> None:
+        self.group = context.group
+        self.rank = context.rank
+        self.calls = 0
+        self.previous: torch.Tensor | None = None
+        self.seen: set[bytes] = set()
+        # What was at an address when the last call ended; the tensor keeps the address from being given away.
+        self.memory: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of `AT` bytes, and what an honest backend returns for it."""
+
+    session: Session
+    tensor: torch.Tensor
+    out: torch.Tensor | None
+    total: torch.Tensor
+
+
+@dataclasses.dataclass
+class FusedCall:
+    """One fused call of `AT` bytes: what is returned for it, the sum over ranks, and the weight."""
+
+    normed: torch.Tensor
+    summed: torch.Tensor
+    total: torch.Tensor
+    weight: torch.Tensor
+
+
+class Honest:
+    """Sums by Gloo; the others are this one but for their fault."""
+
+    COMM_HOOK_API = (1, 0)
+    dtypes: tuple[str, ...] | None = ("bfloat16", "int8")
+    max_nbytes = MAX_NBYTES
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @comm.hookimpl
+    def is_available(self, topology: comm.Topology) -> comm.Available:
+        assert topology.one_host
+        return comm.Available(900, self.ranges())
+
+    @comm.hookimpl
+    def connect(self, topology: comm.Topology, context: comm.GroupContext) -> Session:
+        assert context.world_size == topology.world_size
+        return Session(context)
+
+    def ranges(self) -> tuple[comm.Range, ...]:
+        return (comm.Range(PLAIN, dtypes=self.dtypes, max_nbytes=self.max_nbytes),)
+
+    @comm.hookimpl
+    def all_reduce(self, session: Session, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if tensor.nbytes != AT:
+            return fallback.torch_distributed(session.group, tensor, out)
+        session.calls += 1
+        return self.sum(session, tensor, out)
+
+    def sum(self, session: Session, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        total = fallback.torch_distributed(session.group, tensor, None)
+        self.spoil(Call(session, tensor, out, total))
+        return total if out is None else out.copy_(total)
+
+    def spoil(self, call: Call) -> None:
+        """Where the fault is."""
+
+
+class EveryDtype(Honest):
+    dtypes = None
+
+
+class Delayed(Honest):
+    def spoil(self, call: Call) -> None:
+        if call.session.rank == 1:
+            time.sleep(DELAY_S)
+
+
+class OneElement(Honest):
+    def spoil(self, call: Call) -> None:
+        if call.session.rank == 1:
+            call.total[call.total.numel() // 2] += 1
+
+
+class LastElement(Honest):
+    def spoil(self, call: Call) -> None:
+        if call.session.rank == 0:
+            call.total[-1] += 1
+
+
+class EveryThirdCall(Honest):
+    def spoil(self, call: Call) -> None:
+        if call.session.calls % 3 == 0:
+            call.total[0] += 1
+
+
+class InPlace(Honest):
+    def spoil(self, call: Call) -> None:
+        if call.out is not None:
+            call.total[0] += 1
+
+
+class OutOfPlace(Honest):
+    def spoil(self, call: Call) -> None:
+        if call.out is None:
+            call.total[0] += 1
+
+
+class OutMissed(Honest):
+    """In place, it leaves a vector of the old values where they were."""
+
+    def spoil(self, call: Call) -> None:
+        if call.out is not None:
+            call.total[:8] = call.tensor[:8]
+
+
+class OnlyLate(Honest):
+    """Right for so long that all but the timed calls are over."""
+
+    def spoil(self, call: Call) -> None:
+        if call.session.calls > 60:
+            call.total[0] += 1
+
+
+class Unmoved(Honest):
+    """Takes data that it has summed before for done."""
+
+    def spoil(self, call: Call) -> None:
+        data = bytes(call.tensor.view(torch.uint8).tolist())
+        if data in call.session.seen:
+            call.total.copy_(call.tensor)
+        call.session.seen.add(data)
+
+
+class Cached(Honest):
+    """Returns what the call before returned."""
+
+    def spoil(self, call: Call) -> None:
+        fresh = call.total.clone()
+        if call.session.previous is not None and call.session.previous.dtype == call.total.dtype:
+            call.total.copy_(call.session.previous)
+        call.session.previous = fresh
+
+
+class Early(Honest):
+    """Reads its input before that is ready: what the memory held when the call before ended."""
+
+    after = 0
+
+    def sum(self, session: Session, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        key = tensor.data_ptr(), tensor.dtype
+        early = session.memory[key][1] if key in session.memory and session.calls > self.after else tensor
+        total = fallback.torch_distributed(session.group, early, None)
+        result = total if out is None else out.copy_(total)
+        session.memory[key] = (tensor, tensor)
+        session.memory = {key: (live, live.clone()) for key, (live, _) in session.memory.items()}
+        return result
+
+
+class EarlyLate(Early):
+    """As `Early`, once all but the timed calls are over."""
+
+    after = 60
+
+
+class RaisesInPlace(Honest):
+    def spoil(self, call: Call) -> None:
+        if call.session.rank == 1 and call.out is not None:
+            raise ArithmeticError("an illegal access")
+
+
+class Fused(Honest):
+    """Has the fused operation too."""
+
+    dtypes = ("bfloat16",)
+
+    def ranges(self) -> tuple[comm.Range, ...]:
+        return tuple(comm.Range(op, dtypes=self.dtypes, max_nbytes=self.max_nbytes) for op in OPS)
+
+    @comm.hookimpl
+    def all_reduce_add_rms_norm(
+        self,
+        session: Session,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        out: torch.Tensor | None,
+        residual_out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = fallback.torch_distributed(session.group, tensor, None)
+        found = fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
+        if tensor.nbytes == AT:
+            self.spoil_fused(FusedCall(*found, total, weight))
+        return found
+
+    def spoil_fused(self, call: FusedCall) -> None:
+        """Where the fault is."""
+
+
+class WrongResidual(Fused):
+    def spoil_fused(self, call: FusedCall) -> None:
+        call.summed[-1, -1] += 1
+
+
+class ResidualLeftOut(Fused):
+    """The norm has the residual, what goes on to the next layer hasn't."""
+
+    def spoil_fused(self, call: FusedCall) -> None:
+        call.summed.copy_(call.total)
+
+
+class WrongNorm(Fused):
+    def spoil_fused(self, call: FusedCall) -> None:
+        call.normed[0, 0] *= 2
+
+
+class WeightLeftOut(Fused):
+    def spoil_fused(self, call: FusedCall) -> None:
+        call.normed.div_(call.weight)
+
+
+class CannotPrepare(Fused):
+    """Serves fused calls once it was prepared, which fails on a rank."""
+
+    def ranges(self) -> tuple[comm.Range, ...]:
+        return (comm.Range(FUSED, dtypes=self.dtypes, max_nbytes=self.max_nbytes, prepared=True),)
+
+    @comm.hookimpl
+    def pre_capture_init(self, session: Session, shapes: comm.Shapes) -> Sequence[comm.Range]:
+        if session.rank == 1:
+            raise MemoryError(f"no room for {shapes.max_tokens} tokens")
+        return self.ranges()
+
+
+def plant(folder: Path, kinds: Sequence[type[Honest]]) -> list[Path]:
+    """Install these as backends that are named like their classes in lower case."""
+    return [install(folder / kind.__name__, name_of(kind), source(kind)) for kind in kinds]
+
+
+def name_of(kind: type[Honest]) -> str:
+    return kind.__name__.lower()
+
+
+def source(kind: type[Honest]) -> str:
+    return f"import {kind.__module__} as kinds\n\nplugin = kinds.{kind.__name__}({name_of(kind)!r})\n"
+
+
+# What runs in the ranks.
+
+
+def measured(
+    dtypes: Sequence[str] = ("bfloat16",),
+    ops: Sequence[str] = (PLAIN,),
+    places: Sequence[str] = ("out", "in"),
+    nbytes: Sequence[int] = (BESIDE, AT),
+    modes: Sequence[str] = ("eager",),
+    **settings: Any,
+) -> dict[str, Any]:
+    """The document, the same on every rank, of what is measured of these."""
+
+    def cases(device_type: str) -> list[BenchCase]:
+        return [
+            BenchCase(op, mode, place, dtype, device_type, shape)
+            for op in ops
+            for mode in modes
+            for place in places
+            for dtype in dtypes
+            if op == PLAIN or dtype in FLOATS
+            for shape in shapes(op, dtype, nbytes, (), (HIDDEN_SIZE,))
+        ]
+
+    fine = Procedure(calls=5, launches=1, warmup=2, repetitions=7, checks=True)
+    document, rows = measure_all(cases, ["test"], dataclasses.replace(fine, **settings), (), Listener())
+    assert [row.to_json() for row in rows] == document["rows"]
+    return document
+
+
+def commanded(arguments: Sequence[str], path: str) -> tuple[int, dict[str, Any]]:
+    """The command's exit status on this rank, and what it recorded; as a rank of the job that is already there."""
+
+    @contextlib.contextmanager
+    def joined() -> Iterator[int]:
+        yield dist.get_rank()
+        comm.close()
+
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    # Here `comm-core` sees the planted distributions alone.
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["bench", *arguments, "--json", path])
+    args.arguments = ["bench", *arguments]
+    with mock.patch("comm_bench.cli.joined", joined):
+        status = args.run(args)
+    dist.barrier()  # the first rank has written
+    return status, json.loads(Path(path).read_text())
+
+
+def by_case(document: dict[str, Any], kind: type[Honest] | None = None) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """A contender's rows by operation, place, dtype and bytes."""
+    name = TERMINAL if kind is None else name_of(kind)
+    found = {
+        (row["op"], row["place"], row["dtype"], row["nbytes"]): row for row in document["rows"] if row["name"] == name
+    }
+    assert found, document["absent"]
+    return found
+
+
+def wrong_by(document: dict[str, Any], kind: type[Honest]) -> dict[tuple[str, int], bool]:
+    """Whether anything of a backend was wrong, by place and bytes."""
+    return {(place, nbytes): row["wrong"] > 0 for (_, place, _, nbytes), row in by_case(document, kind).items()}
+
+
+def measured_with(arguments: dict[str, Any]) -> dict[str, Any]:
+    return measured(**arguments)
+
+
+def measured_only(only: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Who was absent, and who was there, where these are wanted."""
+    procedure = Procedure(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
+    document, rows = measure_all(
+        lambda device_type: [BenchCase(PLAIN, "eager", "in", "bfloat16", device_type, (512,))],
+        ["test"],
+        procedure,
+        only,
+        Listener(),
+    )
+    return document["absent"], [row.name for row in rows]
+
+
+def measured_nothing() -> str:
+    procedure = Procedure(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
+    with pytest.raises(ValueError, match="no size") as caught:
+        measure_all(lambda _: [], ["test"], procedure, (), Listener())
+    return str(caught.value)

@@ -1,0 +1,383 @@
+"""The benchmark end to end: in real processes, with honest backends and with ones that it has to catch."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import harness
+import jsonschema
+import pytest
+from bench_ranks import (
+    AT,
+    BESIDE,
+    DELAY_S,
+    FLOATS,
+    FUSED,
+    HIDDEN_SIZE,
+    PLAIN,
+    Cached,
+    CannotPrepare,
+    Delayed,
+    Early,
+    EarlyLate,
+    EveryDtype,
+    EveryThirdCall,
+    Fused,
+    Honest,
+    InPlace,
+    LastElement,
+    OneElement,
+    OnlyLate,
+    OutMissed,
+    OutOfPlace,
+    RaisesInPlace,
+    ResidualLeftOut,
+    Unmoved,
+    WeightLeftOut,
+    WrongNorm,
+    WrongResidual,
+    by_case,
+    commanded,
+    measured_nothing,
+    measured_only,
+    measured_with,
+    name_of,
+    plant,
+    wrong_by,
+)
+from comm_bench.cases import pattern_of
+from comm_core.types import DTYPES, OPS, TERMINAL
+
+if TYPE_CHECKING:
+    from harness import Ranks
+
+# Faults, and in which places each shows at `AT`. A chain alone shows the late ones.
+PLAIN_FAULTS: dict[type[Honest], tuple[str, ...]] = {
+    OneElement: ("out", "in"),
+    LastElement: ("out", "in"),
+    EveryThirdCall: ("out", "in"),
+    InPlace: ("in",),
+    OutOfPlace: ("out",),
+    OutMissed: ("in",),
+    Cached: ("out", "in"),
+    Early: ("out", "in"),
+    Honest: (),
+}
+FUSED_FAULTS: tuple[type[Honest], ...] = (WrongResidual, ResidualLeftOut, WrongNorm, WeightLeftOut)
+
+
+@pytest.fixture(scope="module")
+def plain(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
+    """The command's exit status, and the document, of all plain faults side by side."""
+    folder = tmp_path_factory.mktemp("plain")
+    arguments = f"-b {BESIDE} -e {AT} -f 4 -n 3 -w 1 --repetitions 7".split()
+    path = [plant(folder, list(PLAIN_FAULTS))] * 2
+    (status, document), other = ranks.run(commanded, arguments, str(folder / "x.json"), path=path)
+    assert other == (status, document)
+    return status, document
+
+
+@pytest.fixture(scope="module")
+def fused(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
+    """As `plain`, of the fused operation."""
+    folder = tmp_path_factory.mktemp("fused")
+    arguments = f"--op fused --hidden {HIDDEN_SIZE} -b {BESIDE} -e {AT} -f 4 -n 3 -w 1 --repetitions 7".split()
+    path = [plant(folder, (*FUSED_FAULTS, Fused))] * 2
+    results = ranks.run(commanded, arguments, str(folder / "x.json"), path=path)
+    assert results[0] == results[1]
+    return results[0]
+
+
+@pytest.mark.parametrize("kind", PLAIN_FAULTS)
+def test_a_planted_fault_is_counted(kind: type[Honest], plain: tuple[int, dict[str, Any]]) -> None:
+    status, document = plain
+    assert status == 1
+    places = PLAIN_FAULTS[kind]
+    assert wrong_by(document, kind) == {
+        (place, nbytes): nbytes == AT and place in places for place in ("out", "in") for nbytes in (BESIDE, AT)
+    }
+
+
+@pytest.mark.parametrize("kind", [*FUSED_FAULTS, Fused])
+def test_a_planted_fault_of_the_fused_operation_is_counted(
+    kind: type[Honest], fused: tuple[int, dict[str, Any]]
+) -> None:
+    status, document = fused
+    assert status == 1
+    assert wrong_by(document, kind) == {
+        (place, nbytes): nbytes == AT and kind is not Fused for place in ("out", "in") for nbytes in (BESIDE, AT)
+    }
+
+
+def test_nobody_else_is_counted_wrong_for_them(plain: tuple[int, dict[str, Any]]) -> None:
+    _, document = plain
+    assert {row["wrong"] for row in by_case(document).values()} == {0}
+    assert document["wrong"] == sum(row["wrong"] or 0 for row in document["rows"]) > 0
+
+
+def test_one_wrong_element_of_one_rank_is_one(plain: tuple[int, dict[str, Any]]) -> None:
+    _, document = plain
+    # Twelve calls are checked, and the end of the chain: there the error of one rank went on to all of them.
+    wrong = by_case(document, OneElement)[PLAIN, "out", "bfloat16", AT]["wrong"]
+    assert 12 < wrong <= 12 + 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "place", "calls"),
+    [
+        # Nothing but the end of the timed chain shows these.
+        (OnlyLate, "bfloat16", "out", 5),
+        # A chain of int8 starts anew in less than 7 calls, so that copies come between.
+        (EarlyLate, "int8", "in", 7),
+        # One call a chain: the data of every chain are those of the one before.
+        (Unmoved, "bfloat16", "out", 1),
+        (Unmoved, "bfloat16", "in", 1),
+    ],
+)
+def test_the_end_of_a_chain_is_compared(
+    ranks: Ranks, tmp_path: Path, kind: type[Honest], dtype: str, place: str, calls: int
+) -> None:
+    assert pattern_of(PLAIN, "int8", 2).length < 7 < pattern_of(PLAIN, "bfloat16", 2).length
+    path = [plant(tmp_path, [kind, Honest])] * 2
+    document, other = ranks.run(
+        measured_with, {"dtypes": (dtype,), "places": (place,), "nbytes": (AT,), "calls": calls}, path=path
+    )
+    assert document == other
+    assert wrong_by(document, kind) == {(place, AT): True}
+    assert wrong_by(document, Honest) == {(place, AT): False}
+    unchecked, _ = ranks.run(
+        measured_with,
+        {"dtypes": (dtype,), "places": (place,), "nbytes": (AT,), "calls": calls, "checks": False, "repetitions": 1},
+        path=path,
+    )
+    assert {row["wrong"] for row in unchecked["rows"]} == {None}
+    assert unchecked["wrong"] == 0
+
+
+def test_a_delay_on_one_rank_is_the_rows_time(ranks: Ranks, tmp_path: Path) -> None:
+    path = [plant(tmp_path, [Delayed, Honest])] * 2
+    arguments = {"places": ("out",), "nbytes": (AT,), "calls": 3, "repetitions": 15}
+    document, other = ranks.run(measured_with, arguments, path=path)
+    assert document == other
+    ((_, row),) = by_case(document, Delayed).items()
+    ((_, honest),) = by_case(document, Honest).items()
+    subtracted_us = row["restarts"] * row["copy_us"] / row["calls"]
+    assert min(row["times_us"]) + subtracted_us >= DELAY_S * 1e6 - 0.001
+    assert row["wrong"] == honest["wrong"] == 0
+    # Of 15 repetitions it would take four in which the honest one was held up as long to move its interval there.
+    assert row["ratio"]["high"] < honest["ratio"]["low"]
+    summaries = {each["name"]: each["mean"] for each in document["summaries"]}
+    assert summaries[name_of(Delayed)] < summaries[name_of(Honest)]
+
+
+def test_who_raises_on_one_rank_drops_out_of_that_case_alone(ranks: Ranks, tmp_path: Path) -> None:
+    path = [plant(tmp_path, [RaisesInPlace, Honest])] * 2
+    arguments = {"warmup": 1, "calls": 3, "nbytes": (AT, BESIDE)}
+    document, other = ranks.run(measured_with, arguments, path=path)
+    assert document == other
+    (dropped,) = document["dropped"]
+    assert dropped["name"] == name_of(RaisesInPlace)
+    assert dropped["where"] == f"all_reduce, eager, in place, bfloat16, {AT} B"
+    assert dropped["reason"].startswith("rank 1: ")
+    assert "an illegal access" in dropped["reason"]
+    all_cases = set(by_case(document))
+    assert set(by_case(document, Honest)) == all_cases
+    assert set(by_case(document, RaisesInPlace)) == all_cases - {(PLAIN, "in", "bfloat16", AT)}
+    assert document["wrong"] == 0
+
+
+def test_who_cannot_prepare_is_absent_and_the_others_are_measured(ranks: Ranks, tmp_path: Path) -> None:
+    path = [plant(tmp_path, [CannotPrepare, Fused])] * 2
+    arguments = {"ops": (FUSED,), "places": ("out",), "nbytes": (AT,), "repetitions": 1}
+    document, other = ranks.run(measured_with, arguments, path=path)
+    assert document == other
+    assert (
+        f"rank 1: pre_capture_init: MemoryError: no room for {AT // 2 // HIDDEN_SIZE} tokens"
+        in (document["absent"][name_of(CannotPrepare)])
+    )
+    assert {row["name"] for row in document["rows"]} >= {TERMINAL, name_of(Fused)}
+    assert name_of(CannotPrepare) not in {row["name"] for row in document["rows"]}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ops", "places"), [(2, OPS, ("out", "in")), (3, OPS, ("out",)), (4, (PLAIN,), ("in",))]
+)
+def test_honest_backends_are_right_in_every_dtype(
+    ranks: Ranks, tmp_path: Path, world_size: int, ops: tuple[str, ...], places: tuple[str, ...]
+) -> None:
+    path = [plant(tmp_path, [EveryDtype])] * world_size
+    arguments = {"dtypes": tuple(DTYPES), "ops": ops, "places": places, "nbytes": (BESIDE,), "calls": 5}
+    arguments |= {"warmup": 1, "repetitions": 1}
+    document, *others = ranks.run(measured_with, arguments, world_size=world_size, path=path)
+    assert others == [document] * (world_size - 1)
+    kinds = {(op, dtype) for op in ops for dtype in DTYPES if op == PLAIN or dtype in FLOATS}
+    for kind in (None, EveryDtype):
+        found = by_case(document, kind)
+        assert {(op, dtype) for op, _, dtype, _ in found} == kinds
+        assert {key: row["wrong"] for key, row in found.items() if row["wrong"]} == {}
+    assert document["dropped"] == []
+    # Some of the chains started anew.
+    assert any(row["restarts"] > 1 for row in document["rows"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "calls", "world_size"),
+    [
+        # As long as chains of these get: sums of 2^1021 and 3^36 are exact there, and have to be in what is expected.
+        ("float64", 1030, 2),
+        ("int64", 37, 3),
+        ("bfloat16", 250, 2),
+    ],
+)
+def test_long_chains_are_right_to_their_end(ranks: Ranks, dtype: str, calls: int, world_size: int) -> None:
+    assert pattern_of(PLAIN, dtype, world_size).length >= calls
+    arguments = {"dtypes": (dtype,), "places": ("in",), "nbytes": (BESIDE,), "calls": calls, "repetitions": 1}
+    document, *_ = ranks.run(measured_with, arguments, world_size=world_size)
+    (row,) = by_case(document).values()
+    assert (row["calls"], row["restarts"], row["wrong"]) == (calls, 1, 0)
+
+
+# The command as users run it.
+
+
+def bench(*arguments: str, launcher: Sequence[str] = (), path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
+    left_out = ("COMM_CORE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    folders = [
+        *map(str, path),
+        str(Path(__file__).parent),
+        str(Path(harness.__file__).parent),
+        *filter(None, [environ.get("PYTHONPATH")]),
+    ]
+    environ |= {"PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    environ |= {"OMP_NUM_THREADS": "1", "RES_OPTIONS": "timeout:1 attempts:1"}
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "comm_core", "bench", *arguments],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def schema() -> jsonschema.Draft202012Validator:
+    text = importlib.resources.files("comm_bench").joinpath("schema.json").read_text(encoding="utf-8")
+    return jsonschema.Draft202012Validator(json.loads(text))
+
+
+def check_document(document: dict[str, Any], ranks: int, ops: Sequence[str], calls: int) -> None:
+    """The schema's rules, and what every table of a run over three sizes has."""
+    schema().validate(document)
+    assert document["machine"]["ranks"] == ranks
+    assert document["machine"]["device_type"] == "cpu"
+    assert document["clocks"] == {"before": [{}] * ranks, "after": [{}] * ranks}
+    assert document["wrong"] == 0
+    assert document["dropped"] == []
+    expected = {(op, place, nbytes) for op in ops for place in ("out", "in") for nbytes in (1024, 4096, 16384)}
+    for name in (TERMINAL, "limit:copy", name_of(Fused)):
+        rows = [row for row in document["rows"] if row["name"] == name]
+        assert {(row["op"], row["place"], row["nbytes"]) for row in rows} == expected
+        assert len(rows) == len(expected)
+        for row in rows:
+            assert len(row["times_us"]) == 7
+            assert row["calls"] == calls
+            assert row["busbw"] == pytest.approx(row["nbytes"] / row["time_us"] / 1e3 * 2 * (ranks - 1) / ranks)
+            assert row["wrong"] == (None if row["kind"] == "limit" else 0)
+    for row in document["rows"]:
+        if row["kind"] == "terminal":
+            assert (row["ratio"]["low"], row["ratio"]["high"]) == (1, 1)
+    tables = {(each["name"], each["table"]["op"], each["table"]["place"]) for each in document["summaries"]}
+    assert tables >= {(name_of(Fused), op, place) for op in ops for place in ("out", "in")}
+
+
+SMALL = ("-b", "1K", "-e", "16K", "-f", "4", "-n", "5", "--repetitions", "7")
+
+
+def test_the_command_on_cpus(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    done = bench(
+        *("--nproc", "2", *SMALL, "--op", "both", "--hidden", str(HIDDEN_SIZE), "--json", str(path)),
+        path=plant(tmp_path, [Fused]),
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(path.read_text())
+    check_document(document, 2, OPS, 5)
+    lines = done.stdout.splitlines()
+    titles = [f"# {op}, eager, {place}" for op in OPS for place in ("out of place", "in place")]
+    assert [line for line in lines if line in titles] == titles
+    shown = [line.split() for line in lines if line and not line.startswith("#")]
+    # A row is as it was recorded, in the same order.
+    assert [(row[0], row[2], row[3], row[4]) for row in shown] == [
+        (str(row["nbytes"]), row["dtype"], row["name"], f"{row['time_us']:.2f}") for row in document["rows"]
+    ]
+    assert "# Wrong elements: 0" in lines
+
+
+def test_the_command_under_torchrun_with_three_ranks(tmp_path: Path) -> None:
+    picture = tmp_path / "x.png"
+    pytest.importorskip("matplotlib")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    done = bench(
+        *(*SMALL, "-n", "2", "-w", "1", "--json", "--plot", str(picture)),
+        launcher=torchrun,
+        path=plant(tmp_path, [Fused]),
+    )
+    assert done.returncode == 0, done.stderr
+    # JSON and nothing but.
+    check_document(json.loads(done.stdout), 3, [PLAIN], 2)
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    width, height = struct.unpack(">II", data[16:24])
+    # Two tables, a row of two panels each.
+    assert 1000 < width < 4000
+    assert 800 < height < 3000
+    assert len(data) > 50_000
+
+
+def test_the_command_exits_with_1_for_a_wrong_element(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    done = bench(
+        *("-b", str(AT), "-e", str(AT), "-n", "3", "--place", "in", "--repetitions", "7", "--json", str(path)),
+        path=plant(tmp_path, [LastElement]),
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr, done.stderr
+    document = json.loads(path.read_text())
+    assert document["wrong"] > 0
+    assert wrong_by(document, LastElement) == {("in", AT): True}
+    assert f"# Wrong elements: {document['wrong']}" in done.stdout.splitlines()
+
+
+def test_the_command_needs_no_numpy(tmp_path: Path) -> None:
+    # torch doesn't bring it along, and is told so once, when it is imported.
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "numpy.py").write_text("raise ModuleNotFoundError('blocked')\n")
+    path = tmp_path / "x.json"
+    done = bench(
+        *("-b", "1K", "-e", "1K", "-n", "3", "--place", "in", "--repetitions", "7", "--json", str(path)),
+        path=[tmp_path / "without"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text())["wrong"] == 0
+
+
+def test_a_backend_that_nobody_has_is_told(ranks: Ranks) -> None:
+    results = ranks.run(measured_only, ("nosuch",))
+    for absent, names in results:
+        assert "nosuch" in absent
+        assert names == [TERMINAL, "limit:copy"]
+
+
+def test_there_has_to_be_something_to_measure(ranks: Ranks) -> None:
+    for text in ranks.run(measured_nothing):
+        assert "no size is left to measure" in text

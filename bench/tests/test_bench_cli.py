@@ -1,0 +1,295 @@
+"""The command line of `comm-core bench`: what it refuses before anything is started, and recorded runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comm_bench import cli as bench
+from comm_bench import stats
+from comm_bench.cases import BenchCase
+from comm_bench.document import SCHEMA, closed
+from comm_bench.results import Row, rows_of
+from comm_core import cli
+from comm_core.types import DTYPES, TERMINAL
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
+    """What would have been started: nothing is."""
+    found: list[tuple[int, list[str]]] = []
+
+    def launch(nproc: int, arguments: Any) -> int:
+        found.append((nproc, list(arguments)))
+        return 0
+
+    monkeypatch.setattr(bench, "launch", launch)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+def parsed(*arguments: str) -> Any:
+    """The arguments as `run` gets them."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+    return parser.parse_args(["bench", *arguments])
+
+
+def measured(*arguments: str, device_type: str = "cpu") -> list[BenchCase]:
+    """The cases that these arguments ask for."""
+    return bench._cases(parsed(*arguments), device_type)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("-b 1.5K", "argument -b: '1.5K' isn't bytes: '1.5K' is no number of bytes such as 8, 64K, 1M or 2G"),
+        ("-b -1", "argument -b"),
+        ("-b 0", "-b"),
+        ("-b 2K -e 1K", "-e"),
+        ("-e 1T", "argument -e: '1T' isn't bytes"),
+        ("-f 1", "-f 1: sizes would stay the same; at least 2, or a step by -i"),
+        ("-f 0", "argument -f: '0' isn't number: at least 1 is needed"),
+        ("-i x", "argument -i: 'x' isn't bytes"),
+        ("-n 0", "argument -n: '0' isn't number: at least 1 is needed"),
+        ("-n many", "argument -n: 'many' isn't number"),
+        ("-w 0", "argument -w: '0' isn't number: at least 1 is needed"),
+        ("-c 2", "argument -c: invalid choice: 2"),
+        ("-d fp8", "argument -d: 'fp8' isn't dtypes: known are all, half, float, double, float32"),
+        ("-d half,", "argument -d: 'half,' isn't dtypes"),
+        ("-G -1", "argument -G"),
+        ("-G x", "argument -G: 'x' isn't number"),
+        ("--op sum", "argument --op: invalid choice: 'sum'"),
+        ("--op fused -d int32,uint8", "-d int32,uint8: a norm takes a floating dtype"),
+        ("--place here", "argument --place: invalid choice: 'here'"),
+        ("--tokens 1,0", "argument --tokens: '1,0' isn't numbers: at least 1 is needed"),
+        ("--tokens 1,,2", "argument --tokens: '1,,2' isn't numbers"),
+        ("--hidden 0", "argument --hidden: '0' isn't numbers"),
+        ("--repetitions 6", f"--repetitions 6: fewer than {stats.FEWEST} give no confidence interval"),
+        ("--nproc 1", "an all-reduce takes two ranks or more"),
+        ("--nproc 0", "argument --nproc: '0' isn't number"),
+        ("--json {folder}/nowhere/x.json", "there is no folder {folder}/nowhere to write x.json to"),
+        ("--plot {folder}/nowhere/x.png", "there is no folder {folder}/nowhere to write x.png to"),
+        ("--colour", "unrecognized arguments: --colour"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_start_nothing(
+    arguments: str, said: str, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", *arguments.format(folder=tmp_path).split()])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *usage, last = err.splitlines()
+    assert said.format(folder=tmp_path) in last
+    assert last.startswith("comm-core")
+    assert usage[0].startswith("usage: comm-core")
+    assert launched == []
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(
+    launched: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--plot", str(tmp_path / "x.png")])
+    assert ended.value.code == 2
+    assert "--plot takes matplotlib: pip install 'comm-bench[plot]'" in capsys.readouterr().err.splitlines()[-1]
+    assert launched == []
+
+
+def test_what_is_right_is_started_with_the_same_arguments(launched: list[Any]) -> None:
+    arguments = ["bench", "--nproc", "3", "-d", "half,double", "--json", "-b", "8"]
+    assert cli.main(arguments) == 0
+    assert launched == [(3, arguments)]
+
+
+def test_dtypes_by_any_name() -> None:
+    assert parsed("-d", "half,float,double").dtypes == ("float16", "float32", "float64")
+    assert parsed("-d", "all").dtypes == tuple(DTYPES)
+    assert parsed().dtypes == ("bfloat16",)
+
+
+def test_a_dtype_that_is_named_twice_is_measured_once() -> None:
+    found = measured("-d", "float,float32", "-b", "1K", "-e", "1K")
+    assert len(found) == len(set(found))
+
+
+def test_the_sizes_of_the_tables() -> None:
+    cases = measured("-b", "1K", "-e", "16K", "-f", "4")
+    assert [(case.place, case.nbytes) for case in cases] == [
+        (place, nbytes) for place in ("out", "in") for nbytes in (1024, 4096, 16384)
+    ]
+    steps = measured("-b", "1K", "-e", "3K", "-i", "1K", "--place", "in")
+    assert [case.nbytes for case in steps] == [1024, 2048, 3072]
+    assert {case.place for case in steps} == {"in"}
+    assert max(case.nbytes for case in measured()) == 16 << 20
+    assert max(case.nbytes for case in measured(device_type="cuda")) == 64 << 20
+
+
+def test_modes() -> None:
+    def modes(*arguments: str, device_type: str) -> list[str]:
+        return list(dict.fromkeys(case.mode for case in measured(*arguments, device_type=device_type)))
+
+    assert modes(device_type="cpu") == modes("-G", "0", device_type="cpu") == ["eager"]
+    assert modes(device_type="cuda") == ["eager", "graph"]
+    assert modes("-G", "0", device_type="cuda") == ["eager"]
+    assert modes("-G", "3", device_type="cuda") == ["graph"]
+
+
+def test_operations() -> None:
+    def ops(*arguments: str) -> set[tuple[str, str]]:
+        return {(case.op, case.dtype) for case in measured("-d", "int32,half", *arguments)}
+
+    plain, fused = "all_reduce", "all_reduce_add_rms_norm"
+    assert ops() == {(plain, "int32"), (plain, "float16")}
+    # A norm of integers isn't measured, the sum of them is.
+    assert ops("--op", "both") == {(plain, "int32"), (plain, "float16"), (fused, "float16")}
+    shapes = {case.shape for case in measured("--op", "fused", "--tokens", "1,3", "--hidden", "64,128")}
+    assert shapes == {(1, 64), (3, 64), (1, 128), (3, 128)}
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
+    return subprocess.run(
+        [sys.executable, "-m", "comm_core", "bench", *arguments],
+        env={**environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_graphs_of_cpus_are_refused_in_a_line() -> None:
+    done = command("-G", "2", "-b", "1K", "-e", "1K")
+    assert done.returncode in (1, 2)
+    assert "-G 2: graphs are CUDA's, and these ranks have CPU tensors" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A recorded run."""
+    case = BenchCase("all_reduce", "eager", "out", "bfloat16", "cpu", (512,))
+    reference = Row(TERMINAL, "terminal", case, 2, 5, 1, 0.5, 0.0, tuple(map(float, range(20, 27))), 0)
+    mine = Row("mine", "backend", case, 2, 5, 1, 0.5, 0.0, tuple(map(float, range(10, 17))), 0)
+    begun = {
+        "schema": SCHEMA,
+        "comm_core": "0.1.0",
+        "started": "2026-01-02T03:04:05+00:00",
+        "command": ["comm-core", "bench"],
+        "machine": {"ranks": 2, "device_type": "cpu", "hosts": 1, "devices": [], "versions": {"torch": "2.13.0"}},
+        "clocks": {"before": [{}, {}], "after": [{}, {}]},
+        "settings": {
+            "calls": 5,
+            "launches": 1,
+            "warmup": 5,
+            "repetitions": 7,
+            "checks": True,
+            "confidence": stats.interval(7)[1],
+        },
+        "absent": {},
+        "dropped": [],
+    }
+    path = tmp_path / "recorded.json"
+    path.write_text(json.dumps(closed(begun, rows_of([reference, mine]))))
+    return path
+
+
+def test_a_recorded_run_is_shown_and_starts_nothing(
+    recorded: Path, launched: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "--read", str(recorded)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "# 2 ranks on CPU; torch 2.13.0" in out
+    assert "# all_reduce, eager, out of place" in out
+    rows = [text.split() for text in out.splitlines() if not text.startswith("#") and text]
+    assert [(row[3], row[4], row[9]) for row in rows] == [(TERMINAL, "23.00", "0"), ("mine", "13.00", "0")]
+    assert "# Wrong elements: 0" in out
+    assert launched == []
+
+
+def test_a_recorded_run_is_written_again_as_it_was(
+    recorded: Path, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again.json"
+    assert cli.main(["bench", "--read", str(recorded), "--json", str(again)]) == 0
+    assert json.loads(again.read_text()) == json.loads(recorded.read_text())
+    capsys.readouterr()
+    assert cli.main(["bench", "--read", str(recorded), "--json"]) == 0
+    # JSON and nothing but.
+    assert json.loads(capsys.readouterr().out) == json.loads(recorded.read_text())
+
+
+def test_a_recorded_run_is_drawn(recorded: Path, launched: list[Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "x.png"
+    assert cli.main(["bench", "--read", str(recorded), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recorded_run_with_wrong_elements_is_a_failure(recorded: Path, launched: list[Any]) -> None:
+    document = json.loads(recorded.read_text())
+    document["wrong"] = document["rows"][1]["wrong"] = 3
+    recorded.write_text(json.dumps(document))
+    assert cli.main(["bench", "--read", str(recorded)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (json.dumps({"schema": SCHEMA + 1}), f"it has schema {SCHEMA + 1}; this release reads {SCHEMA}"),
+        (json.dumps({"schema": str(SCHEMA)}), f"it has schema '{SCHEMA}'"),
+        (json.dumps({}), "it has schema None"),
+        (json.dumps({"schema": SCHEMA}), "it isn't what comm-core bench --json writes"),
+        (json.dumps({"schema": SCHEMA, "machine": {"device_type": "cpu", "ranks": 2}, "rows": []}), ""),
+        (json.dumps({"schema": SCHEMA, "machine": {"device_type": "cpu", "ranks": 2}, "rows": [{}]}), ""),
+        (json.dumps({"schema": SCHEMA, "machine": [], "rows": []}), ""),
+        ("[]", ""),
+        ("null", ""),
+        ("", "Expecting value"),
+        ("no JSON", "Expecting value"),
+        ("\x00\xff", ""),
+        (None, "No such file"),
+    ],
+    ids=(
+        *("newer", "text", "none", "bare", "no settings", "no fields", "no machine"),
+        *("list", "null", "empty", "words", "bytes", "absent"),
+    ),
+)
+def test_what_cant_be_read_is_said_in_a_line(
+    content: str | None, said: str, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "garbage.json"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    assert cli.main(["bench", "--read", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    (text,) = err.splitlines()
+    assert text.startswith(f"comm-core bench: {path} can't be read: ")
+    assert said in text
+    assert launched == []
+
+
+def test_importing_it_imports_no_torch() -> None:
+    code = "import sys, comm_bench.cli, comm_bench.document; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -1,0 +1,27 @@
+"""The kernels behind the benchmark's limits are built for every architecture of a wheel; they run on GPUs alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import comm_bench
+import pytest
+from comm_core import _toolchain
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on PATH")
+def test_the_kernels_are_compiled_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = _toolchain.sources_of(Path(comm_bench.__file__).parent)
+    assert "limits.cu" in {source.name for source in sources}
+    recipe = _toolchain.plan("comm_bench", sources, _toolchain.find_tools(sources), capabilities=(80, 90, 100))
+    for number in (80, 90, 100):
+        assert f"-gencode=arch=compute_{number},code=sm_{number}" in recipe.flags
+    built = recipe.build(tmp_path)
+    assert caplog.text == ""
+    import tvm_ffi
+
+    # Its CUDA runtime is its own, so that it loads where there is no driver.
+    module = tvm_ffi.load_module(str(built))
+    for name in ("launch", "hop", "transfer"):
+        assert callable(getattr(module, name))
