@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import torch
 from comm_core import fallback
 from comm_core.backend import Backend
-from comm_core.establish import Session
+from comm_core.discovery import Plugin
 from comm_core.negotiate import Slate
 from comm_core.routes import Offer
+from comm_core.serving import Serving
+from comm_core.session import Session
 from comm_core.topology import Host, RankInfo, Topology
 from comm_core.types import OPS, TERMINAL, Range
 
@@ -35,8 +36,8 @@ class Fake:
     Its hooks hold their caller to the contract.
 
     Attributes:
-        fit: looks at the tensors of a fused call, as `are_operands` in operands.h; None: core looks.
-        declined: fused calls whose tensors weren't as the hook has them.
+        fit: checks the operands of a fused call, as `are_operands` in operands.h; None: core validates them.
+        declined: fused calls with operands that broke the hook's preconditions.
     """
 
     fit: ClassVar[Callable[..., bool] | None] = None
@@ -58,8 +59,15 @@ class Fake:
         return torch.add(tensor, tensor, out=out)
 
     def fused(self, session: object, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.calls.append((session, *arguments))
         tensor, residual, weight, eps, offset, out, residual_out = arguments
+        if self.fit is not None:
+            y, s = (torch.empty_like(t) if o is None else o for t, o in ((tensor, out), (residual, residual_out)))
+            if not self.fit(tensor, residual, weight, y, s):
+                self.declined += 1
+                return NotImplemented
+            if weight.requires_grad:
+                weight = weight.detach()
+        self.calls.append((session, tensor, residual, weight, eps, offset, out, residual_out))
         assert all(map(is_plain, (tensor, residual, weight)))
         for target, itself in ((out, tensor), (residual_out, residual)):
             if target is not None:
@@ -77,35 +85,25 @@ class Fake:
             summed if residual_out is None else residual_out.copy_(summed),
         )
 
-    def try_fused(self, session: object, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-        tensor, residual, weight, *_, out, residual_out = arguments
-        assert self.fit is not None
-        y, s = (torch.empty_like(t) if o is None else o for t, o in ((tensor, out), (residual, residual_out)))
-        if self.fit(tensor, residual, weight, y, s):
-            if weight.requires_grad:
-                weight = weight.detach()
-            return self.fused(session, tensor, residual, weight, *arguments[3:])
-        self.declined += 1
-        return None
-
     def hooks(self) -> dict[str, Callable[..., Any]]:
-        attempt = {} if self.fit is None else {f"try_{FUSED}": self.try_fused}
-        return {ALL_REDUCE: self.all_reduce, FUSED: self.fused, **attempt}
+        return {ALL_REDUCE: self.all_reduce, FUSED: self.fused}
 
 
 def handle(made: Sequence[Offer], fakes: Mapping[str, Fake], **hooks: Callable[..., Any]) -> Backend:
     """A handle whose sessions are named after their backends; `fakes` has the terminal fallback's, too."""
     sessions = {
         offer.name: Session(
-            cast("Any", SimpleNamespace(name=offer.name, hooks={**fakes[offer.name].hooks(), **hooks})),
+            Plugin(offer.name, None, None, {**fakes[offer.name].hooks(), **hooks}),
             f"session of {offer.name}",
             cast("Any", None),
+            checks_operands=Fake.fit is not None,
         )
         for offer in made
     }
     topology = Topology.of([RankInfo(rank, Host("node", "id")) for rank in range(2)])
     terminal = (fakes[TERMINAL].all_reduce, "the process group")
-    return Backend(Slate(tuple(made)).decision(("cpu",)), topology, TITLE, torch.device("cpu"), terminal, sessions)
+    decision = Slate(tuple(made)).decision(("cpu",))
+    return Backend(Serving(decision, topology, TITLE, torch.device("cpu"), terminal, sessions))
 
 
 def one_backend(

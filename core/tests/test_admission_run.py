@@ -245,31 +245,19 @@ def test_a_fused_hook_that_breaks_its_contract_is_not_admitted(change: Callable[
             assert words in wrong[case.cell]
 
 
-@pytest.mark.parametrize(
-    ("look", "words"),
-    [
-        (swaps, "wrong sums"),
-        (lambda hook, *arguments: hook(*arguments[:-2], None, None), "`out` wasn't returned"),
-        (lambda hook, *arguments: hook(*arguments), ""),
-        (lambda *_: None, ""),
-    ],
-)
-def test_a_hook_that_looks_at_its_operands_is_tested_too(look: Callable[..., Any], words: str) -> None:
+def test_a_fused_hook_that_implements_nothing_of_a_kind_is_not_admitted_for_it() -> None:
     asked = []
 
-    def change(hooks: dict[str, Hook]) -> None:
-        def attempt(*arguments: Any) -> Any:
-            asked.append(arguments)
-            return look(hooks[FUSED], *arguments)
-
-        hooks[f"try_{FUSED}"] = attempt
+    def declines(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return NotImplemented
 
     case = a_case(FUSED)
-    for wrong in Group(2).run([case], change):
-        assert words in wrong[case.cell] if words else wrong == {}
-    # On two ranks, out of place and in place, as the hook beside it.
+    for wrong in Group(2).run([case], replaced(FUSED, fused(declines))):
+        assert "returned NotImplemented" in wrong[case.cell]
+    # On two ranks, out of place and in place.
     assert [[out is None for out in arguments[-2:]] for arguments in asked].count([True, True]) == 2
-    assert [(arguments[-2] is arguments[1], arguments[-1] is arguments[2]) for arguments in asked].count(
+    assert [(arguments[-2] is arguments[2], arguments[-1] is arguments[3]) for arguments in asked].count(
         (True, True)
     ) == 2
 

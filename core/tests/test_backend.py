@@ -65,9 +65,9 @@ def test_another_plan_serves_what_the_one_before_has_served() -> None:
         return list(calls)
 
     assert served() == ["a"]
-    backend.adopt(other.decision, other.sessions)
+    backend._serving.adopt(other.decision, other._serving.sessions)
     assert served() == ["b"]
-    backend.record(True)
+    backend._serving.use_graph_routes(True)
     assert served() == ["b"]
 
 

@@ -78,7 +78,7 @@ def test_what_callers_handle_themselves_passes_as_it_is(error: BaseException) ->
 
 def test_a_closed_handle_says_so() -> None:
     backend, fast, _ = one_backend()
-    backend.retire("group 'tp': its handle was closed")
+    backend._serving.retire("group 'tp': its handle was closed")
     with pytest.raises(comm.CommError, match=r"^group 'tp': its handle was closed$"):
         backend.all_reduce(aligned(8))
     x, weight = aligned(8).view(1, 8), aligned(8)

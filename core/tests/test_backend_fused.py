@@ -212,8 +212,8 @@ def test_what_does_not_fit_is_refused_also_where_a_call_of_that_shape_was_served
         ((x, x, weight.bfloat16()), TypeError, "one floating dtype"),
         ((x.int(), x.int(), weight.int()), TypeError, "one floating dtype"),
         ((x.to("meta"), x, weight), ValueError, "on meta can't be reduced"),
-        ((x, x.to("meta"), weight), ValueError, "one device is needed"),
-        ((x, x, weight.to("meta")), ValueError, "one device is needed"),
+        ((x, x.to("meta"), weight), ValueError, "expected one device"),
+        ((x, x, weight.to("meta")), ValueError, "expected one device"),
         ((x.to_sparse(), x, weight), TypeError, "sparse_coo"),
     ]
     for arguments, kind, words in wrong:

@@ -168,7 +168,7 @@ def test_it_prints_where_discovery_breaks(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_plugins_are_listed_with_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     def plugin(name: str, **hooks: Any) -> discovery.Plugin:
-        return discovery.Plugin(name, f"dist-{name}", "1.0", hooks, manager=None)  # type: ignore[arg-type]
+        return discovery.Plugin(name, f"dist-{name}", "1.0", hooks)
 
     def no_compiler() -> Any:
         raise OSError("no compiler")

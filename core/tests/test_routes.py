@@ -3,8 +3,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from comm_core.routes import Cell, Offer, cells, everything, narrow, owned, owned_cells, owners, plan
-from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Range, Route, Rule
+from comm_core.negotiate import implied
+from comm_core.routes import Cell, Offer, cells, narrow, owned, owned_cells, owners, plan
+from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Available, Range, Route, Rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import DEVICE_TYPES, messages, offers, ranges, serves
@@ -29,8 +30,13 @@ def test_a_group_has_a_kind_of_message_for_whatever_it_can_be_asked() -> None:
 
 
 def test_a_backend_without_ranges_serves_what_it_implements() -> None:
-    assert everything(["close", "all_reduce"]) == (Range("all_reduce"),)
-    assert everything(["all_reduce_add_rms_norm", "all_reduce"]) == tuple(Range(op) for op in OPS)
+    def served(*hooks: str) -> tuple[Range, ...]:
+        answer = implied(Available(500), hooks)
+        assert isinstance(answer, Available)
+        return answer.ranges
+
+    assert served("close", "all_reduce") == (Range("all_reduce"),)
+    assert served("all_reduce_add_rms_norm", "all_reduce") == tuple(Range(op) for op in OPS)
 
 
 @patient

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comm_core.negotiate import Slate
 from comm_core.routes import Offer
-from comm_core.tables import COMPOSED, FusedRoutes, Recording, Routes, bind
+from comm_core.tables import COMPOSED, FusedRoutes, Recording, Routes, Served, bind
 from comm_core.types import TERMINAL, Range, Rule
 from fake_handle import ALL_REDUCE, FUSED, aligned, one_backend
 
@@ -20,7 +20,8 @@ ON_GPU, ON_CPU = 1, -1
 
 def session(name: str) -> Any:
     hooks = {ALL_REDUCE: f"{name}'s sum", FUSED: f"{name}'s norm"}
-    return SimpleNamespace(plugin=SimpleNamespace(hooks=hooks), value=f"session of {name}")
+    plugin = SimpleNamespace(hooks=hooks)
+    return SimpleNamespace(plugin=plugin, value=f"session of {name}", checks_operands=name == "push")
 
 
 def test_each_mode_has_entries_of_its_own() -> None:
@@ -43,28 +44,26 @@ def test_each_mode_has_entries_of_its_own() -> None:
         assert names(mode.fused, ON_GPU, torch.bfloat16) == ["push", "torch_distributed"]
     assert names(eager.plain, ON_CPU, torch.int8) == ["torch_distributed"]
     assert not any(device == ON_CPU for device, _ in graph.plain.entries)
-    pulled = ("pull's sum", "session of pull", "pull", None)
-    otherwise = (print, "group", "torch_distributed", None)
+    pulled = ("pull's sum", "session of pull", "pull", False)
+    otherwise = (print, "group", "torch_distributed", False)
     assert [graph.plain.find((ON_GPU, torch.int8, nbytes)) for nbytes in (1, 1024, 1025)] == [pulled, pulled, otherwise]
     assert graph.plain.get((ON_GPU, torch.int8, 1024)) == pulled
     assert graph.plain.find((ON_GPU, torch.complex64, 8)) is None
     assert graph.plain.find((ON_GPU, torch.int8, 0)) is None
 
 
-def test_a_hook_that_looks_at_its_operands_stands_beside_the_one_that_doesnt() -> None:
+def test_the_fused_hook_alone_gets_operands_that_core_hasnt_validated() -> None:
     decision = Slate((Offer("push", 300, (Range(ALL_REDUCE), Range(FUSED))),)).decision(("cpu",))
-    push = session("push")
-    push.plugin.hooks[f"try_{FUSED}"] = "push's look"
-    tables = bind(decision, "eager", {"cpu": torch.device("cpu")}, (print, "group"), {"push": push})
+    tables = bind(decision, "eager", {"cpu": torch.device("cpu")}, (print, "group"), {"push": session("push")})
     fused = tables.fused.find((ON_CPU, torch.float32, torch.Size((2, 4))))
-    assert fused == ("push's norm", "session of push", "push", "push's look")
+    assert fused == ("push's norm", "session of push", "push", True)
     plain = tables.plain.find((ON_CPU, torch.float32, 32))
-    assert plain == ("push's sum", "session of push", "push", None)
+    assert plain == ("push's sum", "session of push", "push", False)
 
 
 def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
     rules = (Rule("push", max_nbytes=64, max_tokens=2, hidden_multiple=4), Rule(TERMINAL))
-    pushed = (print, "session", "push", None)
+    pushed = Served(print, "session", "push")
     routes = FusedRoutes({(ON_GPU, torch.float16): tuple(zip(rules, (pushed, COMPOSED), strict=True))})
 
     def of(num_tokens: int, hidden_size: int, dtype: torch.dtype = torch.float16) -> Any:
@@ -81,7 +80,7 @@ def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
 
 
 def test_what_is_kept_is_bounded() -> None:
-    served = (print, "group", TERMINAL, None)
+    served = Served(print, "group", TERMINAL)
     routes = Routes({(ON_CPU, torch.int8): ((Rule(TERMINAL), served),)})
     for nbytes in range(1, 10_000):
         assert routes.find((ON_CPU, torch.int8, nbytes)) == served
@@ -91,7 +90,7 @@ def test_what_is_kept_is_bounded() -> None:
 def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     def routes(**names: int) -> Routes:
         rule = Rule(TERMINAL)
-        return Routes({(device, torch.int8): ((rule, (print, None, name)),) for name, device in names.items()})
+        return Routes({(device, torch.int8): ((rule, Served(print, None, name)),) for name, device in names.items()})
 
     noted: list[None] = []
     recording = Recording(routes(eager=ON_GPU, cpu=ON_CPU), routes(graph=ON_GPU), lambda: noted.append(None))
@@ -120,12 +119,12 @@ def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_handle_serves_the_same_inside_a_capture_where_there_are_no_graphs() -> None:
     backend, fast, _ = one_backend()
     for on in (True, False):
-        backend.record(on)
+        backend._serving.use_graph_routes(on)
         x = aligned(16).view(2, 8)
         assert torch.equal(backend.all_reduce(x), 2 * x)
         backend.all_reduce_add_rms_norm(x, x.clone(), aligned(8))
     assert len(fast.calls) == 4
-    backend.retire("over")
-    backend.record(True)
+    backend._serving.retire("over")
+    backend._serving.use_graph_routes(True)
     with pytest.raises(RuntimeError, match="over"):
         backend.all_reduce(x)

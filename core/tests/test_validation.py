@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pluggy
 import pytest
@@ -60,6 +61,13 @@ def refusal(source: str) -> str:
     return text
 
 
+def through_pluggy(plugin: discovery.Plugin) -> Any:
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(SimpleNamespace(**plugin.hooks))
+    return manager.hook
+
+
 def test_pluggy_reads_the_same_specs() -> None:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -80,7 +88,7 @@ def test_every_hook_can_be_implemented_and_called_both_ways() -> None:
     for name, parameters in HOOKS.items():
         assert plugin.has(name)
         assert plugin.hooks[name](*parameters) == parameters
-        assert getattr(plugin.manager.hook, name)(**dict(zip(parameters, parameters, strict=True))) == parameters
+        assert getattr(through_pluggy(plugin), name)(**dict(zip(parameters, parameters, strict=True))) == parameters
 
 
 @pytest.mark.parametrize(
@@ -100,7 +108,7 @@ def test_every_hook_can_be_implemented_and_called_both_ways() -> None:
 def test_what_is_allowed(source: str) -> None:
     plugin = discovery.load_object("mine", module(HEADER + source))
     assert plugin.hooks["all_reduce"](None, 7, None) == 7
-    assert plugin.manager.hook.all_reduce(session=None, tensor=7, out=None) == 7
+    assert through_pluggy(plugin).all_reduce(session=None, tensor=7, out=None) == 7
 
 
 def test_properties_are_not_evaluated() -> None:
@@ -178,19 +186,6 @@ REFUSED = {
     "marker above staticmethod": (
         BACKEND + "    @hookimpl\n    @staticmethod\n    def all_reduce(session, tensor, out): pass\n",
         ["isn't marked", "below @staticmethod"],
-    ),
-    "looking alone": (
-        ALL_REDUCE
-        + "@hookimpl\ndef try_all_reduce_add_rms_norm("
-        + "session, tensor, residual, weight, eps, weight_offset, out, residual_out): pass\n",
-        [
-            "try_all_reduce_add_rms_norm is there without all_reduce_add_rms_norm",
-            "Implement def all_reduce_add_rms_norm(session, tensor, residual,",
-        ],
-    ),
-    "misspelt looking": (
-        ALL_REDUCE + "@hookimpl\ndef try_everything(session): pass\n",
-        ["there is no hook try_everything"],
     ),
     "two for one": (
         ALL_REDUCE + "@hookimpl(specname='all_reduce')\ndef other(session, tensor, out): pass\n",

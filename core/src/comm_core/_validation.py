@@ -50,7 +50,7 @@ class _Problem(NamedTuple):
     remedy: str
 
 
-def register(name: str, plugin: object) -> tuple[dict[str, Callable[..., Any]], pluggy.PluginManager]:
+def register(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
     """Validate a plugin and register its hooks with a manager of its own.
 
     Args:
@@ -58,7 +58,7 @@ def register(name: str, plugin: object) -> tuple[dict[str, Callable[..., Any]], 
         plugin: a module, or an object with the hooks as attributes.
 
     Returns:
-        The hooks as plain callables, by name, and the manager.
+        The hooks as plain callables, by name.
 
     Raises:
         Refused: the plugin breaks rules; the reason holds all that were found.
@@ -76,10 +76,6 @@ def register(name: str, plugin: object) -> tuple[dict[str, Callable[..., Any]], 
         if hook in hooks:
             problems.append(_Problem(f"two functions implement {hook}", f"Keep one implementation of {hook}."))
         hooks[hook] = function
-    for hook in hooks:
-        beside = hook.removeprefix("try_")
-        if hook in HOOKS and beside not in hooks:
-            problems.append(_Problem(f"{hook} is there without {beside}", f"Implement {_definition(beside)}, too."))
     if _REQUIRED not in hooks:
         problems.append(_Problem(f"{_REQUIRED} is missing", f"Implement {_definition(_REQUIRED)}; it is required."))
     _raise_if(problems)
@@ -89,7 +85,7 @@ def register(name: str, plugin: object) -> tuple[dict[str, Callable[..., Any]], 
     except pluggy.PluginValidationError as error:
         raise Refused(f"pluggy refuses it: {error}", "Mend what pluggy names.") from error
     _raise_if(_misread(manager, hooks))
-    return hooks, manager
+    return hooks
 
 
 def _raise_if(problems: Iterator[_Problem] | list[_Problem]) -> None:

@@ -99,8 +99,8 @@ def run(
     tester = _Tester(plugin_hooks, session, rank, world_size, device)
     wrong: dict[Cell, str] = {}
     eager = [case for case in todo if case.cell[1] == "eager"]
-    # Each call has data of its own, so that nobody passes with what is left of the call before.
-    steps = [(case, step) for case in eager for step in tester.steps(case)]
+    steps = itertools.product(eager, (tester.out_of_place, tester.in_place))
+    # Each call has data of its own, so that the output of the call before can't pass for the result.
     for salt, (case, step) in enumerate(steps):
         _note(wrong, case, functools.partial(step, case, salt))
     graphs = [case for case in todo if case.cell[1] == "graph"]
@@ -179,23 +179,18 @@ class _Tester:
         self.world_size = world_size
         self.device = device
 
-    def steps(self, case: Case) -> list[Callable[[Case, int], None]]:
-        """What is done with an eager case: each hook that a handle may call for it, out of place and in place."""
-        ways = (False, True) if f"try_{case.cell[0]}" in self.hooks else (False,)
-        return [functools.partial(step, tries=tries) for tries in ways for step in (self.out_of_place, self.in_place)]
-
-    def out_of_place(self, case: Case, salt: int, *, tries: bool) -> None:
+    def out_of_place(self, case: Case, salt: int) -> None:
         """One call that allocates its output; the inputs must be left alone."""
         inputs = self._inputs(case, salt)
         kept = [tensor.clone() for tensor in inputs]
-        self._compare(case, salt, self._call(case, inputs, in_place=False, tries=tries))
+        self._compare(case, salt, self._call(case, inputs, in_place=False))
         if not all(map(torch.equal, inputs, kept)):
             raise ArithmeticError(f"{_what(case)}: an input was overwritten")
 
-    def in_place(self, case: Case, salt: int, *, tries: bool) -> None:
+    def in_place(self, case: Case, salt: int) -> None:
         """One call whose output is its input."""
         inputs = self._inputs(case, salt)
-        results = self._call(case, inputs, in_place=True, tries=tries)
+        results = self._call(case, inputs, in_place=True)
         if any(result is not out for result, out in zip(results, inputs, strict=False)):
             raise ArithmeticError(f"{_what(case)}: `out` wasn't returned")
         self._compare(case, salt, results)
@@ -206,7 +201,7 @@ class _Tester:
         graph = torch.cuda.CUDAGraph()
         # "thread_local": other threads of the process may use CUDA meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            results = self._call(case, inputs, in_place=False, tries=True)
+            results = self._call(case, inputs, in_place=False)
 
         def replay(salt: int) -> None:
             for static, fresh in zip(inputs, self._inputs(case, salt), strict=True):
@@ -243,19 +238,15 @@ class _Tester:
         period = values.to(device, getattr(torch, case.cell[3]))
         return period.repeat(-(-numel // _PERIOD))[:numel].reshape(case.shape)
 
-    def _call(
-        self, case: Case, inputs: tuple[torch.Tensor, ...], *, in_place: bool, tries: bool
-    ) -> tuple[torch.Tensor, ...]:
-        """`tries`: as a handle calls, so by the hook that looks at its operands itself, if it takes them."""
+    def _call(self, case: Case, inputs: tuple[torch.Tensor, ...], *, in_place: bool) -> tuple[torch.Tensor, ...]:
         hook = self.hooks[case.cell[0]]
         out = inputs[0] if in_place else None
         if case.cell[0] == "all_reduce":
             return (hook(self.session, inputs[0], out),)
-        residual_out = inputs[1] if in_place else None
-        arguments = (*inputs, 1e-6, 0.0, out, residual_out)
-        attempt = self.hooks.get(f"try_{case.cell[0]}") if tries else None
-        done = None if attempt is None else attempt(self.session, *arguments)
-        normed, summed = hook(self.session, *arguments) if done is None else done
+        results = hook(self.session, *inputs, 1e-6, 0.0, out, inputs[1] if in_place else None)
+        if results is NotImplemented:
+            raise NotImplementedError(f"{_what(case)}: it returned NotImplemented")
+        normed, summed = results
         return normed, summed
 
     def _compare(self, case: Case, salt: int, results: tuple[torch.Tensor, ...]) -> None:

@@ -21,9 +21,10 @@ from comm_core.context import GroupContext, Shapes
 from comm_core.control import Control
 from comm_core.env import PREFIX, Settings
 from comm_core.errors import BackendUnavailableError
-from comm_core.establish import Member, Session, establish
+from comm_core.establish import Member, establish
 from comm_core.negotiate import Slate
 from comm_core.probe import probe_rank
+from comm_core.session import Session
 from comm_core.topology import Topology
 from comm_core.types import TERMINAL, Available, Candidate, Decision, Unavailable
 
@@ -119,7 +120,7 @@ class Agreed:
         cls, slate: Slate, sessions: dict[str, Session], plugins: Mapping[str, discovery.Plugin], member: Member
     ) -> Agreed:
         """What follows from a slate and its sessions."""
-        notes = {name: session.refused() for name, session in sessions.items() if session.wrong}
+        notes = {name: session.describe_wrong() for name, session in sessions.items() if session.wrong}
         decision = slate.decision(member.topology.device_types, notes)
         return cls(member.topology, decision, sessions, slate, plugins, member)
 

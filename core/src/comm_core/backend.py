@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from comm_core import fallback, norm
+from comm_core import fallback
 from comm_core._tensors import OWN, delivered, disjoint, has_memory, operands, plain, plain_copy
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
-from comm_core.tables import COMPOSED, FusedRoutes, Kind, Recording, Routes, Served, Tables, bind
+from comm_core.tables import COMPOSED, Kind, Served
 from comm_core.types import DTYPES, Decision
 
 if TYPE_CHECKING:
-    from comm_core.context import Shapes
-    from comm_core.establish import Session
+    from comm_core.serving import Serving
     from comm_core.topology import Topology
 
 __all__ = ["Backend"]
@@ -30,67 +28,38 @@ class Backend:
     and dtype. Nothing is differentiated. A handle is for one thread at a time.
 
     Attributes:
-        name: who serves the smallest eager float32 message.
-        decision: what the ranks agreed on, equal on all of them.
-        topology: what they agreed on it from.
-        device: where the group's main tensors live.
         group_name: the process group's, by which `torch.ops.comm_core` finds this handle; "" for a process alone.
-        failure: why every call raises; None while the handle serves.
-        sessions: the connected backends, by name; none once the handle doesn't serve any more.
-        captured: whether a stream has captured a call of it in this `comm.capture()`, or the last one.
     """
 
-    def __init__(
-        self,
-        decision: Decision,
-        topology: Topology,
-        title: str,
-        device: torch.device,
-        terminal: tuple[Callable[..., torch.Tensor], Any],
-        sessions: Mapping[str, Session],
-        group_name: str = "",
-    ) -> None:
-        self.topology = topology
-        self.device = device
+    def __init__(self, serving: Serving, group_name: str = "") -> None:
         self.group_name = group_name
-        self.failure: str | None = None
-        self._title = title
-        self._terminal = terminal
-        self.captured = False
-        self._recording = False
-        self._served_by: list[Session] = []
-        self._devices: tuple[torch.device, ...] = ()
-        self._plain: Routes | Recording
-        self._fused: Routes | Recording
-        self.adopt(decision, sessions)
+        self._serving = serving
 
-    def adopt(self, decision: Decision, sessions: Mapping[str, Session]) -> None:
-        """Serve by this plan from now on; core calls it.
+    @property
+    def name(self) -> str:
+        """The backend that serves the smallest eager float32 message."""
+        route = self.decision.route("all_reduce", "eager", self.topology.device_types[0], "float32")
+        return route.backend_for(DTYPES["float32"])
 
-        Args:
-            decision: what the ranks agreed on.
-            sessions: the backends that it names and maybe others, by name.
-        """
-        kinds = self.topology.device_types
-        devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
-        self._devices = tuple(devices.values())
-        self._eager = bind(decision, "eager", devices, self._terminal, sessions)
-        self._graph = bind(decision, "graph", devices, self._terminal, sessions)
-        self.decision = decision
-        self.name = decision.route("all_reduce", "eager", kinds[0], "float32").backend_for(DTYPES["float32"])
-        self.sessions = dict(sessions)
-        # Also those that a later plan leaves out: graphs captured before may still be replayed on them.
-        self._served_by += [session for session in sessions.values() if session not in self._served_by]
-        self.record(self._recording)
+    @property
+    def decision(self) -> Decision:
+        """What the ranks agreed on, equal on all of them."""
+        return self._serving.decision
 
-    def record(self, on: bool) -> None:
-        """Whether calls ask the stream if it captures, and take the graphs' routes where it does; core calls it."""
-        self._recording = on
-        if self.failure is not None:
-            return
-        eager, graph = self._eager, self._graph
-        self._plain = Recording(eager.plain, graph.plain, self._note_capture) if on else eager.plain
-        self._fused = Recording(eager.fused, graph.fused, self._note_capture) if on else eager.fused
+    @property
+    def topology(self) -> Topology:
+        """What the ranks reported, from which they decided."""
+        return self._serving.topology
+
+    @property
+    def device(self) -> torch.device:
+        """Where the group's main tensors live."""
+        return self._serving.device
+
+    @property
+    def failure(self) -> str | None:
+        """Why every call raises; None while the handle serves."""
+        return self._serving.failure
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum `tensor` over the ranks of the group, elementwise.
@@ -121,7 +90,8 @@ class Backend:
             return self._reduce_odd(tensor, out)
         if out is not None and out is not tensor and not _fits(tensor, out):
             return self._reduce_odd(tensor, out)
-        served = self._plain.get(kind) or self._plain.find(kind)
+        routes = self._serving.plain
+        served = routes.get(kind) or routes.find(kind)
         if served is None:
             return self._reduce_odd(tensor, out)
         function, session, name, _ = served
@@ -163,11 +133,11 @@ class Backend:
             CommError: and all else that `all_reduce` raises, for the same reasons.
         """
         kind = (tensor.get_device(), tensor.dtype, tensor.shape)
-        served = self._fused.get(kind)
+        served = self._serving.fused.get(kind)
         if served is not None:
-            _, session, name, attempt = served
+            function, session, name, checks_operands = served
             if (
-                attempt is not None
+                checks_operands
                 and tensor.__class__ in OWN
                 and residual.__class__ in OWN
                 and weight.__class__ in OWN
@@ -175,15 +145,15 @@ class Backend:
                 and (residual_out is None or residual_out.__class__ in OWN)
             ):
                 try:
-                    done = attempt(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
+                    results = function(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
                     self._check_operands(tensor, residual, weight)
                     for each in (out, residual_out):
                         if each is not None:
                             _check_out(tensor, each)
                     self._raise(error, name, "all_reduce_add_rms_norm")
-                if done is not None:
-                    return done  # type: ignore[no-any-return]
+                if results is not NotImplemented:
+                    return results  # type: ignore[no-any-return]
         return self._fuse(kind, served, tensor, residual, weight, eps, weight_offset, out, residual_out)
 
     def check(self) -> None:
@@ -196,7 +166,7 @@ class Backend:
         """
         if self.failure is not None:
             raise CommError(self.failure)
-        for session in self._served_by:
+        for session in self._serving.all_sessions:
             hook = session.plugin.hooks.get("check")
             if hook is not None:
                 try:
@@ -204,37 +174,22 @@ class Backend:
                 except Exception as error:  # noqa: BLE001 - the plugin border, as above
                     self._raise(error, session.plugin.name, "check")
 
-    def warm_up(self, shapes: Shapes) -> None:
-        """Do what can't be captured the first time: NCCL's first call, the norm's kernel; core calls it. Collective."""
-        if self.device.type == "cuda":
-            norm.prepare(self.device, shapes.dtype, shapes.hidden_size)
-            function, session = self._terminal
-            function(session, torch.zeros(1, device=self.device), None)
-
     def limits(self) -> dict[str, dict[str, float]]:
-        """What bounds each backend on this machine, by backend and by what it is, in microseconds.
-
-        Collective. A session that can tell has a method `limits`; most have none.
-        """
+        """What bounds each backend on this machine, in microseconds, by backend and by a description. Collective."""
         return {
-            name: session.value.limits() for name, session in self.sessions.items() if hasattr(session.value, "limits")
+            name: session.plugin.hooks["limits"](session.value)
+            for name, session in self._serving.sessions.items()
+            if session.plugin.has("limits")
         }
 
     def explain(self) -> str:
         """Who serves what in this group and why the others don't: text, equal on every rank."""
         from comm_core.report import explain
 
-        return explain(self._title, self.topology, self.decision)
+        return explain(self._serving.title, self.topology, self.decision)
 
     def __repr__(self) -> str:
-        return f"<comm_core.Backend {self.name!r} of {self._title}>"
-
-    def retire(self, why: str) -> None:
-        """Make every later call raise `CommError(why)`."""
-        self.failure = why
-        self._eager = self._graph = Tables(Routes({}), FusedRoutes({}))
-        self._served_by.clear()
-        self._plain, self._fused, self.sessions = self._eager.plain, self._eager.fused, {}
+        return f"<comm_core.Backend {self.name!r} of {self._serving.title}>"
 
     def _fuse(
         self,
@@ -261,7 +216,7 @@ class Backend:
             or (index < 0 and not (tensor.is_cpu and residual.is_cpu and weight.is_cpu))  # as above
         ):
             self._check_operands(tensor, residual, weight)
-            served = self._fused.find(kind) or COMPOSED
+            served = self._serving.fused.find(kind) or COMPOSED
         if out is not None and out is not tensor:
             _check_out(tensor, out)
             _check_elements(out)
@@ -276,12 +231,14 @@ class Backend:
                 self._check_operands(tensor, residual, weight)
                 raise
             try:
-                y, s = function(session, x, r, w, eps, weight_offset, y_out, s_out)
+                results = function(session, x, r, w, eps, weight_offset, y_out, s_out)
             except Exception as error:  # noqa: BLE001 - the plugin border, as above
                 self._raise(error, name, "all_reduce_add_rms_norm")
-            return y if out is None or y is out else delivered(y, out), (
-                s if residual_out is None or s is residual_out else delivered(s, residual_out)
-            )
+            if results is not NotImplemented:
+                y, s = results
+                return y if out is None or y is out else delivered(y, out), (
+                    s if residual_out is None or s is residual_out else delivered(s, residual_out)
+                )
         total = self.all_reduce(tensor)
         if out is None and total.is_cuda:
             out = total  # nobody else's, and one kernel reads and writes it
@@ -302,21 +259,20 @@ class Backend:
             result = self.all_reduce(plain_copy(tensor))
         return delivered(result, out)
 
-    def _note_capture(self) -> None:
-        self.captured = True
-
     def _check_kind(self, tensor: torch.Tensor) -> None:
         """Raise why there is no route for tensors of this kind; a dtype and device of the group have one."""
-        if self.failure is not None:
-            raise CommError(self.failure)
+        serving = self._serving
+        if serving.failure is not None:
+            raise CommError(serving.failure)
         dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
-        known = tensor.device in self._devices
-        if known and (tensor.get_device(), dtype) in self._eager.plain.entries and tensor.layout is torch.strided:
+        known = tensor.device in serving.devices
+        routed = (tensor.get_device(), dtype) in serving.eager.plain.entries
+        if known and routed and tensor.layout is torch.strided:
             return
         if not known:
-            names = ", ".join(sorted(map(str, self._devices)))
+            names = ", ".join(sorted(map(str, serving.devices)))
             raise ValueError(
-                f"a tensor on {tensor.device} can't be reduced in {self._title}, whose tensors live on {names}. For "
+                f"a tensor on {tensor.device} can't be reduced in {serving.title}, whose tensors live on {names}. For "
                 "CPU tensors beside CUDA's make the group with backend='cpu:gloo,cuda:nccl'"
             )
         raise TypeError(f"{tensor.dtype}, {tensor.layout}: {_REFUSED}; convert it first")
@@ -326,24 +282,24 @@ class Backend:
         shape, dtype = tensor.shape, tensor.dtype
         if len(shape) != 2 or residual.shape != shape or weight.shape != shape[1:]:
             raise ValueError(
-                "[num_tokens, hidden_size], the same, and [hidden_size] are needed, not "
+                "expected tensor and residual [num_tokens, hidden_size], weight [hidden_size]; got "
                 f"{list(shape)}, {list(residual.shape)} and {list(weight.shape)}"
             )
         if not residual.dtype == weight.dtype == dtype or not dtype.is_floating_point:
-            raise TypeError(f"one floating dtype is needed, not {dtype}, {residual.dtype} and {weight.dtype}")
+            raise TypeError(f"expected one floating dtype; got {dtype}, {residual.dtype} and {weight.dtype}")
         self._check_kind(tensor)
         if not tensor.device == residual.device == weight.device:
-            raise ValueError(f"one device is needed, not {tensor.device}, {residual.device} and {weight.device}")
+            raise ValueError(f"expected one device; got {tensor.device}, {residual.device} and {weight.device}")
         for other in (residual, weight):
             self._check_kind(other)
 
     def _raise(self, error: Exception, name: str, hook: str) -> NoReturn:
         if isinstance(error, torch.OutOfMemoryError):
             raise error  # engines catch it and retry with less
-        text = f"backend {name!r} of {self._title} failed in {hook}: {error}"
+        text = f"backend {name!r} of {self._serving.title} failed in {hook}: {error}"
         if isinstance(error, CommTimeoutError):
             # Its peers' counts and its own no longer match: no later call could be right.
-            self.retire(f"{text}. It isn't used any more; close the group's handle and make a new group")
+            self._serving.retire(f"{text}. It isn't used any more; close the group's handle and make a new group")
             raise CommTimeoutError(text, error.ranks) from error
         if isinstance(error, CaptureError):
             raise CaptureError(text) from error

@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from comm_core import _validation
 from comm_core._compat import metadata
@@ -19,9 +19,6 @@ from comm_core._deadline import describe, run_with_deadline
 from comm_core._installed import GROUP, Entry, LoadFailure, Refused, check_name, check_requirements, failed, listing
 from comm_core._version import __version__
 from comm_core.errors import PluginLoadError
-
-if TYPE_CHECKING:
-    import pluggy
 
 __all__ = [
     "GROUP",
@@ -31,7 +28,6 @@ __all__ = [
     "Plugin",
     "discover",
     "installed",
-    "load",
     "load_object",
     "reset",
 ]
@@ -48,14 +44,12 @@ class Plugin:
         distribution: what brings it; None where unknown.
         version: of the distribution; None where unknown.
         hooks: its hooks as plain callables, by name, to be called by position.
-        manager: a pluggy manager that has this plugin alone.
     """
 
     name: str
     distribution: str | None
     version: str | None
     hooks: Mapping[str, Callable[..., Any]]
-    manager: pluggy.PluginManager
 
     def has(self, hook: str) -> bool:
         """Whether the plugin implements `hook`."""
@@ -98,22 +92,6 @@ def installed() -> tuple[Entry | LoadFailure, ...]:
         several register. A plugin that takes the terminal fallback's name is listed as "distribution:name".
     """
     return listing()
-
-
-def load(entry: Entry, timeout_s: float) -> Plugin:
-    """Import an entry of `installed()` and validate its hooks; the second time, repeat the first verdict.
-
-    Args:
-        entry: what to load.
-        timeout_s: how long its import may take, in seconds.
-
-    Raises:
-        PluginLoadError: it can't be used; the text says why, and what to do.
-    """
-    verdict = _verdict(entry, timeout_s)
-    if isinstance(verdict, LoadFailure):
-        raise PluginLoadError(str(verdict))
-    return verdict
 
 
 def load_object(name: str, plugin: object, version: str | None = None, distribution: str | None = None) -> Plugin:
@@ -188,8 +166,7 @@ def _import(entry: Entry) -> Plugin:
 
 
 def _build(name: str, plugin: object, distribution: str | None, version: str | None) -> Plugin:
-    hooks, manager = _validation.register(name, plugin)
-    return Plugin(name, distribution, version, hooks, manager)
+    return Plugin(name, distribution, version, _validation.register(name, plugin))
 
 
 def _module(entry: Entry) -> str:

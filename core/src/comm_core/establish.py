@@ -19,58 +19,16 @@ from comm_core.control import Control, Stage, StageAbortedError
 from comm_core.discovery import Plugin
 from comm_core.negotiate import Slate
 from comm_core.routes import Cell, cells, narrow, owned_cells, owners, plan
+from comm_core.session import Session, close_value
 from comm_core.topology import Topology
 from comm_core.types import Route
 
-__all__ = ["Member", "Session", "check_budget", "connected", "dropped", "establish", "failed_in", "in_worker", "words"]
+__all__ = ["Member", "check_budget", "connected", "dropped", "establish", "failed_in", "in_worker", "words"]
 
 _log = logging.getLogger("comm_core")
 # How much longer than a step's own deadline its vote waits, in seconds: whoever ran out of time says so himself, and
 # the others hear his words rather than conclude that he is gone.
 _VOTE_GRACE_S = 10.0
-
-
-@dataclasses.dataclass
-class Session:
-    """A backend connected to one group on this rank.
-
-    Attributes:
-        plugin: the backend.
-        value: what its `connect` returned, the first argument of every other hook.
-        channel: its `context.control`.
-        memory_nbytes: what it took of the group's budget, the most of all ranks.
-        tested: the admission cases that it passed or failed.
-        wrong: why kinds of message were dropped in its admission, with the group rank that said so, None for all.
-        in_use: whether a handle has served by it. Then it is closed with the group and not before: kernels, peers and
-            captured graphs may still use its memory.
-        captures: how many captures the ranks have met at the end of, or given up; see recording.py.
-        entered: captures that this rank has entered since.
-    """
-
-    plugin: Plugin
-    value: Any
-    channel: SessionChannel
-    memory_nbytes: int = 0
-    tested: set[admission.Case] = dataclasses.field(default_factory=set)
-    wrong: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
-    in_use: bool = False
-    captures: int = 0
-    entered: int = 0
-
-    def refused(self) -> str:
-        """The kinds of message that it isn't used for, and why, for people."""
-        (cell, (reason, rank)) = next(iter(self.wrong.items()))
-        kinds = ", ".join(dict.fromkeys(f"{mode} {dtype}" for _, mode, _, dtype in self.wrong))
-        return f"but not for {kinds}: in {cell[0]}{'' if rank is None else f' on rank {rank}'}: {reason}"
-
-    def close(self, orderly: bool) -> None:
-        """Let the plugin give back what it holds; what it raises is logged."""
-        _close(self.plugin, self.value, orderly)
-
-    def release(self) -> None:
-        """Give up a session that isn't needed any more."""
-        if not self.in_use:
-            self.close(orderly=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +110,7 @@ def _try(
     wrong = _admit(sessions[name], todo, member)
     if isinstance(wrong, StageAbortedError):
         return dropped(slate, name, "admission", wrong, sessions, member)
-    sessions[name].wrong.update(wrong)
+    sessions[name].mark_wrong(wrong)
     return _drop_wrong(slate, name, wrong, device_types) if wrong else slate
 
 
@@ -161,7 +119,7 @@ def connected(slate: Slate, plugin: Plugin, sessions: dict[str, Session], member
     if plugin.name in sessions:
         return slate
     budget = member.context.memory_budget_nbytes - sum(session.memory_nbytes for session in sessions.values())
-    outcome = _connect(plugin, member, budget)
+    outcome = _connect(plugin, slate.offer(plugin.name).checks_operands, member, budget)
     if isinstance(outcome, StageAbortedError):
         return dropped(slate, plugin.name, "", outcome, sessions, member)
     sessions[plugin.name] = outcome
@@ -198,7 +156,7 @@ def _next(
     return None, []
 
 
-def _connect(plugin: Plugin, member: Member, budget: int) -> Session | StageAbortedError:
+def _connect(plugin: Plugin, checks_operands: bool, member: Member, budget: int) -> Session | StageAbortedError:
     """Run a plugin's `connect` on every rank and vote; what comes of it is the same kind on all of them."""
     channel = SessionChannel()
     context = dataclasses.replace(member.context, control=channel, memory_budget_nbytes=budget)
@@ -210,20 +168,19 @@ def _connect(plugin: Plugin, member: Member, budget: int) -> Session | StageAbor
                 value: Any = context
                 if hook is not None:
                     call = functools.partial(hook, member.topology, context)
-                    value = in_worker(call, member, f"connect of {plugin.name}", functools.partial(_late, plugin))
+                    on_late = functools.partial(close_value, plugin, orderly=False)
+                    value = in_worker(call, member, f"connect of {plugin.name}", synchronize=False, on_late=on_late)
                 if value is None:
                     raise TypeError("connect returned None, which is no session")
-                session = Session(plugin, value, channel)
-                if hook is not None:
-                    session.memory_nbytes = int(getattr(value, "memory_nbytes", 0))
-                check_budget(session.memory_nbytes, budget)
+                session = Session(plugin, value, channel, checks_operands)
+                check_budget(session.own_memory_nbytes, budget)
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
                 raise failed_in(stage, member, error) from error
-            session.memory_nbytes = max(stage.all_gather(session.memory_nbytes, "vote"))
+            session.count_memory(stage.all_gather(session.own_memory_nbytes, "vote"))
     except BaseException as error:
-        if session is not None and hook is not None:
+        if session is not None:
             session.close(orderly=False)
         if isinstance(error, StageAbortedError):
             return error
@@ -236,7 +193,7 @@ def _admit(
 ) -> dict[Cell, tuple[str, int | None]] | StageAbortedError:
     """Test the cases on every rank; the kinds of message that failed anywhere, with the reason and the rank."""
     count = len(session.tested)
-    session.tested.update(todo)
+    session.mark_tested(todo)
     context = member.context
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
     try:
@@ -288,15 +245,21 @@ def check_budget(memory_nbytes: int, budget: int) -> None:
 
 
 def in_worker(
-    call: Callable[[], Any], member: Member, name: str, on_late: Callable[[Any], object] | None = None
+    call: Callable[[], Any],
+    member: Member,
+    name: str,
+    *,
+    synchronize: bool = True,
+    on_late: Callable[[Any], object] | None = None,
 ) -> Any:
-    """Do what may hang in a thread with the group's device and the caller's stream, under a deadline.
+    """Call a function that may hang in a thread with the group's device and the caller's stream, under a deadline.
 
     Args:
-        call: its result is returned, once the stream has done what `call` queued.
-        member: whose device and deadline.
-        name: of what is done, for errors.
-        on_late: is given the result where that comes after the deadline.
+        call: its result is returned.
+        member: gives the device and the deadline.
+        name: names the call in errors.
+        synchronize: whether to wait until the stream has finished what `call` queued.
+        on_late: is given the result if that comes after the deadline.
     """
     device = member.context.device
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -307,7 +270,7 @@ def in_worker(
                 stack.enter_context(torch.cuda.device(device))
                 stack.enter_context(torch.cuda.stream(stream))
             value = call()
-            if stream is not None and on_late is None:
+            if stream is not None and synchronize:
                 stream.synchronize()
             return value
 
@@ -324,19 +287,3 @@ def failed_in(stage: Stage, member: Member, error: Exception) -> StageAbortedErr
     awaited = stage.awaited() if isinstance(error, TimeoutError) else ()
     waits = f": it waits for {member.control.label(*awaited)}" if awaited else ""
     return stage.abort(words(error) + waits)
-
-
-def _late(plugin: Plugin, value: Any) -> None:
-    """Close a session that came after the deadline."""
-    if value is not None:
-        _close(plugin, value, orderly=False)
-
-
-def _close(plugin: Plugin, value: Any, orderly: bool) -> None:
-    hook = plugin.hooks.get("close")
-    if hook is None or "connect" not in plugin.hooks:
-        return
-    try:
-        hook(value, orderly)
-    except Exception:  # noqa: BLE001 - the plugin border: one that can't close must not keep the others open
-        _log.exception("comm_core: backend %r raised in close", plugin.name)

@@ -25,6 +25,7 @@ from comm_core.prepare import checked, first_step, prepare
 from comm_core.probe import probe_rank
 from comm_core.recording import Seat, recording
 from comm_core.registry import Entry, find, forget, found, live, lives, seen, sweep, told
+from comm_core.serving import Serving
 from comm_core.topology import Topology
 
 __all__ = ["capture", "close", "get_backend", "pre_capture_init"]
@@ -79,10 +80,8 @@ def _backend(entry: Entry, request: Request) -> Backend:
     if entry.backend is None:
         try:
             member = entry.group
-            if member is None or dist.get_world_size(member) == 1:
-                entry.backend = _alone(entry)
-            else:
-                entry.backend = _negotiate(entry, member)
+            alone = member is None or dist.get_world_size(member) == 1
+            backend = entry.serve(_alone(entry) if member is None or alone else _negotiate(entry, member))
         except BaseException:
             forget(entry)
             raise
@@ -91,10 +90,12 @@ def _backend(entry: Entry, request: Request) -> Backend:
             f"{entry.title} has a handle with {entry.request}, and one with {request} was asked for. Call "
             "comm.close(group) on all its ranks before"
         )
+    else:
+        backend = entry.backend
     # Again, too: the world's handle stands where that of this process alone stood, and goes before it.
     world = entry.group is not None and entry.group is dist.group.WORLD
-    ops.enlist((entry.name, "") if world else (entry.name,), entry.backend)
-    return entry.backend
+    ops.enlist((entry.name, "") if world else (entry.name,), backend)
+    return backend
 
 
 def close(group: dist.ProcessGroup | None = None) -> None:
@@ -177,18 +178,18 @@ def capture() -> Iterator[None]:
             yield
             return
         sweep()
-        entries = [entry for entry in live() if entry.backend is not None]
+        entries = live()
         with recording([seat for entry in entries for seat in _seats(entry)]):
-            handles = [entry.backend for entry in entries if entry.backend is not None]
+            handles = [entry.serving for entry in entries if entry.serving is not None]
             try:
                 for handle in handles:
-                    handle.record(True)
+                    handle.use_graph_routes(True)
                 outermost.begin()
                 yield
             finally:
                 inner = outermost.end()
                 for handle in handles:
-                    handle.record(False)
+                    handle.use_graph_routes(False)
             if inner:
                 raise CaptureError(
                     "comm.capture() can't be left while one inside it is open in another thread: what that records "
@@ -198,11 +199,11 @@ def capture() -> Iterator[None]:
 
 def _seats(entry: Entry) -> Iterator[Seat]:
     """The sessions of a group that a capture enters, also those that this rank has lost: its peers may not have."""
-    backend, control, agreed = entry.backend, entry.control, entry.agreed
-    if backend is not None and control is not None and agreed is not None:
+    serving, control, agreed = entry.serving, entry.control, entry.agreed
+    if serving is not None and control is not None and agreed is not None:
         for session in agreed.sessions.values():
             if session.plugin.has("capture_ctx"):
-                yield Seat(entry.title, backend, control, session)
+                yield Seat(entry.title, serving, control, session)
 
 
 def _failure(entry: Entry, shapes: Shapes) -> CommError | None:
@@ -232,24 +233,24 @@ def _raise_first(failures: list[CommError | None]) -> None:
 
 def _prepare(entry: Entry, shapes: Shapes) -> None:
     """Prepare a group, if it has a handle."""
-    agreed, backend = entry.agreed, entry.backend
-    if backend is None:
+    agreed, serving = entry.agreed, entry.serving
+    if serving is None:
         return
     if agreed is None:
-        backend.warm_up(shapes)
+        serving.warm_up(shapes)
         return
     with told(entry):
-        if backend.failure is not None:
+        if serving.failure is not None:
             with agreed.member.control.stage(first_step(entry.preparations)) as stage:
-                raise stage.abort(backend.failure)
+                raise stage.abort(serving.failure)
         planned = prepare(agreed, shapes, entry.preparations)
     if planned is agreed:
         return
     # Until the fallback was seen to work, the next call begins anew.
     entry.hold(dataclasses.replace(planned, prepared=agreed.prepared))
-    backend.adopt(planned.decision, planned.sessions)
+    serving.adopt(planned.decision, planned.sessions)
     try:
-        warm_up = functools.partial(backend.warm_up, shapes)
+        warm_up = functools.partial(serving.warm_up, shapes)
         in_worker(warm_up, planned.member, "torch.distributed's first call")
     except Exception as error:
         raise CommError(f"{entry.title}: the fallback can't be used: {describe(error)}") from error
@@ -299,7 +300,7 @@ def _entry(group: dist.ProcessGroup | None, request: Request) -> Entry:
     return find(name, member, request)
 
 
-def _negotiate(entry: Entry, group: dist.ProcessGroup) -> Backend:
+def _negotiate(entry: Entry, group: dist.ProcessGroup) -> Serving:
     refuse_capture(
         f"the ranks of {entry.title}, which has no handle yet, can't agree on one",
         "Call comm.get_backend(group) before the capture",
@@ -316,18 +317,17 @@ def _negotiate(entry: Entry, group: dist.ProcessGroup) -> Backend:
         raise
     entry.hold(agreed)
     terminal = fallback.Terminal(group, entry.title)
-    return Backend(
+    return Serving(
         agreed.decision,
         agreed.topology,
         entry.title,
         local.device,
         (fallback.Terminal.all_reduce, terminal),
         agreed.sessions,
-        entry.name,
     )
 
 
-def _alone(entry: Entry) -> Backend:
+def _alone(entry: Entry) -> Serving:
     """A handle for a group of one: the sum is a copy, whatever is installed."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -335,18 +335,18 @@ def _alone(entry: Entry) -> Backend:
     rank = dist.get_rank() if entry.group is not None else 0
     topology = Topology.of([probe_rank(rank, device, plugins={}, facts={})], kinds)
     decision = negotiate.Slate(()).decision(kinds)
-    return Backend(decision, topology, entry.title, device, (fallback.copy_of_one, entry.group), {}, entry.name)
+    return Serving(decision, topology, entry.title, device, (fallback.copy_of_one, entry.group), {})
 
 
 def _close(entry: Entry) -> None:
     """Close a group's handle, together with its peers where they can still be reached."""
     forget(entry)
-    backend, control, group = entry.backend, entry.control, entry.group
-    if backend is None:
+    serving, control, group = entry.serving, entry.control, entry.group
+    if serving is None:
         return
-    failure = backend.failure
-    backend.retire(f"{entry.title}: its handle was closed")
-    entry.backend = None
+    failure = serving.failure
+    serving.retire(f"{entry.title}: its handle was closed")
+    entry.serving = entry.backend = None
     if control is None or group is None:
         return
     if not lives(group):
@@ -358,15 +358,15 @@ def _close(entry: Entry) -> None:
             if failure is not None:
                 # Whom a call has waited for in vain isn't waited for again, nor do the others wait for that.
                 raise stage.abort(failure)
-            if "cuda" in backend.topology.device_types:
-                torch.cuda.synchronize(backend.device)
+            if "cuda" in serving.topology.device_types:
+                torch.cuda.synchronize(serving.device)
             stage.barrier()
         orderly = True
     except Exception as error:  # noqa: BLE001 - what this rank holds is given back whatever became of the others
         _log.warning("%s is closed without all its ranks: %s", entry.title, error)
     finally:
         for session in entry.sessions:
-            session.close(orderly)
+            session.close(orderly=orderly)
     if orderly:
         # Memory that this rank's graphs read may be freed once it returns: by then no peer has it mapped.
         with contextlib.suppress(CommError), control.stage("closed") as stage:

@@ -185,6 +185,12 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
     weight_offset)`: RMSNorm as in Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. Otherwise as
     `all_reduce`.
 
+    A backend with `Available(checks_operands=True)` may also get operands that break the preconditions below: only the
+    device index, dtype and shape of `tensor` are then known to be within the ranges. It checks the others itself
+    (`comm_core/operands.h`) and returns `NotImplemented` if they break a precondition. Core then raises the caller's
+    fault, or calls the hook again with copies. Ranks differ in where their tensors lie, so for one call some ranks may
+    get operands as they are, and others copies.
+
     Args:
         session: what `connect` returned, else the `GroupContext`.
         tensor: `[num_tokens, hidden_size]`, floating point, contiguous, aligned to 16 bytes.
@@ -196,49 +202,31 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
         residual_out: where `s` goes, like `tensor`; it may be `residual`; None: allocate it.
 
     Returns:
-        `(y, s)`: `out` and `residual_out`, or what was allocated.
+        `(y, s)`: `out` and `residual_out`, or what was allocated. Or `NotImplemented`, before anything is sent or
+        written: core composes the call from an all-reduce and a norm. For operands that meet the preconditions this
+        answer must depend only on what is equal on all ranks: shape, dtype, `eps` and `weight_offset`.
 
     Raises:
-        Exception: as `all_reduce`.
+        Exception: as `all_reduce`. If core then finds a fault in operands that it hadn't validated, it raises that
+            fault instead.
     """
 
 
 @hookspec(firstresult=True)
-def try_all_reduce_add_rms_norm(
-    session: Any,
-    tensor: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    weight_offset: float,
-    out: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Do `all_reduce_add_rms_norm` with tensors that nobody has looked at, if they are as that hook has them. Hot path.
+def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
+    """Measure what bounds this backend on this machine, for comparison with its own times.
 
-    Optional, beside that hook, and called before it, but not for the first call of a shape: core's own look at the
-    tensors takes more than a microsecond of each call, native code's next to nothing (`comm_core/operands.h`). Tensors
-    differ between ranks in where they lie: of one call, some ranks make their part by this hook and others by that one.
-    All of them are a `torch.Tensor` or a `torch.nn.Parameter`; of other classes, which may wrap one, core makes the
-    call.
+    Collective, optional. Called from `backend.limits()`, as `comm-core demo` and `comm-core bench` do; may take some
+    tenths of a second. Never called while a graph is captured.
 
     Args:
         session: what `connect` returned, else the `GroupContext`.
-        tensor: its device's index, dtype and shape are within the ranges; nothing else is known of it, not even that it
-            has memory.
-        residual: not looked at.
-        weight: not looked at.
-        eps: added to the mean square.
-        weight_offset: added to the weight.
-        out: not looked at; None: allocate it.
-        residual_out: not looked at; None: allocate it.
 
     Returns:
-        `(y, s)` as there; or None, before anything is sent or written, where a tensor isn't as that hook has it. Core
-        then refuses the call, or makes it by that hook, with copies.
+        Times in microseconds, by a description of each bound.
 
     Raises:
-        Exception: as there. If core then finds a fault in the arguments, it raises that fault instead.
+        Exception: of any type: reaches the caller.
     """
 
 

@@ -69,9 +69,13 @@ class Slate:
     offers: tuple[Offer, ...]
     dropped: tuple[Candidate, ...] = ()
 
+    def offer(self, name: str) -> Offer:
+        """The offer of the backend `name`, which still stands."""
+        return next(offer for offer in self.offers if offer.name == name)
+
     def without(self, name: str, reason: str, rank: int | None = None) -> Slate:
         """The slate after the backend `name` failed."""
-        offer = next(offer for offer in self.offers if offer.name == name)
+        offer = self.offer(name)
         failed = Candidate(name, "failed", reason, rank, offer.priority, offer.version)
         return Slate(tuple(o for o in self.offers if o is not offer), (*self.dropped, failed))
 
@@ -209,13 +213,14 @@ def _absence(name: str, evidence: Sequence[Evidence], versions: Sequence[str | N
 def encode_answer(answer: Available | Unavailable | str) -> dict[str, Any]:
     """An answer of `is_available` as JSON; a string is why there is none."""
     if isinstance(answer, Available):
-        return {"priority": answer.priority, "ranges": [item.to_json() for item in answer.ranges]}
+        ranges = [item.to_json() for item in answer.ranges]
+        return {"priority": answer.priority, "ranges": ranges, "checks_operands": answer.checks_operands}
     return {"reason": answer.reason if isinstance(answer, Unavailable) else answer}
 
 
 def _decode(data: Mapping[str, Any]) -> Available:
     """The inverse of `encode_answer`, for a backend that is available."""
-    return Available(data["priority"], tuple(map(Range.from_json, data["ranges"])))
+    return Available(data["priority"], tuple(map(Range.from_json, data["ranges"])), data["checks_operands"])
 
 
 def slate(
@@ -237,7 +242,7 @@ def slate(
     for name, version in asked.items():
         merged = merge([answer[name] for answer in answers])
         if isinstance(merged, Available):
-            offers.append(Offer(name, merged.priority, merged.ranges, version))
+            offers.append(Offer(name, merged.priority, merged.ranges, version, merged.checks_operands))
         else:
             reason, rank = merged
             refused.append(Candidate(name, "unavailable", reason, rank, version=version))
@@ -258,27 +263,29 @@ def merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | 
     first = _decode(answers[0])
     if all(answer == answers[0] for answer in answers):
         return first
-    priority, ranges = first.priority, first.ranges
+    priority, ranges, checks_operands = first.priority, first.ranges, first.checks_operands
     # Each answer once: thousands of ranks give a handful of different ones.
     for answer in {json.dumps(answer, sort_keys=True): answer for answer in answers}.values():
         other = _decode(answer)
         priority = min(priority, other.priority)
+        checks_operands = checks_operands and other.checks_operands
         pairs = (one.intersect(two) for one in ranges for two in other.ranges)
         ranges = tuple(dict.fromkeys(both for both in pairs if both is not None))
     if not ranges:
         return "the ranks' answers have no range in common", None
-    return Available(priority, ranges)
+    return Available(priority, ranges, checks_operands)
 
 
-def implied(answer: Available, hooks: Sequence[str]) -> Available | Unavailable:
-    """An answer with its ranges made explicit, and held to what the plugin implements.
+def implied(answer: Available, hooks: Sequence[str], asked: str = "is_available") -> Available | Unavailable:
+    """An answer with its ranges made explicit, and checked against the hooks that the plugin implements.
 
     Args:
-        answer: what `is_available` returned; no ranges means all that the hooks serve.
+        answer: what a hook returned; no ranges means all that the hooks serve.
         hooks: the plugin's hooks.
+        asked: the hook that returned it.
     """
     ops = [op for op in OPS if op in hooks]
     missing = sorted({item.op for item in answer.ranges} - set(ops))
     if missing:
-        return Unavailable(f"is_available names ranges of {', '.join(missing)}, which the plugin doesn't implement")
-    return Available(answer.priority, answer.ranges or tuple(Range(op) for op in ops))
+        return Unavailable(f"{asked} names ranges of {', '.join(missing)}, which the plugin doesn't implement")
+    return dataclasses.replace(answer, ranges=answer.ranges or tuple(Range(op) for op in ops))

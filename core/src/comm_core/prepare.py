@@ -13,9 +13,10 @@ from comm_core.context import Shapes
 from comm_core.control import StageAbortedError
 from comm_core.discovery import Plugin
 from comm_core.errors import CommError, NegotiationError
-from comm_core.establish import Member, Session, check_budget, connected, dropped, establish, failed_in, in_worker
+from comm_core.establish import Member, check_budget, connected, dropped, establish, failed_in, in_worker
 from comm_core.negotiate import Slate
 from comm_core.routes import owners, plan
+from comm_core.session import Session
 from comm_core.types import DTYPES, Available, Range, Unavailable
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _next_to_prepare(
 def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[str, Session], member: Member) -> Slate:
     """Run a plugin's `pre_capture_init` on every rank, vote and merge; the slate that comes of it."""
     name, session = plugin.name, sessions[plugin.name]
-    offer = next(offer for offer in slate.offers if offer.name == name)
+    offer = slate.offer(name)
     others = sum(other.memory_nbytes for other in sessions.values() if other is not session)
     hook = functools.partial(plugin.hooks["pre_capture_init"], session.value, shapes)
     step = f"{member.purpose}pre_capture_init {name}"
@@ -126,7 +127,7 @@ def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[st
         with session.channel.opened(member.control, step, member.step_timeout_s) as stage:
             try:
                 ranges = in_worker(hook, member, f"pre_capture_init of {name}")
-                memory_nbytes = int(getattr(session.value, "memory_nbytes", 0)) if plugin.has("connect") else 0
+                memory_nbytes = session.own_memory_nbytes
                 check_budget(memory_nbytes, member.context.memory_budget_nbytes - others)
                 answer = None if ranges is None else _answer(ranges, offer.priority, plugin)
                 votes = stage.all_gather([memory_nbytes, answer], "vote")
@@ -140,12 +141,10 @@ def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[st
                 raise stage.abort(merged[0])
     except StageAbortedError as error:
         return dropped(slate, name, "pre_capture_init", error, sessions, member)
-    session.memory_nbytes = max(nbytes for nbytes, _ in votes)
+    session.count_memory(nbytes for nbytes, _ in votes)
     if all(answer is None for _, answer in votes):
         return slate
-    # Buffers may be others now: what was seen to work is to be seen again.
-    session.tested.clear()
-    session.wrong.clear()
+    session.require_new_tests()
     return slate.narrowed(name, merged.ranges)
 
 
@@ -157,9 +156,9 @@ def _answer(ranges: Sequence[Range], priority: int, plugin: Plugin) -> dict[str,
     """
     if not ranges:
         raise ValueError("pre_capture_init returned no ranges: it serves nothing any more; None stands for unchanged")
-    answer = negotiate.implied(Available(priority, _served(ranges)), tuple(plugin.hooks))
+    answer = negotiate.implied(Available(priority, _served(ranges)), tuple(plugin.hooks), "pre_capture_init")
     if isinstance(answer, Unavailable):
-        raise CommError(answer.reason.replace("is_available", "pre_capture_init"))
+        raise CommError(answer.reason)
     return negotiate.encode_answer(answer)
 
 

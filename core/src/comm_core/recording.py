@@ -24,10 +24,11 @@ from typing import Any
 
 from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
-from comm_core.backend import Backend
 from comm_core.control import Control, Stage, StageAbortedError, StageTimeoutError
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
-from comm_core.establish import Session, words
+from comm_core.establish import words
+from comm_core.serving import Serving
+from comm_core.session import Session
 
 __all__ = ["Seat", "recording"]
 
@@ -40,13 +41,13 @@ class Seat:
 
     Attributes:
         title: names the group.
-        handle: the group's.
+        serving: the group's.
         control: the group's control channel.
         session: to be entered.
     """
 
     title: str
-    handle: Backend
+    serving: Serving
     control: Control
     session: Session
     _context: AbstractContextManager[Any] | None = None
@@ -61,7 +62,7 @@ class Seat:
             CaptureError: the plugin raised.
         """
         self.session.entered += 1
-        if self.handle.failure is not None:
+        if self.serving.failure is not None:
             return  # its calls raise; those of its peers may go on
         try:
             context = self.session.plugin.hooks["capture_ctx"](self.session.value)
@@ -79,8 +80,8 @@ class Seat:
         """
         if self._context is None:
             return
-        if self.handle.failure is not None:
-            error = CaptureError(f"{self._who} was lost during the capture: {self.handle.failure}")
+        if self.serving.failure is not None:
+            error = CaptureError(f"{self._who} was lost during the capture: {self.serving.failure}")
             self.leave_by(error)
             raise error
         context, self._context = self._context, None
@@ -160,7 +161,7 @@ class Seat:
     def _new_stage(self) -> Stage:
         session = self.session
         name = f"capture {session.plugin.name} {session.captures}"
-        return Stage(self.control, name, note=0 if self._meeting or self.handle.captured else session.entered)
+        return Stage(self.control, name, note=0 if self._meeting or self.serving.captured else session.entered)
 
     @property
     def _who(self) -> str:
@@ -181,7 +182,7 @@ def recording(seats: Sequence[Seat]) -> Iterator[None]:
     """
     waiting = list(seats)
     for seat in seats:
-        seat.handle.captured = False
+        seat.serving.captured = False
     try:
         refuse_capture("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
         while waiting:

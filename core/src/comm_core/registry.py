@@ -15,7 +15,8 @@ from comm_core.agreement import Agreed, Request
 from comm_core.backend import Backend
 from comm_core.control import Control, StageAbortedError, StageTimeoutError
 from comm_core.errors import CommTimeoutError, NegotiationError
-from comm_core.establish import Session
+from comm_core.serving import Serving
+from comm_core.session import Session
 
 __all__ = ["Entry", "find", "forget", "found", "live", "lives", "seen", "sweep", "told"]
 
@@ -35,6 +36,7 @@ class Entry:
         request: what the caller asked for.
         lock: held while the ranks agree.
         backend: the handle.
+        serving: what the handle serves by.
         control: the group's control channel.
         agreed: what the ranks agreed on last.
         sessions: every session that the handle ever served by.
@@ -46,25 +48,31 @@ class Entry:
     request: Request
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
     backend: Backend | None = None
+    serving: Serving | None = None
     control: Control | None = None
     agreed: Agreed | None = None
     sessions: list[Session] = dataclasses.field(default_factory=list)
     preparations: int = 0
+
+    def serve(self, serving: Serving) -> Backend:
+        """Make the group's handle."""
+        self.serving, self.backend = serving, Backend(serving, self.name)
+        return self.backend
 
     def hold(self, agreed: Agreed) -> None:
         """Serve by this agreement; keep its sessions until the group is closed."""
         self.agreed = agreed
         for session in agreed.sessions.values():
             if not session.in_use:
-                session.in_use = True
+                session.mark_in_use()
                 self.sessions.append(session)
 
     def abandon(self) -> None:
         """Close a group that torch destroyed: its peers can't be reached any more."""
         if self.sessions:
             _log.warning("%s was destroyed before comm.close(group): closing without its peers", self.title)
-        if self.backend is not None:
-            self.backend.retire(f"{self.title} was destroyed")
+        if self.serving is not None:
+            self.serving.retire(f"{self.title} was destroyed")
         for session in self.sessions:
             session.close(orderly=False)
 

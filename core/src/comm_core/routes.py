@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Range, Route, Rule
 
-__all__ = ["Cell", "Offer", "cells", "everything", "narrow", "owned", "owned_cells", "owners", "plan"]
+__all__ = ["Cell", "Offer", "cells", "narrow", "owned", "owned_cells", "owners", "plan"]
 
 #: One kind of message: (operation, mode, device type, dtype).
 Cell = tuple[str, str, str, str]
@@ -24,12 +24,14 @@ class Offer:
         priority: the higher comes first.
         ranges: what it serves.
         version: of its distribution.
+        checks_operands: see `Available`.
     """
 
     name: str
     priority: int
     ranges: tuple[Range, ...]
     version: str | None = None
+    checks_operands: bool = False
 
 
 def cells(device_types: Iterable[str]) -> tuple[Cell, ...]:
@@ -40,11 +42,6 @@ def cells(device_types: Iterable[str]) -> tuple[Cell, ...]:
         # A graph is CUDA's; a norm needs real numbers.
         if (mode == "eager" or device_type == "cuda") and (op == "all_reduce" or "float" in dtype)
     )
-
-
-def everything(ops: Iterable[str]) -> tuple[Range, ...]:
-    """The ranges of a backend that names none: all messages of the operations that it implements."""
-    return tuple(Range(op) for op in OPS if op in ops)
 
 
 def plan(offers: Sequence[Offer], device_types: Iterable[str]) -> tuple[Route, ...]:

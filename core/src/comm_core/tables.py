@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from comm_core._capturing import capturing
 from comm_core.types import DTYPES, TERMINAL, Decision, Rule
 
 if TYPE_CHECKING:
-    from comm_core.establish import Session
+    from comm_core.session import Session
 
 __all__ = ["COMPOSED", "FusedRoutes", "Key", "Kind", "Recording", "Routes", "Served", "Tables", "bind"]
 
@@ -24,8 +24,22 @@ Key = tuple[int, torch.dtype]
 #: What a call's tensors are like, as far as its route depends on it: device and dtype, then of `all_reduce` the bytes,
 #: of `all_reduce_add_rms_norm` the shape.
 Kind = tuple[Any, ...]
-#: What serves a call: the hook, its session, the backend's name, and the hook that looks at its operands itself.
-Served = tuple[Callable[..., Any], Any, str, Callable[..., Any] | None]
+
+
+class Served(NamedTuple):
+    """What serves a call.
+
+    Attributes:
+        hook: the backend's, or the terminal fallback's function.
+        session: its first argument.
+        backend: the name.
+        checks_operands: whether the hook takes operands that core hasn't validated.
+    """
+
+    hook: Callable[..., Any]
+    session: Any
+    backend: str
+    checks_operands: bool = False
 
 
 def _composed(*_: object) -> None:
@@ -33,7 +47,7 @@ def _composed(*_: object) -> None:
 
 
 #: What serves a fused call that no backend takes: the handle itself.
-COMPOSED: Served = (_composed, None, TERMINAL, None)
+COMPOSED = Served(_composed, None, TERMINAL)
 # Kinds that are kept: more than a model's shapes.
 _MOST_KINDS = 4096
 
@@ -145,10 +159,10 @@ def bind(
 
     def serving(backend: str, op: str) -> Served:
         if backend == TERMINAL:
-            return (*terminal, TERMINAL, None) if op == "all_reduce" else COMPOSED
+            return Served(*terminal, TERMINAL) if op == "all_reduce" else COMPOSED
         session = sessions[backend]
-        hooks = session.plugin.hooks
-        return hooks[op], session.value, backend, hooks.get(f"try_{op}")
+        checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
+        return Served(session.plugin.hooks[op], session.value, backend, checks_operands)
 
     for route in decision.routes:
         if route.mode == mode:

@@ -179,10 +179,13 @@ class Available:
         priority: the higher is tried first. 0 the terminal fallback, 100 a vendor's library, 200 a generic
             custom kernel, 300 one made for this topology, 500 a third party's default, 900 a user's own.
         ranges: the messages it serves; empty means all that its hooks can be called with.
+        checks_operands: whether `all_reduce_add_rms_norm` may be called with operands that core hasn't validated; see
+            the hook. It then checks them itself, in native code faster than core can.
     """
 
     priority: int
     ranges: tuple[Range, ...] = ()
+    checks_operands: bool = False
 
     def __post_init__(self) -> None:
         _check_int("priority", self.priority, 1)

@@ -84,7 +84,7 @@ def test_replays_of_a_graph(ranks: Ranks, found: list[list[Path]], shape: str) -
 
 def forced() -> list[str]:
     handle = kernel_ranks.backend(NAME)
-    session: Any = handle.sessions[NAME].value
+    session: Any = handle._serving.sessions[NAME].value
     algorithms = [session.algorithm_of(nbytes) for nbytes in (16, 1 << 20, policy.MAX_NBYTES)]
     comm.close()
     return algorithms

@@ -49,7 +49,7 @@ def found(tmp_path: Path) -> list[list[Path]]:
 
 
 def session_of(handle: comm.Backend) -> Any:
-    return handle.sessions[NAME].value
+    return handle._serving.sessions[NAME].value
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:

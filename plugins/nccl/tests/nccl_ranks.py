@@ -164,7 +164,7 @@ def errors_by_name() -> list[str]:
     """Returns the texts of an error that the binding raises, and of one that NCCL notices by itself."""
     found, binding = handle()
     texts = []
-    with mock.patch.object(found.sessions["nccl"].value, "launch", side_effect=NCCLError("InvalidUsage (5)")):
+    with mock.patch.object(found._serving.sessions["nccl"].value, "launch", side_effect=NCCLError("InvalidUsage (5)")):
         binding.last_error = "too many of them"
         texts.append(raised(found))
     assert found.all_reduce(torch.ones(3)).tolist() == [2.0] * 3

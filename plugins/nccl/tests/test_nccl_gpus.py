@@ -70,7 +70,7 @@ def backend(group: Any = None) -> comm.Backend:
 
 
 def session_of(handle: comm.Backend) -> session.Session:
-    found = handle.sessions["nccl"].value
+    found = handle._serving.sessions["nccl"].value
     assert isinstance(found, session.Session)
     return found
 

@@ -24,7 +24,6 @@ __all__ = [
     "connect",
     "is_available",
     "probe",
-    "try_all_reduce_add_rms_norm",
 ]
 
 COMM_HOOK_API = (1, 0)
@@ -56,7 +55,8 @@ def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     rows = policy.rows_for(*kind, _forced(topology))
     # Any number of elements: the kernels touch nothing behind the last one, not even to read it.
     served = comm.Range("all_reduce", dtypes=DTYPES, device_types=("cuda",), max_nbytes=rows[-1].up_to_nbytes)
-    return comm.Available(300, (served, *_fused(norm_policy.rows_for(*kind)[-1].up_to_nbytes)))
+    fused = _fused(norm_policy.rows_for(*kind)[-1].up_to_nbytes)
+    return comm.Available(300, (served, *fused), checks_operands=True)
 
 
 def _fused(max_nbytes: int) -> tuple[comm.Range, ...]:
@@ -118,27 +118,9 @@ def all_reduce_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum over the ranks, add the residual, normalise; see the hook's spec.
 
-    The norm is that of the sum as it is returned, rounded: a row's bits are the same on every rank, alone or among
-    others.
+    Normalises the sum as it is returned, rounded: a row's bits are the same on every rank, alone or among others. The
+    native code checks the operands.
     """
-    done = try_all_reduce_add_rms_norm(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
-    if done is None:
-        raise ValueError("these tensors aren't as the hook's spec has them")
-    return done
-
-
-@comm.hookimpl
-def try_all_reduce_add_rms_norm(
-    session: Session,
-    tensor: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    weight_offset: float,
-    out: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The same with tensors that the native code looks at; see the hook's spec."""
     if weight.requires_grad:
         weight = weight.detach()  # a parameter is one even where gradients are off, and some bindings refuse it
     if out is None:
@@ -150,7 +132,7 @@ def try_all_reduce_add_rms_norm(
     except RuntimeError:
         session.check()  # as above
         raise
-    return (out, residual_out) if taken else None
+    return (out, residual_out) if taken else NotImplemented
 
 
 @comm.hookimpl

@@ -17,7 +17,7 @@ from comm_plugin_shm import policy, session
 from comm_plugin_shm.policy import DTYPE_CODES
 from comm_plugin_shm.session import Session
 
-__all__ = ["COMM_HOOK_API", "all_reduce", "close", "connect", "is_available", "probe"]
+__all__ = ["COMM_HOOK_API", "all_reduce", "close", "connect", "is_available", "limits", "probe"]
 
 COMM_HOOK_API = (1, 0)
 
@@ -52,6 +52,12 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
     if late_rank:
         session.raise_timeout(late_rank - 1)
     return out
+
+
+@comm.hookimpl
+def limits(session: Session) -> dict[str, float]:
+    """Measure what bounds this backend on this machine; see `Session.limits`."""
+    return session.limits()
 
 
 @comm.hookimpl

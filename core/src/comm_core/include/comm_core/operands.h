@@ -1,5 +1,5 @@
 // Whether a fused call's tensors are as kernels take them, for hooks that look at their operands themselves
-// (`try_all_reduce_add_rms_norm` in hookspecs.py): a few comparisons here, a microsecond in Python.
+// (`all_reduce_add_rms_norm` in hookspecs.py): a few comparisons here, a microsecond in Python.
 #pragma once
 
 #include <tvm/ffi/tvm_ffi.h>
