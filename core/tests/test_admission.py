@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comm_core import admission
-from comm_core.admission import LARGEST_NBYTES, UNBOUNDED_NBYTES, cases
+from comm_core.cases import LARGEST_NBYTES, UNBOUNDED_NBYTES, admission_cases
 from comm_core.routes import Offer, owned, plan
 from comm_core.types import DTYPES, OPS, TERMINAL, Range, Route
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ def route_of(made: Sequence[Offer], op: str, dtype: str) -> Route:
 
 
 def shapes(made: Sequence[Offer], name: str, op: str = ALL_REDUCE, dtype: str = "float32") -> list[tuple[int, ...]]:
-    return [case.shape for case in cases([route_of(made, op, dtype)], name)]
+    return [case.shape for case in admission_cases([route_of(made, op, dtype)], name)]
 
 
 @settings(deadline=None, max_examples=150)
@@ -33,7 +33,7 @@ def test_every_case_goes_to_the_backend_that_it_tests(made: tuple[Offer, ...]) -
     routes = plan(made, DEVICE_TYPES)
     by_cell = {(r.op, r.mode, r.device_type, r.dtype): r for r in routes}
     for name in "abcdefgh":
-        found = cases(routes, name)
+        found = admission_cases(routes, name)
         assert len(found) == len(set(found))
         for case in found:
             route = by_cell[case.cell]
@@ -51,7 +51,7 @@ def test_both_edges_of_all_that_a_backend_owns_are_tested(made: tuple[Offer, ...
             continue
         itemsize = DTYPES[route.dtype]
         for index, rule in enumerate(route.rules[:-1]):
-            tested = {math.prod(case.shape) * itemsize for case in cases([route], rule.backend)}
+            tested = {math.prod(case.shape) * itemsize for case in admission_cases([route], rule.backend)}
             step = math.lcm(itemsize, rule.multiple_nbytes)
             for low, high in owned(route, index):
                 top = UNBOUNDED_NBYTES // step * step if high is None else high

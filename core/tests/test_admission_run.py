@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from comm_core import admission, fallback
-from comm_core.admission import Case, run
+from comm_core.admission import run
+from comm_core.cases import AdmissionCase
 from comm_core.errors import CaptureError
 from comm_core.types import DTYPES, OPS
 
@@ -49,7 +50,9 @@ class Group:
 
         return {ALL_REDUCE: all_reduce, FUSED: fused}
 
-    def run(self, todo: Sequence[Case], change: Callable[[dict[str, Hook]], object] = lambda _: None) -> list[Any]:
+    def run(
+        self, todo: Sequence[AdmissionCase], change: Callable[[dict[str, Hook]], object] = lambda _: None
+    ) -> list[Any]:
         """What `admission.run` returns on each rank."""
         results: list[Any] = [None] * self.world_size
 
@@ -68,8 +71,8 @@ class Group:
         return results
 
 
-def a_case(op: str = ALL_REDUCE, dtype: str = "bfloat16", *shape: int) -> Case:
-    return Case((op, "eager", "cpu", dtype), shape or ((3000,) if op == ALL_REDUCE else (5, 1024)))
+def a_case(op: str = ALL_REDUCE, dtype: str = "bfloat16", *shape: int) -> AdmissionCase:
+    return AdmissionCase((op, "eager", "cpu", dtype), shape or ((3000,) if op == ALL_REDUCE else (5, 1024)))
 
 
 EVERY_KIND = [a_case(op, dtype) for op in OPS for dtype in DTYPES if op == ALL_REDUCE or "float" in dtype]
@@ -286,7 +289,7 @@ class Recorder:
         self.log: list[str] = []
         monkeypatch.setattr(admission._Tester, "record", lambda _, case: self.record(case))
 
-    def record(self, case: Case) -> Callable[[int], None]:
+    def record(self, case: AdmissionCase) -> Callable[[int], None]:
         self.log.append(f"record {case.shape[0]}")
         if case.shape[0] == 13:
             raise RuntimeError("not here")
@@ -302,7 +305,8 @@ class Recorder:
 def test_graphs_that_every_rank_has_are_replayed_after_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     todo = [
-        Case((ALL_REDUCE, "graph", "cuda", dtype), (n,)) for dtype, n in (("int8", 7), ("int16", 13), ("int32", 19))
+        AdmissionCase((ALL_REDUCE, "graph", "cuda", dtype), (n,))
+        for dtype, n in (("int8", 7), ("int16", 13), ("int32", 19))
     ]
     told: list[list[int]] = []
 
@@ -335,7 +339,7 @@ def test_a_capture_that_cant_be_left_is_recorded_once_more(monkeypatch: pytest.M
     def all_gather(mine: list[int]) -> list[list[int]]:
         return [mine, [-1] if where == "there" and left == 1 else mine]
 
-    todo = [Case((ALL_REDUCE, "graph", "cuda", "int8"), (7,))]
+    todo = [AdmissionCase((ALL_REDUCE, "graph", "cuda", "int8"), (7,))]
     hooks = {"capture_ctx": capture_ctx}
     test = functools.partial(run, hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather)
     if where == "twice":

@@ -7,75 +7,33 @@ it hasn't summed correctly on these devices, at the edges of the sizes that it w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from comm_core._deadline import describe
+from comm_core.cases import AdmissionCase
 from comm_core.errors import CaptureError
-from comm_core.routes import Cell, owned
-from comm_core.types import DTYPES, Route
+from comm_core.routes import Cell
 
-__all__ = ["Case", "cases", "run"]
+__all__ = ["run"]
 
-#: Sizes above this, in bytes, are tested at this size: past it a transfer has left every protocol's edge behind, and
-#: the test of nine dtypes stays within seconds on a CPU. For the fused operation an eighth, since it needs fp64.
-LARGEST_NBYTES = {"all_reduce": 64 << 20, "all_reduce_add_rms_norm": 8 << 20}
-#: A range without an upper end is tested up to this size, in bytes.
-UNBOUNDED_NBYTES = 1 << 20
 # The largest integer up to which a dtype holds every integer, so that sums are exact whatever their order.
 _EXACT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 # Period of the test pattern in elements: a prime, so that no chunk, vector or block of a kernel lines up with it.
 _PERIOD = 1021
-# Elements a row of the fused operation's cases: small enough for many rows at small sizes.
-_HIDDEN_SIZE = 1024
 # In place of the numbers of recorded cases: the capture couldn't be left.
 _FAILED = -1
-# How many neighbours of an edge are looked at for one that another backend doesn't take.
-_NEAR = 8
-# The largest message, in bytes, that is tested because fewer tokens are another backend's.
-_STEPPED_NBYTES = 64 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One message of the admission test.
-
-    Attributes:
-        cell: its kind.
-        shape: of the tensor; `[num_tokens, hidden_size]` for the fused operation.
-    """
-
-    cell: Cell
-    shape: tuple[int, ...]
-
-
-def cases(routes: Iterable[Route], name: str) -> tuple[Case, ...]:
-    """The messages with which the backend `name` is tested: both edges of every stretch of sizes that it owns."""
-    found: dict[Case, None] = {}
-    for route in routes:
-        cell = (route.op, route.mode, route.device_type, route.dtype)
-        for index, rule in enumerate(route.rules):
-            if rule.backend != name:
-                continue
-            for low, high in owned(route, index):
-                top = max(low, UNBOUNDED_NBYTES) if high is None else min(high, max(low, LARGEST_NBYTES[route.op]))
-                for shapes in (_upwards(route, index, low), _downwards(route, index, top)):
-                    shape = next((shape for shape in shapes if _goes_to(route, shape, name)), None)
-                    if shape is not None:
-                        found[Case(cell, shape)] = None
-    return tuple(found)
 
 
 def run(
     plugin_hooks: Mapping[str, Callable[..., Any]],
     session: Any,
-    todo: Sequence[Case],
+    todo: Sequence[AdmissionCase],
     *,
     rank: int,
     world_size: int,
@@ -111,7 +69,7 @@ def run(
 
 def _run_graphs(
     tester: _Tester,
-    todo: Sequence[Case],
+    todo: Sequence[AdmissionCase],
     wrong: dict[Cell, str],
     all_gather: Callable[[list[int]], list[list[int]]],
 ) -> None:
@@ -133,12 +91,12 @@ def _run_graphs(
 
 
 def _record(
-    tester: _Tester, todo: Sequence[Case], wrong: dict[Cell, str]
+    tester: _Tester, todo: Sequence[AdmissionCase], wrong: dict[Cell, str]
 ) -> tuple[dict[int, Callable[[int], None]], CaptureError | None]:
     """What replays each case that could be recorded, by number; and why the capture couldn't be left, if so."""
     graphs: dict[int, Callable[[int], None]] = {}
 
-    def record(number: int, case: Case) -> None:
+    def record(number: int, case: AdmissionCase) -> None:
         graphs[number] = tester.record(case)
 
     hook = tester.hooks.get("capture_ctx")
@@ -151,7 +109,7 @@ def _record(
     return graphs, None
 
 
-def _note(wrong: dict[Cell, str], case: Case, step: Callable[[], None]) -> None:
+def _note(wrong: dict[Cell, str], case: AdmissionCase, step: Callable[[], None]) -> None:
     """Take a step, and keep why it failed, the first time for each kind of message."""
     reason = _reason(step)
     if reason:
@@ -179,7 +137,7 @@ class _Tester:
         self.world_size = world_size
         self.device = device
 
-    def out_of_place(self, case: Case, salt: int) -> None:
+    def out_of_place(self, case: AdmissionCase, salt: int) -> None:
         """One call that allocates its output; the inputs must be left alone."""
         inputs = self._inputs(case, salt)
         kept = [tensor.clone() for tensor in inputs]
@@ -187,7 +145,7 @@ class _Tester:
         if not all(map(torch.equal, inputs, kept)):
             raise ArithmeticError(f"{_what(case)}: an input was overwritten")
 
-    def in_place(self, case: Case, salt: int) -> None:
+    def in_place(self, case: AdmissionCase, salt: int) -> None:
         """One call whose output is its input."""
         inputs = self._inputs(case, salt)
         results = self._call(case, inputs, in_place=True)
@@ -195,7 +153,7 @@ class _Tester:
             raise ArithmeticError(f"{_what(case)}: `out` wasn't returned")
         self._compare(case, salt, results)
 
-    def record(self, case: Case) -> Callable[[int], None]:
+    def record(self, case: AdmissionCase) -> Callable[[int], None]:
         """Record a call; what is returned replays it with other data and compares."""
         inputs = self._inputs(case, 0)
         graph = torch.cuda.CUDAGraph()
@@ -211,7 +169,7 @@ class _Tester:
 
         return replay
 
-    def _inputs(self, case: Case, salt: int) -> tuple[torch.Tensor, ...]:
+    def _inputs(self, case: AdmissionCase, salt: int) -> tuple[torch.Tensor, ...]:
         """The rank's tensor; for the fused operation also the residual and the weight."""
         tensor = self._pattern(case, self._values(case.cell[3], self.rank, salt))
         if case.cell[0] == "all_reduce":
@@ -231,14 +189,16 @@ class _Tester:
         # In a group of more ranks than the dtype can count, only some ranks add to each element.
         return values * ((index + rank) % -(-terms // limit) == 0)
 
-    def _pattern(self, case: Case, values: torch.Tensor) -> torch.Tensor:
+    def _pattern(self, case: AdmissionCase, values: torch.Tensor) -> torch.Tensor:
         """The period repeated to the case's shape, in its dtype and on its device."""
         device = self.device if case.cell[2] == self.device.type else torch.device(case.cell[2])
         numel = math.prod(case.shape)
         period = values.to(device, getattr(torch, case.cell[3]))
         return period.repeat(-(-numel // _PERIOD))[:numel].reshape(case.shape)
 
-    def _call(self, case: Case, inputs: tuple[torch.Tensor, ...], *, in_place: bool) -> tuple[torch.Tensor, ...]:
+    def _call(
+        self, case: AdmissionCase, inputs: tuple[torch.Tensor, ...], *, in_place: bool
+    ) -> tuple[torch.Tensor, ...]:
         hook = self.hooks[case.cell[0]]
         out = inputs[0] if in_place else None
         if case.cell[0] == "all_reduce":
@@ -249,7 +209,7 @@ class _Tester:
         normed, summed = results
         return normed, summed
 
-    def _compare(self, case: Case, salt: int, results: tuple[torch.Tensor, ...]) -> None:
+    def _compare(self, case: AdmissionCase, salt: int, results: tuple[torch.Tensor, ...]) -> None:
         terms = self.world_size + (case.cell[0] != "all_reduce")
         total = torch.stack([self._values(case.cell[3], rank, salt) for rank in range(terms)]).sum(0)
         expected = self._pattern(case, total)
@@ -267,16 +227,16 @@ class _Tester:
             raise ArithmeticError(f"{_what(case)}: the norm is wrong")
 
 
-def _what(case: Case) -> str:
+def _what(case: AdmissionCase) -> str:
     return f"{case.cell[3]} {list(case.shape)}"
 
 
-def _check_kind(case: Case, result: object, expected: torch.Tensor) -> None:
+def _check_kind(case: AdmissionCase, result: object, expected: torch.Tensor) -> None:
     if not isinstance(result, torch.Tensor) or result.dtype != expected.dtype or result.shape != expected.shape:
         raise ArithmeticError(f"{_what(case)}: the result isn't a tensor of that shape and dtype")
 
 
-def _equal(case: Case, result: torch.Tensor, expected: torch.Tensor) -> None:
+def _equal(case: AdmissionCase, result: torch.Tensor, expected: torch.Tensor) -> None:
     if not torch.equal(result, expected):
         wrong = (result != expected).flatten()
         first = int(wrong.nonzero()[0])
@@ -284,53 +244,3 @@ def _equal(case: Case, result: torch.Tensor, expected: torch.Tensor) -> None:
             f"{_what(case)}: {int(wrong.sum())} wrong sums, the first at element {first}: "
             f"{result.flatten()[first].item()} instead of {expected.flatten()[first].item()}"
         )
-
-
-def _upwards(route: Route, index: int, low: int) -> Iterator[tuple[int, ...]]:
-    """Shapes that rule `index` may own, the first the smallest of at least `low` bytes, a multiple of the rule's.
-
-    Another rule can take the nearest ones without taking the whole stretch: the multiples of a larger number, or fewer
-    tokens. Its share is stepped over.
-    """
-    rule, itemsize = route.rules[index], DTYPES[route.dtype]
-    step = math.lcm(itemsize, rule.multiple_nbytes)
-    if route.op == "all_reduce":
-        yield from (((low + near * step) // itemsize,) for near in range(_NEAR))
-        return
-    beyond = [other.max_tokens + 1 for other in route.rules[:index] if other.max_tokens is not None]
-    for hidden_size, unit in _rows(route, index):
-        row = hidden_size * itemsize
-        stepped = (count for count in sorted(beyond) if low < count * row <= _STEPPED_NBYTES)
-        for num_tokens in (-(-low // row), *stepped):
-            yield -(-num_tokens // unit) * unit, hidden_size
-
-
-def _downwards(route: Route, index: int, top: int) -> Iterator[tuple[int, ...]]:
-    """Shapes that rule `index` may own, the first the largest of at most `top` bytes; see `_upwards`."""
-    rule, itemsize = route.rules[index], DTYPES[route.dtype]
-    step = math.lcm(itemsize, rule.multiple_nbytes)
-    if route.op == "all_reduce":
-        last = top // step * step
-        yield from (((last - near * step) // itemsize,) for near in range(min(_NEAR, last // step)))
-        return
-    for hidden_size, unit in _rows(route, index):
-        num_tokens = top // (hidden_size * itemsize)
-        num_tokens = min(num_tokens, rule.max_tokens or num_tokens) // unit * unit
-        if num_tokens:
-            yield num_tokens, hidden_size
-
-
-def _rows(route: Route, index: int) -> Iterator[tuple[int, int]]:
-    """Hidden sizes that rule `index` takes, and of how many rows each makes a multiple of the rule's bytes."""
-    rule, itemsize = route.rules[index], DTYPES[route.dtype]
-    base = -(-_HIDDEN_SIZE // rule.hidden_multiple) * rule.hidden_multiple
-    for near in range(_NEAR):
-        hidden_size = base + near * rule.hidden_multiple
-        yield hidden_size, rule.multiple_nbytes // math.gcd(rule.multiple_nbytes, hidden_size * itemsize)
-
-
-def _goes_to(route: Route, shape: tuple[int, ...], name: str) -> bool:
-    nbytes = math.prod(shape) * DTYPES[route.dtype]
-    if route.op == "all_reduce":
-        return route.backend_for(nbytes) == name
-    return route.backend_for(nbytes, *shape) == name

@@ -13,6 +13,7 @@ import torch
 
 from comm_core import admission
 from comm_core._deadline import describe, run_with_deadline
+from comm_core.cases import AdmissionCase, admission_cases
 from comm_core.channel import SessionChannel
 from comm_core.context import GroupContext
 from comm_core.control import Control, Stage, StageAbortedError
@@ -94,14 +95,14 @@ def _try(
     slate: Slate,
     routes: tuple[Route, ...],
     name: str,
-    todo: list[admission.Case],
+    todo: list[AdmissionCase],
     plugin: Plugin,
     sessions: dict[str, Session],
     member: Member,
 ) -> Slate:
     """Connect a backend where it isn't yet and put it through its cases; the slate that comes of it."""
     device_types = member.topology.device_types
-    untested = owned_cells(routes, name) - {case.cell for case in admission.cases(routes, name)}
+    untested = owned_cells(routes, name) - {case.cell for case in admission_cases(routes, name)}
     if untested:
         return _drop_wrong(slate, name, dict.fromkeys(untested, ("no size of it can be tested", None)), device_types)
     slate = connected(slate, plugin, sessions, member)
@@ -145,12 +146,12 @@ def dropped(
 
 def _next(
     slate: Slate, routes: tuple[Route, ...], sessions: dict[str, Session]
-) -> tuple[str | None, list[admission.Case]]:
+) -> tuple[str | None, list[AdmissionCase]]:
     """Who is to be connected or tested next, and with what; None where everybody was."""
     owning = owners(routes)
     for name in (offer.name for offer in slate.offers if offer.name in owning):
         tested = sessions[name].tested if name in sessions else set()
-        todo = [case for case in admission.cases(routes, name) if case not in tested]
+        todo = [case for case in admission_cases(routes, name) if case not in tested]
         if todo or name not in sessions:
             return name, todo
     return None, []
@@ -189,7 +190,7 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Member, budget: int)
 
 
 def _admit(
-    session: Session, todo: list[admission.Case], member: Member
+    session: Session, todo: list[AdmissionCase], member: Member
 ) -> dict[Cell, tuple[str, int | None]] | StageAbortedError:
     """Test the cases on every rank; the kinds of message that failed anywhere, with the reason and the rank."""
     count = len(session.tested)

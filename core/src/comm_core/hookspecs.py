@@ -204,7 +204,8 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
     Returns:
         `(y, s)`: `out` and `residual_out`, or what was allocated. Or `NotImplemented`, before anything is sent or
         written: core composes the call from an all-reduce and a norm. For operands that meet the preconditions this
-        answer must depend only on what is equal on all ranks: shape, dtype, `eps` and `weight_offset`.
+        answer must be the same on every rank: it may depend on shape, dtype, `eps` and `weight_offset`, and not on
+        addresses or on which outputs are None.
 
     Raises:
         Exception: as `all_reduce`. If core then finds a fault in operands that it hadn't validated, it raises that

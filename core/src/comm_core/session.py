@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from comm_core.admission import Case
+from comm_core.cases import AdmissionCase
 from comm_core.channel import SessionChannel
 from comm_core.discovery import Plugin
 from comm_core.routes import Cell
@@ -40,7 +40,7 @@ class Session:
     channel: SessionChannel
     checks_operands: bool = False
     memory_nbytes: int = 0
-    tested: set[Case] = dataclasses.field(default_factory=set)
+    tested: set[AdmissionCase] = dataclasses.field(default_factory=set)
     wrong: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
     in_use: bool = False
     captures: int = 0
@@ -55,7 +55,7 @@ class Session:
         """Count the largest of the ranks' memory against the group's budget."""
         self.memory_nbytes = max(every_rank_nbytes)
 
-    def mark_tested(self, cases: Sequence[Case]) -> None:
+    def mark_tested(self, cases: Sequence[AdmissionCase]) -> None:
         """Don't test these cases again."""
         self.tested.update(cases)
 
