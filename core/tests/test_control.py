@@ -251,12 +251,29 @@ def test_the_second_abort_returns_the_first(store: dist.Store) -> None:
     assert [error.reason for error in errors] == ["by 0", "by 0"]
 
 
-def test_an_abort_brings_a_note_along(store: dist.Store) -> None:
-    first, second = group_of(store, 2)
-    assert Stage(first, "step", note=7).abort("no room").note == 7
-    for abort in (lambda stage: stage.abort("nor here"), lambda stage: outcome(start(stage.barrier))):
-        error = abort(Stage(second, "step", note=3))
-        assert (error.note, error.rank, error.reason) == (7, 0, "no room")
+def test_how_others_ended_a_stage_can_be_read_without_waiting(store: dist.Store) -> None:
+    first, second = group_of(store, 2, timeout_s=SHORT_S)
+    assert Stage(second, "step").peek() is None
+    ends = [Stage(first, "step").abort("no room"), outcome(start(lambda: barriers(1, first, "next")))]
+    assert [type(error) for error in ends] == [StageAbortedError, StageTimeoutError]
+    for name, end in zip(("step", "next"), ends, strict=True):
+        stage = Stage(second, name)
+        found = stage.peek()
+        assert (type(found), str(found)) == (type(end), str(end))
+        assert not stage.begun
+        # The first exchange has the same end.
+        error = outcome(start(stage.barrier))
+        assert (type(error), str(error)) == (type(end), str(end))
+        assert stage.begun
+
+
+def test_without_its_store_nobody_ended_a_stage(store: dist.Store) -> None:
+    def cut_off(name: str, _: object) -> None:
+        if name == "check":
+            raise RuntimeError("connection reset")
+
+    (member,) = group_of(WatchedStore(store, cut_off), 1)
+    assert Stage(member, "step").peek() is None
 
 
 @pytest.mark.parametrize("aborting", [1, 3])

@@ -37,7 +37,6 @@ class Backend:
         group_name: the process group's, by which `torch.ops.comm_core` finds this handle; "" for a process alone.
         failure: why every call raises; None while the handle serves.
         sessions: the connected backends, by name; none once the handle doesn't serve any more.
-        captured: whether a stream has captured a call of it in this `comm.capture()`, or the last one.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class Backend:
         self.failure: str | None = None
         self._title = title
         self._terminal = terminal
-        self.captured = False
         self._recording = False
         self._served_by: list[Session] = []
         self._devices: tuple[torch.device, ...] = ()
@@ -89,8 +87,8 @@ class Backend:
         if self.failure is not None:
             return
         eager, graph = self._eager, self._graph
-        self._plain = Recording(eager.plain, graph.plain, self._note_capture) if on else eager.plain
-        self._fused = Recording(eager.fused, graph.fused, self._note_capture) if on else eager.fused
+        self._plain = Recording(eager.plain, graph.plain) if on else eager.plain
+        self._fused = Recording(eager.fused, graph.fused) if on else eager.fused
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum `tensor` over the ranks of the group, elementwise.
@@ -300,9 +298,6 @@ class Backend:
         else:
             result = self.all_reduce(plain_copy(tensor))
         return delivered(result, out)
-
-    def _note_capture(self) -> None:
-        self.captured = True
 
     def _check_kind(self, tensor: torch.Tensor) -> None:
         """Raise why there is no route for tensors of this kind; a dtype and device of the group have one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from comm_core._capturing import refuse_capture
@@ -22,7 +22,6 @@ class SessionChannel:
 
     def __init__(self) -> None:
         self._stage: Stage | None = None
-        self._meet: Callable[[], Stage] | None = None
 
     @contextlib.contextmanager
     def opened(self, control: Control, name: str, timeout_s: float | None = None) -> Iterator[Stage]:
@@ -33,15 +32,6 @@ class SessionChannel:
         # Only after a good end: a thread that was left behind keeps the aborted stage, where every call raises.
         if stage.aborted is None:
             self._stage = None
-
-    @contextlib.contextmanager
-    def opened_by(self, meet: Callable[[], Stage]) -> Iterator[None]:
-        """Let the plugin talk in the stage that `meet` returns; it is called once the plugin begins to."""
-        self._stage, self._meet = None, meet
-        try:
-            yield
-        finally:
-            self._stage, self._meet = None, None
 
     def all_gather(self, value: Any) -> list[Any]:
         """See `ControlChannel.all_gather`."""
@@ -58,7 +48,5 @@ class SessionChannel:
     def _open(self) -> Stage:
         refuse_capture("no rank can wait for the others", "Talk in connect, pre_capture_init or capture_ctx's exit")
         if self._stage is None:
-            if self._meet is None:
-                raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
-            self._stage = self._meet()
+            raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
         return self._stage

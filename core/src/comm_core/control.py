@@ -60,14 +60,12 @@ class StageAbortedError(CommError):
     Attributes:
         reason: the words of the rank that aborted it.
         rank: that rank, by group rank.
-        note: of that rank's `Stage`.
     """
 
-    def __init__(self, message: str, reason: str, rank: int, note: int = 0) -> None:
+    def __init__(self, message: str, reason: str, rank: int) -> None:
         super().__init__(message)
         self.reason = reason
         self.rank = rank
-        self.note = note
 
 
 class StageTimeoutError(StageAbortedError, CommTimeoutError):
@@ -77,8 +75,8 @@ class StageTimeoutError(StageAbortedError, CommTimeoutError):
         ranks: their group ranks.
     """
 
-    def __init__(self, message: str, reason: str, rank: int, ranks: tuple[int, ...], note: int = 0) -> None:
-        StageAbortedError.__init__(self, message, reason, rank, note)
+    def __init__(self, message: str, reason: str, rank: int, ranks: tuple[int, ...]) -> None:
+        StageAbortedError.__init__(self, message, reason, rank)
         self.ranks = ranks
 
 
@@ -237,21 +235,24 @@ class Stage:
     Args:
         control: this rank's end of the channel.
         name, timeout_s: see `Control.stage`.
-        note: goes with what ends the stage on this rank.
 
     Attributes:
         aborted: what every call in this stage raises; None while nothing failed.
     """
 
-    def __init__(self, control: Control, name: str, timeout_s: float | None = None, note: int = 0) -> None:
+    def __init__(self, control: Control, name: str, timeout_s: float | None = None) -> None:
         self.aborted: StageAbortedError | None = None
         self._control = control
         self._name = name
-        self._note = note
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._next = 0
         self._entered: str | None = None  # the exchange that a thread of this rank is in
         self._lock = threading.Lock()
+
+    @property
+    def begun(self) -> bool:
+        """Whether this rank has entered an exchange."""
+        return self._next > 0
 
     def all_gather(self, value: Any, kind: str = "all_gather") -> list[Any]:
         """Every rank's `value`, by group rank; see `ControlChannel.all_gather`. Kinds that differ abort the stage.
@@ -307,6 +308,15 @@ class Stage:
             if self.aborted is None:
                 self.aborted = self._post_abort(self._abort(reason[:_REASON_CHARS], self._control.rank))
             return self.aborted
+
+    def peek(self) -> StageAbortedError | None:
+        """Read, without waiting, how others have ended this stage; for a rank that has entered no exchange of it."""
+        # The first exchange can't succeed without this rank, so that a verdict is an abort, whose keys stay.
+        key = f"{self._key(0)}/verdict"
+        with contextlib.suppress(CommError):  # without its store a group can't abort anything either
+            verdict = self._control.ask(self._name, lambda store: store.get(key) if store.check([key]) else None)
+            return None if verdict is None else self._error(_unpack(verdict)["abort"])
+        return None
 
     def awaited(self) -> tuple[int, ...]:
         """The ranks that another thread of this rank waits for in an exchange, by group rank."""
@@ -365,15 +375,16 @@ class Stage:
             return _publish(key, {"abort": abort | {"absent": absent}}, store)
         return _unpack(store.get(f"{key}/verdict"))
 
-    def _abort(self, reason: str, rank: int) -> dict[str, Any]:
-        return {"reason": reason, "rank": rank, "absent": None, "note": self._note}
+    @staticmethod
+    def _abort(reason: str, rank: int) -> dict[str, Any]:
+        return {"reason": reason, "rank": rank, "absent": None}
 
     def _error(self, abort: dict[str, Any]) -> StageAbortedError:
-        rank, reason, note = abort["rank"], abort["reason"], abort["note"]
-        if abort["absent"] is not None:
+        rank, reason, absent = abort["rank"], abort["reason"], abort["absent"]
+        if absent is not None:
             message = f"{self._name}: {reason}, says {self._control.label(rank)}"
-            return StageTimeoutError(message, reason, rank, tuple(abort["absent"]), note)
-        return StageAbortedError(f"{self._name}: {self._control.label(rank)} failed: {reason}", reason, rank, note)
+            return StageTimeoutError(message, reason, rank, tuple(absent))
+        return StageAbortedError(f"{self._name}: {self._control.label(rank)} failed: {reason}", reason, rank)
 
     def _key(self, sequence: int) -> str:
         return f"{self._control.prefix}/{self._name}/{sequence}"

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from comm_core import fallback, negotiate, ops
+from comm_core._capture import Seat, any_open, entered, joined
 from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
-from comm_core._nesting import any_open, nested
 from comm_core.agreement import Agreed, Request, agree, gather_local
 from comm_core.backend import Backend
 from comm_core.context import Shapes
@@ -23,7 +23,6 @@ from comm_core.errors import BackendUnavailableError, CaptureError, CommError
 from comm_core.establish import in_worker
 from comm_core.prepare import checked, first_step, prepare
 from comm_core.probe import probe_rank
-from comm_core.recording import Seat, recording
 from comm_core.registry import Entry, find, forget, found, live, lives, seen, sweep, told
 from comm_core.topology import Topology
 
@@ -171,28 +170,22 @@ def capture() -> Iterator[None]:
             capture works.
         CommTimeoutError: a peer that captured nothing, or hangs, didn't come to the end.
     """
-    with nested() as outermost:
+    with joined() as outermost:
         if outermost is None:
             yield
             return
         sweep()
         entries = [entry for entry in live() if entry.backend is not None]
-        with recording([seat for entry in entries for seat in _seats(entry)]):
+        with entered([seat for entry in entries for seat in _seats(entry)]):
             handles = [entry.backend for entry in entries if entry.backend is not None]
             try:
                 for handle in handles:
                     handle.record(True)
-                outermost.begin()
-                yield
+                with outermost.opened():
+                    yield
             finally:
-                inner = outermost.end()
                 for handle in handles:
                     handle.record(False)
-            if inner:
-                raise CaptureError(
-                    "comm.capture() can't be left while one inside it is open in another thread: what that records "
-                    "would never be registered. Wait for the thread before"
-                )
 
 
 def _seats(entry: Entry) -> Iterator[Seat]:
