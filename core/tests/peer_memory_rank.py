@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import tvm_ffi
 from comm_core.channel import SessionChannel
-from comm_core.control import Control
 from comm_core.registration import PeerMemory, Registry
+from comm_core.store import Control
 
 UNIT = 1 << 16
 FILES = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR

@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from comm_core.channel import SessionChannel
-from comm_core.control import Control, StageAbortedError
 from comm_core.errors import CaptureError, CommError
+from comm_core.stage import StageAbortedError
 from control_ranks import group_of, in_stage, in_threads, outcome, server, start
+
+if TYPE_CHECKING:
+    from comm_core.store import Control
 
 
 @pytest.mark.parametrize("make", [dist.HashStore, server])

@@ -24,9 +24,10 @@ from typing import Any, Literal
 from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
 from comm_core.backend import Backend
-from comm_core.control import Control, Stage, StageTimeoutError
 from comm_core.errors import CaptureError, CommTimeoutError
 from comm_core.establish import Session
+from comm_core.stage import Stage, StageTimeoutError
+from comm_core.store import Control
 
 __all__ = ["Outermost", "Seat", "any_open", "entered", "joined"]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from comm_core._capturing import refuse_capture
 from comm_core.context import Agreement
-from comm_core.control import Control, Stage
 from comm_core.errors import CommError
+from comm_core.stage import Stage
+from comm_core.store import Control
 
 __all__ = ["SessionChannel"]
 
@@ -25,8 +26,8 @@ class SessionChannel:
 
     @contextlib.contextmanager
     def opened(self, control: Control, name: str, timeout_s: float | None = None) -> Iterator[Stage]:
-        """Open a stage in which the plugin may talk; see `Control.stage`."""
-        with control.stage(name, timeout_s) as stage:
+        """Open a stage in which the plugin may talk; see `Stage`."""
+        with Stage(control, name, timeout_s) as stage:
             self._stage = stage
             yield stage
         # Only after a good end: a thread that was left behind keeps the aborted stage, where every call raises.

@@ -18,12 +18,13 @@ from comm_core._deadline import describe
 from comm_core.agreement import Agreed, Request, agree, gather_local
 from comm_core.backend import Backend
 from comm_core.context import Shapes
-from comm_core.control import Control, store_of
 from comm_core.errors import BackendUnavailableError, CaptureError, CommError
 from comm_core.establish import in_worker
 from comm_core.prepare import checked, first_step, prepare
 from comm_core.probe import probe_rank
 from comm_core.registry import Entry, find, forget, found, live, lives, seen, sweep, told
+from comm_core.stage import Stage
+from comm_core.store import Control, store_of
 from comm_core.topology import Topology
 
 __all__ = ["capture", "close", "get_backend", "pre_capture_init"]
@@ -232,7 +233,7 @@ def _prepare(entry: Entry, shapes: Shapes) -> None:
         return
     with told(entry):
         if backend.failure is not None:
-            with agreed.member.control.stage(first_step(entry.preparations)) as stage:
+            with Stage(agreed.member.control, first_step(entry.preparations)) as stage:
                 raise stage.abort(backend.failure)
         planned = prepare(agreed, shapes, entry.preparations)
     if planned is agreed:
@@ -346,7 +347,7 @@ def _close(entry: Entry) -> None:
         return
     orderly = False
     try:
-        with control.stage("close") as stage:
+        with Stage(control, "close") as stage:
             if failure is not None:
                 # Whom a call has waited for in vain isn't waited for again, nor do the others wait for that.
                 raise stage.abort(failure)
@@ -361,6 +362,6 @@ def _close(entry: Entry) -> None:
             session.close(orderly)
     if orderly:
         # Memory that this rank's graphs read may be freed once it returns: by then no peer has it mapped.
-        with contextlib.suppress(CommError), control.stage("closed") as stage:
+        with contextlib.suppress(CommError), Stage(control, "closed") as stage:
             stage.barrier()
     control.finish()

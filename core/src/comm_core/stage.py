@@ -11,8 +11,6 @@ The last rank to arrive gathers what all said and publishes it as the verdict. A
 ends, publishes an abort under the same key. Both by `compare_set`, so the first verdict wins, and everybody follows it,
 who comes late too. A rank enters exchange n + 1 only with the verdict of n in its hands, so an abort always meets the
 exchange that the others are in.
-
-This file alone knows the store and translates group ranks to the job's.
 """
 
 from __future__ import annotations
@@ -23,26 +21,18 @@ import functools
 import json
 import threading
 import time
-import uuid
 import zlib
-from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, final
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-from comm_core._deadline import describe, run_with_deadline
+from comm_core._deadline import describe
 from comm_core.context import Agreement
 from comm_core.errors import CommError, CommTimeoutError
-from comm_core.types import rank_label
+from comm_core.store import Control, Store, compare_set
 
-# torch.distributed.Store: torch's stubs leave out its name, and `clone`.
-Store = Any
-
-__all__ = ["Control", "Stage", "StageAbortedError", "StageTimeoutError", "store_of"]
-
-T = TypeVar("T")
+__all__ = ["Stage", "StageAbortedError", "StageTimeoutError"]
 
 #: The longest message of one rank, as JSON text in bytes.
 MESSAGE_NBYTES = 64 * 1024
@@ -50,8 +40,6 @@ MESSAGE_NBYTES = 64 * 1024
 _REASON_CHARS = 4000
 # The most that a verdict may unpack to, so that a corrupt one can't take the host's memory: 64 KiB from 4,096 ranks.
 _VERDICT_NBYTES = 4096 * MESSAGE_NBYTES
-# How long the store itself may take, in seconds: far more than it needs under load, far less than anybody's patience.
-_STORE_S = 20.0
 
 
 class StageAbortedError(CommError):
@@ -80,161 +68,17 @@ class StageTimeoutError(StageAbortedError, CommTimeoutError):
         self.ranks = ranks
 
 
-def store_of(group: dist.ProcessGroup) -> Store:
-    """The key-value store under which torch made `group`, with the group's own prefix.
-
-    torch has no public way to it; this is the one place that reaches for it, and a test holds it to every torch release
-    that we support.
-    """
-    store: Store = distributed_c10d._get_process_group_store(group)  # noqa: SLF001 - see above
-    return store
-
-
-class Control:
-    """One rank's end of its group's control channel. It works in stages, each a Collective step of core's; see `stage`.
-
-    Args:
-        store: the group's store; whoever talks to it does so on a clone, since a blocked read holds the client's lock.
-        rank: this rank's group rank.
-        global_ranks: the job's rank of each group rank.
-        timeout_s: how long an exchange waits for the others where its stage has no deadline, in seconds.
-    """
-
-    def __init__(self, store: Store, rank: int, global_ranks: tuple[int, ...], timeout_s: float) -> None:
-        self.rank = rank
-        self.global_ranks = global_ranks
-        self.timeout_s = timeout_s
-        self._store = store
-        self._idle: list[Store] = []  # clones that nobody is using
-        self._lost = ""  # why the store is given up
-        self._incarnation = ""
-        # The last exchange that succeeded: every rank will have left it before the next one ends.
-        self.leftover = ""
-        # Exchanges that were aborted: a thread that a deadline left behind may still be reading their keys.
-        self.aborted: list[str] = []
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in the group."""
-        return len(self.global_ranks)
-
-    @property
-    def prefix(self) -> str:
-        """What the keys of this incarnation begin with."""
-        return f"comm_core/{self._incarnation}"
-
-    def ask(self, what: str, operation: Callable[[Store], T], timeout_s: float = _STORE_S) -> T:
-        """Do `operation` with a clone of the store, in a thread: a store whose host is cut off never answers.
-
-        Args:
-            what: who asks, for errors.
-            operation: called once, with the clone.
-            timeout_s: how long it may take, in seconds.
-
-        Raises:
-            CommError: the store is gone, now or in an earlier call; as `CommTimeoutError`, it doesn't answer.
-        """
-        if self._lost:
-            raise CommError(f"{what}: {self._lost}")
-        try:
-            return run_with_deadline(functools.partial(self._lend, operation), timeout_s, name="the job's store")
-        except CommError:
-            raise
-        except TimeoutError as error:
-            self._lost = f"the job's store gave no answer in {timeout_s:g} s: it is frozen, or its host cut off"
-            raise CommTimeoutError(f"{what}: {self._lost}") from error
-        except RuntimeError as error:
-            self._lost = f"the job's store can't be reached any more: {error}"
-            raise CommError(f"{what}: {self._lost}") from error
-
-    def join(self, seen: set[str]) -> None:
-        """Enter the group's newest incarnation, or found one where this process has used that up.
-
-        Every `get_backend` that negotiates is an incarnation with keys of its own, so that no message of an earlier try
-        is ever read. A rank that comes late finds the incarnation that the others founded and reads how it ended.
-
-        Args:
-            seen: incarnations of this group that this process has been in; the one that is joined is added.
-
-        Raises:
-            CommError: the store is gone.
-        """
-        key, mine, current = "comm_core/incarnation", uuid.uuid4().hex, ""
-        while True:
-            newest = self.ask("joining the group", functools.partial(_compare_set, key, current, mine))
-            if newest not in seen:
-                break
-            current = newest
-        seen.add(newest)
-        self._incarnation = newest
-
-    @contextlib.contextmanager
-    def stage(self, name: str, timeout_s: float | None = None) -> Iterator[Stage]:
-        """Open a stage: what all ranks do together until the block's end.
-
-        An exception that leaves the block aborts the stage for all ranks.
-
-        Args:
-            name: the same on every rank, and used once in an incarnation.
-            timeout_s: the deadline of the whole stage, from now, in seconds; None: each exchange has its own.
-        """
-        stage = Stage(self, name, timeout_s)
-        try:
-            yield stage
-        except BaseException as error:
-            if stage.aborted is None:
-                stage.abort(describe(error))
-            raise
-
-    def finish(self) -> None:
-        """Leave the incarnation. Waits for nobody; the last rank to leave deletes what is left of its keys."""
-        with contextlib.suppress(CommError):  # a store that is gone has no keys to delete
-            self.ask("leaving the group", self._leave)
-        self.leftover, self.aborted = "", []
-
-    def label(self, *ranks: int) -> str:
-        """Group ranks for people, with the job's rank where that differs: "rank 1 (3 in the job)"."""
-        names = [rank_label(rank, self.global_ranks[rank]) for rank in ranks]
-        return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
-
-    def keys(self, exchange: str) -> list[str]:
-        """All keys of an exchange."""
-        return [f"{exchange}/verdict", f"{exchange}/arrived", *(f"{exchange}/{r}" for r in range(self.world_size))]
-
-    def _lend(self, operation: Callable[[Store], T]) -> T:
-        try:
-            client = self._idle.pop()
-        except IndexError:
-            client = self._store.clone()
-        value = operation(client)
-        self._idle.append(client)
-        return value
-
-    def _leave(self, store: Store) -> None:
-        left = f"{self.prefix}/left"
-        notes = [f"{left}/{rank}" for rank in range(self.world_size)]
-        if self.aborted:
-            # Others needn't have met these: a rank may fail where they have left the stage already.
-            store.set(notes[self.rank], json.dumps(list(dict.fromkeys(self.aborted))))
-        if store.add(left, 1) < self.world_size:
-            return
-        exchanges = {self.leftover} - {""}
-        for note in notes:
-            if store.check([note]):
-                exchanges.update(json.loads(store.get(note)))
-                store.delete_key(note)
-        for exchange in exchanges:
-            for key in self.keys(exchange):
-                store.delete_key(key)
-        store.delete_key(left)
-
-
+@final
 class Stage:
     """A Collective step: a sequence of exchanges that ends for all ranks alike. Implements `ControlChannel`.
 
+    As a context manager it is what all ranks do together until the block's end: an exception that leaves the block
+    aborts the stage for all of them.
+
     Args:
         control: this rank's end of the channel.
-        name, timeout_s: see `Control.stage`.
+        name: the same on every rank, and used once in an incarnation.
+        timeout_s: the deadline of the whole stage, from now, in seconds; None: each exchange has its own.
 
     Attributes:
         aborted: what every call in this stage raises; None while nothing failed.
@@ -248,6 +92,13 @@ class Stage:
         self._next = 0
         self._entered: str | None = None  # the exchange that a thread of this rank is in
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None and self.aborted is None:
+            self.abort(describe(error))
 
     @property
     def begun(self) -> bool:
@@ -274,16 +125,16 @@ class Stage:
             done = self._control.leftover
         left_s = self._control.timeout_s if self._deadline is None else max(self._deadline - time.monotonic(), 0)
         exchange = functools.partial(self._exchange, key, f'["{kind}",{text}]', done, left_s)
-        verdict = self._control.ask(self._name, exchange, left_s + _STORE_S)
+        verdict = self._control.ask(self._name, exchange, left_s)
         with self._lock:
             self._entered = None
             if "abort" in verdict:
-                self._control.aborted.append(key)
+                self._control.note_abort(key)
                 self.aborted = self.aborted or self._error(verdict["abort"])
                 raise self.aborted
             # Where another thread aborted the stage meanwhile, this rank may be in a later one: `abort` noted the key.
             if self.aborted is None:
-                self._control.leftover = key
+                self._control.note_success(key)
         return list(verdict["values"])
 
     def barrier(self) -> None:
@@ -331,20 +182,6 @@ class Stage:
             )
         return ()
 
-    def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
-        # The exchange that another thread is in may have succeeded meanwhile. Then the other ranks are bound for the
-        # next one, which can't succeed without this rank, and meet the abort there.
-        for sequence in range(max(self._next - 1, 0), self._next + 1):
-            key = self._key(sequence)
-            self._control.aborted.append(key)
-            try:
-                verdict = self._control.ask(self._name, functools.partial(_publish, key, {"abort": abort}))
-            except CommError:  # whoever is cut off from the store finds that out alone
-                break
-            if "abort" in verdict:
-                return self._error(verdict["abort"])
-        return self._error(abort)
-
     def _exchange(self, key: str, text: str, done: str, timeout_s: float, store: Store) -> dict[str, Any]:
         control = self._control
         messages = [f"{key}/{rank}" for rank in range(control.world_size)]
@@ -357,8 +194,7 @@ class Stage:
         verdict = _publish(key, {"values": values} if len(set(kinds)) == 1 else {"abort": lost}, store)
         if done:
             # Every rank has come here, so every rank has left the exchange before.
-            for old in control.keys(done):
-                store.delete_key(old)
+            control.delete(done, store)
         return verdict
 
     def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
@@ -374,6 +210,20 @@ class Stage:
             abort = self._abort(f"{who} didn't come in time", self._control.rank)
             return _publish(key, {"abort": abort | {"absent": absent}}, store)
         return _unpack(store.get(f"{key}/verdict"))
+
+    def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
+        # The exchange that another thread is in may have succeeded meanwhile. Then the other ranks are bound for the
+        # next one, which can't succeed without this rank, and meet the abort there.
+        for sequence in range(max(self._next - 1, 0), self._next + 1):
+            key = self._key(sequence)
+            self._control.note_abort(key)
+            try:
+                verdict = self._control.ask(self._name, functools.partial(_publish, key, {"abort": abort}))
+            except CommError:  # whoever is cut off from the store finds that out alone
+                break
+            if "abort" in verdict:
+                return self._error(verdict["abort"])
+        return self._error(abort)
 
     @staticmethod
     def _abort(reason: str, rank: int) -> dict[str, Any]:
@@ -394,12 +244,7 @@ def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:
     """Make `verdict` the exchange's, unless it has one; returns the one it has."""
     packed = zlib.compress(json.dumps(verdict, separators=(",", ":")).encode(), 1)
     # As text, since a store's Python binding promises nothing else.
-    return _unpack(_compare_set(f"{key}/verdict", "", base64.b64encode(packed).decode(), store))
-
-
-def _compare_set(key: str, expected: str, value: str, store: Store) -> str:
-    """Set `key` where it holds `expected`, or nothing where that is empty; returns what it holds afterwards."""
-    return str(store.compare_set(key, expected, value), "ascii")
+    return _unpack(compare_set(f"{key}/verdict", "", base64.b64encode(packed).decode(), store))
 
 
 def _unpack(packed: bytes | str) -> dict[str, Any]:
