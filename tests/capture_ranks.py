@@ -90,15 +90,14 @@ def not_all_capture() -> dict[str, Any]:
     }
 
 
-def raise_inside(failing: int, record_before: bool, tries: int = 1, late: bool = False) -> dict[str, Any]:
+def raise_inside(failing: int, tries: int = 1, late: bool = False) -> dict[str, Any]:
     """One rank's captures fail by an error of the caller's, `tries` times, at once; then all capture together."""
     world = comm.get_backend()
     LOG.clear()
 
     def attempt() -> None:
         with comm.capture():
-            if record_before:
-                record(world)
+            record(world)
             if dist.get_rank() == failing:
                 raise ZeroDivisionError("my own")
 
@@ -110,6 +109,28 @@ def raise_inside(failing: int, record_before: bool, tries: int = 1, late: bool =
     capture((world, 9))
     assert dist.group.WORLD is not None
     return {"outcomes": outcomes, "events": log, "registered": registered("first", dist.group.WORLD)}
+
+
+def fail_without_calls(failing: int, tries: int, late: bool) -> dict[str, Any]:
+    """All capture without calls, one rank's captures fail, before the others' or at once; then all capture calls."""
+    world = comm.get_backend()
+    LOG.clear()
+
+    def attempt() -> None:
+        with comm.capture():
+            if dist.get_rank() == failing:
+                raise ZeroDivisionError("my own")
+
+    if dist.get_rank() != failing and late:
+        hear("failed", [failing])
+    outcomes = [outcome(attempt) for _ in range(tries)]
+    log = events()
+    say("failed")
+    heard = [] if dist.get_rank() == failing else [outcome(lambda: capture((world, 5))) for _ in range(tries)]
+    capture((world, 9))
+    assert dist.group.WORLD is not None
+    found = registered("first", dist.group.WORLD)
+    return {"outcomes": outcomes, "events": log, "heard": heard, "registered": found}
 
 
 def capture_alone_then_fail(failing: int, solo: int, tries: int) -> dict[str, Any]:
@@ -310,6 +331,22 @@ def wait_for_nobody(absent: int) -> Outcome:
     meet("over")
     capture((backend, 4))
     return found
+
+
+def leave_late(late: int) -> list[Outcome]:
+    """One rank leaves a capture after the others' deadline; then all capture together."""
+    backend = comm.get_backend(timeout_s=10)
+
+    def linger() -> None:
+        with comm.capture():
+            record(backend, 3)
+            if dist.get_rank() == late:
+                hear("told", [rank for rank in range(dist.get_world_size()) if rank != late])
+
+    found = [outcome(linger)]
+    say("told")
+    meet("over")
+    return [*found, outcome(lambda: capture((backend, 4)))]
 
 
 SHAPES: dict[str, Any] = {"max_tokens": 4, "hidden_size": 8, "dtype": torch.float32}

@@ -64,7 +64,6 @@ def test_a_rank_that_raises_inside_releases_the_others(
     everybody = ranks.run(
         capture_ranks.raise_inside,
         1,
-        True,
         tries,
         late,
         world_size=world_size,
@@ -85,15 +84,19 @@ def test_a_rank_that_raises_inside_releases_the_others(
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("tries", [1, 3])
-def test_a_rank_that_raises_where_nothing_was_recorded_is_caught_up_with(
+def test_a_rank_that_raises_where_nothing_was_recorded_is_heard_once(
     ranks: Ranks, tmp_path: Path, tries: int, late: bool
 ) -> None:
-    everybody = ranks.run(capture_ranks.raise_inside, 0, False, tries, late, path=[install(tmp_path)] * 2)
-    assert everybody[0]["outcomes"] == [("ZeroDivisionError", "my own")] * tries
-    assert everybody[1]["outcomes"] == [("ok", "None")] * tries
-    assert everybody[1]["events"] == ["first enter", "first leave"] * tries
-    for found in everybody:
-        assert found["registered"] == [[[9]] * 2]
+    """By captures that record something: the next ones, one for each failure."""
+    first, second = ranks.run(capture_ranks.fail_without_calls, 0, tries, late, path=[install(tmp_path)] * 2)
+    assert first["outcomes"] == [("ZeroDivisionError", "my own")] * tries
+    assert second["outcomes"] == [("ok", "None")] * tries
+    assert second["events"] == ["first enter", "first leave"] * tries
+    assert len(second["heard"]) == tries
+    for kind, text in second["heard"]:
+        assert kind == "CaptureError"
+        assert "rank 0 failed: ZeroDivisionError: my own" in text
+    assert first["registered"] == second["registered"] == [[[9]] * 2]
 
 
 @pytest.mark.parametrize("solo", [0, 1])
@@ -151,15 +154,13 @@ def test_a_session_that_cant_be_entered(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_what_an_exit_by_exception_raises_hides_nothing(ranks: Ranks, tmp_path: Path) -> None:
-    everybody = ranks.run(
-        capture_ranks.raise_inside, 0, True, path=[install(tmp_path, recording.LeaveByRaises, (0,))] * 2
-    )
+    everybody = ranks.run(capture_ranks.raise_inside, 0, path=[install(tmp_path, recording.LeaveByRaises, (0,))] * 2)
     assert everybody[0]["outcomes"] == [("ZeroDivisionError", "my own")]
     assert [found["registered"] for found in everybody] == [[[[9]] * 2]] * 2
 
 
 def test_a_plugin_swallows_no_exception(ranks: Ranks, tmp_path: Path) -> None:
-    everybody = ranks.run(capture_ranks.raise_inside, 0, True, path=[install(tmp_path, recording.Swallows)] * 2)
+    everybody = ranks.run(capture_ranks.raise_inside, 0, path=[install(tmp_path, recording.Swallows)] * 2)
     assert everybody[0]["outcomes"] == [("ZeroDivisionError", "my own")]
     assert everybody[1]["outcomes"][0][0] == "CaptureError"
 
@@ -212,3 +213,10 @@ def test_a_rank_that_recorded_nothing_is_named(ranks: Ranks, tmp_path: Path) -> 
     assert first[0] == "CommTimeoutError"
     assert "rank 1 didn't come in time" in first[1]
     assert second == ("ok", "None")
+
+
+def test_a_rank_that_comes_after_the_others_deadline_raises_like_them(ranks: Ranks, tmp_path: Path) -> None:
+    for (kind, text), then in ranks.run(capture_ranks.leave_late, 1, path=[install(tmp_path)] * 2):
+        assert kind == "CommTimeoutError"
+        assert "rank 1 didn't come in time" in text
+        assert then == ("ok", "None")

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from comm_core.control import Control, Stage
+from comm_core.stage import Stage
+from comm_core.store import Control
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ def group_of(
 
 
 def in_stage(member: Control, name: str, work: Callable[[Stage], T], timeout_s: float | None = None) -> T:
-    with member.stage(name, timeout_s) as stage:
+    with Stage(member, name, timeout_s) as stage:
         return work(stage)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from comm_core.channel import SessionChannel
-from comm_core.control import Control, Stage, StageAbortedError
 from comm_core.errors import CaptureError, CommError
+from comm_core.stage import StageAbortedError
 from control_ranks import group_of, in_stage, in_threads, outcome, server, start
+
+if TYPE_CHECKING:
+    from comm_core.store import Control
 
 
 @pytest.mark.parametrize("make", [dist.HashStore, server])
@@ -60,20 +63,3 @@ def test_the_channel_waits_for_nobody_while_a_stream_captures(monkeypatch: pytes
                 channel.barrier()
         assert stage.aborted is None
         assert channel.all_gather(1) == [1]
-
-
-def test_a_stage_is_met_for_when_the_plugin_begins_to_talk() -> None:
-    (member,) = group_of(dist.HashStore(), 1)
-    channel, met = SessionChannel(), []
-
-    def meet() -> Stage:
-        met.append(Stage(member, "step"))
-        return met[-1]
-
-    with channel.opened_by(meet):
-        assert not met
-        assert channel.all_gather(1) == [1]
-        assert channel.all_gather(2) == [2]
-    assert len(met) == 1
-    with pytest.raises(CommError, match="inside Collective hooks"):
-        channel.barrier()

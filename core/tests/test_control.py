@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed as dist
 from comm_core.context import Agreement
-from comm_core.control import MESSAGE_NBYTES, Control, Stage, StageAbortedError, StageTimeoutError
 from comm_core.errors import CommTimeoutError
+from comm_core.stage import MESSAGE_NBYTES, Stage, StageAbortedError, StageTimeoutError
 from control_ranks import NEVER_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
+
+if TYPE_CHECKING:
+    from comm_core.store import Control
 
 SHORT_S = 0.2
 
@@ -46,7 +49,7 @@ def test_no_exchange_gets_a_message_of_another(store: dist.Store) -> None:
     def talk(member: Control) -> list[list[list[int]]]:
         got = []
         for number in range(5):
-            with member.stage(f"step {number}") as stage:
+            with Stage(member, f"step {number}") as stage:
                 for sequence in range(10):
                     time.sleep(dawdling.random() * 0.001)
                     got.append(stage.all_gather([number, sequence, member.rank]))
@@ -122,7 +125,7 @@ def test_a_message_that_cannot_be_sent_is_refused_before_anything_is(message: An
     watched = WatchedStore(dist.HashStore(), lambda name, _: operations.append(name))
     members = group_of(watched, 2, timeout_s=SHORT_S)
     joined = len(operations)
-    with members[0].stage("step") as stage:
+    with Stage(members[0], "step") as stage:
         with pytest.raises((TypeError, ValueError)):
             stage.all_gather(message)
         assert len(operations) == joined
@@ -161,7 +164,7 @@ def test_the_verdict_of_many_ranks_is_compressed() -> None:
 @pytest.mark.parametrize("before", [0, 1, 3])
 def test_a_rank_that_raises_releases_the_others_at_once(store: dist.Store, before: int) -> None:
     def talk(member: Control) -> None:
-        with member.stage("step", NEVER_S) as stage:
+        with Stage(member, "step", NEVER_S) as stage:
             for _ in range(before):
                 stage.barrier()
             if member.rank == 1:
@@ -179,7 +182,7 @@ def test_a_rank_that_raises_releases_the_others_at_once(store: dist.Store, befor
 def test_a_rank_that_raises_after_the_last_exchange_harms_no_later_stage(store: dist.Store) -> None:
     def talk(member: Control) -> Any:
         try:
-            with member.stage("step") as stage:
+            with Stage(member, "step") as stage:
                 stage.barrier()
                 if member.rank == 1:
                     raise ValueError("late")
@@ -198,7 +201,7 @@ class UnspeakableError(Exception):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UnspeakableError(), ValueError("x" * 10**6)])
 def test_whatever_leaves_the_block_aborts_the_stage(store: dist.Store, error: BaseException) -> None:
     def talk(member: Control) -> None:
-        with member.stage("step") as stage:
+        with Stage(member, "step") as stage:
             if member.rank == 0:
                 raise error
             stage.barrier()
@@ -223,7 +226,7 @@ def test_every_call_of_an_aborted_stage_raises_the_same_reason(store: dist.Store
             words.append((str(caught.value), len(operations)))
         return words
 
-    with pytest.raises(ValueError, match="boo"), members[0].stage("step"):
+    with pytest.raises(ValueError, match="boo"), Stage(members[0], "step"):
         raise ValueError("boo")
     words = in_stage(members[1], "step", stubborn)
     # None but the first asks the store.
@@ -233,7 +236,7 @@ def test_every_call_of_an_aborted_stage_raises_the_same_reason(store: dist.Store
 def test_an_abort_releases_this_ranks_own_thread_and_the_late_rank(store: dist.Store) -> None:
     waits = Hold(lambda name, _: name == "wait")
     members = group_of([WatchedStore(store, waits), store], 2)
-    with members[0].stage("step") as stage:
+    with Stage(members[0], "step") as stage:
         blocked = start(stage.barrier)
         waits.wait()
         waits.release()
@@ -251,12 +254,29 @@ def test_the_second_abort_returns_the_first(store: dist.Store) -> None:
     assert [error.reason for error in errors] == ["by 0", "by 0"]
 
 
-def test_an_abort_brings_a_note_along(store: dist.Store) -> None:
-    first, second = group_of(store, 2)
-    assert Stage(first, "step", note=7).abort("no room").note == 7
-    for abort in (lambda stage: stage.abort("nor here"), lambda stage: outcome(start(stage.barrier))):
-        error = abort(Stage(second, "step", note=3))
-        assert (error.note, error.rank, error.reason) == (7, 0, "no room")
+def test_how_others_ended_a_stage_can_be_read_without_waiting(store: dist.Store) -> None:
+    first, second = group_of(store, 2, timeout_s=SHORT_S)
+    assert Stage(second, "step").peek() is None
+    ends = [Stage(first, "step").abort("no room"), outcome(start(lambda: barriers(1, first, "next")))]
+    assert [type(error) for error in ends] == [StageAbortedError, StageTimeoutError]
+    for name, end in zip(("step", "next"), ends, strict=True):
+        stage = Stage(second, name)
+        found = stage.peek()
+        assert (type(found), str(found)) == (type(end), str(end))
+        assert not stage.begun
+        # The first exchange has the same end.
+        error = outcome(start(stage.barrier))
+        assert (type(error), str(error)) == (type(end), str(end))
+        assert stage.begun
+
+
+def test_without_its_store_nobody_ended_a_stage(store: dist.Store) -> None:
+    def cut_off(name: str, _: object) -> None:
+        if name == "check":
+            raise RuntimeError("connection reset")
+
+    (member,) = group_of(WatchedStore(store, cut_off), 1)
+    assert Stage(member, "step").peek() is None
 
 
 @pytest.mark.parametrize("aborting", [1, 3])
@@ -278,7 +298,7 @@ def test_all_ranks_stop_at_the_same_exchange_for_the_same_reason(aborting: int) 
         def take_part(
             member: Control, name: str = f"step {number}", delays: list[float] = delays
         ) -> tuple[Any, str | None]:
-            with member.stage(name) as stage:
+            with Stage(member, name) as stage:
                 talking, error = start(lambda: talk(stage)), None
                 if member.rank < aborting:
                     time.sleep(delays[member.rank])
@@ -323,7 +343,7 @@ def test_a_missed_deadline_names_the_absent_also_to_themselves(store: dist.Store
 
 def test_a_stage_tells_whom_another_thread_waits_for(store: dist.Store) -> None:
     members = group_of(store, 3)
-    with members[0].stage("step") as stage:
+    with Stage(members[0], "step") as stage:
         assert stage.awaited() == ()
         waiting = [start(lambda stage=stage: stage.barrier()), start(lambda: barriers(1, members[2], "step"))]
         while not store.check([f"{members[0].prefix}/step/0/{rank}" for rank in (0, 2)]):
@@ -336,7 +356,7 @@ def test_a_stage_tells_whom_another_thread_waits_for(store: dist.Store) -> None:
 
 def test_the_deadline_of_a_stage_covers_all_its_exchanges(store: dist.Store) -> None:
     def talk(member: Control) -> None:
-        with member.stage("step", SHORT_S) as stage:
+        with Stage(member, "step", SHORT_S) as stage:
             stage.barrier()
             if member.rank == 1:
                 time.sleep(2 * SHORT_S)
@@ -366,7 +386,7 @@ def test_people_read_the_jobs_ranks_too(store: dist.Store) -> None:
         barriers(1, members[0])
     assert caught.value.ranks == (1, 2)
     assert str(caught.value) == "step: ranks 1 (5 in the job), 2 didn't come in time, says rank 0"
-    with pytest.raises(ValueError, match="boo"), members[1].stage("next"):
+    with pytest.raises(ValueError, match="boo"), Stage(members[1], "next"):
         raise ValueError("boo")
     with pytest.raises(StageAbortedError) as failed:
         barriers(1, members[2], "next")

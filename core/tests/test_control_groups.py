@@ -20,7 +20,8 @@ PREAMBLE = """
 import os
 
 import torch.distributed as dist
-from comm_core.control import Control, StageAbortedError, StageTimeoutError, store_of
+from comm_core.stage import Stage, StageAbortedError, StageTimeoutError
+from comm_core.store import Control, store_of
 
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -34,7 +35,7 @@ def join(group, timeout_s=60.0):
 
 def check(group):
     control = join(group)
-    with control.stage("step") as stage:
+    with Stage(control, "step") as stage:
         assert stage.all_gather([rank, os.getpid()])[control.rank] == [rank, os.getpid()]
         assert [who for who, _ in stage.all_gather([rank, os.getpid()])] == list(control.global_ranks)
     control.finish()
@@ -122,12 +123,12 @@ def test_every_kind_of_group_has_a_store_of_its_own(request: pytest.FixtureReque
 def test_a_rank_that_is_killed_is_named(tcp_store: Mapping[str, str]) -> None:
     code = """
         control = join(dist.group.WORLD, timeout_s=2.0)
-        with control.stage("first", timeout_s=60.0) as stage:
+        with Stage(control, "first", timeout_s=60.0) as stage:
             stage.barrier()
         if rank == 1:
             os.kill(os.getpid(), 9)
         try:
-            with control.stage("second") as stage:
+            with Stage(control, "second") as stage:
                 stage.barrier()
         except StageTimeoutError as error:
             print(error, flush=True)
@@ -143,7 +144,7 @@ def test_a_rank_that_raises_releases_other_processes(file_store: Mapping[str, st
     code = """
         control = join(dist.group.WORLD, timeout_s=3600.0)
         try:
-            with control.stage("step") as stage:
+            with Stage(control, "step") as stage:
                 stage.barrier()
                 if rank == 1:
                     raise ValueError("boo")

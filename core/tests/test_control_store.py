@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from comm_core import control as control_module
-from comm_core.control import Control, StageAbortedError, StageTimeoutError
+from comm_core import store as store_module
 from comm_core.errors import CommError, CommTimeoutError
+from comm_core.stage import Stage, StageAbortedError, StageTimeoutError
+from comm_core.store import Control
 from control_ranks import PATIENCE_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
 
 SHORT_S = 0.1
@@ -119,7 +120,7 @@ def steps_that_succeed(member: Control) -> None:
 
 
 def a_rank_fails_first(member: Control) -> None:
-    with contextlib.suppress(ValueError, StageAbortedError), member.stage("step") as stage:
+    with contextlib.suppress(ValueError, StageAbortedError), Stage(member, "step") as stage:
         if member.rank == 0:
             raise ValueError
         stage.barrier()
@@ -127,14 +128,14 @@ def a_rank_fails_first(member: Control) -> None:
 
 
 def a_rank_fails_after_the_others_left(member: Control) -> None:
-    with contextlib.suppress(ValueError), member.stage("step") as stage:
+    with contextlib.suppress(ValueError), Stage(member, "step") as stage:
         stage.barrier()
         if member.rank == 0:
             raise ValueError
 
 
 def a_rank_comes_too_late(member: Control) -> None:
-    with contextlib.suppress(StageTimeoutError), member.stage("step", SHORT_S) as stage:
+    with contextlib.suppress(StageTimeoutError), Stage(member, "step", SHORT_S) as stage:
         if member.rank == 0:
             time.sleep(2 * SHORT_S)
         stage.barrier()
@@ -143,7 +144,7 @@ def a_rank_comes_too_late(member: Control) -> None:
 
 def all_fail(member: Control) -> None:
     for number in range(3):
-        with contextlib.suppress(ValueError), member.stage(f"step {number}"):
+        with contextlib.suppress(ValueError), Stage(member, f"step {number}"):
             raise ValueError
 
 
@@ -189,7 +190,7 @@ def test_a_thousand_exchanges_keep_the_number_of_keys_bounded() -> None:
 
     def talk(member: Control) -> None:
         for number in range(10):
-            with member.stage(f"step {number}") as stage:
+            with Stage(member, f"step {number}") as stage:
                 for _ in range(100):
                     stage.barrier()
                     counts.add(store.num_keys())
@@ -207,7 +208,7 @@ def test_a_thread_left_behind_deletes_nothing_of_a_later_stage() -> None:
     reading = Hold(lambda name, key: name == "get" and key.endswith("/second/0/verdict"))
     members = group_of([WatchedStore(store, publishing), WatchedStore(store, reading)], 2)
     in_threads(members, lambda member: gather(member, "zeroth"))
-    with members[0].stage("first") as stage, members[1].stage("first") as other:
+    with Stage(members[0], "first") as stage, Stage(members[1], "first") as other:
         begun = start(other.barrier)
         stage.barrier()
         assert outcome(begun) is None
@@ -301,7 +302,7 @@ def test_a_store_that_died_is_named(waiting: bool) -> None:
 def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with server_elsewhere() as (process, store):
         members = group_of(store, 2)
-        monkeypatch.setattr(control_module, "_STORE_S", SHORT_S)
+        monkeypatch.setattr(store_module, "_STORE_S", SHORT_S)
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(CommTimeoutError, match=r"step: the job's store gave no answer") as caught:
             gather(members[0], "step", timeout_s=SHORT_S)

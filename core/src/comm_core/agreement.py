@@ -18,13 +18,14 @@ from comm_core import discovery, negotiate
 from comm_core._deadline import describe
 from comm_core.channel import SessionChannel
 from comm_core.context import GroupContext, Shapes
-from comm_core.control import Control
 from comm_core.env import PREFIX, Settings
 from comm_core.errors import BackendUnavailableError
 from comm_core.establish import Member, establish
 from comm_core.negotiate import Slate
 from comm_core.probe import probe_rank
 from comm_core.session import Session
+from comm_core.stage import Stage
+from comm_core.store import Control
 from comm_core.topology import Topology
 from comm_core.types import TERMINAL, Available, Candidate, Decision, Unavailable
 
@@ -164,7 +165,7 @@ def agree(group: dist.ProcessGroup, title: str, control: Control, local: Local) 
         BackendUnavailableError: a backend that the caller named can't serve.
         StageAbortedError: a rank failed or didn't come.
     """
-    with control.stage("probe") as stage:
+    with Stage(control, "probe") as stage:
         evidence = [negotiate.Evidence.from_json(item) for item in stage.all_gather(local.evidence.to_json())]
     negotiate.check_policies(evidence, control.label)
     topology = Topology.of((item.info for item in evidence), _device_types(group, local.device))
@@ -174,7 +175,7 @@ def agree(group: dist.ProcessGroup, title: str, control: Control, local: Local) 
     slate = Slate((), dropped)
     if asked:
         mine = {name: negotiate.encode_answer(_answer(local.plugins[name], topology)) for name in asked}
-        with control.stage("ask") as stage:
+        with Stage(control, "ask") as stage:
             slate = negotiate.slate(asked, stage.all_gather(mine), dropped)
 
     member = _member(group, topology, control, local)

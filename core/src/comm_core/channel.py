@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from comm_core._capturing import refuse_capture
 from comm_core.context import Agreement
-from comm_core.control import Control, Stage
 from comm_core.errors import CommError
+from comm_core.stage import Stage
+from comm_core.store import Control
 
 __all__ = ["SessionChannel"]
 
@@ -22,26 +23,16 @@ class SessionChannel:
 
     def __init__(self) -> None:
         self._stage: Stage | None = None
-        self._meet: Callable[[], Stage] | None = None
 
     @contextlib.contextmanager
     def opened(self, control: Control, name: str, timeout_s: float | None = None) -> Iterator[Stage]:
-        """Open a stage in which the plugin may talk; see `Control.stage`."""
-        with control.stage(name, timeout_s) as stage:
+        """Open a stage in which the plugin may talk; see `Stage`."""
+        with Stage(control, name, timeout_s) as stage:
             self._stage = stage
             yield stage
         # Only after a good end: a thread that was left behind keeps the aborted stage, where every call raises.
         if stage.aborted is None:
             self._stage = None
-
-    @contextlib.contextmanager
-    def opened_by(self, meet: Callable[[], Stage]) -> Iterator[None]:
-        """Let the plugin talk in the stage that `meet` returns; it is called once the plugin begins to."""
-        self._stage, self._meet = None, meet
-        try:
-            yield
-        finally:
-            self._stage, self._meet = None, None
 
     def all_gather(self, value: Any) -> list[Any]:
         """See `ControlChannel.all_gather`."""
@@ -58,7 +49,5 @@ class SessionChannel:
     def _open(self) -> Stage:
         refuse_capture("no rank can wait for the others", "Talk in connect, pre_capture_init or capture_ctx's exit")
         if self._stage is None:
-            if self._meet is None:
-                raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
-            self._stage = self._meet()
+            raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
         return self._stage

@@ -16,11 +16,12 @@ from comm_core._deadline import describe, run_with_deadline
 from comm_core.cases import AdmissionCase, admission_cases
 from comm_core.channel import SessionChannel
 from comm_core.context import GroupContext
-from comm_core.control import Control, Stage, StageAbortedError
 from comm_core.discovery import Plugin
 from comm_core.negotiate import Slate
 from comm_core.routes import Cell, cells, narrow, owned_cells, owners, plan
 from comm_core.session import Session, close_value
+from comm_core.stage import Stage, StageAbortedError
+from comm_core.store import Control
 from comm_core.topology import Topology
 from comm_core.types import Route
 
@@ -138,8 +139,8 @@ def dropped(
     session = sessions.pop(name, None)
     if session is not None:
         session.release()
-    step_of_all = member.control.stage(f"{member.purpose}drop {name}", member.step_timeout_s)
-    with contextlib.suppress(StageAbortedError), step_of_all as stage:
+    drop = f"{member.purpose}drop {name}"
+    with contextlib.suppress(StageAbortedError), Stage(member.control, drop, member.step_timeout_s) as stage:
         stage.barrier()
     return slate.without(name, f"{step}: {error.reason}" if step else error.reason, error.rank)
 

@@ -12,20 +12,20 @@ import torch
 import torch.distributed as dist
 
 from comm_core import fallback, negotiate, ops
+from comm_core._capture import Seat, any_open, entered, joined
 from comm_core._capturing import refuse_capture
 from comm_core._deadline import describe
-from comm_core._nesting import any_open, nested
 from comm_core.agreement import Agreed, Request, agree, gather_local
 from comm_core.backend import Backend
 from comm_core.context import Shapes
-from comm_core.control import Control, store_of
 from comm_core.errors import BackendUnavailableError, CaptureError, CommError
 from comm_core.establish import in_worker
 from comm_core.prepare import checked, first_step, prepare
 from comm_core.probe import probe_rank
-from comm_core.recording import Seat, recording
 from comm_core.registry import Entry, find, forget, found, live, lives, seen, sweep, told
 from comm_core.serving import Serving
+from comm_core.stage import Stage
+from comm_core.store import Control, store_of
 from comm_core.topology import Topology
 
 __all__ = ["capture", "close", "get_backend", "pre_capture_init"]
@@ -173,28 +173,22 @@ def capture() -> Iterator[None]:
             capture works.
         CommTimeoutError: a peer that captured nothing, or hangs, didn't come to the end.
     """
-    with nested() as outermost:
+    with joined() as outermost:
         if outermost is None:
             yield
             return
         sweep()
         entries = live()
-        with recording([seat for entry in entries for seat in _seats(entry)]):
-            handles = [entry.serving for entry in entries if entry.serving is not None]
+        with entered([seat for entry in entries for seat in _seats(entry)]):
+            serving = [entry.serving for entry in entries if entry.serving is not None]
             try:
-                for handle in handles:
-                    handle.use_graph_routes(True)
-                outermost.begin()
-                yield
+                for each in serving:
+                    each.use_graph_routes(True)
+                with outermost.opened():
+                    yield
             finally:
-                inner = outermost.end()
-                for handle in handles:
-                    handle.use_graph_routes(False)
-            if inner:
-                raise CaptureError(
-                    "comm.capture() can't be left while one inside it is open in another thread: what that records "
-                    "would never be registered. Wait for the thread before"
-                )
+                for each in serving:
+                    each.use_graph_routes(False)
 
 
 def _seats(entry: Entry) -> Iterator[Seat]:
@@ -241,7 +235,7 @@ def _prepare(entry: Entry, shapes: Shapes) -> None:
         return
     with told(entry):
         if serving.failure is not None:
-            with agreed.member.control.stage(first_step(entry.preparations)) as stage:
+            with Stage(agreed.member.control, first_step(entry.preparations)) as stage:
                 raise stage.abort(serving.failure)
         planned = prepare(agreed, shapes, entry.preparations)
     if planned is agreed:
@@ -354,7 +348,7 @@ def _close(entry: Entry) -> None:
         return
     orderly = False
     try:
-        with control.stage("close") as stage:
+        with Stage(control, "close") as stage:
             if failure is not None:
                 # Whom a call has waited for in vain isn't waited for again, nor do the others wait for that.
                 raise stage.abort(failure)
@@ -369,6 +363,6 @@ def _close(entry: Entry) -> None:
             session.close(orderly=orderly)
     if orderly:
         # Memory that this rank's graphs read may be freed once it returns: by then no peer has it mapped.
-        with contextlib.suppress(CommError), control.stage("closed") as stage:
+        with contextlib.suppress(CommError), Stage(control, "closed") as stage:
             stage.barrier()
     control.finish()

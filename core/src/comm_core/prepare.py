@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from comm_core import negotiate
 from comm_core.agreement import Agreed
 from comm_core.context import Shapes
-from comm_core.control import StageAbortedError
 from comm_core.discovery import Plugin
 from comm_core.errors import CommError, NegotiationError
 from comm_core.establish import Member, check_budget, connected, dropped, establish, failed_in, in_worker
 from comm_core.negotiate import Slate
 from comm_core.routes import owners, plan
 from comm_core.session import Session
+from comm_core.stage import Stage, StageAbortedError
 from comm_core.types import DTYPES, Available, Range, Unavailable
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def prepare(agreed: Agreed, shapes: Shapes, number: int) -> Agreed:
     left_nbytes = max(context.memory_budget_nbytes - agreed.kept_nbytes, 0)
     context = dataclasses.replace(context, memory_budget_nbytes=left_nbytes)
     member = dataclasses.replace(agreed.member, purpose=first_step(number, ""), context=context)
-    with member.control.stage(first_step(number)) as stage:
+    with Stage(member.control, first_step(number)) as stage:
         covered = any(_covers(earlier, shapes) for earlier in agreed.prepared)
         said = stage.all_gather([covered, shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
     given = [item[1:] for item in said]

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from comm_core import ops
 from comm_core.agreement import Agreed, Request
 from comm_core.backend import Backend
-from comm_core.control import Control, StageAbortedError, StageTimeoutError
 from comm_core.errors import CommTimeoutError, NegotiationError
 from comm_core.serving import Serving
 from comm_core.session import Session
+from comm_core.stage import StageAbortedError, StageTimeoutError
+from comm_core.store import Control
 
 __all__ = ["Entry", "find", "forget", "found", "live", "lives", "seen", "sweep", "told"]
 

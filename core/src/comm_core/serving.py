@@ -33,7 +33,6 @@ class Serving:
         failure: why every call raises; None while the handle serves.
         plain: the routes that `all_reduce` takes now.
         fused: the routes that `all_reduce_add_rms_norm` takes now.
-        captured: whether a stream has captured a call in this `comm.capture()`, or the last one.
     """
 
     def __init__(
@@ -52,7 +51,6 @@ class Serving:
         self.devices: tuple[torch.device, ...] = ()
         self.all_sessions: list[Session] = []
         self.failure: str | None = None
-        self.captured = False
         self._terminal = terminal
         self._graphs = False
         self.plain: Routes | Recording
@@ -82,8 +80,8 @@ class Serving:
         if self.failure is not None:
             return
         eager, graph = self.eager, self._graph
-        self.plain = Recording(eager.plain, graph.plain, self._note_capture) if on else eager.plain
-        self.fused = Recording(eager.fused, graph.fused, self._note_capture) if on else eager.fused
+        self.plain = Recording(eager.plain, graph.plain) if on else eager.plain
+        self.fused = Recording(eager.fused, graph.fused) if on else eager.fused
 
     def warm_up(self, shapes: Shapes) -> None:
         """Do what can't be captured the first time: NCCL's first call, the norm's kernel. Collective."""
@@ -98,6 +96,3 @@ class Serving:
         self.eager = self._graph = Tables(Routes({}), FusedRoutes({}))
         self.all_sessions.clear()
         self.plain, self.fused, self.sessions = self.eager.plain, self.eager.fused, {}
-
-    def _note_capture(self) -> None:
-        self.captured = True

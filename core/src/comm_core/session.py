@@ -31,8 +31,7 @@ class Session:
         wrong: why kinds of message were dropped in its admission, with the group rank that said so, None for all.
         in_use: whether a handle has served by it. Then it is closed with the group and not before: kernels, peers and
             captured graphs may still use its memory.
-        captures: how many captures the ranks have met at the end of, or given up; see recording.py.
-        entered: captures that this rank has entered since.
+        captures: the number of its next capture that has something to exchange; see _capture.py.
     """
 
     plugin: Plugin
@@ -44,7 +43,6 @@ class Session:
     wrong: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
     in_use: bool = False
     captures: int = 0
-    entered: int = 0
 
     @property
     def own_memory_nbytes(self) -> int:
@@ -71,6 +69,10 @@ class Session:
     def mark_in_use(self) -> None:
         """Keep it open until the group is closed."""
         self.in_use = True
+
+    def use_up_capture(self) -> None:
+        """Give the next capture another number."""
+        self.captures += 1
 
     def describe_wrong(self) -> str:
         """The kinds of message that it isn't used for, and why, for people."""

@@ -102,14 +102,12 @@ class Recording:
 
     Args:
         eager, graph: the routes.
-        note: called at each look-up for a captured call.
     """
 
-    def __init__(self, eager: Routes, graph: Routes, note: Callable[[], None]) -> None:
+    def __init__(self, eager: Routes, graph: Routes) -> None:
         self._eager = eager
         # Only CUDA tensors have routes for graphs.
         self._graph = graph
-        self._note = note
 
     def get(self, kind: Kind) -> Served | None:
         """What serves this kind while the current stream does what it does; None: not known yet."""
@@ -120,10 +118,7 @@ class Recording:
         return self._routes(kind).find(kind)
 
     def _routes(self, kind: Kind) -> Routes:
-        if not capturing():
-            return self._eager
-        self._note()
-        return self._graph if kind[:2] in self._graph.entries else self._eager
+        return self._graph if capturing() and kind[:2] in self._graph.entries else self._eager
 
 
 @dataclasses.dataclass(frozen=True)

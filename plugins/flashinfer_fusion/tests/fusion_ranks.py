@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from comm_core._deadline import describe
 from comm_core.channel import SessionChannel
-from comm_core.control import Control, StageAbortedError, store_of
+from comm_core.stage import StageAbortedError
+from comm_core.store import Control, store_of
 
 BUDGET = 1 << 30
 BF16 = torch.bfloat16
