@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from comm_bench import stats
-from comm_core import fallback, norm
+from comm_core._handle import fallback, norm
 
 SCHEMA = 1
 EPS = 1e-6
@@ -76,7 +76,7 @@ def by_triton(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
 
 def by_triton_with(warps: int, dtype: torch.dtype, hidden_size: int) -> Call:
     """The same kernel with another number of warps a program."""
-    launch = importlib.import_module("comm_core._norm_triton").compiled(dtype, hidden_size, warps)
+    launch = importlib.import_module("comm_core._handle.norm_triton").compiled(dtype, hidden_size, warps)
     return lambda x, r, w: launch(len(x), x, r, w, x, r, EPS, 0.0)
 
 

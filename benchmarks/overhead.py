@@ -31,12 +31,12 @@ from typing import Any, cast
 
 import comm_core
 import torch
-from comm_core import ops
-from comm_core.backend import Backend
-from comm_core.establish import Session
-from comm_core.negotiate import Evidence, check_policies, encode_answer, nominate, slate
-from comm_core.probe import probe_rank
-from comm_core.routes import Offer
+from comm_core._group.connect import Session
+from comm_core._handle import operators
+from comm_core._handle.backend import Backend
+from comm_core._plan.decide import Evidence, check_policies, encode_answer, nominate, slate
+from comm_core._plan.routes import Offer
+from comm_core._probe.rank import probe_rank
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
 from comm_core.types import Available, Decision, Range, Unavailable
 
@@ -141,7 +141,7 @@ def fused_path(repeats: int) -> Iterator[Figure]:
 def operator(repeats: int) -> Iterator[Figure]:
     """What calling `torch.ops.comm_core` eagerly adds to a call through the handle."""
     backend = fake_handle()
-    ops.enlist(("the benchmark",), backend)
+    operators.enlist(("the benchmark",), backend)
     tensor = torch.zeros(32 << 10, dtype=torch.bfloat16)
     for label, call, out in (
         ("out of place", torch.ops.comm_core.all_reduce, None),
@@ -150,7 +150,7 @@ def operator(repeats: int) -> Iterator[Figure]:
         handle = functools.partial(_median_us, backend.all_reduce, tensor, out)
         through = functools.partial(_median_us, call, tensor, "the benchmark")
         yield _added(f"operator over handle, {label}", handle, through, repeats)
-    ops.strike(backend)
+    operators.strike(backend)
 
 
 def _added(

@@ -16,7 +16,7 @@ import comm_core as comm
 import faulty_plugins as faulty
 import torch
 import torch.distributed as dist
-from comm_core import registry
+from comm_core._group import handles
 from harness import side_store
 
 #: ("ok", who serves) or (an error's type, its text).
@@ -167,15 +167,15 @@ def get_while_another_thread_closes() -> dict[str, Any]:
     """A thread has found the handle's entry and waits for it, and then it is closed."""
     faulty.LOG.clear()
     first = comm.get_backend()
-    (entry,) = registry.live()
-    handles: list[comm.Backend] = []
-    thread = threading.Thread(target=lambda: handles.append(comm.get_backend()))
+    (entry,) = handles.live()
+    new: list[comm.Backend] = []
+    thread = threading.Thread(target=lambda: new.append(comm.get_backend()))
     with entry.lock:
         thread.start()
         time.sleep(0.2)
         comm.close()
     thread.join()
-    (second,) = handles
+    (second,) = new
     found = {"new": second is not first, "kept": comm.get_backend() is second, "sum": summed(second)}
     comm.close()
     return found | {"closed": outcome(lambda: second.all_reduce(torch.ones(4)))[0], "events": events()}

@@ -37,7 +37,7 @@ from typing import Any
 import comm_core
 import torch
 import torch.distributed as dist
-from comm_core import _installed, discovery
+from comm_core._plugins import discovery, installed
 
 __all__ = ["DEAD", "RankError", "Ranks", "install", "side_store"]
 
@@ -310,11 +310,11 @@ def _leave() -> None:
 @contextlib.contextmanager
 def _environment(job: _Job) -> Iterator[None]:
     """The job's environment variables and its plugins, found by `importlib.metadata` in the job's folders alone."""
-    environ, path, metadata = dict(os.environ), list(sys.path), _installed.metadata
+    environ, path, metadata = dict(os.environ), list(sys.path), installed.metadata
     os.environ.update(job.env)
     sys.path[:0] = job.path
     # For core's list of plugins alone: Triton finds its driver by metadata, too.
-    vars(_installed)["metadata"] = types.SimpleNamespace(
+    vars(installed)["metadata"] = types.SimpleNamespace(
         distributions=lambda **kwargs: metadata.distributions(path=list(job.path), **kwargs)
     )
     importlib.invalidate_caches()
@@ -322,7 +322,7 @@ def _environment(job: _Job) -> Iterator[None]:
     try:
         yield
     finally:
-        vars(_installed)["metadata"] = metadata
+        vars(installed)["metadata"] = metadata
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environ)

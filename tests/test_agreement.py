@@ -13,7 +13,7 @@ import faulty_plugins as faulty
 import pytest
 import torch
 import torch.distributed as dist
-from comm_core.store import store_of
+from comm_core._control.store import store_of
 from harness import install
 
 if TYPE_CHECKING:

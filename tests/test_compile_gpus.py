@@ -10,7 +10,7 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from comm_core import tables
+from comm_core._handle import lookup
 from harness import Ranks, install
 
 pytestmark = pytest.mark.gpus(2)
@@ -29,14 +29,14 @@ def compiled() -> dict[str, Any]:
     """The same model eager and compiled, with data that differ at every step and between the ranks."""
     handle = comm.get_backend()
     model = torch.compile(layers, fullgraph=True, mode="reduce-overhead")
-    wrong, capturing = 0, tables.capturing
+    wrong, capturing = 0, lookup.capturing
     found: list[bool] = []
 
     def note() -> bool:
         found.append(capturing())
         return found[-1]
 
-    with torch.no_grad(), mock.patch.object(tables, "capturing", note):
+    with torch.no_grad(), mock.patch.object(lookup, "capturing", note):
         for step in range(20):
             x = torch.randint(0, 9, (8, HIDDEN), device="cuda", generator=seeded(step)).float()
             torch.compiler.cudagraph_mark_step_begin()

@@ -8,7 +8,7 @@ import comm_core as comm
 import comm_plugin_customar_v1 as v1
 import comm_plugin_customar_v2 as v2
 import pytest
-from comm_core import negotiate
+from comm_core._plan import decide
 
 HERE = comm.Host("node", "boot ipc 1 shm 1", "boot")
 NVLINK = comm.Link(18, True)
@@ -30,14 +30,14 @@ def group(count: int, link: comm.Link) -> comm.Topology:
     return comm.Topology.of(ranks, ("cuda",))
 
 
-def slate(topology: comm.Topology, disabled: tuple[str, ...] = ()) -> negotiate.Slate:
-    evidence = [negotiate.Evidence(info) for info in topology.ranks]
-    asked, dropped = negotiate.nominate(evidence, None, disabled, "")
-    answers = {name: negotiate.encode_answer(BACKENDS[name].is_available(topology)) for name in asked}
-    return negotiate.slate(asked, [answers] * topology.world_size, dropped)
+def slate(topology: comm.Topology, disabled: tuple[str, ...] = ()) -> decide.Slate:
+    evidence = [decide.Evidence(info) for info in topology.ranks]
+    asked, dropped = decide.nominate(evidence, None, disabled, "")
+    answers = {name: decide.encode_answer(BACKENDS[name].is_available(topology)) for name in asked}
+    return decide.slate(asked, [answers] * topology.world_size, dropped)
 
 
-def serving(chosen: negotiate.Slate) -> dict[str, list[str]]:
+def serving(chosen: decide.Slate) -> dict[str, list[str]]:
     """By mode, who owns bfloat16 messages, in the order in which they are preferred."""
     decision = chosen.decision(("cuda",))
     return {

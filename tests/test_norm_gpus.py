@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from comm_core import CaptureError, fallback, norm
+from comm_core import CaptureError
+from comm_core._handle import fallback, norm
 
 pytestmark = pytest.mark.gpus(1)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

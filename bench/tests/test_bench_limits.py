@@ -7,14 +7,14 @@ from pathlib import Path
 
 import comm_bench
 import pytest
-from comm_core import _toolchain
+from comm_core._native import toolchain
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on PATH")
 def test_the_kernels_are_compiled_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sources = _toolchain.sources_of(Path(comm_bench.__file__).parent)
+    sources = toolchain.sources_of(Path(comm_bench.__file__).parent)
     assert "limits.cu" in {source.name for source in sources}
-    recipe = _toolchain.plan("comm_bench", sources, _toolchain.find_tools(sources), capabilities=(80, 90, 100))
+    recipe = toolchain.plan("comm_bench", sources, toolchain.find_tools(sources), capabilities=(80, 90, 100))
     for number in (80, 90, 100):
         assert f"-gencode=arch=compute_{number},code=sm_{number}" in recipe.flags
     built = recipe.build(tmp_path)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from comm_core.stage import Stage
-from comm_core.store import Control
+from comm_core._control.stage import Stage
+from comm_core._control.store import Control
 
 T = TypeVar("T")
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from comm_core import fallback
-from comm_core.backend import Backend
-from comm_core.discovery import Plugin
-from comm_core.negotiate import Slate
-from comm_core.routes import Offer
-from comm_core.serving import Serving
-from comm_core.session import Session
+from comm_core._handle import fallback
+from comm_core._handle.backend import Backend
+from comm_core._handle.serving import Serving
+from comm_core._handle.session import Session
+from comm_core._plan.decide import Slate
+from comm_core._plan.routes import Offer
+from comm_core._plugins.discovery import Plugin
 from comm_core.topology import Host, RankInfo, Topology
 from comm_core.types import OPS, TERMINAL, Range
 

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from comm_core import _toolchain, kernels
+from comm_core import kernels
+from comm_core._native import toolchain
 
 __all__ = ["CUDA", "binding", "compiled", "needs_compiler"]
 
@@ -33,7 +34,7 @@ def compiled(folder: Path, *arguments: str | Path) -> None:
 
 def binding(folder: Path, source: str | Path, *arguments: str) -> Path:
     """A source that apache-tvm-ffi binds, as a shared object in the folder."""
-    *includes, library = _toolchain._bindings()
+    *includes, library = toolchain._bindings()
     built = folder / f"{Path(source).stem}.so"
     flags = ["-shared", "-fPIC", *(f"-isystem{path}" for path in includes)]
     compiled(folder, *flags, source, "-o", built, f"-L{library}", "-ltvm_ffi", *arguments)

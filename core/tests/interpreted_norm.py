@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from comm_core import _norm_triton, fallback
+from comm_core._handle import fallback, norm_triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Around a program's elements, with and without a remainder; the last goes in two rounds.
@@ -17,8 +17,8 @@ def compare(dtype: torch.dtype, shape: tuple[int, int], eps: float, offset: floa
     x, r, w = (torch.randn(size, generator=generator).to(dtype) for size in (shape, shape, shape[1:]))
     expected = fallback._by_torch(x, r, w, eps, offset, None, None)
     y, s = (x, r) if in_place else (torch.empty_like(x), torch.empty_like(x))
-    block, _ = _norm_triton.launch_shape(shape[1])
-    _norm_triton.add_rms_norm_kernel[(shape[0],)](x, r, w, y, s, eps, offset, HIDDEN=shape[1], BLOCK=block)
+    block, _ = norm_triton.launch_shape(shape[1])
+    norm_triton.add_rms_norm_kernel[(shape[0],)](x, r, w, y, s, eps, offset, HIDDEN=shape[1], BLOCK=block)
     # The interpreter cuts bfloat16 off, where a GPU rounds to the nearest.
     exact = dtype is not torch.bfloat16
     unit = torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps

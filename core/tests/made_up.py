@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comm_core.routes import Offer
+from comm_core._plan.routes import Offer
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Range
 from hypothesis import strategies as st
 

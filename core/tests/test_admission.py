@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from comm_core import admission
-from comm_core.cases import LARGEST_NBYTES, UNBOUNDED_NBYTES, admission_cases
-from comm_core.routes import Offer, owned, plan
+from comm_core._group import admission
+from comm_core._plan.cases import LARGEST_NBYTES, UNBOUNDED_NBYTES, admission_cases
+from comm_core._plan.routes import Offer, owned, plan
 from comm_core.types import DTYPES, OPS, TERMINAL, Range, Route
 from hypothesis import given, settings
 from made_up import DEVICE_TYPES, Message, offers, takes

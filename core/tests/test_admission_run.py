@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from comm_core import admission, fallback
-from comm_core.admission import run
-from comm_core.cases import AdmissionCase
+from comm_core._group import admission
+from comm_core._group.admission import run
+from comm_core._handle import fallback
+from comm_core._plan.cases import AdmissionCase
 from comm_core.errors import CaptureError
 from comm_core.types import DTYPES, OPS
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comm_core.routes import Offer
+from comm_core._plan.routes import Offer
 from comm_core.types import DTYPES, TERMINAL, Range
 from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, handle, one_backend
 from hypothesis import given, settings

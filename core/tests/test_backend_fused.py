@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import comm_core as comm
 import pytest
 import torch
-from comm_core import fallback
-from comm_core.tables import FusedRoutes, Kind, Served
+from comm_core._handle import fallback
+from comm_core._handle.lookup import FusedRoutes, Kind, Served
 from comm_core.types import TERMINAL, Range
 from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, fused_inputs, handle, one_backend
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 if TYPE_CHECKING:
-    from comm_core.routes import Offer
+    from comm_core._plan.routes import Offer
 
 
 @pytest.fixture(params=["core", "native"], autouse=True)

@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from comm_core import _cache
-from comm_core._cache import build_once, private_folder, root
+from comm_core._native import cache
+from comm_core._native.cache import build_once, private_folder, root
 from comm_core.errors import CommTimeoutError, PluginLoadError
 
 # Far longer than anything here takes; whoever runs into it fails.
@@ -154,7 +154,7 @@ class SlowBuild:
         self.began, self.awaited, self.may_end = threading.Event(), threading.Event(), threading.Event()
         self.fails = False
         # Whoever finds the lock taken sleeps before it looks again.
-        monkeypatch.setattr(_cache.time, "sleep", lambda _: self.awaited.set())
+        monkeypatch.setattr(cache.time, "sleep", lambda _: self.awaited.set())
 
     def build(self, scratch: Path) -> Path:
         self.began.set()

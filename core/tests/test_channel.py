@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from comm_core.channel import SessionChannel
+from comm_core._control.channel import SessionChannel
+from comm_core._control.stage import StageAbortedError
 from comm_core.errors import CaptureError, CommError
-from comm_core.stage import StageAbortedError
 from control_ranks import group_of, in_stage, in_threads, outcome, server, start
 
 if TYPE_CHECKING:
-    from comm_core.store import Control
+    from comm_core._control.store import Control
 
 
 @pytest.mark.parametrize("make", [dist.HashStore, server])

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from comm_core import _installed, cli
+from comm_core import cli
+from comm_core._plugins import installed
 from comm_core.command import GROUP
 
 GREET = """
@@ -28,10 +29,10 @@ def run(args):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder on the path, and the only one in which distributions are looked for."""
-    metadata = _installed.metadata
+    metadata = installed.metadata
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(
-        _installed,
+        installed,
         "metadata",
         SimpleNamespace(distributions=lambda **kwargs: metadata.distributions(path=[str(tmp_path)], **kwargs)),
     )
@@ -191,7 +192,7 @@ def test_doctor_runs_where_no_command_can_be_listed(
     def listing(group: str) -> None:
         raise OSError(f"{group}: the disk is gone")
 
-    monkeypatch.setattr(_installed, "listing", listing)
+    monkeypatch.setattr(installed, "listing", listing)
     assert cli.main(["doctor", "--json"]) in (0, 1)
     out, err = capsys.readouterr()
     assert out.startswith("{")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed as dist
+from comm_core._control.stage import MESSAGE_NBYTES, Stage, StageAbortedError, StageTimeoutError
 from comm_core.context import Agreement
 from comm_core.errors import CommTimeoutError
-from comm_core.stage import MESSAGE_NBYTES, Stage, StageAbortedError, StageTimeoutError
 from control_ranks import NEVER_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
 
 if TYPE_CHECKING:
-    from comm_core.store import Control
+    from comm_core._control.store import Control
 
 SHORT_S = 0.2
 

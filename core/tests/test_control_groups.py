@@ -20,8 +20,8 @@ PREAMBLE = """
 import os
 
 import torch.distributed as dist
-from comm_core.stage import Stage, StageAbortedError, StageTimeoutError
-from comm_core.store import Control, store_of
+from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
+from comm_core._control.store import Control, store_of
 
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from comm_core import store as store_module
+from comm_core._control import store as store_module
+from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
+from comm_core._control.store import Control
 from comm_core.errors import CommError, CommTimeoutError
-from comm_core.stage import Stage, StageAbortedError, StageTimeoutError
-from comm_core.store import Control
 from control_ranks import PATIENCE_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
 
 SHORT_S = 0.1

@@ -12,7 +12,7 @@ import weakref
 from typing import NoReturn
 
 import pytest
-from comm_core._deadline import describe, run_with_deadline
+from comm_core._control.deadline import describe, run_with_deadline
 
 PATIENCE_S = 60.0
 SHORT_S = 0.05

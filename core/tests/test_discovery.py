@@ -12,9 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from comm_core import discovery
-from comm_core._installed import Refused, check_requirements
-from comm_core.discovery import Entry, LoadFailure
+from comm_core._plugins import discovery
+from comm_core._plugins.discovery import Entry, LoadFailure
+from comm_core._plugins.installed import Refused, check_requirements
 from comm_core.errors import PluginLoadError
 
 PATIENCE_S = 60.0

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import comm_core
-from comm_core import discovery, errors, hookspecs
-from comm_core._validation import HOOKS
+from comm_core import errors, hookspecs
+from comm_core._plugins import discovery
+from comm_core._plugins.validation import HOOKS
 from comm_core.env import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]

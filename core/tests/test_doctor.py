@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comm_core import cli, discovery
+from comm_core import cli
+from comm_core._plugins import discovery
+from comm_core._probe.rank import Sources
 from comm_core.cli._report import PluginLine, Report, diagnose, render, to_json
 from comm_core.cli.doctor import collect
 from comm_core.env import Settings
-from comm_core.probe import Sources
 from comm_core.topology import Device, Host, Link, Topology
 from fake_nvml import UUIDS, FakeNvml
 

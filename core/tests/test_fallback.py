@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 import torch
 import torch.distributed as dist
-from comm_core import fallback
+from comm_core._handle import fallback
 from comm_core.errors import CaptureError
 from comm_core.types import DTYPES
 from torch._C._distributed_c10d import HashStore

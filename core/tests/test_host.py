@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from comm_core._host import probe_host
+from comm_core._probe.host import probe_host
 
 BOOT = "2a5f5b0e-6d52-4ff0-b7b7-5c1f3a1b2c3d"
 
@@ -40,7 +40,7 @@ def test_this_host_is_the_same_host_twice() -> None:
 
 
 def test_another_process_is_on_this_host() -> None:
-    code = "from comm_core._host import probe_host; print(probe_host({}).id)"
+    code = "from comm_core._probe.host import probe_host; print(probe_host({}).id)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == probe_host({}).id
 

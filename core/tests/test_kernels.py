@@ -18,7 +18,7 @@ from pathlib import Path
 import comm_core
 import pytest
 import torch
-from comm_core import _toolchain
+from comm_core._native import toolchain
 from comm_core.errors import CaptureError, PluginLoadError
 from comm_core.kernels import Library
 
@@ -302,8 +302,8 @@ def test_a_name_of_no_package_is_said(name: str) -> None:
 
 
 def test_a_ready_made_library_takes_no_compiler(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = _toolchain.sources_of(package.csrc.parent)
-    recipe = _toolchain.plan(package.name, sources, _toolchain.find_tools(sources))
+    sources = toolchain.sources_of(package.csrc.parent)
+    recipe = toolchain.plan(package.name, sources, toolchain.find_tools(sources))
     (scratch := package.folder / "scratch").mkdir()
     (package.csrc.parent / "_lib").mkdir()
     recipe.build(scratch).rename(package.csrc.parent / "_lib" / f"{package.name}.so")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from comm_core._mailbox import Mailbox
+from comm_core._control.mailbox import Mailbox
 from control_ranks import outcome, start
 
 PATIENCE_S = 60.0

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from comm_core.errors import NegotiationError
-from comm_core.negotiate import (
+from comm_core._plan.decide import (
     Evidence,
     Slate,
     check_policies,
@@ -16,7 +15,8 @@ from comm_core.negotiate import (
     nominate,
     slate,
 )
-from comm_core.routes import Offer, cells
+from comm_core._plan.routes import Offer, cells
+from comm_core.errors import NegotiationError
 from comm_core.topology import Device, Host, Link, RankInfo
 from comm_core.types import DTYPES, OPS, TERMINAL, Available, Candidate, Range, Unavailable
 from hypothesis import given, settings

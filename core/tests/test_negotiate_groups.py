@@ -7,8 +7,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comm_core.negotiate import Evidence, check_policies, encode_answer, nominate, slate
-from comm_core.routes import cells
+from comm_core._plan.decide import Evidence, check_policies, encode_answer, nominate, slate
+from comm_core._plan.routes import cells
 from comm_core.topology import Device, Host, RankInfo
 from comm_core.types import DTYPES, OPS, TERMINAL, Available, Decision, Range, Unavailable
 from made_up import DEVICE_TYPES, Message, backwards, takes

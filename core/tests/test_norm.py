@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from comm_core import CaptureError, fallback, norm
+from comm_core import CaptureError
+from comm_core._handle import fallback, norm
 
 CPU = torch.device("cpu")
 SHAPE = (4, 16)
@@ -159,7 +160,7 @@ def test_where_triton_fails_torch_serves_and_the_log_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # As where it isn't installed.
-    monkeypatch.setitem(sys.modules, "comm_core._norm_triton", None)
+    monkeypatch.setitem(sys.modules, "comm_core._handle.norm_triton", None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     devices = [torch.device("cuda", index) for index in (0, 1)]
     reasons = {norm.prepare(device, dtype, 16) for device in devices for dtype in (torch.float16, torch.float32)}

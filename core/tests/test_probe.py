@@ -8,7 +8,7 @@ from typing import Any
 import pynvml
 import pytest
 import torch
-from comm_core.probe import Sources, probe_devices, probe_rank
+from comm_core._probe.rank import Sources, probe_devices, probe_rank
 from comm_core.topology import Device, Link, RankInfo
 from fake_nvml import (
     MIG,

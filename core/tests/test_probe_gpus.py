@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pynvml
 import pytest
 import torch
-from comm_core.probe import probe_rank
+from comm_core._probe.rank import probe_rank
 from comm_core.topology import Device, RankInfo, Topology
 from fake_nvml import NVLINK
 
@@ -52,7 +52,7 @@ def test_a_real_gpu_that_is_the_only_visible_one_knows_its_peer_and_starts_no_co
     uuids = [device_of(probe_rank(i, torch.device("cuda", i), plugins={}, facts={})).uuid for i in range(2)]
     code = """
 import ctypes, json, sys, torch
-from comm_core.probe import probe_rank
+from comm_core._probe.rank import probe_rank
 info = probe_rank(0, torch.device("cuda", int(sys.argv[1])), plugins={}, facts={})
 cuda, flags, active = ctypes.CDLL("libcuda.so.1"), ctypes.c_uint(), ctypes.c_int()
 contexts = []

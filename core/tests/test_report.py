@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from comm_core.negotiate import Slate
-from comm_core.report import explain, size, table
-from comm_core.routes import Offer
+from comm_core._plan.decide import Slate
+from comm_core._plan.explain import explain, size, table
+from comm_core._plan.routes import Offer
 from comm_core.topology import Device, Host, RankInfo, Topology
 from comm_core.types import DTYPES, Candidate, Range
 from hypothesis import given

@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from comm_core.negotiate import implied
-from comm_core.routes import Cell, Offer, cells, narrow, owned, owned_cells, owners, plan
+from comm_core._plan.decide import implied
+from comm_core._plan.routes import Cell, Offer, cells, narrow, owned, owned_cells, owners, plan
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Available, Range, Route, Rule
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from comm_core.negotiate import Slate
-from comm_core.routes import Offer
-from comm_core.tables import COMPOSED, FusedRoutes, Recording, Routes, Served, bind
+from comm_core._handle.lookup import COMPOSED, FusedRoutes, Recording, Routes, Served, bind
+from comm_core._plan.decide import Slate
+from comm_core._plan.routes import Offer
 from comm_core.types import TERMINAL, Range, Rule
 from fake_handle import ALL_REDUCE, FUSED, aligned, one_backend
 

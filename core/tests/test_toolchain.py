@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from comm_core import _toolchain, hookspecs, kernels
-from comm_core._toolchain import Recipe, Tools, find_tools, gencode, plan, sources_of
+from comm_core import hookspecs, kernels
+from comm_core._native.toolchain import Recipe, Tools, find_tools, gencode, plan, sources_of
 from comm_core.errors import PluginLoadError
 
 PTX_100 = "compute_100,code=compute_100"
@@ -152,7 +152,7 @@ def test_whatever_goes_into_a_binary_changes_its_key(tmp_path: Path, monkeypatch
     changed()
     headers = shutil.copytree(kernels.include_dir(), tmp_path / "include")
     (headers / "comm_core" / "version.h").write_text("// another comm-core")
-    monkeypatch.setattr(_toolchain, "include_dir", lambda: headers)
+    monkeypatch.setattr(toolchain, "include_dir", lambda: headers)
     changed()
     keys.append(dataclasses.replace(recipe(folder), flags=("-O0",)).key())
     keys.append(dataclasses.replace(recipe(folder), link_flags=("-O0",)).key())

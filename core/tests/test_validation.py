@@ -8,8 +8,9 @@ from typing import Any
 
 import pluggy
 import pytest
-from comm_core import discovery, hookspecs
-from comm_core._validation import HOOKS
+from comm_core import hookspecs
+from comm_core._plugins import discovery
+from comm_core._plugins.validation import HOOKS
 from comm_core.errors import PluginLoadError
 
 HEADER = """

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import tvm_ffi
-from comm_core._mailbox import Mailbox
+from comm_core._control.mailbox import Mailbox
 
 NBYTES = (1 << 16) + 7
 

@@ -29,8 +29,8 @@ from comm_core.topology import Device, Host, Link, RankInfo, Topology
 from comm_core.types import Available, Candidate, Decision, Range, Route, Rule, Unavailable
 
 if TYPE_CHECKING:
-    from comm_core.backend import Backend
-    from comm_core.groups import capture, close, get_backend, pre_capture_init
+    from comm_core._group.api import capture, close, get_backend, pre_capture_init
+    from comm_core._handle.backend import Backend
 
 __all__ = [
     "Agreement",
@@ -69,11 +69,11 @@ __all__ = [
 
 # These need torch, whose import takes a second, and which may be broken on a host that `comm-core doctor` looks at.
 _WITH_TORCH = {
-    "Backend": "comm_core.backend",
-    "capture": "comm_core.groups",
-    "close": "comm_core.groups",
-    "get_backend": "comm_core.groups",
-    "pre_capture_init": "comm_core.groups",
+    "Backend": "comm_core._handle.backend",
+    "capture": "comm_core._group.api",
+    "close": "comm_core._group.api",
+    "get_backend": "comm_core._group.api",
+    "pre_capture_init": "comm_core._group.api",
 }
 
 

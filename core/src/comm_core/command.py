@@ -37,8 +37,8 @@ import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 
-from comm_core._deadline import describe
-from comm_core.report import size, table
+from comm_core._control.deadline import describe
+from comm_core._plan.explain import size, table
 
 __all__ = ["GROUP", "describe", "enough_gpus", "joined", "launch", "size", "table", "under_torchrun"]
 

@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comm_core import _cache, _toolchain
-from comm_core._capturing import refuse_capture
-from comm_core._deadline import describe
-from comm_core._toolchain import include_dir
+from comm_core._control.deadline import describe
+from comm_core._control.guard import refuse_capture
+from comm_core._native import cache, toolchain
+from comm_core._native.toolchain import include_dir
 from comm_core.env import PREFIX, Settings
 from comm_core.errors import CommError, PluginLoadError
 
@@ -72,8 +72,8 @@ class Library:
         try:
             folder = self._folder()
             if _prebuilt(folder).is_file():
-                return _toolchain.no_bindings()
-            _toolchain.find_tools(_toolchain.sources_of(folder))
+                return toolchain.no_bindings()
+            toolchain.find_tools(toolchain.sources_of(folder))
         except (PluginLoadError, OSError, ValueError) as error:
             return str(error).rstrip(".")
         return None
@@ -129,13 +129,13 @@ class Library:
 
     def _built(self) -> Path:
         settings = Settings.read()
-        top, timeout_s = _cache.root(settings.cache_dir), settings.connect_timeout_s
-        sources = _toolchain.sources_of(self._folder())
-        tools = _toolchain.find_tools(sources)
-        recipe = _toolchain.plan(self.package, sources, tools, _capabilities() if tools.cuda else ())
+        top, timeout_s = cache.root(settings.cache_dir), settings.connect_timeout_s
+        sources = toolchain.sources_of(self._folder())
+        tools = toolchain.find_tools(sources)
+        recipe = toolchain.plan(self.package, sources, tools, _capabilities() if tools.cuda else ())
         try:
-            folder = _cache.private_folder(top, f"{self.package}-{recipe.key()}")
-            return _cache.build_once(
+            folder = cache.private_folder(top, f"{self.package}-{recipe.key()}")
+            return cache.build_once(
                 folder, f"{self.package}.so", lambda scratch: recipe.build(scratch, timeout_s), timeout_s
             )
         except CommError:
@@ -158,7 +158,7 @@ class Library:
 
 def _prebuilt(folder: Path) -> Path:
     """Where the wheel of the package in `folder` has its shared object, if it has one."""
-    return folder / _toolchain.BUILT / f"{folder.name}.so"
+    return folder / toolchain.BUILT / f"{folder.name}.so"
 
 
 def _capabilities() -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from comm_core._capturing import refuse_capture
+from comm_core._control.guard import refuse_capture
 
 if TYPE_CHECKING:
     import torch

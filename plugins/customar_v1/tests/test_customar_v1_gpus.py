@@ -14,7 +14,7 @@ import kernel_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from comm_core import _nvml
+from comm_core._probe import nvml
 from comm_plugin_customar_v1 import policy
 from harness import DEAD, Ranks, install
 from kernel_ranks import DTYPES
@@ -179,17 +179,17 @@ def test_wrong_data_drops_the_backend_on_all_ranks(ranks: Ranks, found: list[lis
 
 def serving(nvlink: bool) -> dict[str, Any]:
     """Which backend serves and why the others don't, after a sum and the replay of a recorded one."""
-    link = _nvml._link
+    link = nvml._link
     if not nvlink:
 
         def without(*arguments: Any) -> comm.Link:
             return dataclasses.replace(link(*arguments), nvlinks=0, reason="NVML: P2P_STATUS_NOT_SUPPORTED")
 
-        _nvml._link = without
+        nvml._link = without
     try:
         handle = comm.get_backend()
     finally:
-        _nvml._link = link
+        nvml._link = link
     x = torch.full((4096,), dist.get_rank() + 1.0, device="cuda")
     assert torch.equal(handle.all_reduce(x), torch.full_like(x, 3))
     graph = torch.cuda.CUDAGraph()

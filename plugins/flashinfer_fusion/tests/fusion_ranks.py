@@ -9,10 +9,10 @@ import comm_core as comm
 import comm_plugin_flashinfer_fusion as plugin
 import torch
 import torch.distributed as dist
-from comm_core._deadline import describe
-from comm_core.channel import SessionChannel
-from comm_core.stage import StageAbortedError
-from comm_core.store import Control, store_of
+from comm_core._control.channel import SessionChannel
+from comm_core._control.deadline import describe
+from comm_core._control.stage import StageAbortedError
+from comm_core._control.store import Control, store_of
 
 BUDGET = 1 << 30
 BF16 = torch.bfloat16

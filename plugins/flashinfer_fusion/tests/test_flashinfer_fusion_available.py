@@ -12,7 +12,7 @@ from typing import Any
 import comm_core as comm
 import comm_plugin_flashinfer_fusion as plugin
 import pytest
-from comm_core.routes import Offer, plan
+from comm_core._plan.routes import Offer, plan
 from comm_core.types import TERMINAL
 from made_up_topologies import ELSEWHERE, HERE, cuda_group
 

@@ -15,7 +15,7 @@ from comm_core.command import joined, launch, size, table, under_torchrun
 if TYPE_CHECKING:
     import torch
 
-    from comm_core.backend import Backend
+    from comm_core._handle.backend import Backend
 
 __all__ = ["add_parser", "run"]
 

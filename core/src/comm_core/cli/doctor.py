@@ -13,14 +13,14 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from comm_core._attempt import attempt
-from comm_core._deadline import run_with_deadline
+from comm_core._control.deadline import run_with_deadline
+from comm_core._probe.attempt import attempt
+from comm_core._probe.rank import Sources, probe_devices, probe_host, probe_versions
 from comm_core.cli._report import PluginLine, Report, diagnose, render, to_json
 from comm_core.env import PREFIX, Settings
-from comm_core.probe import Sources, probe_devices, probe_host, probe_versions
 
 if TYPE_CHECKING:
-    from comm_core.discovery import Plugin
+    from comm_core._plugins.discovery import Plugin
 
 __all__ = ["add_parser", "collect", "run"]
 
@@ -92,7 +92,7 @@ def _torch(sources: Sources, unknown: dict[str, str]) -> dict[str, Any]:
 
 def _plugins(settings: Settings) -> tuple[PluginLine, ...]:
     # Late, since whatever breaks in discovery mustn't keep the rest from being printed.
-    from comm_core.discovery import discover
+    from comm_core._plugins.discovery import discover
 
     def wanted(name: str) -> bool:
         return name not in settings.disable and (settings.backends is None or name in settings.backends)

@@ -1,0 +1,1 @@
+"""How the ranks of a group talk around the hot path, and what bounds every wait."""

@@ -1,0 +1,1 @@
+"""A process group's life: negotiate, connect, admit, prepare, capture, close."""

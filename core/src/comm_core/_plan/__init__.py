@@ -1,0 +1,1 @@
+"""What follows from the ranks' evidence: pure functions of frozen data."""

@@ -1,0 +1,232 @@
+"""Checks a plugin object against the hook specs, before and beyond what pluggy checks.
+
+pluggy lets an implementation leave arguments out, reorder them or give them defaults, which it then never fills. Core
+calls hooks by position, where each of these would hand over the wrong tensor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import pluggy
+
+from comm_core import hookspecs
+from comm_core._plugins.installed import Refused
+
+__all__ = ["HOOKS", "register"]
+
+_API = "COMM_HOOK_API"
+_REQUIRED = "all_reduce"
+
+#: By attribute name: the function, and the options of its marker.
+_Marked: TypeAlias = dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]
+
+#: Every hook's parameters, by name.
+HOOKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        name: tuple(inspect.signature(spec).parameters)
+        for name, spec in vars(hookspecs).items()
+        if inspect.isfunction(spec) and spec.__module__ == hookspecs.__name__
+    }
+)
+
+
+class _Hooks:
+    """What pluggy sees of a plugin: functions alone.
+
+    pluggy 1.6 evaluates every attribute of what it registers, properties and lazy imports among them; 1.7 doesn't.
+    """
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        vars(self).update(functions)
+
+
+class _Problem(NamedTuple):
+    reason: str
+    remedy: str
+
+
+def register(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
+    """Validate a plugin and register its hooks with a manager of its own.
+
+    Args:
+        name: the backend's name.
+        plugin: a module, or an object with the hooks as attributes.
+
+    Returns:
+        The hooks as plain callables, by name.
+
+    Raises:
+        Refused: the plugin breaks rules; the reason holds all that were found.
+    """
+    _raise_if(_api_problems(plugin))
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    marked, unmarked = _functions(plugin, manager)
+    _raise_if(_absences(marked, unmarked))
+    hooks: dict[str, Callable[..., Any]] = {}
+    problems: list[_Problem] = []
+    for attribute, (function, options) in marked.items():
+        hook = options.get("specname") or attribute
+        problems += _hook_problems(hook, attribute, function, options)
+        if hook in hooks:
+            problems.append(_Problem(f"two functions implement {hook}", f"Keep one implementation of {hook}."))
+        hooks[hook] = function
+    if _REQUIRED not in hooks:
+        problems.append(_Problem(f"{_REQUIRED} is missing", f"Implement {_definition(_REQUIRED)}; it is required."))
+    _raise_if(problems)
+    try:
+        manager.register(_Hooks(hooks), name)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise Refused(f"pluggy refuses it: {error}", "Mend what pluggy names.") from error
+    _raise_if(_misread(manager, hooks))
+    return hooks
+
+
+def _raise_if(problems: Iterator[_Problem] | list[_Problem]) -> None:
+    found = list(problems)
+    if found:
+        remedies = dict.fromkeys(problem.remedy for problem in found)
+        raise Refused("; ".join(problem.reason for problem in found), " ".join(remedies))
+
+
+def _api_problems(plugin: object) -> Iterator[_Problem]:
+    value = getattr(plugin, _API, None)
+    ours = ".".join(map(str, hookspecs.API))
+    write = f"Set {_API} = {hookspecs.API} in what the entry point names."
+    if value is None:
+        yield _Problem(f"it has no {_API}", write)
+    elif not isinstance(value, tuple) or [type(number) for number in value] != [int, int]:
+        yield _Problem(f"its {_API} is {value!r}, not a tuple of two integers", write)
+    elif value[0] != hookspecs.API[0]:
+        yield _Problem(
+            f"it is written for version {value[0]}.{value[1]} of the hooks; this comm-core has {ours}",
+            f"Install a release of the plugin for version {hookspecs.API[0]}, or a comm-core with version {value[0]}.",
+        )
+    elif value[1] > hookspecs.API[1]:
+        yield _Problem(
+            f"it needs version {value[0]}.{value[1]} of the hooks; this comm-core has {ours}",
+            "Upgrade comm-core: pip install --upgrade comm-core",
+        )
+
+
+def _functions(plugin: object, manager: pluggy.PluginManager) -> tuple[_Marked, dict[str, object]]:
+    """The functions that carry the marker, with its options, and what else has a hook's name and can be called."""
+    marked: _Marked = {}
+    unmarked: dict[str, object] = {}
+    for name in dir(plugin):
+        static = inspect.getattr_static(plugin, name, None)
+        # Nothing else is touched: getattr would run properties, and a module's own __getattr__ may import.
+        if not (inspect.isroutine(static) or isinstance(static, (staticmethod, classmethod))):
+            if name in HOOKS and callable(static):
+                unmarked[name] = static
+            continue
+        function = getattr(plugin, name)
+        options = manager.parse_hookimpl_opts(_Hooks({name: function}), name)
+        if options is not None:
+            marked[name] = function, dict(options)
+        elif name in HOOKS:
+            unmarked[name] = function
+    return marked, unmarked
+
+
+def _absences(marked: Mapping[str, object], unmarked: Mapping[str, object]) -> Iterator[_Problem]:
+    for name, value in unmarked.items():
+        if inspect.isroutine(value):
+            yield _Problem(
+                f"{name} has a hook's name but isn't marked as one",
+                f"Write @comm_core.hookimpl above def {name}, below @staticmethod or @classmethod, or rename it.",
+            )
+        else:
+            yield _Problem(
+                f"{name} has a hook's name but is a {type(value).__name__}, not a function",
+                f"Write {_definition(name)}, or rename it.",
+            )
+    if not marked and not unmarked:
+        yield _Problem(
+            "it has no hooks at all",
+            f"Let the entry point name what has @comm_core.hookimpl above {_definition(_REQUIRED)}.",
+        )
+
+
+def _hook_problems(
+    hook: str, attribute: str, function: Callable[..., Any], options: Mapping[str, Any]
+) -> Iterator[_Problem]:
+    if hook not in HOOKS:
+        near = difflib.get_close_matches(hook, HOOKS, n=1)
+        yield _Problem(
+            f"there is no hook {hook}" + (f"; did you mean {near[0]}?" if near else ""),
+            f"Rename {attribute}, or take @comm_core.hookimpl off it; the hooks are {', '.join(sorted(HOOKS))}.",
+        )
+        return
+    plain = f"Mark {hook} with a plain @comm_core.hookimpl."
+    if options.get("wrapper") or options.get("hookwrapper"):
+        yield _Problem(f"{hook} is a wrapper, and a backend has no hooks of others to wrap", plain)
+        return
+    if options.get("optionalhook"):
+        yield _Problem(f"{hook} is marked optionalhook=True, which would hide a misspelt name", plain)
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        yield _Problem(f"{hook} is async, and nothing awaits it", f"Write {_definition(hook)}.")
+    elif inspect.isgeneratorfunction(function):
+        context = " Put @contextlib.contextmanager between @comm_core.hookimpl and it." if hook == "capture_ctx" else ""
+        yield _Problem(f"{hook} is a generator function", f"Return from {hook} instead of yielding.{context}")
+    yield from _signature_problems(hook, function)
+
+
+def _signature_problems(hook: str, function: Callable[..., Any]) -> Iterator[_Problem]:
+    signature = inspect.signature(function)
+    parameters = tuple(signature.parameters.values())
+    faults = [*_kind_faults(parameters), *_name_faults(HOOKS[hook], tuple(signature.parameters))]
+    if not faults:
+        return
+    bare = signature.replace(
+        parameters=[parameter.replace(annotation=parameter.empty) for parameter in parameters],
+        return_annotation=signature.empty,
+    )
+    remedy = f"Write {_definition(hook)}: the spec's parameters, in its order, and nothing else."
+    if parameters and parameters[0].name == "self":
+        remedy += " If the entry point names a class, let it name an instance."
+    yield _Problem(f"{hook}{bare} {', '.join(faults)}", remedy)
+
+
+def _kind_faults(parameters: tuple[inspect.Parameter, ...]) -> Iterator[str]:
+    kinds = {parameter.kind for parameter in parameters}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        yield "takes variable positional arguments"
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        yield "takes variable keyword arguments"
+    if inspect.Parameter.KEYWORD_ONLY in kinds:
+        yield "has keyword-only parameters"
+    if any(parameter.default is not parameter.empty for parameter in parameters):
+        yield "has defaults"
+
+
+def _name_faults(expected: tuple[str, ...], found: tuple[str, ...]) -> Iterator[str]:
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    if missing:
+        yield f"lacks {', '.join(missing)}"
+    if unknown:
+        yield f"has {', '.join(unknown)}, which the spec doesn't"
+    if not missing and not unknown and found != expected:
+        yield "has the parameters in another order than the spec"
+
+
+def _misread(manager: pluggy.PluginManager, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[_Problem]:
+    # A decorator may show one signature to inspect and another to pluggy, which would then drop arguments silently.
+    for hook in hooks:
+        for implementation in getattr(manager.hook, hook).get_hookimpls():
+            if tuple(implementation.argnames) != HOOKS[hook]:
+                yield _Problem(
+                    f"pluggy reads the parameters of {hook} as ({', '.join(implementation.argnames)})",
+                    f"Use functools.wraps in what decorates {hook}, or leave the decorator out.",
+                )
+
+
+def _definition(hook: str) -> str:
+    return f"def {hook}({', '.join(HOOKS[hook])})"

@@ -1,0 +1,1 @@
+"""What this process, host and driver are like: asks, and never raises."""
