@@ -32,10 +32,11 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
 	$(BIN)/pytest $(ARGS)
 
-lint: $(STAMP)  ## ruff, mypy and clang-format; changes nothing
+lint: $(STAMP)  ## ruff, mypy, import-linter and clang-format; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy $(TYPED)
+	$(BIN)/lint-imports --no-logo --no-cache
 	find $(PACKAGES) -type f \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \) \
 		-exec $(BIN)/clang-format --dry-run -Werror {} +
 

@@ -34,7 +34,7 @@ import torch
 from comm_core._group.connect import Session
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
-from comm_core._plan.decide import Evidence, check_policies, encode_answer, nominate, slate
+from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, nominate
 from comm_core._plan.routes import Offer
 from comm_core._probe.rank import probe_rank
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
@@ -103,7 +103,7 @@ def fake_handle() -> Backend:
     """A handle of one process whose route has four ranges of one backend before the terminal fallback."""
     offer = Offer("fake", 300, (*four_ranges(), Range("all_reduce_add_rms_norm")))
     topology = Topology.of([probe_rank(0, torch.device("cpu"), plugins={}, facts={})])
-    decision = slate({"fake": "1"}, [{"fake": encode_answer(Available(300, offer.ranges))}]).decision(("cpu",))
+    decision = initial_slate({"fake": "1"}, [{"fake": encode_answer(Available(300, offer.ranges))}]).decision(("cpu",))
     hooks = {"all_reduce": passed_on, "all_reduce_add_rms_norm": fused_passed_on}
     session = Session(cast("Any", SimpleNamespace(hooks=hooks)), None, cast("Any", None))
     return Backend(decision, topology, "the benchmark", torch.device("cpu"), (passed_on, None), {"fake": session})
@@ -141,7 +141,7 @@ def fused_path(repeats: int) -> Iterator[Figure]:
 def operator(repeats: int) -> Iterator[Figure]:
     """What calling `torch.ops.comm_core` eagerly adds to a call through the handle."""
     backend = fake_handle()
-    operators.enlist(("the benchmark",), backend)
+    operators.register(("the benchmark",), backend)
     tensor = torch.zeros(32 << 10, dtype=torch.bfloat16)
     for label, call, out in (
         ("out of place", torch.ops.comm_core.all_reduce, None),
@@ -150,7 +150,7 @@ def operator(repeats: int) -> Iterator[Figure]:
         handle = functools.partial(_median_us, backend.all_reduce, tensor, out)
         through = functools.partial(_median_us, call, tensor, "the benchmark")
         yield _added(f"operator over handle, {label}", handle, through, repeats)
-    operators.strike(backend)
+    operators.unregister(backend)
 
 
 def _added(
@@ -272,7 +272,7 @@ def decide(evidence: list[dict[str, Any]], answers: list[dict[str, Any]]) -> Dec
     read = [Evidence.from_json(item) for item in evidence]
     check_policies(read, str)
     asked, dropped = nominate(read, None, (), "COMM_CORE_BACKENDS")
-    return slate(asked, answers, dropped).decision(("cuda", "cpu"))
+    return initial_slate(asked, answers, dropped).decision(("cuda", "cpu"))
 
 
 def deciding(repeats: int) -> Iterator[Figure]:

@@ -34,7 +34,7 @@ def slate(topology: comm.Topology, disabled: tuple[str, ...] = ()) -> decide.Sla
     evidence = [decide.Evidence(info) for info in topology.ranks]
     asked, dropped = decide.nominate(evidence, None, disabled, "")
     answers = {name: decide.encode_answer(BACKENDS[name].is_available(topology)) for name in asked}
-    return decide.slate(asked, [answers] * topology.world_size, dropped)
+    return decide.initial_slate(asked, [answers] * topology.world_size, dropped)
 
 
 def serving(chosen: decide.Slate) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from comm_core._plugins import discovery
-from comm_core._plugins.discovery import Entry, LoadFailure
+from comm_core._plugins.discovery import InstalledPlugin, LoadFailure
 from comm_core._plugins.installed import Refused, check_requirements
 from comm_core.errors import PluginLoadError
 
@@ -67,7 +67,7 @@ class Site:
         """What of this site is found; what else is installed where the tests run is left alone."""
         return discovery.discover(self.names.__contains__, PATIENCE_S)
 
-    def listed(self) -> dict[str, Entry | LoadFailure]:
+    def listed(self) -> dict[str, InstalledPlugin | LoadFailure]:
         return {item.name: item for item in discovery.installed()}
 
 
@@ -82,7 +82,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     discovery.reset()
 
 
-def load(entry: discovery.Entry, timeout_s: float) -> discovery.Plugin:
+def load(entry: discovery.InstalledPlugin, timeout_s: float) -> discovery.Plugin:
     verdict = discovery._verdict(entry, timeout_s)
     if isinstance(verdict, discovery.LoadFailure):
         raise PluginLoadError(str(verdict))
@@ -102,7 +102,7 @@ def broken_beside_good(site: Site, source: str) -> LoadFailure:
 def test_a_good_plugin_is_listed_without_import_and_then_loaded(site: Site) -> None:
     site.install("Plugin.Good", {"good": "plugin_good"}, modules={"plugin_good": GOOD}, version="1.2")
     entry = site.listed()["good"]
-    assert isinstance(entry, Entry)
+    assert isinstance(entry, InstalledPlugin)
     assert (entry.value, entry.distribution, entry.version) == ("plugin_good", "plugin-good", "1.2")
     assert "plugin_good" not in sys.modules
 
@@ -218,7 +218,7 @@ def test_an_import_that_hangs_is_a_failure_also_once_it_is_done(site: Site, monk
     site.install("plugin-broken", {"broken": "plugin_broken"}, modules={"plugin_broken": source})
     site.install("plugin-good", {"good": "plugin_good"}, modules={"plugin_good": GOOD})
     entry = site.listed()["broken"]
-    assert isinstance(entry, Entry)
+    assert isinstance(entry, InstalledPlugin)
     with pytest.raises(PluginLoadError, match=r"isn't back after 0\.1 s.*COMM_CORE_IMPORT_TIMEOUT_S"):
         load(entry, 0.1)
     assert set(site.discover().plugins) == {"good"}
@@ -233,7 +233,7 @@ def test_a_failure_is_kept_and_its_import_not_repeated(site: Site, monkeypatch: 
     source = "from log_of_this_test import log\nlog.append('imported')\nraise ValueError('no')"
     site.install("plugin-one", {"one": "plugin_one"}, modules={"plugin_one": source})
     entry = site.listed()["one"]
-    assert isinstance(entry, Entry)
+    assert isinstance(entry, InstalledPlugin)
     for _ in range(2):
         with pytest.raises(
             PluginLoadError, match=r"'one' \(plugin-one 1.0\) isn't used: its import raised ValueError: no"
@@ -265,7 +265,7 @@ def test_a_distribution_that_shadows_another_of_its_name_is_no_duplicate(
     monkeypatch.syspath_prepend(site.folder / "first")
     listed = site.listed()
     entry = listed["good"]
-    assert isinstance(entry, Entry)
+    assert isinstance(entry, InstalledPlugin)
     assert (entry.value, entry.version) == ("new", "2.0")
     assert "gone" not in listed
 
@@ -290,7 +290,7 @@ def test_remains_without_metadata_dont_hide_an_intact_distribution(site: Site, m
     monkeypatch.syspath_prepend(site.folder / "later")
     monkeypatch.syspath_prepend(site.folder / "first")
     entry = site.listed()["good"]
-    assert isinstance(entry, Entry)
+    assert isinstance(entry, InstalledPlugin)
     assert (entry.value, entry.version) == ("new", "2.0")
 
 
@@ -368,7 +368,7 @@ def test_a_plugin_for_another_core_is_refused_before_its_import(site: Site) -> N
     ],
 )
 def test_requirements_on_core(requirement: str, running: str, fits: bool) -> None:
-    entry = Entry("one", "plugin_one [fast, other-extra]", "plugin-one", "1.0", ("torch>=2", requirement))
+    entry = InstalledPlugin("one", "plugin_one [fast, other-extra]", "plugin-one", "1.0", ("torch>=2", requirement))
     if fits:
         check_requirements(entry, running)
     else:

@@ -107,6 +107,13 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert f"comm_core.{name}" in documented or home in documented or hasattr(hookspecs, name), name
 
 
+def test_every_public_module_has_a_page_of_the_reference() -> None:
+    public = {module.name for module in pkgutil.iter_modules(comm_core.__path__) if not module.name.startswith("_")}
+    assert {"hookspecs", "kernels"} < public
+    # `cli` is the command, which docs/cli.md describes.
+    assert {f"comm_core.{name}" for name in public - {"cli"}} <= set(generated())
+
+
 def test_every_line_of_prose_fits() -> None:
     paths = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/*.md")]
     assert {ROOT / "README.md", DOCS / "hooks.md"} <= set(paths)

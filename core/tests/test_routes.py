@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from comm_core._plan.decide import implied
-from comm_core._plan.routes import Cell, Offer, cells, narrow, owned, owned_cells, owners, plan
+from comm_core._plan.decide import with_explicit_ranges
+from comm_core._plan.routes import Cell, Offer, cells, narrow, owned, owned_cells, owners, plan_routes
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Available, Range, Route, Rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +31,7 @@ def test_a_group_has_a_kind_of_message_for_whatever_it_can_be_asked() -> None:
 
 def test_a_backend_without_ranges_serves_what_it_implements() -> None:
     def served(*hooks: str) -> tuple[Range, ...]:
-        answer = implied(Available(500), hooks)
+        answer = with_explicit_ranges(Available(500), hooks)
         assert isinstance(answer, Available)
         return answer.ranges
 
@@ -44,7 +44,7 @@ def test_a_backend_without_ranges_serves_what_it_implements() -> None:
 def test_every_kind_of_message_has_one_route_that_ends_in_the_terminal_fallback(
     made: tuple[Offer, ...], device_types: tuple[str, ...]
 ) -> None:
-    routes = plan(made, device_types)
+    routes = plan_routes(made, device_types)
     assert tuple((route.op, route.mode, route.device_type, route.dtype) for route in routes) == cells(device_types)
     assert all(route.rules[-1] == Rule(TERMINAL) for route in routes)
     assert all(rule.backend != TERMINAL for route in routes for rule in route.rules[:-1])
@@ -54,7 +54,7 @@ def test_every_kind_of_message_has_one_route_that_ends_in_the_terminal_fallback(
 @given(offers(), st.data())
 def test_a_message_goes_to_the_first_offer_that_takes_it(made: tuple[Offer, ...], data: st.DataObject) -> None:
     """Also shows that dropping shadowed rules changes nothing: the oracle knows no such rule."""
-    routes = {(r.op, r.mode, r.device_type, r.dtype): r for r in plan(made, DEVICE_TYPES)}
+    routes = {(r.op, r.mode, r.device_type, r.dtype): r for r in plan_routes(made, DEVICE_TYPES)}
     for _ in range(8):
         m = data.draw(messages(all_ranges(made)))
         route = routes[m.op, m.mode, m.device_type, m.dtype]
@@ -65,7 +65,7 @@ def test_a_message_goes_to_the_first_offer_that_takes_it(made: tuple[Offer, ...]
 @given(offers())
 def test_a_plan_depends_on_the_offers_alone(made: tuple[Offer, ...]) -> None:
     copies = tuple(Offer(o.name, o.priority, tuple(Range.from_json(r.to_json()) for r in o.ranges)) for o in made)
-    assert plan(made, DEVICE_TYPES) == plan(made, DEVICE_TYPES) == plan(copies, DEVICE_TYPES)
+    assert plan_routes(made, DEVICE_TYPES) == plan_routes(made, DEVICE_TYPES) == plan_routes(copies, DEVICE_TYPES)
 
 
 def dominates(other: Rule, rule: Rule, itemsize: int) -> bool:
@@ -85,7 +85,7 @@ def dominates(other: Rule, rule: Rule, itemsize: int) -> bool:
 def test_a_rule_owns_exactly_the_sizes_that_no_rule_before_it_takes(
     made: tuple[Offer, ...], data: st.DataObject
 ) -> None:
-    route = data.draw(st.sampled_from(plan(made, ("cuda",))))
+    route = data.draw(st.sampled_from(plan_routes(made, ("cuda",))))
     itemsize = DTYPES[route.dtype]
     for index, rule in enumerate(route.rules):
         before = [other for other in route.rules[:index] if dominates(other, rule, itemsize)]
@@ -122,7 +122,9 @@ def within(rule: Rule, nbytes: int) -> bool:
 def test_bounds_are_rounded_to_sizes_that_exist(
     item: Range, expected: tuple[tuple[int, int | None], ...] | None
 ) -> None:
-    (route,) = [r for r in plan([Offer("a", 300, (item,))], ("cpu",)) if (r.op, r.dtype) == ("all_reduce", "float32")]
+    (route,) = [
+        r for r in plan_routes([Offer("a", 300, (item,))], ("cpu",)) if (r.op, r.dtype) == ("all_reduce", "float32")
+    ]
     if expected is None:
         assert route.rules == (Rule(TERMINAL),)
     else:
@@ -134,7 +136,7 @@ def test_a_backend_in_the_middle_leaves_two_stretches_to_the_next() -> None:
         Offer("a", 300, (Range("all_reduce", min_nbytes=64, max_nbytes=128),)),
         Offer("b", 200, (Range("all_reduce"),)),
     ]
-    route = plan(made, ("cpu",))[0]
+    route = plan_routes(made, ("cpu",))[0]
     assert [rule.backend for rule in route.rules] == ["a", "b", TERMINAL]
     assert owned(route, 1) == ((4, 60), (132, None))
     assert owned(route, 2) == ()
@@ -143,7 +145,7 @@ def test_a_backend_in_the_middle_leaves_two_stretches_to_the_next() -> None:
 @patient
 @given(offers())
 def test_owners_are_the_backends_that_some_rule_names(made: tuple[Offer, ...]) -> None:
-    routes = plan(made, DEVICE_TYPES)
+    routes = plan_routes(made, DEVICE_TYPES)
     named = {rule.backend for route in routes for rule in route.rules}
     assert owners(routes) == named - {TERMINAL}
     for name in "abcdefgh":
@@ -178,7 +180,7 @@ def test_narrowing_by_all_kinds_leaves_nothing() -> None:
 
 def test_a_graph_and_an_eager_call_may_have_two_owners() -> None:
     made = [Offer("a", 300, (Range("all_reduce", modes=("graph",)),)), Offer("b", 200, (Range("all_reduce"),))]
-    by_mode = {route.mode: route for route in plan(made, ("cuda",)) if route.op == "all_reduce"}
+    by_mode = {route.mode: route for route in plan_routes(made, ("cuda",)) if route.op == "all_reduce"}
     assert [by_mode[mode].backend_for(1024) for mode in MODES] == ["b", "a"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from comm_core import hookspecs, kernels
+from comm_core._native import toolchain
 from comm_core._native.toolchain import Recipe, Tools, find_tools, gencode, plan, sources_of
 from comm_core.errors import PluginLoadError
 

@@ -12,7 +12,7 @@ from typing import Any
 import comm_core as comm
 import comm_plugin_flashinfer_fusion as plugin
 import pytest
-from comm_core._plan.routes import Offer, plan
+from comm_core._plan.routes import Offer, plan_routes
 from comm_core.types import TERMINAL
 from made_up_topologies import ELSEWHERE, HERE, cuda_group
 
@@ -40,7 +40,7 @@ def test_nvlink_between_every_two_is_served(count: int, capability: tuple[int, i
 def test_nothing_is_served_before_a_workspace_is_created() -> None:
     answer = plugin.is_available(group())
     assert isinstance(answer, comm.Available)
-    routes = plan([Offer("flashinfer_fusion", answer.priority, answer.ranges)], ("cuda",))
+    routes = plan_routes([Offer("flashinfer_fusion", answer.priority, answer.ranges)], ("cuda",))
     assert {rule.backend for route in routes for rule in route.rules} == {TERMINAL}
 
 

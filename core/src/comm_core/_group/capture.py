@@ -25,11 +25,12 @@ from comm_core._control.deadline import describe
 from comm_core._control.guard import refuse_capture
 from comm_core._control.stage import Stage, StageTimeoutError
 from comm_core._control.store import Control
+from comm_core._group.handles import GroupState
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
 from comm_core.errors import CaptureError, CommTimeoutError
 
-__all__ = ["Outermost", "Seat", "any_open", "entered", "joined"]
+__all__ = ["Outermost", "captured", "joined", "refuse_in_capture"]
 
 _log = logging.getLogger("comm_core")
 
@@ -145,6 +146,30 @@ def entered(seats: Sequence[Seat]) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def captured(states: Sequence[GroupState], outermost: Outermost) -> Iterator[None]:
+    """Enter the sessions of all groups that have a handle; inside, calls on a capturing stream take graphs' routes."""
+    with entered([seat for state in states for seat in _seats(state)]):
+        serving = [state.serving for state in states if state.serving is not None]
+        try:
+            for each in serving:
+                each.use_graph_routes(True)
+            with outermost.opened():
+                yield
+        finally:
+            for each in serving:
+                each.use_graph_routes(False)
+
+
+def _seats(state: GroupState) -> Iterator[Seat]:
+    """The sessions of a group that a capture enters, also those that this rank has lost: its peers may not have."""
+    serving, control, agreed = state.serving, state.control, state.agreed
+    if serving is not None and control is not None and agreed is not None:
+        for session in agreed.sessions.values():
+            if session.plugin.has("capture_ctx"):
+                yield Seat(state.title, serving, control, session)
+
+
 _changed = threading.Condition()
 _outermost: Outermost | None = None
 _open = 0  # captures, nested ones too
@@ -187,11 +212,6 @@ class Outermost:
             )
 
 
-def any_open() -> bool:
-    """Whether a `comm.capture()` is open in this process."""
-    return _open > 0
-
-
 @contextlib.contextmanager
 def joined() -> Iterator[Outermost | None]:
     """Become this process's outermost capture, which is yielded, or join the one that there is, in any thread: None.
@@ -223,3 +243,10 @@ def joined() -> Iterator[Outermost | None]:
             if not joins:
                 _outermost = None
                 _changed.notify_all()
+
+
+def refuse_in_capture(what: str) -> None:
+    """Raise `CaptureError` inside `comm.capture()`, or while a stream captures."""
+    if _open:
+        raise CaptureError(f"{what} can't be called inside comm.capture(). Call it before, or after")
+    refuse_capture(f"{what} can't wait for other ranks", "Call it before the capture, or after")

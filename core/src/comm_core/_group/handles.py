@@ -12,24 +12,35 @@ import torch.distributed as dist
 
 from comm_core._control.stage import StageAbortedError, StageTimeoutError
 from comm_core._control.store import Control
-from comm_core._group.negotiation import Agreed, Request
+from comm_core._group.local_inputs import Request
+from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
 from comm_core.errors import CommTimeoutError, NegotiationError
 
-__all__ = ["Entry", "find", "forget", "found", "live", "lives", "seen", "sweep", "told"]
+__all__ = [
+    "GroupState",
+    "entries",
+    "is_alive",
+    "is_current",
+    "remove",
+    "remove_destroyed",
+    "state_of",
+    "translate_stage_errors",
+    "used_incarnations",
+]
 
 _log = logging.getLogger("comm_core")
 
 
 @dataclasses.dataclass(eq=False)
-class Entry:
+class GroupState:
     """A group and what this process has for it.
 
-    It keeps the process group object alive, so that no other can have its address; `sweep` lets go of those that torch
-    destroyed.
+    It keeps the process group object alive, so that no other can have its address; `remove_destroyed` lets go of those
+    that torch destroyed.
 
     Attributes:
         name: torch's name of the group; "" for a process alone.
@@ -51,7 +62,7 @@ class Entry:
     backend: Backend | None = None
     serving: Serving | None = None
     control: Control | None = None
-    agreed: Agreed | None = None
+    agreed: NegotiatedGroup | None = None
     sessions: list[Session] = dataclasses.field(default_factory=list)
     preparations: int = 0
 
@@ -60,7 +71,7 @@ class Entry:
         self.serving, self.backend = serving, Backend(serving, self.name)
         return self.backend
 
-    def hold(self, agreed: Agreed) -> None:
+    def serve_by(self, agreed: NegotiatedGroup) -> None:
         """Serve by this agreement; keep its sessions until the group is closed."""
         self.agreed = agreed
         for session in agreed.sessions.values():
@@ -68,7 +79,7 @@ class Entry:
                 session.mark_in_use()
                 self.sessions.append(session)
 
-    def abandon(self) -> None:
+    def close_without_peers(self) -> None:
         """Close a group that torch destroyed: its peers can't be reached any more."""
         if self.sessions:
             _log.warning("%s was destroyed before comm.close(group): closing without its peers", self.title)
@@ -87,50 +98,74 @@ class Entry:
         return f"group {self.name!r} (ranks {_listed(self.control.global_ranks)})"
 
 
-_entries: dict[str, Entry] = {}
+_entries: dict[str, GroupState] = {}
 _lock = threading.Lock()
 #: Incarnations of each group's control channel that this process was in, by the group's name; they outlive the entries.
-seen: dict[str, set[str]] = {}
+used_incarnations: dict[str, set[str]] = {}
 
 
-def find(name: str, group: dist.ProcessGroup | None, request: Request) -> Entry:
+def state_of(group: dist.ProcessGroup | None, request: Request) -> GroupState:
+    """The group's state; a new one, with `request`, where there is none.
+
+    Raises:
+        TypeError, ValueError: this process isn't in the group, or the group was destroyed.
+    """
+    member: dist.ProcessGroup | None = None
+    name = ""
+    if dist.is_available() and dist.is_initialized():
+        # What torch hands to ranks outside a new group is no process group at all.
+        if group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
+            raise ValueError(f"rank {dist.get_rank()} isn't in this group: skip the call there")
+        member = dist.group.WORLD if group is None else group
+        if not isinstance(member, dist.ProcessGroup):
+            raise TypeError(f"a torch.distributed process group is needed, not {group!r}")
+        if not is_alive(member):
+            raise ValueError("this process group was destroyed, or isn't this process's own")
+        name = member.group_name
+    elif group is not None:
+        raise ValueError("this process group was destroyed: torch.distributed isn't initialised")
+    remove_destroyed()
+    return _find_or_add(name, member, request)
+
+
+def _find_or_add(name: str, group: dist.ProcessGroup | None, request: Request) -> GroupState:
     """The group's entry; a new one, with `request`, where there is none."""
     with _lock:
         if name not in _entries:
-            _entries[name] = Entry(name, group, request)
+            _entries[name] = GroupState(name, group, request)
         return _entries[name]
 
 
-def found(entry: Entry) -> bool:
-    """Whether `find` finds this entry; who has waited for its lock asks, since the group may be closed by then."""
+def is_current(state: GroupState) -> bool:
+    """Whether `state_of` finds this entry; who has waited for its lock asks, since the group may be closed by then."""
     with _lock:
-        return _entries.get(entry.name) is entry
+        return _entries.get(state.name) is state
 
 
-def live() -> list[Entry]:
+def entries() -> list[GroupState]:
     """All entries, in the order in which they were made."""
     with _lock:
         return list(_entries.values())
 
 
-def forget(entry: Entry) -> None:
+def remove(state: GroupState) -> None:
     """Find the group no more; its handle isn't closed by that."""
-    if entry.backend is not None:
-        operators.strike(entry.backend)
+    if state.backend is not None:
+        operators.unregister(state.backend)
     with _lock:
-        if _entries.get(entry.name) is entry:
-            del _entries[entry.name]
+        if _entries.get(state.name) is state:
+            del _entries[state.name]
 
 
-def sweep() -> None:
+def remove_destroyed() -> None:
     """Let go of groups that were destroyed without `comm.close`."""
-    for entry in live():
-        if entry.group is not None and not lives(entry.group):
-            forget(entry)
-            entry.abandon()
+    for state in entries():
+        if state.group is not None and not is_alive(state.group):
+            remove(state)
+            state.close_without_peers()
 
 
-def lives(group: dist.ProcessGroup) -> bool:
+def is_alive(group: dist.ProcessGroup) -> bool:
     """Whether torch still knows the group and this process is in it."""
     try:
         return dist.get_rank(group) >= 0
@@ -139,7 +174,7 @@ def lives(group: dist.ProcessGroup) -> bool:
 
 
 @contextlib.contextmanager
-def told(entry: Entry) -> Iterator[None]:
+def translate_stage_errors(state: GroupState) -> Iterator[None]:
     """Raise what ends a group's stage in words that name the group.
 
     Raises:
@@ -149,9 +184,9 @@ def told(entry: Entry) -> Iterator[None]:
     try:
         yield
     except StageTimeoutError as error:
-        raise CommTimeoutError(f"{entry.title}: {error}", error.ranks) from error
+        raise CommTimeoutError(f"{state.title}: {error}", error.ranks) from error
     except StageAbortedError as error:
-        raise NegotiationError(f"{entry.title}: {error}") from error
+        raise NegotiationError(f"{state.title}: {error}") from error
 
 
 def _listed(ranks: Sequence[int]) -> str:

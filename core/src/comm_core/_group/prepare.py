@@ -5,41 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from comm_core._control.stage import Stage, StageAbortedError
-from comm_core._group.connect import Member, check_budget, connected, dropped, establish, failed_in, in_worker
-from comm_core._group.negotiation import Agreed
+from comm_core._group.connect import connect_and_admit, drop, ensure_connected
+from comm_core._group.membership import Membership, abort_stage, check_budget, in_worker
+from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._handle.session import Session
 from comm_core._plan import decide
-from comm_core._plan.decide import Slate
-from comm_core._plan.routes import owners, plan
-from comm_core._plugins.discovery import Plugin
 from comm_core.context import Shapes
 from comm_core.errors import CommError, NegotiationError
-from comm_core.types import DTYPES, Available, Range, Unavailable
+from comm_core.types import Available, Range, Unavailable
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["checked", "first_step", "prepare"]
+__all__ = ["prepare", "step_name"]
 
 
-def checked(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> Shapes:
-    """The arguments of `comm.pre_capture_init`.
-
-    Raises:
-        TypeError, ValueError: what no call could have.
-    """
-    for name, value in (("max_tokens", max_tokens), ("hidden_size", hidden_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: a number of at least 1 is needed")
-    if str(dtype).removeprefix("torch.") not in DTYPES:
-        raise TypeError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is needed, as a torch dtype")
-    return Shapes(max_tokens, hidden_size, dtype)
-
-
-def prepare(agreed: Agreed, shapes: Shapes, number: int) -> Agreed:
+def prepare(agreed: NegotiatedGroup, shapes: Shapes, number: int) -> NegotiatedGroup:
     """Prepare a group's backends for `shapes`, admit what they serve from then on, and plan. Collective.
 
     Args:
@@ -58,37 +38,37 @@ def prepare(agreed: Agreed, shapes: Shapes, number: int) -> Agreed:
     context = agreed.member.context
     left_nbytes = max(context.memory_budget_nbytes - agreed.kept_nbytes, 0)
     context = dataclasses.replace(context, memory_budget_nbytes=left_nbytes)
-    member = dataclasses.replace(agreed.member, purpose=first_step(number, ""), context=context)
-    with Stage(member.control, first_step(number)) as stage:
+    member = dataclasses.replace(agreed.member, purpose=step_name(number, ""), context=context)
+    with Stage(member.control, step_name(number)) as stage:
         covered = any(_covers(earlier, shapes) for earlier in agreed.prepared)
         said = stage.all_gather([covered, shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
     given = [item[1:] for item in said]
     if any(other != given[0] for other in given):
         raise NegotiationError(
             "comm.pre_capture_init's (max_tokens, hidden_size, dtype) differ between the ranks of this group: "
-            f"{decide.differences(given)}. Nothing was prepared. Give every rank the same"
+            f"{decide.describe_differences(given)}. Nothing was prepared. Give every rank the same"
         )
     if all(item[0] for item in said):  # one of them may have failed after it was prepared
         return agreed
     slate, sessions, asked = agreed.slate, dict(agreed.sessions), set[str]()
     try:
-        while (plugin := _next_to_prepare(slate, sessions, agreed, asked)) is not None:
-            asked.add(plugin.name)
-            slate = connected(slate, plugin, sessions, member)
-            if plugin.name in sessions:
-                slate = _prepare_one(slate, plugin, shapes, sessions, member)
+        while (name := _next_to_prepare(slate, sessions, agreed, asked)) is not None:
+            asked.add(name)
+            slate = ensure_connected(slate, agreed.plugins[name], sessions, member)
+            if name in sessions:
+                slate = _prepare_one(slate, name, shapes, sessions, member)
     except BaseException:
         for session in sessions.values():
             session.release()
         raise
-    slate, sessions = establish(slate, agreed.plugins, member, sessions)
-    planned = Agreed.of(slate, sessions, agreed.plugins, agreed.member)
+    slate, sessions = connect_and_admit(slate, agreed.plugins, member, sessions)
+    planned = NegotiatedGroup.of(slate, sessions, agreed.plugins, agreed.member)
     dropped_later = [session for name, session in agreed.sessions.items() if sessions.get(name) is not session]
     kept_nbytes = agreed.kept_nbytes + sum(session.memory_nbytes for session in dropped_later)
     return dataclasses.replace(planned, prepared=(*agreed.prepared, shapes), kept_nbytes=kept_nbytes)
 
 
-def first_step(number: int, step: str = "shapes") -> str:
+def step_name(number: int, step: str = "shapes") -> str:
     """The name of the stage in which the ranks compare what they were given."""
     return f"prepare {number}: {step}"
 
@@ -101,27 +81,21 @@ def _covers(earlier: Shapes, shapes: Shapes) -> bool:
 
 
 def _next_to_prepare(
-    slate: Slate, sessions: Mapping[str, Session], agreed: Agreed, asked: Collection[str]
-) -> Plugin | None:
-    """The plugin to ask next, best first: one that is connected, or could own a route once it is prepared.
-
-    What those before serve by now is known, of the others what they hope for.
-    """
-    hopeful = tuple(
-        offer if offer.name in asked else dataclasses.replace(offer, ranges=_served(offer.ranges))
-        for offer in slate.offers
-    )
-    wanted = owners(plan(hopeful, agreed.topology.device_types)) | sessions.keys()
-    plugins = (agreed.plugins[offer.name] for offer in slate.offers if offer.name in wanted - set(asked))
-    return next((plugin for plugin in plugins if plugin.has("pre_capture_init")), None)
+    slate: decide.Slate, sessions: Mapping[str, Session], agreed: NegotiatedGroup, asked: Collection[str]
+) -> str | None:
+    """The backend to ask next, best first: one that is connected, or would own a route once it is prepared."""
+    wanted = slate.owners_once_prepared(asked, agreed.topology.device_types) | sessions.keys()
+    names = (offer.name for offer in slate.offers if offer.name in wanted - set(asked))
+    return next((name for name in names if agreed.plugins[name].has("pre_capture_init")), None)
 
 
-def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[str, Session], member: Member) -> Slate:
-    """Run a plugin's `pre_capture_init` on every rank, vote and merge; the slate that comes of it."""
-    name, session = plugin.name, sessions[plugin.name]
-    offer = slate.offer(name)
+def _prepare_one(
+    slate: decide.Slate, name: str, shapes: Shapes, sessions: dict[str, Session], member: Membership
+) -> decide.Slate:
+    """Run a backend's `pre_capture_init` on every rank, vote and merge; the slate that comes of it."""
+    session, offer = sessions[name], slate.offer(name)
     others = sum(other.memory_nbytes for other in sessions.values() if other is not session)
-    hook = functools.partial(plugin.hooks["pre_capture_init"], session.value, shapes)
+    hook = functools.partial(session.plugin.hooks["pre_capture_init"], session.value, shapes)
     step = f"{member.purpose}pre_capture_init {name}"
     try:
         with session.channel.opened(member.control, step, member.step_timeout_s) as stage:
@@ -129,18 +103,18 @@ def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[st
                 ranges = in_worker(hook, member, f"pre_capture_init of {name}")
                 memory_nbytes = session.own_memory_nbytes
                 check_budget(memory_nbytes, member.context.memory_budget_nbytes - others)
-                answer = None if ranges is None else _answer(ranges, offer.priority, plugin)
+                answer = None if ranges is None else _answer(ranges, offer.priority, session)
                 votes = stage.all_gather([memory_nbytes, answer], "vote")
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
-                raise failed_in(stage, member, error) from error
+                raise abort_stage(stage, member, error) from error
             unchanged = decide.encode_answer(Available(offer.priority, offer.ranges))
             merged = decide.merge([unchanged if answer is None else answer for _, answer in votes])
             if not isinstance(merged, Available):
                 raise stage.abort(merged[0])
     except StageAbortedError as error:
-        return dropped(slate, name, "pre_capture_init", error, sessions, member)
+        return drop(slate, name, "pre_capture_init", error, sessions, member)
     session.count_memory(nbytes for nbytes, _ in votes)
     if all(answer is None for _, answer in votes):
         return slate
@@ -148,7 +122,7 @@ def _prepare_one(slate: Slate, plugin: Plugin, shapes: Shapes, sessions: dict[st
     return slate.narrowed(name, merged.ranges)
 
 
-def _answer(ranges: Sequence[Range], priority: int, plugin: Plugin) -> dict[str, object]:
+def _answer(ranges: Sequence[Range], priority: int, session: Session) -> dict[str, object]:
     """What a plugin returned, as the ranks exchange it.
 
     Raises:
@@ -156,12 +130,9 @@ def _answer(ranges: Sequence[Range], priority: int, plugin: Plugin) -> dict[str,
     """
     if not ranges:
         raise ValueError("pre_capture_init returned no ranges: it serves nothing any more; None stands for unchanged")
-    answer = decide.implied(Available(priority, _served(ranges)), tuple(plugin.hooks), "pre_capture_init")
+    answer = decide.with_explicit_ranges(
+        Available(priority, decide.once_prepared(ranges)), tuple(session.plugin.hooks), "pre_capture_init"
+    )
     if isinstance(answer, Unavailable):
         raise CommError(answer.reason)
     return decide.encode_answer(answer)
-
-
-def _served(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """The ranges, none of them waiting to be prepared."""
-    return tuple(dataclasses.replace(item, prepared=False) for item in ranges)

@@ -22,7 +22,7 @@ import torch
 from comm_core._handle.backend import Backend
 from comm_core.errors import CommError
 
-__all__ = ["enlist", "strike"]
+__all__ = ["register", "unregister"]
 
 
 class _Handles(dict[str, Backend]):
@@ -41,13 +41,13 @@ _handles = _Handles()
 _FORMULA = "str group_name='', float eps=1e-6, float weight_offset=0.0"
 
 
-def enlist(names: tuple[str, ...], backend: Backend) -> None:
+def register(names: tuple[str, ...], backend: Backend) -> None:
     """Let the operators find a handle under these names."""
     for name in names:
         _handles[name] = backend
 
 
-def strike(backend: Backend) -> None:
+def unregister(backend: Backend) -> None:
     """Let no operator find this handle any more."""
     for name, handle in _handles.copy().items():
         if handle is backend:

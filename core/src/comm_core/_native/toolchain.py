@@ -132,7 +132,7 @@ class Recipe:
 
 def include_dir() -> Path:
     """The folder of the headers that core ships, included as `<comm_core/...>`."""
-    return Path(__file__).parent / "include"
+    return Path(__file__).parents[1] / "include"
 
 
 def sources_of(package: Path) -> tuple[Path, ...]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from comm_core._plan.routes import Cell, owned
+from comm_core._plan.routes import Cell, Offer, owned, owned_cells, owners
 from comm_core.types import DTYPES, Route
 
-__all__ = ["AdmissionCase", "admission_cases"]
+__all__ = ["AdmissionCase", "admission_cases", "next_to_test", "untestable_cells"]
 
 #: Sizes above this, in bytes, are tested at this size: past it a transfer has left every protocol's edge behind, and
 #: the test of nine dtypes stays within seconds on a CPU. For the fused operation an eighth, since it needs fp64.
@@ -52,6 +52,31 @@ def admission_cases(routes: Iterable[Route], name: str) -> tuple[AdmissionCase, 
                     if shape is not None:
                         found[AdmissionCase(cell, shape)] = None
     return tuple(found)
+
+
+def untestable_cells(routes: Iterable[Route], name: str) -> set[Cell]:
+    """The kinds of message of which the backend `name` would own a part, but no size that can be tested."""
+    routes = tuple(routes)
+    return owned_cells(routes, name) - {case.cell for case in admission_cases(routes, name)}
+
+
+def next_to_test(
+    offers: Iterable[Offer], routes: Iterable[Route], tested: Mapping[str, Collection[AdmissionCase]]
+) -> tuple[str | None, list[AdmissionCase]]:
+    """The backend to connect or test next, best first, and its untested cases; None once all were tested.
+
+    Args:
+        offers: in the order in which they are preferred.
+        routes: planned from them.
+        tested: the cases that each connected backend has gone through.
+    """
+    routes = tuple(routes)
+    owning = owners(routes)
+    for name in (offer.name for offer in offers if offer.name in owning):
+        todo = [case for case in admission_cases(routes, name) if case not in tested.get(name, ())]
+        if todo or name not in tested:
+            return name, todo
+    return None, []
 
 
 def _upwards(route: Route, index: int, low: int) -> Iterator[tuple[int, ...]]:

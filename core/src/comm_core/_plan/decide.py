@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from comm_core._plan.routes import Offer, plan
+from comm_core._plan.routes import Cell, Offer, narrow, owners, plan_routes
 from comm_core.errors import NegotiationError
 from comm_core.topology import RankInfo
 from comm_core.types import OPS, TERMINAL, Available, Candidate, Decision, Range, Unavailable
@@ -17,12 +17,13 @@ __all__ = [
     "Evidence",
     "Slate",
     "check_policies",
-    "differences",
+    "describe_differences",
     "encode_answer",
-    "implied",
+    "initial_slate",
     "merge",
     "nominate",
-    "slate",
+    "once_prepared",
+    "with_explicit_ranges",
 ]
 
 
@@ -79,10 +80,34 @@ class Slate:
         failed = Candidate(name, "failed", reason, rank, offer.priority, offer.version)
         return Slate(tuple(o for o in self.offers if o is not offer), (*self.dropped, failed))
 
+    def without_cells(
+        self, name: str, wrong: Mapping[Cell, tuple[str, int | None]], device_types: Sequence[str]
+    ) -> Slate:
+        """The slate without the kinds of message that a backend failed; without the backend, if none is left.
+
+        Args:
+            name: the backend.
+            wrong: why each kind failed, and the group rank that said so, None for all; at least one.
+            device_types: of the group's tensors.
+        """
+        ranges = narrow(self.offer(name).ranges, set(wrong), device_types)
+        if any(not item.prepared for item in ranges):
+            return self.narrowed(name, ranges)
+        reason, rank = next(iter(wrong.values()))
+        return self.without(name, f"admission: {reason}", rank)
+
     def narrowed(self, name: str, ranges: Sequence[Range]) -> Slate:
         """The slate with other ranges for the backend `name`."""
         replaced = (dataclasses.replace(o, ranges=tuple(ranges)) if o.name == name else o for o in self.offers)
         return Slate(tuple(replaced), self.dropped)
+
+    def owners_once_prepared(self, asked: Collection[str], device_types: Sequence[str]) -> set[str]:
+        """The backends that would own a route if all that weren't asked to prepare yet served all that they offer."""
+        hopeful = (
+            offer if offer.name in asked else dataclasses.replace(offer, ranges=once_prepared(offer.ranges))
+            for offer in self.offers
+        )
+        return owners(plan_routes(tuple(hopeful), device_types))
 
     def decision(self, device_types: Sequence[str], notes: Mapping[str, str] | None = None) -> Decision:
         """What this slate means for every kind of message.
@@ -91,7 +116,7 @@ class Slate:
             device_types: of the group's tensors.
             notes: by backend, what else there is to say of one that serves.
         """
-        routes = plan(self.offers, device_types)
+        routes = plan_routes(self.offers, device_types)
         serving = {rule.backend for route in routes for rule in route.rules}
         standing = [
             Candidate(
@@ -108,6 +133,11 @@ class Slate:
         return Decision((*standing, *dropped, terminal), routes)
 
 
+def once_prepared(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """The ranges, with none of them waiting to be prepared."""
+    return tuple(dataclasses.replace(item, prepared=False) for item in ranges)
+
+
 def _standing(offer: Offer, serves: bool) -> str:
     """What there is to say of a backend that may serve."""
     if any(item.prepared for item in offer.ranges):
@@ -119,7 +149,7 @@ def _standing(offer: Offer, serves: bool) -> str:
     return "available on every rank" if serves else "others come first everywhere"
 
 
-def differences(values: Sequence[Any]) -> str:
+def describe_differences(values: Sequence[Any]) -> str:
     """Where ranks differ, and how: "{3: '550.54', others: '580.65'}"; the value that most ranks have comes last.
 
     Args:
@@ -156,8 +186,8 @@ def check_policies(evidence: Sequence[Evidence], label: Callable[[int], str]) ->
         values = [item.policy.get(key) for item in evidence]
         if any(value != values[0] for value in values):
             raise NegotiationError(
-                f"{key} differs between the ranks of this group: {differences(values)}. No backend is chosen, since "
-                "each rank would choose another. Give every rank the same value"
+                f"{key} differs between the ranks of this group: {describe_differences(values)}. No backend is chosen, "
+                "since each rank would choose another. Give every rank the same value"
             )
 
 
@@ -206,7 +236,7 @@ def _absence(name: str, evidence: Sequence[Evidence], versions: Sequence[str | N
     if None in versions:
         return Candidate(name, "unavailable", "not installed here, though on other ranks", versions.index(None))
     if any(version != versions[0] for version in versions):
-        return Candidate(name, "unavailable", f"its version differs between ranks: {differences(versions)}")
+        return Candidate(name, "unavailable", f"its version differs between ranks: {describe_differences(versions)}")
     return None
 
 
@@ -223,7 +253,7 @@ def _decode(data: Mapping[str, Any]) -> Available:
     return Available(data["priority"], tuple(map(Range.from_json, data["ranges"])), data["checks_operands"])
 
 
-def slate(
+def initial_slate(
     asked: Mapping[str, str | None],
     answers: Sequence[Mapping[str, Mapping[str, Any]]],
     dropped: Sequence[Candidate] = (),
@@ -276,7 +306,9 @@ def merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | 
     return Available(priority, ranges, checks_operands)
 
 
-def implied(answer: Available, hooks: Sequence[str], asked: str = "is_available") -> Available | Unavailable:
+def with_explicit_ranges(
+    answer: Available, hooks: Sequence[str], asked: str = "is_available"
+) -> Available | Unavailable:
     """An answer with its ranges made explicit, and checked against the hooks that the plugin implements.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Range, Route, Rule
 
-__all__ = ["Cell", "Offer", "cells", "narrow", "owned", "owned_cells", "owners", "plan"]
+__all__ = ["Cell", "Offer", "cells", "narrow", "owned", "owned_cells", "owners", "plan_routes"]
 
 #: One kind of message: (operation, mode, device type, dtype).
 Cell = tuple[str, str, str, str]
@@ -44,7 +44,7 @@ def cells(device_types: Iterable[str]) -> tuple[Cell, ...]:
     )
 
 
-def plan(offers: Sequence[Offer], device_types: Iterable[str]) -> tuple[Route, ...]:
+def plan_routes(offers: Sequence[Offer], device_types: Iterable[str]) -> tuple[Route, ...]:
     """A route for each kind of message: of each offer what nobody before it takes; at the end the terminal fallback.
 
     Args:

@@ -18,7 +18,7 @@ from comm_core._plugins import validation
 from comm_core._plugins.compat import metadata
 from comm_core._plugins.installed import (
     GROUP,
-    Entry,
+    InstalledPlugin,
     LoadFailure,
     Refused,
     check_name,
@@ -32,7 +32,7 @@ from comm_core.errors import PluginLoadError
 __all__ = [
     "GROUP",
     "Discovery",
-    "Entry",
+    "InstalledPlugin",
     "LoadFailure",
     "Plugin",
     "discover",
@@ -81,7 +81,7 @@ class Discovery:
     listed: dict[str, str]
 
 
-_verdicts: dict[Entry, Plugin | LoadFailure] = {}
+_verdicts: dict[InstalledPlugin, Plugin | LoadFailure] = {}
 _lock = threading.RLock()
 
 
@@ -93,12 +93,12 @@ def reset() -> None:
 
 
 @functools.cache
-def installed() -> tuple[Entry | LoadFailure, ...]:
+def installed() -> tuple[InstalledPlugin | LoadFailure, ...]:
     """Everything that registers in the entry-point group, sorted by name; imports nothing, looks once a process.
 
     Returns:
-        For each an `Entry`, or a `LoadFailure` where metadata alone rule it out: a name that isn't allowed, or that
-        several register. A plugin that takes the terminal fallback's name is listed as "distribution:name".
+        For each an `InstalledPlugin`, or a `LoadFailure` if metadata alone rule it out: a name that isn't allowed, or
+        that several register. A plugin that takes the terminal fallback's name is listed as "distribution:name".
     """
     return listing()
 
@@ -127,7 +127,7 @@ def discover(wanted: Callable[[str], bool], timeout_s: float) -> Discovery:
     plugins: dict[str, Plugin] = {}
     failures: dict[str, LoadFailure] = {}
     for item in filter(lambda item: wanted(item.name), installed()):
-        verdict = _verdict(item, timeout_s) if isinstance(item, Entry) else item
+        verdict = _verdict(item, timeout_s) if isinstance(item, InstalledPlugin) else item
         if isinstance(verdict, Plugin):
             plugins[item.name] = verdict
         else:
@@ -135,14 +135,14 @@ def discover(wanted: Callable[[str], bool], timeout_s: float) -> Discovery:
     return Discovery(plugins, failures, {item.name: item.version or "unknown" for item in installed()})
 
 
-def _verdict(entry: Entry, timeout_s: float) -> Plugin | LoadFailure:
+def _verdict(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure:
     with _lock:
         if entry not in _verdicts:
             _verdicts[entry] = _attempt(entry, timeout_s)
         return _verdicts[entry]
 
 
-def _attempt(entry: Entry, timeout_s: float) -> Plugin | LoadFailure:
+def _attempt(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure:
     try:
         check_requirements(entry, __version__)
         return run_with_deadline(functools.partial(_import, entry), timeout_s, name=f"the import of {entry.name}")
@@ -160,7 +160,7 @@ def _attempt(entry: Entry, timeout_s: float) -> Plugin | LoadFailure:
     return failure
 
 
-def _import(entry: Entry) -> Plugin:
+def _import(entry: InstalledPlugin) -> Plugin:
     try:
         plugin = metadata.EntryPoint(entry.name, entry.value, GROUP).load()
         return _build(entry.name, plugin, entry.distribution, entry.version)
@@ -178,5 +178,5 @@ def _build(name: str, plugin: object, distribution: str | None, version: str | N
     return Plugin(name, distribution, version, validation.register(name, plugin))
 
 
-def _module(entry: Entry) -> str:
+def _module(entry: InstalledPlugin) -> str:
     return entry.value.partition(":")[0].partition("[")[0].strip()

@@ -16,7 +16,16 @@ from comm_core._control.deadline import describe
 from comm_core._plugins.compat import metadata
 from comm_core.types import TERMINAL
 
-__all__ = ["GROUP", "Entry", "LoadFailure", "Refused", "check_name", "check_requirements", "failed", "listing"]
+__all__ = [
+    "GROUP",
+    "InstalledPlugin",
+    "LoadFailure",
+    "Refused",
+    "check_name",
+    "check_requirements",
+    "failed",
+    "listing",
+]
 
 #: The entry-point group that plugins register under.
 GROUP = "comm_core.backends"
@@ -43,7 +52,7 @@ class Refused(Exception):  # noqa: N818 - a verdict, on its way to becoming a Lo
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class InstalledPlugin:
     """An installed backend that nobody has imported yet.
 
     Attributes:
@@ -87,18 +96,18 @@ class LoadFailure:
         )
 
 
-def listing(group: str = GROUP) -> tuple[Entry | LoadFailure, ...]:
+def listing(group: str = GROUP) -> tuple[InstalledPlugin | LoadFailure, ...]:
     """Everything that registers in an entry-point group, by default the backends', sorted by name; imports nothing."""
-    by_name: dict[str, list[Entry]] = {}
-    found: list[Entry | LoadFailure] = []
+    by_name: dict[str, list[InstalledPlugin]] = {}
+    found: list[InstalledPlugin | LoadFailure] = []
     for item in _walk(group):
-        if isinstance(item, Entry):
+        if isinstance(item, InstalledPlugin):
             by_name.setdefault(item.name, []).append(item)
         else:
             found.append(item)
     for entries in by_name.values():
         item = _one(entries)
-        found.append(_backend(item) if group == GROUP and isinstance(item, Entry) else item)
+        found.append(_backend(item) if group == GROUP and isinstance(item, InstalledPlugin) else item)
     return tuple(sorted(found, key=lambda item: item.name))
 
 
@@ -116,7 +125,7 @@ def check_name(name: str) -> None:
         )
 
 
-def check_requirements(entry: Entry, running: str) -> None:
+def check_requirements(entry: InstalledPlugin, running: str) -> None:
     """Whether the entry's distribution takes this comm-core: pip installs what conflicts with no more than a warning.
 
     Args:
@@ -150,7 +159,7 @@ def _conflicts(requirement: Requirement, extras: tuple[str, ...], running: str) 
     return not requirement.specifier.contains(running, prereleases=True)
 
 
-def _walk(group: str) -> Iterator[Entry | LoadFailure]:
+def _walk(group: str) -> Iterator[InstalledPlugin | LoadFailure]:
     """The entries of every distribution, but only of the first on the path where several have its name."""
     seen: set[str] = set()
     for distribution in metadata.distributions():
@@ -178,21 +187,21 @@ def _name(distribution: Any) -> str | None:
         return None
 
 
-def _entries(distribution: Any, name: str | None, group: str) -> Iterator[Entry | LoadFailure]:
+def _entries(distribution: Any, name: str | None, group: str) -> Iterator[InstalledPlugin | LoadFailure]:
     version: str | None = None
     try:
         version = distribution.version if name else None
         requires = tuple(distribution.requires or ()) if name else ()
         points = [(point.name, point.value) for point in distribution.entry_points if point.group == group]
     except Exception as error:  # noqa: BLE001 - a malformed file raises whatever its parser happens to trip over
-        unread = Entry(name or group, "", name, version)
+        unread = InstalledPlugin(name or group, "", name, version)
         yield failed(unread, Refused(f"its metadata can't be read: {describe(error)}", _reinstall(unread)))
         return
     for point_name, value in points:
-        yield Entry(point_name, value, name, version, requires)
+        yield InstalledPlugin(point_name, value, name, version, requires)
 
 
-def _one(entries: list[Entry]) -> Entry | LoadFailure:
+def _one(entries: list[InstalledPlugin]) -> InstalledPlugin | LoadFailure:
     # Remains of a half-removed distribution don't count where an intact one has the name.
     entries = [entry for entry in entries if entry.distribution is not None] or entries
     first = entries[0]
@@ -211,7 +220,7 @@ def _one(entries: list[Entry]) -> Entry | LoadFailure:
     return first
 
 
-def _backend(entry: Entry) -> Entry | LoadFailure:
+def _backend(entry: InstalledPlugin) -> InstalledPlugin | LoadFailure:
     """The entry, if a backend may have its name."""
     try:
         check_name(entry.name)
@@ -223,12 +232,12 @@ def _backend(entry: Entry) -> Entry | LoadFailure:
     return entry
 
 
-def failed(entry: Entry, refusal: Refused) -> LoadFailure:
+def failed(entry: InstalledPlugin, refusal: Refused) -> LoadFailure:
     """The failure of an entry that was refused."""
     return LoadFailure(entry.name, entry.distribution, entry.version, refusal.reason, refusal.remedy)
 
 
-def _reinstall(entry: Entry) -> str:
+def _reinstall(entry: InstalledPlugin) -> str:
     if entry.distribution is None:
         return "Look for a *.dist-info folder without METADATA beside the installed packages, and remove it."
     return f"Install it again: pip install --force-reinstall --no-deps {entry.distribution}"

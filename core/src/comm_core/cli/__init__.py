@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from comm_core.command import GROUP, describe, under_torchrun
 
 if TYPE_CHECKING:
-    from comm_core._plugins.installed import Entry, LoadFailure
+    from comm_core._plugins.installed import InstalledPlugin, LoadFailure
 
 __all__ = ["main"]
 
@@ -58,16 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _installed_commands() -> Iterator[tuple[Entry | LoadFailure, str]]:
+def _installed_commands() -> Iterator[tuple[InstalledPlugin | LoadFailure, str]]:
     """What registers in the entry-point group, each name once, with a line of help; imports none of it."""
     try:
         from comm_core._plugins.compat import metadata
-        from comm_core._plugins.installed import Entry, listing
+        from comm_core._plugins.installed import InstalledPlugin, listing
 
         by_name = {item.name: item for item in listing(GROUP)}
         summaries = [
             metadata.metadata(item.distribution).get("Summary") or f"from {_source(item)}"
-            if isinstance(item, Entry) and item.distribution
+            if isinstance(item, InstalledPlugin) and item.distribution
             else f"can't be used: {getattr(item, 'reason', '')}"
             for item in by_name.values()
         ]
@@ -78,7 +78,7 @@ def _installed_commands() -> Iterator[tuple[Entry | LoadFailure, str]]:
     yield from zip(by_name.values(), (summary.replace("%", "%%") for summary in summaries), strict=True)
 
 
-def _load(item: Entry | LoadFailure, subparsers: Any) -> str:
+def _load(item: InstalledPlugin | LoadFailure, subparsers: Any) -> str:
     """Import a command and let it add its parser; why it can't be used, "" where it can."""
     from comm_core._plugins.compat import metadata
     from comm_core._plugins.installed import LoadFailure, Refused, check_requirements
@@ -102,7 +102,7 @@ def _load(item: Entry | LoadFailure, subparsers: Any) -> str:
     return ""
 
 
-def _source(item: Entry | LoadFailure) -> str:
+def _source(item: InstalledPlugin | LoadFailure) -> str:
     """What brings a command, and its version."""
     return " ".join(filter(None, (item.distribution, item.version))) or "an unknown distribution"
 

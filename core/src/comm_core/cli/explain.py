@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _offline(path: pathlib.Path, *, as_json: bool) -> int:
-    from comm_core._group import negotiation
+    from comm_core._group.offline import decide_offline
     from comm_core._plan import explain
     from comm_core.topology import Topology
 
@@ -60,7 +60,7 @@ def _offline(path: pathlib.Path, *, as_json: bool) -> int:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"comm-core: {path} isn't a recorded topology: {error}", file=sys.stderr)
         return 1
-    decision = negotiation.foresee(topology)
+    decision = decide_offline(topology)
     text = explain.explain(f"{path.name}, asked of the backends installed here", topology, decision)
     _print(text, topology, decision, as_json=as_json)
     return 0

@@ -1,9 +1,9 @@
 // CUDA virtual memory that several processes of one host map: host code over the CUDA driver's interface.
 //
-// Its owner creates a physical allocation and exports it as an open file; a peer imports the file (`comm_core._control.mailbox`
-// hands files from process to process). Owner and peers map the allocation, each at an address of its own. The driver
-// is looked up when it is first asked, so that code which includes this loads on machines without one. Errors are
-// std::runtime_error.
+// Its owner creates a physical allocation and exports it as an open file; a peer imports the file
+// (`comm_core._control.mailbox` hands files from process to process). Owner and peers map the allocation, each at an
+// address of its own. The driver is looked up when it is first asked, so that code which includes this loads on
+// machines without one. Errors are std::runtime_error.
 #pragma once
 
 #include <cuda.h>

@@ -9,11 +9,11 @@ from comm_core._plan.decide import (
     Evidence,
     Slate,
     check_policies,
-    differences,
+    describe_differences,
     encode_answer,
-    implied,
+    initial_slate,
     nominate,
-    slate,
+    with_explicit_ranges,
 )
 from comm_core._plan.routes import Offer, cells
 from comm_core.errors import NegotiationError
@@ -74,7 +74,7 @@ def test_json_brings_back_the_same_evidence(item: Evidence) -> None:
     ],
 )
 def test_differences_say_which_ranks_have_what(found: list[Any], text: str) -> None:
-    assert differences(found) == text
+    assert describe_differences(found) == text
 
 
 def test_equal_policies_pass() -> None:
@@ -176,7 +176,7 @@ def test_every_known_backend_is_asked_or_dropped_whatever_the_order_of_names(
 @given(st.integers(1, 999), st.lists(ranges(), min_size=1, max_size=4))
 def test_an_answer_survives_json(priority: int, made: list[Range]) -> None:
     answer = json.loads(json.dumps(encode_answer(Available(priority, tuple(made)))))
-    assert slate({"a": "1"}, [{"a": answer}] * 2).offers == (Offer("a", priority, tuple(made), "1"),)
+    assert initial_slate({"a": "1"}, [{"a": answer}] * 2).offers == (Offer("a", priority, tuple(made), "1"),)
 
 
 def test_a_reason_survives_json_whoever_gave_it() -> None:
@@ -189,19 +189,19 @@ def answers_of(*answers: Available | Unavailable) -> list[dict[str, Any]]:
 
 def test_a_no_of_one_rank_is_everybodys_with_that_ranks_words() -> None:
     yes = Available(300, (Range("all_reduce"),))
-    made = slate({"a": "1"}, answers_of(yes, yes, Unavailable("no NVLink"), Unavailable("no compiler")))
+    made = initial_slate({"a": "1"}, answers_of(yes, yes, Unavailable("no NVLink"), Unavailable("no compiler")))
     assert made.offers == ()
     assert made.dropped == (Candidate("a", "unavailable", "no NVLink", 2, version="1"),)
 
 
 def test_a_no_of_all_ranks_is_nobodys_in_particular() -> None:
-    made = slate({"a": "1"}, answers_of(*[Unavailable("two hosts")] * 3))
+    made = initial_slate({"a": "1"}, answers_of(*[Unavailable("two hosts")] * 3))
     assert by_name(made.dropped) == {"a": ("unavailable", "two hosts", None)}
 
 
 def test_answers_without_common_ranges_are_a_no() -> None:
     small, large = Range("all_reduce", max_nbytes=64), Range("all_reduce", min_nbytes=65)
-    made = slate({"a": "1"}, answers_of(Available(300, (small,)), Available(300, (large,))))
+    made = initial_slate({"a": "1"}, answers_of(Available(300, (small,)), Available(300, (large,))))
     assert by_name(made.dropped) == {"a": ("unavailable", "the ranks' answers have no range in common", None)}
 
 
@@ -210,7 +210,7 @@ def test_offers_are_ordered_by_priority_then_name() -> None:
         name: encode_answer(Available(p, (Range("all_reduce"),)))
         for name, p in zip("cabd", (200, 100, 200, 300), strict=True)
     }
-    assert [offer.name for offer in slate(dict.fromkeys("cabd"), [answers] * 2).offers] == ["d", "b", "c", "a"]
+    assert [offer.name for offer in initial_slate(dict.fromkeys("cabd"), [answers] * 2).offers] == ["d", "b", "c", "a"]
 
 
 @patient
@@ -225,8 +225,8 @@ def test_offers_are_ordered_by_priority_then_name() -> None:
 def test_answers_merge_to_the_lowest_priority_and_what_every_rank_takes(
     answers: list[Available], data: st.DataObject
 ) -> None:
-    made = slate({"a": "1"}, answers_of(*answers))
-    turned = slate({"a": "1"}, answers_of(*reversed(answers)))
+    made = initial_slate({"a": "1"}, answers_of(*answers))
+    turned = initial_slate({"a": "1"}, answers_of(*reversed(answers)))
     merged = made.offers[0].ranges if made.offers else ()
     for offer in (*made.offers, *turned.offers):
         assert offer.priority == min(answer.priority for answer in answers)
@@ -238,14 +238,14 @@ def test_answers_merge_to_the_lowest_priority_and_what_every_rank_takes(
 
 
 def test_answers_without_ranges_are_made_explicit() -> None:
-    assert implied(Available(500), ["all_reduce", "close"]) == Available(500, (Range("all_reduce"),))
-    assert implied(Available(500), ["all_reduce", OPS[1]]) == Available(500, tuple(map(Range, OPS)))
+    assert with_explicit_ranges(Available(500), ["all_reduce", "close"]) == Available(500, (Range("all_reduce"),))
+    assert with_explicit_ranges(Available(500), ["all_reduce", OPS[1]]) == Available(500, tuple(map(Range, OPS)))
     named = Available(500, (Range("all_reduce", max_nbytes=8),))
-    assert implied(named, ["all_reduce", OPS[1]]) == named
+    assert with_explicit_ranges(named, ["all_reduce", OPS[1]]) == named
 
 
 def test_an_answer_that_names_what_the_plugin_lacks_is_a_no() -> None:
-    answer = implied(Available(500, (Range(OPS[1]),)), ["all_reduce"])
+    answer = with_explicit_ranges(Available(500, (Range(OPS[1]),)), ["all_reduce"])
     assert isinstance(answer, Unavailable)
     assert "all_reduce_add_rms_norm, which the plugin doesn't implement" in answer.reason
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comm_core._group import admission
 from comm_core._plan.cases import LARGEST_NBYTES, UNBOUNDED_NBYTES, admission_cases
-from comm_core._plan.routes import Offer, owned, plan
+from comm_core._plan.routes import Offer, owned, plan_routes
 from comm_core.types import DTYPES, OPS, TERMINAL, Range, Route
 from hypothesis import given, settings
 from made_up import DEVICE_TYPES, Message, offers, takes
@@ -19,7 +19,7 @@ Hook = Callable[..., Any]
 
 
 def route_of(made: Sequence[Offer], op: str, dtype: str) -> Route:
-    (found,) = [r for r in plan(made, ("cpu",)) if (r.op, r.dtype) == (op, dtype)]
+    (found,) = [r for r in plan_routes(made, ("cpu",)) if (r.op, r.dtype) == (op, dtype)]
     return found
 
 
@@ -30,7 +30,7 @@ def shapes(made: Sequence[Offer], name: str, op: str = ALL_REDUCE, dtype: str = 
 @settings(deadline=None, max_examples=150)
 @given(offers())
 def test_every_case_goes_to_the_backend_that_it_tests(made: tuple[Offer, ...]) -> None:
-    routes = plan(made, DEVICE_TYPES)
+    routes = plan_routes(made, DEVICE_TYPES)
     by_cell = {(r.op, r.mode, r.device_type, r.dtype): r for r in routes}
     for name in "abcdefgh":
         found = admission_cases(routes, name)
@@ -46,7 +46,7 @@ def test_every_case_goes_to_the_backend_that_it_tests(made: tuple[Offer, ...]) -
 @settings(deadline=None, max_examples=150)
 @given(offers())
 def test_both_edges_of_all_that_a_backend_owns_are_tested(made: tuple[Offer, ...]) -> None:
-    for route in plan(made, ("cpu",)):
+    for route in plan_routes(made, ("cpu",)):
         if route.op != ALL_REDUCE:
             continue
         itemsize = DTYPES[route.dtype]

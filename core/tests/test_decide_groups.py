@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comm_core._plan.decide import Evidence, check_policies, encode_answer, nominate, slate
+from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, nominate
 from comm_core._plan.routes import cells
 from comm_core.topology import Device, Host, RankInfo
 from comm_core.types import DTYPES, OPS, TERMINAL, Available, Decision, Range, Unavailable
@@ -58,7 +58,7 @@ def encoded(answers: Sequence[Mapping[str, Available | Unavailable]]) -> list[di
 def decide(found: Sequence[Evidence], answers: Sequence[Mapping[str, Any]]) -> Decision:
     check_policies(found, str)
     asked, dropped = nominate(found, None, (), "")
-    return slate(asked, answers, dropped).decision(DEVICE_TYPES)
+    return initial_slate(asked, answers, dropped).decision(DEVICE_TYPES)
 
 
 def test_thousands_of_groups_decide_from_the_evidence_alone() -> None:

@@ -167,7 +167,7 @@ def get_while_another_thread_closes() -> dict[str, Any]:
     """A thread has found the handle's entry and waits for it, and then it is closed."""
     faulty.LOG.clear()
     first = comm.get_backend()
-    (entry,) = handles.live()
+    (entry,) = handles.entries()
     new: list[comm.Backend] = []
     thread = threading.Thread(target=lambda: new.append(comm.get_backend()))
     with entry.lock:

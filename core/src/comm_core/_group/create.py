@@ -1,0 +1,67 @@
+"""Makes a group's handle: negotiated with the other ranks, or for one rank alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from comm_core._control.guard import refuse_capture
+from comm_core._control.store import Control, store_of
+from comm_core._group.handles import GroupState, translate_stage_errors, used_incarnations
+from comm_core._group.local_inputs import gather_local_inputs, topology_of_one
+from comm_core._group.negotiation import negotiate
+from comm_core._handle import fallback
+from comm_core._handle.serving import Serving
+from comm_core._plan.decide import Slate
+
+__all__ = ["create_serving"]
+
+
+def create_serving(state: GroupState) -> Serving:
+    """Make what the group's handle serves by. Collective, in groups of more than one rank.
+
+    Raises:
+        CaptureError: the current stream captures.
+        CommError: the ranks couldn't agree; see `comm_core.get_backend`.
+    """
+    group = state.group
+    if group is None or dist.get_world_size(group) == 1:
+        return _alone(state)
+    return _negotiated(state, group)
+
+
+def _negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
+    refuse_capture(
+        f"the ranks of {state.title}, which has no handle yet, can't agree on one",
+        "Call comm.get_backend(group) before the capture",
+    )
+    local = gather_local_inputs(group, state.request)
+    ranks = tuple(dist.get_process_group_ranks(group))
+    control = state.control = Control(store_of(group), dist.get_rank(group), ranks, local.control_timeout_s)
+    control.join(used_incarnations.setdefault(state.name, set()))
+    try:
+        with translate_stage_errors(state):
+            agreed = negotiate(group, state.title, control, local)
+    except BaseException:
+        control.finish()
+        raise
+    state.serve_by(agreed)
+    terminal = fallback.Terminal(group, state.title)
+    return Serving(
+        agreed.decision,
+        agreed.topology,
+        state.title,
+        local.device,
+        (fallback.Terminal.all_reduce, terminal),
+        agreed.sessions,
+    )
+
+
+def _alone(state: GroupState) -> Serving:
+    """The sum over one rank is a copy, whatever is installed."""
+    topology = topology_of_one(state.group)
+    device = torch.device("cpu")
+    if "cuda" in topology.device_types:
+        device = torch.device("cuda", torch.cuda.current_device())
+    decision = Slate(()).decision(topology.device_types)
+    return Serving(decision, topology, state.title, device, (fallback.copy_of_one, state.group), {})
