@@ -164,13 +164,13 @@ def close_twice() -> dict[str, Any]:
 
 
 def get_while_another_thread_closes() -> dict[str, Any]:
-    """A thread has found the handle's entry and waits for it, and then it is closed."""
+    """Close a handle while another thread waits for the lock of its state."""
     faulty.LOG.clear()
     first = comm.get_backend()
-    (entry,) = handles.entries()
+    (state,) = handles.all_states()
     new: list[comm.Backend] = []
     thread = threading.Thread(target=lambda: new.append(comm.get_backend()))
-    with entry.lock:
+    with state.lock:
         thread.start()
         time.sleep(0.2)
         comm.close()

@@ -40,7 +40,7 @@ def test_a_thread_that_comes_while_sessions_are_entered_or_left_waits(
 def test_a_capture_that_is_left_before_one_inside_it_fails_both_and_no_later_one(ranks: Ranks, tmp_path: Path) -> None:
     for found in ranks.run(capture_ranks.leave_before_an_inner_one, path=[install(tmp_path)] * 2):
         assert found["registered"] == [[[7]] * 2]
-        for which, words in (("outer", "one inside it is open"), ("inner", "has ended before it")):
+        for which, words in (("outer", "a nested comm.capture() is open"), ("inner", "ended before this nested one")):
             kind, text = found[which]
             assert kind == "CaptureError"
             assert words in text

@@ -173,7 +173,12 @@ FAULTS = [
     (faulty.ConnectIgnoresErrors, "failed", "ConnectionError: no route to the peer", 1),
     (faulty.ConnectExits, "failed", "SystemExit: no licence", 1),
     (faulty.ConnectReturnsNone, "failed", "returned None", 1),
-    (faulty.ConnectTakesTooMuch, "failed", f"{BUDGET_NBYTES + 1} bytes of a budget of {BUDGET_NBYTES}", 1),
+    (
+        faulty.ConnectTakesTooMuch,
+        "failed",
+        f"{BUDGET_NBYTES + 1} bytes; {BUDGET_NBYTES} of COMM_CORE_MEMORY_BUDGET_NBYTES are left",
+        1,
+    ),
     (faulty.ConnectCountsBadly, "failed", "plenty", 1),
     (faulty.SumsWrong, "failed", "wrong sums", 1),
     (faulty.SumRaises, "failed", "ArithmeticError: an illegal access", 1),

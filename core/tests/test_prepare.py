@@ -70,7 +70,7 @@ def test_a_backend_that_serves_nothing_unprepared_is_connected_then(ranks: Ranks
     [
         (recording.PrepareRaises, (1,), "MemoryError: no room for the workspace"),
         (recording.PrepareRaises, (0, 1), "MemoryError: no room for the workspace"),
-        (recording.PreparesTooMuch, (1,), f"it took {1 << 62} bytes of a budget of "),
+        (recording.PreparesTooMuch, (1,), f"the session takes {1 << 62} bytes; "),
         (recording.PreparesAnEmptyList, (), "pre_capture_init returned no ranges"),
         (recording.PreparesWhatItHasNot, (), "all_reduce_add_rms_norm, which the plugin doesn't implement"),
         (recording.SumsWrongOncePrepared, (1,), "wrong sums"),

@@ -1,4 +1,4 @@
-"""All-reduce backends as plugins: every rank of a process group agrees on one plan, which ends in torch.distributed.
+"""All-reduce backends as plugins: the ranks of a process group agree on one plan; torch.distributed is the fallback.
 
 ```python
 import comm_core as comm
@@ -67,7 +67,7 @@ __all__ = [
     "pre_capture_init",
 ]
 
-# These need torch, whose import takes a second, and which may be broken on a host that `comm-core doctor` looks at.
+# Imported at first use: they import torch, which takes a second and may be broken on a host that `doctor` examines.
 _WITH_TORCH = {
     "Backend": "comm_core._handle.backend",
     "capture": "comm_core._group.api",

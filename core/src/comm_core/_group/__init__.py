@@ -1,1 +1,1 @@
-"""A process group's life: negotiate, connect, admit, prepare, capture, close."""
+"""From a process group to its handle: negotiate, connect, admit, prepare, capture, close."""

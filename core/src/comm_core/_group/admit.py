@@ -1,4 +1,4 @@
-"""Puts a session through admission cases on every rank, and gathers what failed."""
+"""Run a session's admission cases on every rank and gather the failures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 from comm_core._control.stage import StageAbortedError
 from comm_core._group import admission
-from comm_core._group.membership import Membership, abort_stage, in_worker
+from comm_core._group.membership import Membership, abort_stage, run_in_worker
 from comm_core._handle.session import Session
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell, cells
@@ -15,32 +15,36 @@ __all__ = ["admit"]
 
 
 def admit(
-    session: Session, todo: list[AdmissionCase], member: Membership
+    session: Session, cases: list[AdmissionCase], member: Membership
 ) -> dict[Cell, tuple[str, int | None]] | StageAbortedError:
-    """Test the cases on every rank; the kinds of message that failed anywhere, with the reason and the rank."""
-    count = len(session.tested)
-    session.mark_tested(todo)
+    """Test the cases on every rank. Collective.
+
+    Returns:
+        For each kind of message that failed on any rank, the reason and the rank; the error if a rank aborted the test.
+    """
+    tested_before = len(session.tested)
+    session.mark_tested(cases)
     context = member.context
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
     try:
-        step = f"{member.purpose}admit {session.plugin.name} {count}"
-        with session.channel.opened(member.control, step, member.step_timeout_s) as stage:
+        name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
+        with session.channel.opened(member.control, name, member.stage_timeout_s) as stage:
             test = functools.partial(
                 admission.run,
                 session.plugin.hooks,
                 session.value,
-                todo,
+                cases,
                 rank=context.rank,
                 world_size=context.world_size,
                 device=context.device,
                 all_gather=stage.all_gather,
             )
             try:
-                wrong = in_worker(test, member, f"the admission test of {session.plugin.name}")
-                votes = stage.all_gather({numbers[cell]: reason for cell, reason in wrong.items()}, "vote")
+                failures = run_in_worker(test, member, f"the admission test of {session.plugin.name}")
+                votes = stage.all_gather({numbers[cell]: reason for cell, reason in failures.items()}, "vote")
             except StageAbortedError:
                 raise
-            except Exception as error:  # the plugin border, as in `_connect`
+            except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 raise abort_stage(stage, member, error) from error
     except StageAbortedError as error:
         return error

@@ -1,4 +1,4 @@
-"""The process groups of this process that have a handle: negotiated once, cached, closed in order."""
+"""The public functions: get a group's handle, prepare it, capture its calls, close it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from comm_core._group.capture import captured, joined, refuse_in_capture
+from comm_core._group.capture import capture_sessions, join_or_open, refuse_in_capture
 from comm_core._group.close import close_group
 from comm_core._group.create import create_serving
-from comm_core._group.handles import GroupState, entries, is_current, remove, remove_destroyed, state_of
+from comm_core._group.handles import GroupState, all_states, get_or_create_state, is_current, remove, remove_destroyed
 from comm_core._group.local_inputs import Request
 from comm_core._group.prepare_groups import check_shapes, prepare_groups
 from comm_core._handle import operators
@@ -28,56 +28,56 @@ def get_backend(
 ) -> Backend:
     """Return the all-reduce handle of a process group; the first call negotiates it.
 
-    Collective the first time: every rank of the group calls it, with the same arguments, and gets the same plan. Later
-    calls look it up. Ranks that share several groups call it for these in the same order, as with
+    The first call is Collective: every rank of the group makes it, with the same arguments, and gets the same plan.
+    Later calls return the same handle. Ranks that share several groups make the first calls in the same order, as with
     `torch.distributed.new_group`.
 
     Args:
-        group: a process group of torch.distributed; None is the world. Without an initialised process group, and in a
-            group of one, the sum is a copy.
-        backends: names of backends: no others are tried, and one of them that can't serve this group raises. Sizes and
-            dtypes outside their ranges still fall back to torch.distributed. None: all installed backends, within
-            `COMM_CORE_BACKENDS` and `COMM_CORE_DISABLE`.
-        timeout_s: how long each exchange between the ranks, and each backend's `connect`, may take, in seconds; None:
+        group: a torch.distributed process group; None: the world. In a group of one rank, and without an initialised
+            process group, the sum is a copy.
+        backends: names of backends. Only these are tried, and the call raises if one of them can't serve this group.
+            Sizes and dtypes outside their ranges still fall back to torch.distributed. None: all installed backends
+            that `COMM_CORE_BACKENDS` and `COMM_CORE_DISABLE` allow.
+        timeout_s: the deadline of each exchange between the ranks, and of each backend's `connect`, in seconds; None:
             `COMM_CORE_CONTROL_TIMEOUT_S` and `COMM_CORE_CONNECT_TIMEOUT_S`.
 
     Raises:
-        TypeError, ValueError: this process isn't in the group, the group was destroyed or has a handle with other
-            arguments, or an argument is invalid.
-        CaptureError: the current stream is capturing a graph; call it before.
+        TypeError, ValueError: an argument is invalid, this process isn't in the group, the group was destroyed, or it
+            has a handle with other arguments.
+        CaptureError: the current stream is capturing a graph; call `get_backend` before the capture.
         BackendUnavailableError: a backend named in `backends` can't serve; on all ranks.
-        NegotiationError: the ranks' settings differ, or one can't negotiate; on all ranks.
-        CommTimeoutError: a rank didn't call in time; on all ranks that did, and on the others when they call.
+        NegotiationError: the ranks' settings differ, or a rank can't negotiate; on all ranks.
+        CommTimeoutError: a rank didn't call in time; on all ranks, on a late one as soon as it calls.
     """
     if backends is not None and (isinstance(backends, str) or not backends):
-        raise ValueError(f"backends={backends!r}: a sequence of one or more names is needed")
+        raise ValueError(f"backends={backends!r}: expected a sequence of one or more names")
     if timeout_s is not None and not 0 < timeout_s < float("inf"):
-        raise ValueError(f"timeout_s={timeout_s!r}: seconds above 0 are needed")
+        raise ValueError(f"timeout_s={timeout_s!r}: expected a finite number of seconds above 0")
     request = Request(None if backends is None else tuple(backends), timeout_s)
     while True:
-        state = state_of(group, request)
+        state = get_or_create_state(group, request)
         with state.lock:
-            # Another thread may have closed the group, or failed to get its handle, before this one had the lock.
+            # Before this thread got the lock, another may have closed the group or failed to create its handle.
             if is_current(state):
-                return _backend(state, request)
+                return _get_or_create_backend(state, request)
 
 
-def _backend(state: GroupState, request: Request) -> Backend:
-    """The group's handle; a new one where there is none."""
+def _get_or_create_backend(state: GroupState, request: Request) -> Backend:
+    """Return the group's handle; create it if there is none."""
     if state.backend is None:
         try:
-            backend = state.serve(create_serving(state))
+            backend = state.create_backend(create_serving(state))
         except BaseException:
             remove(state)
             raise
     elif state.request != request:
         raise ValueError(
-            f"{state.title} has a handle with {state.request}, and one with {request} was asked for. Call "
-            "comm.close(group) on all its ranks before"
+            f"{state.title} has a handle with {state.request}; this call asks for one with {request}. Call "
+            "comm.close(group) on all its ranks first"
         )
     else:
         backend = state.backend
-    # Again, too: the world's handle stands where that of this process alone stood, and goes before it.
+    # A cached handle too: "" finds the world's handle while there is a world, else the one of this process alone.
     world = state.group is not None and state.group is dist.group.WORLD
     operators.register((state.name, "") if world else (state.name,), backend)
     return backend
@@ -86,13 +86,13 @@ def _backend(state: GroupState, request: Request) -> Backend:
 def close(group: dist.ProcessGroup | None = None) -> None:
     """Free the resources of a group's handle: buffers, threads, keys in the store.
 
-    Collective; call it before the process group is destroyed. It waits for the device and for the peers, so that no
-    memory is freed that a peer may still read. A peer that doesn't call in time is named in a warning, and everything
-    is freed all the same. If any rank has already timed out on a peer, `close()` doesn't wait; a backend may then keep
-    memory that its peers' kernels may still write to, until the process ends.
+    Collective; call it before the process group is destroyed. It waits for the device and the peers before it frees
+    memory that a peer may still read. If a peer doesn't call in time, a warning names it and everything is freed all
+    the same. If any rank has already timed out on a peer, `close()` doesn't wait; a backend may then keep memory that
+    its peers' kernels may still write to, until the process ends.
 
-    Afterwards the handle's calls raise, and `get_backend` negotiates again. For a group without a handle, also in a
-    second call, it does nothing. A group that was destroyed before is closed without waiting.
+    Afterwards the handle's calls raise, and `get_backend` negotiates again. For a group without a handle, for example
+    in a second call, it does nothing. If the process group was destroyed before, `close()` doesn't wait.
 
     Args:
         group: the group; None: every group that has a handle, in the order in which they got it.
@@ -101,7 +101,7 @@ def close(group: dist.ProcessGroup | None = None) -> None:
         CaptureError: inside `comm.capture()`, or while a stream captures; nothing is closed.
     """
     refuse_in_capture("comm.close")
-    for state in entries():
+    for state in all_states():
         if group is None or state.group is group:
             with state.lock:
                 close_group(state)
@@ -112,33 +112,34 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
 
     Collective over all ranks of all groups that have a handle, group by group in the order in which they got it. Ranges
     that need preparation are served from then on, if they pass the admission test. A backend that fails on one rank is
-    dropped on all ranks of that group, and the next candidate serves; so it does for larger calls than the prepared
-    shapes. Call it again for other or larger shapes; a shape that is prepared already costs one exchange.
+    dropped on all ranks of that group, and the next candidate serves. Calls larger than the prepared shapes also go to
+    the next candidate. Call it again for other or larger shapes; a shape that is already prepared costs one exchange.
 
     Args:
-        max_tokens: the most rows of `[num_tokens, hidden_size]`, at least 1.
-        hidden_size: elements a row, at least 1.
-        dtype: of the tensors.
+        max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, at least 1.
+        hidden_size: the row length in elements, at least 1.
+        dtype: the tensors' dtype.
 
     Raises:
         TypeError, ValueError: an argument is invalid; before anything is sent.
         CaptureError: inside `comm.capture()`, or while a stream captures; before anything is sent.
-        NegotiationError: the ranks gave different arguments, or one failed; alike on all ranks of that group. The other
-            groups are prepared all the same.
-        BackendUnavailableError: a backend that `get_backend(backends=...)` names was dropped; likewise.
+        NegotiationError: the ranks passed different arguments, or a rank failed; on all ranks of that group. The other
+            groups are still prepared.
+        BackendUnavailableError: a backend that `get_backend(backends=...)` names was dropped; on all ranks of that
+            group. The other groups are still prepared.
         CommTimeoutError: a rank didn't call in time.
     """
     remove_destroyed()
-    for state in entries():
+    for state in all_states():
         state.preparations += 1
     shapes = check_shapes(max_tokens, hidden_size, dtype)
     refuse_in_capture("comm.pre_capture_init")
-    prepare_groups(entries(), shapes)
+    prepare_groups(all_states(), shapes)
 
 
 @contextlib.contextmanager
 def capture() -> Iterator[None]:
-    """The context in which CUDA graphs are captured: the sessions of all groups that have a handle are entered.
+    """Enter the sessions of all groups that have a handle, for the capture of CUDA graphs.
 
     ```python
     with comm.capture():
@@ -147,20 +148,21 @@ def capture() -> Iterator[None]:
     graph.replay()
     ```
 
-    Inside it, calls on a stream that captures take the routes of graphs, others the eager ones. At its end, sessions
-    that registered what graphs read exchange it with their peers: Collective, for groups that captured such calls, and
-    only then may a graph be replayed. A `comm.capture()` inside another one is part of that, whatever thread it is in.
+    Inside, calls on a capturing stream take the graph routes, other calls the eager routes. At the end, sessions that
+    registered captured calls exchange the registered addresses with their peers. This exit is Collective for groups
+    that captured such calls; replay a graph only after it. A nested `comm.capture()`, in any thread, joins the outer
+    one.
 
     Raises:
-        CaptureError: a stream captures already; a session couldn't be entered or left, on this rank or another; another
-            thread's is still open, where that raises too: graphs captured inside must not be replayed, and the next
-            capture works.
-        CommTimeoutError: a peer that captured nothing, or hangs, didn't come to the end.
+        CaptureError: a stream captures already; a session couldn't be entered or left, on this rank or another; or a
+            nested `comm.capture()` in another thread is still open, and then it raises too. Graphs captured inside must
+            not be replayed. The next capture works.
+        CommTimeoutError: a peer captured nothing, or hangs, and didn't reach the end in time.
     """
-    with joined() as outermost:
+    with join_or_open() as outermost:
         if outermost is None:
             yield
             return
         remove_destroyed()
-        with captured(entries(), outermost):
+        with capture_sessions(all_states(), outermost):
             yield

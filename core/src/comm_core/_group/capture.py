@@ -1,14 +1,14 @@
-"""`comm.capture()`: the sessions of all groups are entered before graphs are captured and left together afterwards.
+"""`comm.capture()`: enter the sessions of all groups before graphs are captured, and leave them together afterwards.
 
-When a session is left, its ranks may exchange data about the captured calls. They do so in a stage of the control
-channel that has a number in its name. Each rank counts the numbers of a session by itself, and uses one up in
+When the ranks leave a session, they may exchange data about the captured calls, in a stage with a number in its name.
+Each rank counts these numbers locally, for each session, and uses up one number
 
-- a clean exit in which the session talked: core votes on it;
-- an exit by an exception: it posts an abort under the number and waits for no other rank.
+- at a clean exit with an exchange: core votes on the exchange;
+- at an exit by an exception: this rank posts an abort under the number and waits for no other rank.
 
-A capture in which the session said nothing uses up none. So an abort meets each peer once, in the capture that it is in
-or in its next one that has something to exchange, whichever rank was faster. A time-out is an abort by the ranks that
-came; the others have missed that capture, and skip its number when they enter their next.
+A clean exit without an exchange uses up no number. So each peer meets an abort once, in its current capture or in its
+next one with an exchange, whichever rank was faster. A time-out is an abort by the ranks that arrived; an absent rank
+missed that capture, and skips its number at its next entry.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
 from comm_core.errors import CaptureError, CommTimeoutError
 
-__all__ = ["Outermost", "captured", "joined", "refuse_in_capture"]
+__all__ = ["OutermostCapture", "capture_sessions", "join_or_open", "refuse_in_capture"]
 
 _log = logging.getLogger("comm_core")
 
 
 @dataclasses.dataclass(eq=False)
-class Seat:
+class SessionCapture:
     """One session's part in a capture.
 
     Attributes:
-        title: names the group.
-        serving: the group's.
+        title: the group's title.
+        serving: the group's bound plan.
         control: the group's control channel.
-        session: to be entered.
+        session: the session to enter and leave.
     """
 
     title: str
@@ -53,62 +53,61 @@ class Seat:
     _context: AbstractContextManager[Any] | None = None
 
     def skip_missed(self) -> None:
-        """Skip the numbers of captures whose end this rank has missed: its peers waited until their deadline. Local."""
+        """Skip the number of each capture that ended without this rank, by its peers' time-out. Local."""
         while isinstance(Stage(self.control, self._stage_name).peek(), StageTimeoutError):
             self.session.use_up_capture()
 
     def enter(self) -> None:
-        """Enter the session. Local.
+        """Enter the session, unless its handle has failed. Local.
 
         Raises:
             CaptureError: the plugin raised.
         """
         if self.serving.failure is not None:
-            return  # its calls raise; those of its peers may go on
+            return  # this rank's calls raise; its peers' calls may go on
         try:
             context = self.session.plugin.hooks["capture_ctx"](self.session.value)
             context.__enter__()
         except Exception as error:  # plugin boundary: re-raised with the backend's name
-            raise CaptureError(f"{self._who} can't be captured: {describe(error)}") from error
+            raise CaptureError(f"{self._label} can't enter the capture: {describe(error)}") from error
         self._context = context
 
     def leave(self) -> None:
         """Leave the session and vote on its exchanges with its peers. Collective if it has something to exchange.
 
         Raises:
-            CaptureError: it failed, on any rank.
-            CommTimeoutError: ranks didn't come.
+            CaptureError: the exit failed, on any rank.
+            CommTimeoutError: ranks didn't arrive in time.
         """
         if self._context is None:
             return
         if self.serving.failure is not None:
-            lost = CaptureError(f"{self._who} was lost during the capture: {self.serving.failure}")
-            self.leave_by(lost)
-            raise lost
+            failed = CaptureError(f"{self._label} failed during the capture: {self.serving.failure}")
+            self.leave_with_error(failed)
+            raise failed
         context, self._context = self._context, None
-        failed = f"the capture of {self._who} failed, its graphs must not be replayed. Capture anew"
         try:
             with self.session.channel.opened(self.control, self._stage_name) as stage:
                 context.__exit__(None, None, None)
-                if stage.begun:  # also if the plugin has swallowed an abort: then this raises it
+                if stage.begun:  # raises an abort that the plugin has swallowed
                     stage.all_gather(None, "vote")
         except StageTimeoutError as error:
-            raise CommTimeoutError(f"{failed}: {error}", error.ranks) from error
-        except Exception as error:  # plugin boundary: all ranks raise what the stage was aborted by
-            raise CaptureError(f"{failed}: {stage.aborted}") from error
+            raise CommTimeoutError(self._failure_text(error), error.ranks) from error
+        except Exception as error:  # plugin boundary: all ranks raise the stage's abort
+            raise CaptureError(self._failure_text(stage.aborted)) from error
         finally:
             if stage.begun or stage.aborted is not None:
                 self.session.use_up_capture()
 
-    def leave_by(self, error: BaseException) -> None:
-        """Leave the session by `error`, if it was entered, and abort its peers' capture. Local; never raises."""
+    def leave_with_error(self, error: BaseException) -> None:
+        """Leave the session with `error`, if it was entered, and abort its peers' capture. Local; never raises."""
         context, self._context = self._context, None
         if context is not None:
             try:
                 context.__exit__(type(error), error, error.__traceback__)
-            except Exception as raised:  # noqa: BLE001 - plugin boundary; a `contextmanager` may raise `error` itself
+            except Exception as raised:  # noqa: BLE001 - plugin boundary; a `contextmanager` re-raises `error` itself
                 if raised is not error:
-                    _log.warning("%s raised while a failed capture was left: %s", self._who, describe(raised))
+                    _log.warning("%s raised on exit from a failed capture: %s", self._label, describe(raised))
         Stage(self.control, self._stage_name).abort(describe(error))
         self.session.use_up_capture()
 
@@ -117,84 +116,87 @@ class Seat:
         return f"capture {self.session.plugin.name} {self.session.captures}"
 
     @property
-    def _who(self) -> str:
+    def _label(self) -> str:
         return f"backend {self.session.plugin.name!r} of {self.title}"
+
+    def _failure_text(self, error: BaseException | None) -> str:
+        return f"the capture of {self._label} failed: {error}. Its graphs must not be replayed. Capture again"
 
 
 @contextlib.contextmanager
-def entered(seats: Sequence[Seat]) -> Iterator[None]:
-    """Enter every seat; leave them in reverse: all by exception once one thing failed.
+def _entered(captures: Sequence[SessionCapture]) -> Iterator[None]:
+    """Enter the sessions in order and leave them in reverse; after the first error, leave the others with it.
 
     Raises:
-        CaptureError: entering or leaving failed; after it the others are left by exception.
-        CommTimeoutError: a session's peers didn't come to its end.
+        CaptureError: entering or leaving a session failed.
+        CommTimeoutError: a session's peers didn't reach the end of the capture in time.
     """
-    for seat in seats:
-        seat.skip_missed()
-    waiting = list(seats)
+    for capture in captures:
+        capture.skip_missed()
+    remaining = list(captures)
     try:
         refuse_capture("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
-        for seat in seats:
-            seat.enter()
+        for capture in captures:
+            capture.enter()
         yield
         refuse_capture("comm.capture() can't be left", "End the capture within it: torch.cuda.graph is the inner block")
-        while waiting:
-            waiting.pop().leave()
+        while remaining:
+            remaining.pop().leave()
     except BaseException as error:
-        while waiting:
-            waiting.pop().leave_by(error)
+        while remaining:
+            remaining.pop().leave_with_error(error)
         raise
 
 
 @contextlib.contextmanager
-def captured(states: Sequence[GroupState], outermost: Outermost) -> Iterator[None]:
-    """Enter the sessions of all groups that have a handle; inside, calls on a capturing stream take graphs' routes."""
-    with entered([seat for state in states for seat in _seats(state)]):
-        serving = [state.serving for state in states if state.serving is not None]
+def capture_sessions(states: Sequence[GroupState], outermost: OutermostCapture) -> Iterator[None]:
+    """Enter the sessions of all groups that have a handle; calls on a capturing stream take the graph routes."""
+    with _entered([capture for state in states for capture in _session_captures(state)]):
+        servings = [state.serving for state in states if state.serving is not None]
         try:
-            for each in serving:
-                each.use_graph_routes(True)
+            for serving in servings:
+                serving.use_graph_routes(True)
             with outermost.opened():
                 yield
         finally:
-            for each in serving:
-                each.use_graph_routes(False)
+            for serving in servings:
+                serving.use_graph_routes(False)
 
 
-def _seats(state: GroupState) -> Iterator[Seat]:
-    """The sessions of a group that a capture enters, also those that this rank has lost: its peers may not have."""
-    serving, control, agreed = state.serving, state.control, state.agreed
-    if serving is not None and control is not None and agreed is not None:
-        for session in agreed.sessions.values():
+def _session_captures(state: GroupState) -> Iterator[SessionCapture]:
+    """Yield a group's sessions that a capture enters, also if its handle failed on this rank: peers may go on."""
+    serving, control, negotiated = state.serving, state.control, state.negotiated
+    if serving is not None and control is not None and negotiated is not None:
+        for session in negotiated.sessions.values():
             if session.plugin.has("capture_ctx"):
-                yield Seat(state.title, serving, control, session)
+                yield SessionCapture(state.title, serving, control, session)
 
 
 _changed = threading.Condition()
-_outermost: Outermost | None = None
-_open = 0  # captures, nested ones too
+_outermost: OutermostCapture | None = None
+_open_count = 0  # nested captures included
 
 
 @dataclasses.dataclass(eq=False)
-class Outermost:
-    """A `comm.capture()` that is part of no other.
+class OutermostCapture:
+    """A `comm.capture()` that isn't nested in another.
 
     Attributes:
-        thread: the one that entered it.
-        phase: "entering" or "leaving" its sessions, or in between "open": others may join it.
-        inner: how many that have joined are open.
+        thread: the identifier of the thread that entered it.
+        phase: "entering" and "leaving" its sessions; in between, "open": nested captures may join it.
+        nested_count: open nested captures.
     """
 
     thread: int
     phase: Literal["entering", "open", "leaving"] = "entering"
-    inner: int = 0
+    nested_count: int = 0
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Let others join until the block's end.
+        """Let nested captures join until the block's end.
 
         Raises:
-            CaptureError: one of them is still open then.
+            CaptureError: a nested capture is still open at the end.
         """
         with _changed:
             self.phase = "open"
@@ -204,49 +206,53 @@ class Outermost:
         finally:
             with _changed:
                 self.phase = "leaving"
-                inner = self.inner
-        if inner:
+                nested_count = self.nested_count
+        if nested_count:
             raise CaptureError(
-                "comm.capture() can't be left while one inside it is open in another thread: what that records would "
-                "never be registered. Wait for the thread before"
+                "comm.capture() can't be left while a nested comm.capture() is open in another thread: the addresses "
+                "that it records would never be registered. Wait for that thread first"
             )
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Outermost | None]:
-    """Become this process's outermost capture, which is yielded, or join the one that there is, in any thread: None.
+def join_or_open() -> Iterator[OutermostCapture | None]:
+    """Join this process's outermost capture, of any thread, and yield None; if there is none, open one and yield it.
 
-    Waits while another thread's is being entered or left: a call that is recorded then would have no session.
+    Waits while another thread enters or leaves the outermost capture: a call recorded then would have no session.
 
     Raises:
-        CaptureError: at the end, if the joined one has ended before.
+        CaptureError: at the end, if the outermost capture ended before this nested one.
     """
-    global _open, _outermost  # noqa: PLW0603 - of the process, like the groups
-    me = threading.get_ident()
+    global _open_count, _outermost  # noqa: PLW0603 - one capture a process, like the groups
+    thread = threading.get_ident()
     with _changed:
-        _changed.wait_for(lambda: _outermost is None or _outermost.phase == "open" or _outermost.thread == me)
-        joins = _outermost is not None
-        whole = _outermost = _outermost or Outermost(me)
-        whole.inner += joins
-        _open += 1
+        _changed.wait_for(lambda: _outermost is None or _outermost.phase == "open" or _outermost.thread == thread)
+        is_nested = _outermost is not None
+        outermost = _outermost = _outermost or OutermostCapture(thread)
+        outermost.nested_count += is_nested
+        _open_count += 1
     try:
-        yield None if joins else whole
-        if joins and whole.phase == "leaving":
+        yield None if is_nested else outermost
+        if is_nested and outermost.phase == "leaving":
             raise CaptureError(
-                "the comm.capture() that this one was a part of has ended before it: graphs captured in this one must "
-                "not be replayed. Capture anew"
+                "the outer comm.capture() ended before this nested one: graphs captured in this one must not be "
+                "replayed. Capture again, and end the nested one first"
             )
     finally:
         with _changed:
-            _open -= 1
-            whole.inner -= joins
-            if not joins:
+            _open_count -= 1
+            outermost.nested_count -= is_nested
+            if not is_nested:
                 _outermost = None
                 _changed.notify_all()
 
 
-def refuse_in_capture(what: str) -> None:
-    """Raise `CaptureError` inside `comm.capture()`, or while a stream captures."""
-    if _open:
-        raise CaptureError(f"{what} can't be called inside comm.capture(). Call it before, or after")
-    refuse_capture(f"{what} can't wait for other ranks", "Call it before the capture, or after")
+def refuse_in_capture(function: str) -> None:
+    """Refuse a call of `function` inside `comm.capture()` and while a stream captures.
+
+    Raises:
+        CaptureError: a `comm.capture()` is open, or the current stream captures.
+    """
+    if _open_count:
+        raise CaptureError(f"{function} can't be called inside comm.capture(). Call it before the capture, or after")
+    refuse_capture(f"{function} can't wait for other ranks", "Call it before the capture, or after")

@@ -1,4 +1,4 @@
-"""Closes a group's handle, together with its peers where they can still be reached."""
+"""Close a group's handle, together with the peers if they can still be reached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("comm_core")
 
 
 def close_group(state: GroupState) -> None:
-    """Close the handle and give back what its sessions hold. Collective; warns where a peer doesn't come."""
+    """Close the handle and its sessions. Collective; logs a warning if a peer doesn't arrive in time."""
     remove(state)
     serving, control, group = state.serving, state.control, state.group
     if serving is None:
@@ -34,19 +34,19 @@ def close_group(state: GroupState) -> None:
     try:
         with Stage(control, "close") as stage:
             if failure is not None:
-                # Whom a call has waited for in vain isn't waited for again, nor do the others wait for that.
+                # A call has already timed out on a peer: no rank waits for that peer again.
                 raise stage.abort(failure)
             if "cuda" in serving.topology.device_types:
                 torch.cuda.synchronize(serving.device)
             stage.barrier()
         orderly = True
-    except Exception as error:  # noqa: BLE001 - what this rank holds is given back whatever became of the others
-        _log.warning("%s is closed without all its ranks: %s", state.title, error)
+    except Exception as error:  # noqa: BLE001 - this rank frees its resources even if others fail
+        _log.warning("%s is closed without waiting for all its ranks: %s", state.title, error)
     finally:
         for session in state.sessions:
             session.close(orderly=orderly)
     if orderly:
-        # Memory that this rank's graphs read may be freed once it returns: by then no peer has it mapped.
+        # The caller may free memory that its graphs read once this returns, so every peer must have unmapped it.
         with contextlib.suppress(CommError), Stage(control, "closed") as stage:
             stage.barrier()
     control.finish()

@@ -1,4 +1,4 @@
-"""Makes a group's handle: negotiated with the other ranks, or for one rank alone."""
+"""Create a group's `Serving`: negotiated with the other ranks, or for one rank alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["create_serving"]
 
 
 def create_serving(state: GroupState) -> Serving:
-    """Make what the group's handle serves by. Collective, in groups of more than one rank.
+    """Create the group's `Serving`. Collective, in groups of more than one rank.
 
     Raises:
         CaptureError: the current stream captures.
@@ -26,13 +26,13 @@ def create_serving(state: GroupState) -> Serving:
     """
     group = state.group
     if group is None or dist.get_world_size(group) == 1:
-        return _alone(state)
-    return _negotiated(state, group)
+        return _create_for_one_rank(state)
+    return _create_negotiated(state, group)
 
 
-def _negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
+def _create_negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
     refuse_capture(
-        f"the ranks of {state.title}, which has no handle yet, can't agree on one",
+        f"{state.title} has no handle yet, and its ranks can't negotiate one",
         "Call comm.get_backend(group) before the capture",
     )
     local = gather_local_inputs(group, state.request)
@@ -41,24 +41,24 @@ def _negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
     control.join(used_incarnations.setdefault(state.name, set()))
     try:
         with translate_stage_errors(state):
-            agreed = negotiate(group, state.title, control, local)
+            negotiated = negotiate(group, state.title, control, local)
     except BaseException:
         control.finish()
         raise
-    state.serve_by(agreed)
+    state.adopt(negotiated)
     terminal = fallback.Terminal(group, state.title)
     return Serving(
-        agreed.decision,
-        agreed.topology,
+        negotiated.decision,
+        negotiated.topology,
         state.title,
         local.device,
         (fallback.Terminal.all_reduce, terminal),
-        agreed.sessions,
+        negotiated.sessions,
     )
 
 
-def _alone(state: GroupState) -> Serving:
-    """The sum over one rank is a copy, whatever is installed."""
+def _create_for_one_rank(state: GroupState) -> Serving:
+    """Serve a group of one rank by a copy, without any backend."""
     topology = topology_of_one(state.group)
     device = torch.device("cpu")
     if "cuda" in topology.device_types:

@@ -1,4 +1,4 @@
-"""The process groups of this process that have a handle, or are getting one."""
+"""The state of each process group that has a handle in this process, or is getting one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from comm_core.errors import CommTimeoutError, NegotiationError
 
 __all__ = [
     "GroupState",
-    "entries",
+    "all_states",
+    "get_or_create_state",
     "is_alive",
     "is_current",
     "remove",
     "remove_destroyed",
-    "state_of",
     "translate_stage_errors",
     "used_incarnations",
 ]
@@ -37,22 +37,22 @@ _log = logging.getLogger("comm_core")
 
 @dataclasses.dataclass(eq=False)
 class GroupState:
-    """A group and what this process has for it.
+    """One group's state in this process.
 
-    It keeps the process group object alive, so that no other can have its address; `remove_destroyed` lets go of those
-    that torch destroyed.
+    It keeps the process group object alive, so that no other object gets its address; `remove_destroyed` releases the
+    groups that torch destroyed.
 
     Attributes:
-        name: torch's name of the group; "" for a process alone.
-        group: None for a process alone.
-        request: what the caller asked for.
-        lock: held while the ranks agree.
+        name: torch's name of the group; "" without a process group.
+        group: the process group; None for this process alone.
+        request: the caller's arguments to `get_backend`.
+        lock: held while this rank negotiates, prepares or closes.
         backend: the handle.
-        serving: what the handle serves by.
+        serving: the plan that the handle serves by.
         control: the group's control channel.
-        agreed: what the ranks agreed on last.
-        sessions: every session that the handle ever served by.
-        preparations: calls of `comm.pre_capture_init`.
+        negotiated: the outcome of the last negotiation or preparation.
+        sessions: every session that was ever in use.
+        preparations: the number of calls of `comm.pre_capture_init`.
     """
 
     name: str
@@ -62,27 +62,27 @@ class GroupState:
     backend: Backend | None = None
     serving: Serving | None = None
     control: Control | None = None
-    agreed: NegotiatedGroup | None = None
+    negotiated: NegotiatedGroup | None = None
     sessions: list[Session] = dataclasses.field(default_factory=list)
     preparations: int = 0
 
-    def serve(self, serving: Serving) -> Backend:
-        """Make the group's handle."""
+    def create_backend(self, serving: Serving) -> Backend:
+        """Create the group's handle, which serves by `serving`."""
         self.serving, self.backend = serving, Backend(serving, self.name)
         return self.backend
 
-    def serve_by(self, agreed: NegotiatedGroup) -> None:
-        """Serve by this agreement; keep its sessions until the group is closed."""
-        self.agreed = agreed
-        for session in agreed.sessions.values():
+    def adopt(self, negotiated: NegotiatedGroup) -> None:
+        """Adopt the outcome of a negotiation; keep its sessions until the group is closed."""
+        self.negotiated = negotiated
+        for session in negotiated.sessions.values():
             if not session.in_use:
                 session.mark_in_use()
                 self.sessions.append(session)
 
     def close_without_peers(self) -> None:
-        """Close a group that torch destroyed: its peers can't be reached any more."""
+        """Close a group that torch destroyed: its peers can no longer be reached."""
         if self.sessions:
-            _log.warning("%s was destroyed before comm.close(group): closing without its peers", self.title)
+            _log.warning("%s was destroyed before comm.close(group): closing it without its peers", self.title)
         if self.serving is not None:
             self.serving.retire(f"{self.title} was destroyed")
         for session in self.sessions:
@@ -90,83 +90,84 @@ class GroupState:
 
     @property
     def title(self) -> str:
-        """Names the group for people."""
+        """The group's name and ranks, for messages."""
         if self.group is None:
             return "this process, alone"
         if self.control is None:
             return f"group {self.name!r}"
-        return f"group {self.name!r} (ranks {_listed(self.control.global_ranks)})"
+        return f"group {self.name!r} (ranks {_format_ranks(self.control.global_ranks)})"
 
 
-_entries: dict[str, GroupState] = {}
+_states: dict[str, GroupState] = {}
 _lock = threading.Lock()
-#: Incarnations of each group's control channel that this process was in, by the group's name; they outlive the entries.
+#: The incarnations that this process has joined, by the group's name; they outlive the group's state.
 used_incarnations: dict[str, set[str]] = {}
 
 
-def state_of(group: dist.ProcessGroup | None, request: Request) -> GroupState:
-    """The group's state; a new one, with `request`, where there is none.
+def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> GroupState:
+    """Return the group's state; create it, with `request`, if there is none.
 
     Raises:
-        TypeError, ValueError: this process isn't in the group, or the group was destroyed.
+        TypeError: `group` isn't a process group.
+        ValueError: this process isn't in the group, or the group was destroyed.
     """
     member: dist.ProcessGroup | None = None
     name = ""
     if dist.is_available() and dist.is_initialized():
-        # What torch hands to ranks outside a new group is no process group at all.
+        # Ranks outside a new group get a placeholder from torch, not a process group.
         if group == dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
-            raise ValueError(f"rank {dist.get_rank()} isn't in this group: skip the call there")
+            raise ValueError(f"rank {dist.get_rank()} isn't in this group. Call get_backend on the group's ranks only")
         member = dist.group.WORLD if group is None else group
         if not isinstance(member, dist.ProcessGroup):
-            raise TypeError(f"a torch.distributed process group is needed, not {group!r}")
+            raise TypeError(f"group={group!r}: expected a torch.distributed process group")
         if not is_alive(member):
-            raise ValueError("this process group was destroyed, or isn't this process's own")
+            raise ValueError("this process group was destroyed, or this process isn't in it")
         name = member.group_name
     elif group is not None:
         raise ValueError("this process group was destroyed: torch.distributed isn't initialised")
     remove_destroyed()
-    return _find_or_add(name, member, request)
+    return _get_or_create(name, member, request)
 
 
-def _find_or_add(name: str, group: dist.ProcessGroup | None, request: Request) -> GroupState:
-    """The group's entry; a new one, with `request`, where there is none."""
+def _get_or_create(name: str, group: dist.ProcessGroup | None, request: Request) -> GroupState:
+    """Return the state under `name`; create it if there is none."""
     with _lock:
-        if name not in _entries:
-            _entries[name] = GroupState(name, group, request)
-        return _entries[name]
+        if name not in _states:
+            _states[name] = GroupState(name, group, request)
+        return _states[name]
 
 
 def is_current(state: GroupState) -> bool:
-    """Whether `state_of` finds this entry; who has waited for its lock asks, since the group may be closed by then."""
+    """Return whether this is still the group's state: another thread may have closed the group meanwhile."""
     with _lock:
-        return _entries.get(state.name) is state
+        return _states.get(state.name) is state
 
 
-def entries() -> list[GroupState]:
-    """All entries, in the order in which they were made."""
+def all_states() -> list[GroupState]:
+    """Return the states of all groups, in the order of their creation."""
     with _lock:
-        return list(_entries.values())
+        return list(_states.values())
 
 
 def remove(state: GroupState) -> None:
-    """Find the group no more; its handle isn't closed by that."""
+    """Forget the group, without closing its handle."""
     if state.backend is not None:
         operators.unregister(state.backend)
     with _lock:
-        if _entries.get(state.name) is state:
-            del _entries[state.name]
+        if _states.get(state.name) is state:
+            del _states[state.name]
 
 
 def remove_destroyed() -> None:
-    """Let go of groups that were destroyed without `comm.close`."""
-    for state in entries():
+    """Close and forget groups that were destroyed without `comm.close`."""
+    for state in all_states():
         if state.group is not None and not is_alive(state.group):
             remove(state)
             state.close_without_peers()
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:
-    """Whether torch still knows the group and this process is in it."""
+    """Return whether torch still knows the group, with this process in it."""
     try:
         return dist.get_rank(group) >= 0
     except ValueError:
@@ -175,11 +176,11 @@ def is_alive(group: dist.ProcessGroup) -> bool:
 
 @contextlib.contextmanager
 def translate_stage_errors(state: GroupState) -> Iterator[None]:
-    """Raise what ends a group's stage in words that name the group.
+    """Translate the errors of a group's stages into public errors that name the group.
 
     Raises:
-        CommTimeoutError: ranks didn't come.
-        NegotiationError: one failed.
+        CommTimeoutError: ranks didn't arrive in time.
+        NegotiationError: a rank failed.
     """
     try:
         yield
@@ -189,8 +190,8 @@ def translate_stage_errors(state: GroupState) -> Iterator[None]:
         raise NegotiationError(f"{state.title}: {error}") from error
 
 
-def _listed(ranks: Sequence[int]) -> str:
-    """Ranks for people: "0-3", "1,3"."""
+def _format_ranks(ranks: Sequence[int]) -> str:
+    """Format ranks for messages: "0-3", "1,3"."""
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
         return f"{ranks[0]}-{ranks[-1]}"
     return ",".join(map(str, ranks))

@@ -1,4 +1,4 @@
-"""One rank's contribution to a negotiation: its request, settings, plugins and device, and the evidence of them."""
+"""One rank's inputs to a negotiation: request, settings, plugins, device, and the evidence for the other ranks."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = [
     "topology_of_one",
 ]
 
-#: The longest facts of one plugin, as JSON text in bytes.
+#: The limit on one plugin's facts, as JSON text in bytes.
 FACTS_NBYTES = 512
-# The longest reason, in characters: those of all plugins must fit into one message.
+# The limit on one reason, in characters: the reasons of all plugins must fit into one message.
 _REASON_CHARS = 1000
-# What a plugin without `is_available` answers; see the hook's spec.
-_DEFAULT = Available(priority=500)
+# The answer of a plugin without `is_available`; see the hook's spec.
+_DEFAULT_ANSWER = Available(priority=500)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a caller asked of `get_backend`.
+    """The caller's arguments to `get_backend`.
 
     Attributes:
-        backends: names of backends; no others are tried. None: whatever is installed.
-        timeout_s: for every exchange and every `connect`, in seconds; None: as the environment says.
+        backends: names of backends; no others are tried. None: all installed backends.
+        timeout_s: the deadline of every exchange and every `connect`, in seconds; None: the environment's.
     """
 
     backends: tuple[str, ...] | None = None
@@ -55,14 +55,14 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class LocalInputs:
-    """What this rank brings along, and the evidence of it for the others.
+    """This rank's inputs to a negotiation.
 
     Attributes:
-        request: the caller's.
-        settings: the environment's; the defaults where that can't be read, which `evidence.error` then says.
-        plugins: those that loaded, by name.
-        device: of the group's tensors.
-        evidence: what the other ranks are told.
+        request: the caller's arguments.
+        settings: the environment's settings; the defaults if they can't be read, with the reason in `evidence.error`.
+        plugins: the loaded plugins, by name.
+        device: the device of the group's main tensors.
+        evidence: the report to the other ranks.
     """
 
     request: Request
@@ -73,24 +73,24 @@ class LocalInputs:
 
     @property
     def control_timeout_s(self) -> float:
-        """For one exchange, in seconds."""
+        """The deadline of one exchange, in seconds."""
         return self.request.timeout_s or self.settings.control_timeout_s
 
     @property
     def connect_timeout_s(self) -> float:
-        """For one backend's `connect`, in seconds."""
+        """The deadline of one backend's `connect`, in seconds."""
         return self.request.timeout_s or self.settings.connect_timeout_s
 
     @property
-    def wanted(self) -> tuple[tuple[str, ...] | None, str]:
-        """The backends that alone may be tried, None for any; and what says so."""
+    def named_backends(self) -> tuple[tuple[str, ...] | None, str]:
+        """The only backends to try, None for all installed ones; and the argument or variable that names them."""
         if self.request.backends is not None:
             return self.request.backends, "get_backend(backends=...)"
         return self.settings.backends, f"{PREFIX}BACKENDS"
 
 
 def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInputs:
-    """What this rank knows. A failure becomes evidence: a rank that raised alone would leave the others waiting."""
+    """Gather this rank's inputs; a failure becomes evidence, because a rank that raises alone leaves others waiting."""
     settings, found, error = Settings(), discovery.Discovery({}, {}, {}), None
     failures: dict[str, str] = {}
     facts: dict[str, Any] = {}
@@ -98,11 +98,11 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
     try:
         settings = Settings.read()
         found, failures = discover(settings, request.backends or settings.backends)
-        facts, unusable = _facts(found.plugins)
+        facts, unusable = _probe_plugins(found.plugins)
         failures.update(unusable)
         device = _device_of(group)
-    except Exception as raised:  # noqa: BLE001 - whatever it is, all ranks are told and raise together
-        error = _short(describe(raised))
+    except Exception as raised:  # noqa: BLE001 - any error goes to all ranks, which raise together
+        error = _truncate(describe(raised))
     info = probe_rank(dist.get_rank(), device, plugins=found.listed, facts=facts)
     policy = {
         "get_backend(backends=...)": request.backends,
@@ -115,7 +115,7 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
 
 
 def topology_of_one(group: dist.ProcessGroup | None) -> Topology:
-    """The topology of a group of this rank alone; of this process, without a group."""
+    """Return the topology of a group of one rank, or of this process if `group` is None."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     rank = dist.get_rank() if group is not None else 0
@@ -124,15 +124,15 @@ def topology_of_one(group: dist.ProcessGroup | None) -> Topology:
 
 
 def discover(settings: Settings, allowed: tuple[str, ...] | None) -> tuple[discovery.Discovery, dict[str, str]]:
-    """The plugins that may be used, and why others can't be."""
+    """Load the allowed plugins; return them, and for each that failed to load the reason."""
     found = discovery.discover(
         lambda name: (allowed is None or name in allowed) and name not in settings.disable, settings.import_timeout_s
     )
-    return found, {name: f"{_short(failure.reason)}. {failure.remedy}" for name, failure in found.failures.items()}
+    return found, {name: f"{_truncate(failure.reason)}. {failure.remedy}" for name, failure in found.failures.items()}
 
 
-def _facts(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What each plugin's `probe` says, and why some can't be used."""
+def _probe_plugins(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Call each plugin's `probe`; return the facts, and for each plugin that failed the reason."""
     facts, unusable = {}, {}
     for name, plugin in plugins.items():
         if not plugin.has("probe"):
@@ -141,55 +141,54 @@ def _facts(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, Any], dic
             found = plugin.hooks["probe"]()
             text = json.dumps(found, allow_nan=False)
             if not isinstance(found, dict) or len(text.encode()) > FACTS_NBYTES:
-                raise ValueError(f"a JSON object of at most {FACTS_NBYTES} bytes is needed, not {text[:60]}")
+                raise ValueError(f"expected a JSON object of at most {FACTS_NBYTES} bytes; got {text[:60]}")
             facts[name] = found
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # noqa: BLE001 - the plugin border: also `SystemExit` puts only the plugin out
-            unusable[name] = f"probe() failed: {_short(describe(error))}"
+        except BaseException as error:  # noqa: BLE001 - plugin boundary: `SystemExit`, too, drops only the plugin
+            unusable[name] = f"probe() failed: {_truncate(describe(error))}"
     return facts, unusable
 
 
 def answer_of(plugin: discovery.Plugin, topology: Topology) -> Available | Unavailable:
-    """What a plugin's `is_available` says of `topology`, its ranges made explicit; never raises."""
-    answer: object = _DEFAULT
+    """Return a plugin's `is_available` answer for `topology`, with explicit ranges; never raises."""
+    answer: object = _DEFAULT_ANSWER
     if plugin.has("is_available"):
         try:
             answer = plugin.hooks["is_available"](topology)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # noqa: BLE001 - the plugin border, as in `_facts`
-            return Unavailable(f"is_available raised {_short(describe(error))}")
+        except BaseException as error:  # noqa: BLE001 - plugin boundary, as in `_probe_plugins`
+            return Unavailable(f"is_available raised {_truncate(describe(error))}")
     if isinstance(answer, Available):
         return decide.with_explicit_ranges(answer, tuple(plugin.hooks))
     if isinstance(answer, Unavailable):
-        return Unavailable(_short(answer.reason))
-    return Unavailable(_short(f"is_available returned {answer!r}, neither Available nor Unavailable"))
+        return Unavailable(_truncate(answer.reason))
+    return Unavailable(_truncate(f"is_available returned {answer!r}, neither Available nor Unavailable"))
 
 
-def _short(reason: str) -> str:
+def _truncate(reason: str) -> str:
     return reason if len(reason) <= _REASON_CHARS else reason[: _REASON_CHARS - 3] + "..."
 
 
 def device_types_of(group: dist.ProcessGroup, device: torch.device) -> tuple[str, ...]:
-    """What tensors the group reduces, the accelerator's first: the end of the route must take them too."""
-    kinds = _backends(group)
+    """Return the device types that the group's fallback can reduce, the accelerator's first."""
+    kinds = _torch_backends(group)
     return tuple(kind for kind in ("cuda", "cpu") if kind in kinds and kind in ("cpu", device.type))
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
-    """The device that the group's main tensors live on."""
-    if "cuda" not in _backends(group) or not torch.cuda.is_available():
+    """Return the device of the group's main tensors."""
+    if "cuda" not in _torch_backends(group) or not torch.cuda.is_available():
         return torch.device("cpu")
     bound: torch.device | None = group.bound_device_id
     return bound if bound is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def _backends(group: dist.ProcessGroup) -> dict[str, str]:
-    """The group's torch.distributed backend for each kind of device.
+def _torch_backends(group: dist.ProcessGroup) -> dict[str, str]:
+    """Return the group's torch.distributed backend for each device type, without Gloo for CUDA.
 
-    Gloo takes CUDA tensors through the host. A group made with Gloo is an engine's group for CPU tensors: no
-    accelerator's backend is set up beside it.
+    Gloo copies CUDA tensors through the host. An engine makes a Gloo group for CPU tensors, so it gets no CUDA routes.
     """
     pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
     return {kind: backend for kind, backend in pairs if (kind, backend) != ("cuda", "gloo")}

@@ -1,4 +1,4 @@
-"""This rank's place in a group that negotiates, and how it takes a step that may hang or fail."""
+"""This rank's membership in a negotiating group, and calls of plugins that may hang or fail."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from comm_core._control.deadline import describe, run_with_deadline
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._control.store import Control
 from comm_core.context import GroupContext
-from comm_core.env import Settings
+from comm_core.env import PREFIX, Settings
 from comm_core.topology import Topology
 
-__all__ = ["Membership", "abort_stage", "check_budget", "in_worker"]
+__all__ = ["Membership", "abort_stage", "check_budget", "run_in_worker"]
 
-# How much longer than a step's own deadline its vote waits, in seconds: whoever ran out of time says so himself, and
-# the others hear his words rather than conclude that he is gone.
+# The vote of a stage waits this much longer than the plugin's call, in seconds: a rank that ran out of time reports its
+# own reason before the others time out on it.
 _VOTE_GRACE_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Membership:
-    """This rank's place in a group that negotiates.
+    """This rank's membership in a negotiating group.
 
     Attributes:
-        context: what plugins are given, but for `control` and `memory_budget_nbytes`.
-        topology: the group.
+        context: the plugins' context; each gets its own `control` and `memory_budget_nbytes`.
+        topology: the group's topology.
         control: the group's control channel.
-        connect_timeout_s: for each candidate's `connect`, and again for its admission test, in seconds.
-        purpose: what the names of its steps begin with; another each time that the group plans.
+        connect_timeout_s: the deadline of each candidate's `connect`, and of each admission test, in seconds.
+        stage_prefix: the prefix of the stages' names; a different one each time that the group plans.
     """
 
     context: GroupContext
     topology: Topology
     control: Control
     connect_timeout_s: float
-    purpose: str = ""
+    stage_prefix: str = ""
 
     @classmethod
     def of(
@@ -53,7 +53,7 @@ class Membership:
         settings: Settings,
         connect_timeout_s: float,
     ) -> Membership:
-        """This rank in `group`, which `control` connects and `topology` describes."""
+        """Create the membership of this rank in `group`."""
         context = GroupContext(
             group=group,
             rank=control.rank,
@@ -67,18 +67,18 @@ class Membership:
         return cls(context, topology, control, connect_timeout_s)
 
     @property
-    def step_timeout_s(self) -> float:
-        """For one step and its vote, in seconds."""
+    def stage_timeout_s(self) -> float:
+        """The deadline of one stage, its vote included, in seconds."""
         return self.connect_timeout_s + _VOTE_GRACE_S
 
 
 def check_budget(memory_nbytes: int, budget: int) -> None:
-    """Raise where a session took more device memory than it may, in bytes."""
+    """Raise `MemoryError` if a session takes more device memory than its budget, in bytes."""
     if not 0 <= memory_nbytes <= budget:
-        raise MemoryError(f"it took {memory_nbytes} bytes of a budget of {budget}")
+        raise MemoryError(f"the session takes {memory_nbytes} bytes; {budget} of {PREFIX}MEMORY_BUDGET_NBYTES are left")
 
 
-def in_worker(
+def run_in_worker(
     call: Callable[[], Any],
     member: Membership,
     name: str,
@@ -86,14 +86,17 @@ def in_worker(
     synchronize: bool = True,
     on_late: Callable[[Any], object] | None = None,
 ) -> Any:
-    """Call a function that may hang in a thread with the group's device and the caller's stream, under a deadline.
+    """Call a function that may hang, under a deadline: in a thread with the group's device and the caller's stream.
 
     Args:
-        call: its result is returned.
-        member: gives the device and the deadline.
-        name: names the call in errors.
-        synchronize: whether to wait until the stream has finished what `call` queued.
-        on_late: is given the result if that comes after the deadline.
+        call: the function.
+        member: the source of the device and the deadline.
+        name: the call's name in errors.
+        synchronize: whether to wait for the work that `call` queued on the stream.
+        on_late: receives a result that arrives after the deadline.
+
+    Returns:
+        The result of `call`.
     """
     device = member.context.device
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -112,12 +115,12 @@ def in_worker(
 
 
 def _failure_reason(error: BaseException) -> str:
-    """Why a step failed, for the other ranks."""
+    """Describe a failure for the other ranks."""
     return str(error) if isinstance(error, TimeoutError) else describe(error)
 
 
 def abort_stage(stage: Stage, member: Membership, error: Exception) -> StageAbortedError:
-    """Abort a step in which a plugin failed; a hook that is late since it waits for other ranks says for which."""
+    """Abort a stage in which a plugin failed; if its hook timed out on other ranks, the reason names them."""
     awaited = stage.awaited() if isinstance(error, TimeoutError) else ()
     waits = f": it waits for {member.control.label(*awaited)}" if awaited else ""
     return stage.abort(_failure_reason(error) + waits)

@@ -1,4 +1,4 @@
-"""The outcome of a group's negotiation, from which `comm.pre_capture_init` goes on."""
+"""The outcome of a group's negotiation, and the starting point of `comm.pre_capture_init`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["NegotiatedGroup"]
 
 @dataclasses.dataclass(frozen=True)
 class NegotiatedGroup:
-    """How a negotiation ended.
+    """The outcome of a group's negotiation.
 
     Attributes:
-        topology: what the ranks reported.
-        decision: what they agreed on.
+        topology: the group's topology.
+        decision: the candidates and routes, equal on every rank.
         sessions: this rank's connected backends, by name.
-        slate: what the decision follows from.
+        slate: the candidates' offers and verdicts, from which `decision` follows.
         plugins: this rank's plugins, by name.
-        member: this rank in the group.
-        prepared: what `comm.pre_capture_init` has prepared the backends for.
-        kept_nbytes: of the memory budget, what backends hold that were in use and serve nothing any more.
+        member: this rank's membership in the group.
+        prepared: the shapes for which `comm.pre_capture_init` has prepared the backends.
+        kept_nbytes: the part of the memory budget that dropped sessions hold, because they were in use.
     """
 
     topology: Topology
@@ -44,7 +44,7 @@ class NegotiatedGroup:
     def of(
         cls, slate: Slate, sessions: dict[str, Session], plugins: Mapping[str, Plugin], member: Membership
     ) -> NegotiatedGroup:
-        """What follows from a slate and its sessions."""
+        """Create the outcome that follows from a slate and its sessions."""
         notes = {name: session.describe_wrong() for name, session in sessions.items() if session.wrong}
         decision = slate.decision(member.topology.device_types, notes)
         return cls(member.topology, decision, sessions, slate, plugins, member)

@@ -1,6 +1,6 @@
 """One group's negotiation, step by step: probe, exchange, ask, decide, connect and admit.
 
-Every rank runs the same steps, since each step follows from what all ranks exchanged in the one before.
+Every rank runs the same steps, since each step follows from the exchange of the step before.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ __all__ = ["negotiate"]
 
 
 def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: LocalInputs) -> NegotiatedGroup:
-    """Negotiate. Collective; ends alike on every rank.
+    """Negotiate a group's decision and sessions. Collective; succeeds or fails on all ranks together.
 
     Args:
         group: the process group.
-        title: names it.
+        title: its name in messages.
         control: its control channel, in a new incarnation.
-        local: what this rank brings along.
+        local: this rank's inputs.
 
     Raises:
-        NegotiationError: the ranks' settings differ, or one can't negotiate.
+        NegotiationError: the ranks' settings differ, or a rank can't negotiate.
         BackendUnavailableError: a backend that the caller named can't serve.
-        StageAbortedError: a rank failed or didn't come.
+        StageAbortedError: a rank failed or didn't arrive in time.
     """
     with Stage(control, "probe") as stage:
         evidence = [decide.Evidence.from_json(item) for item in stage.all_gather(local.evidence.to_json())]
     decide.check_policies(evidence, control.label)
     topology = Topology.of((item.info for item in evidence), device_types_of(group, local.device))
 
-    wanted, source = local.wanted
-    asked, dropped = decide.nominate(evidence, wanted, local.settings.disable, source)
+    named, source = local.named_backends
+    asked, dropped = decide.nominate(evidence, named, local.settings.disable, source)
     slate = decide.Slate((), dropped)
     if asked:
-        mine = {name: decide.encode_answer(answer_of(local.plugins[name], topology)) for name in asked}
+        answers = {name: decide.encode_answer(answer_of(local.plugins[name], topology)) for name in asked}
         with Stage(control, "ask") as stage:
-            slate = decide.initial_slate(asked, stage.all_gather(mine), dropped)
+            slate = decide.initial_slate(asked, stage.all_gather(answers), dropped)
 
     member = Membership.of(group, topology, control, local.device, local.settings, local.connect_timeout_s)
     slate, sessions = connect_and_admit(slate, local.plugins, member)
-    agreed = NegotiatedGroup.of(slate, sessions, local.plugins, member)
+    negotiated = NegotiatedGroup.of(slate, sessions, local.plugins, member)
     broken = {name for item in evidence for name in item.failures}
-    report_outcome(agreed, title, control, local, broken)
-    return agreed
+    report_outcome(negotiated, title, control, local, broken)
+    return negotiated

@@ -1,4 +1,4 @@
-"""Decides for a recorded topology, without a process group."""
+"""Decide for a recorded topology, without a process group."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["decide_offline"]
 
 
 def decide_offline(topology: Topology) -> Decision:
-    """What the backends installed here would say of `topology`. Local; connects nothing, so nothing can fail yet.
+    """Decide for `topology`, from the answers of the backends installed here. Local; connects and tests nothing.
 
     Raises:
-        ValueError: a setting of the environment can't be read.
+        ValueError: an environment variable is invalid.
     """
     settings = Settings.read()
     found, failures = discover(settings, settings.backends)

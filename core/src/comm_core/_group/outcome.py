@@ -1,4 +1,4 @@
-"""Reports how a group's negotiation ended: raises where the caller named a backend that can't serve, and logs."""
+"""Report the outcome of a group's negotiation: raise if a backend that the caller named can't serve, and log."""
 
 from __future__ import annotations
 
@@ -15,35 +15,49 @@ __all__ = ["report_outcome"]
 
 _log = logging.getLogger("comm_core")
 
-# What this process has said of plugins that are broken or missed: once, in however many groups.
-_said: set[str] = set()
+# This process's warnings of broken or missing plugins: each is logged once, not once a group.
+_warned: set[str] = set()
 
 
 def _warn_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
+    if text not in _warned:
+        _warned.add(text)
         _log.warning("%s", text)
 
 
-def report_outcome(agreed: NegotiatedGroup, title: str, control: Control, local: LocalInputs, broken: set[str]) -> None:
-    """Raise where a backend that the caller named can't serve; log the outcome, once a group."""
-    wanted, source = local.wanted
-    lost = [
+def report_outcome(
+    negotiated: NegotiatedGroup, title: str, control: Control, local: LocalInputs, broken: set[str]
+) -> None:
+    """Raise if a backend that the caller named can't serve; log the outcome, once a group.
+
+    Args:
+        negotiated: the outcome.
+        title: the group's name in messages.
+        control: the group's control channel.
+        local: this rank's inputs.
+        broken: names of plugins that failed to load or to probe, on any rank.
+
+    Raises:
+        BackendUnavailableError: `get_backend(backends=...)` names a backend that can't serve.
+    """
+    named, source = local.named_backends
+    unable = [
         candidate
-        for candidate in agreed.decision.candidates
-        if candidate.name in (wanted or ()) and candidate.verdict not in ("serves", "standby")
+        for candidate in negotiated.decision.candidates
+        if candidate.name in (named or ()) and candidate.verdict not in ("serves", "standby")
     ]
-    if lost and local.request.backends is not None:
-        for session in agreed.sessions.values():
+    if unable and local.request.backends is not None:
+        for session in negotiated.sessions.values():
             session.close(orderly=False)
-        others = "".join(f"; neither can {other.name!r}: {_reason(other, control)}" for other in lost[1:])
+        first, *rest = unable
+        others = "".join(f"; neither can {other.name!r}: {_reason(other, control)}" for other in rest)
         raise BackendUnavailableError(
-            f"backend {lost[0].name!r} was named for {title} but can't serve it: {_reason(lost[0], control)}{others}. "
+            f"backend {first.name!r} was named for {title} but can't serve it: {_reason(first, control)}{others}. "
             f"No other is tried, because {source} names it. Leave it out to negotiate, or see: comm-core explain"
         )
     if control.rank != 0:
         return
-    for candidate in lost:
+    for candidate in unable:
         _log.warning(
             "%s names %r, which can't serve %s: %s. Falling back",
             source,
@@ -53,16 +67,16 @@ def report_outcome(agreed: NegotiatedGroup, title: str, control: Control, local:
         )
     for name in local.settings.disable:
         if name != TERMINAL and name not in {*local.evidence.info.plugins, *local.evidence.failures}:
-            # A switch that does nothing is most likely a name that is misspelt.
+            # Probably a misspelt name.
             _warn_once(f"{PREFIX}DISABLE names {name!r}, which isn't installed here")
-    for candidate in agreed.decision.candidates:
+    for candidate in negotiated.decision.candidates:
         if candidate.name in broken and candidate.verdict == "unavailable":
             _warn_once(f"backend {candidate.name!r} can't be used: {_reason(candidate, control)}")
-        # It said that it could serve: the group is slower than it should be, and nothing else shows that.
-        if candidate.verdict == "failed" and candidate not in lost:
+        # It offered to serve, so the group may be slower than expected, and only this warning says so.
+        if candidate.verdict == "failed" and candidate not in unable:
             why = _reason(candidate, control)
             _log.warning("backend %r failed for %s: %s. Falling back", candidate.name, title, why)
-    rules = agreed.decision.route("all_reduce", "eager", agreed.topology.device_types[0], "float32").rules
+    rules = negotiated.decision.route("all_reduce", "eager", negotiated.topology.device_types[0], "float32").rules
     _log.info("%s: all-reduce by %s", title, ", then ".join(dict.fromkeys(rule.backend for rule in rules)))
 
 

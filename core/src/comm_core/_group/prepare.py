@@ -1,4 +1,4 @@
-"""`comm.pre_capture_init` for one group: the backends prepare what a capture would do lazily, then all plan anew."""
+"""`comm.pre_capture_init` for one group: backends prepare for captures, then the ranks replan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._group.connect import connect_and_admit, drop, ensure_connected
-from comm_core._group.membership import Membership, abort_stage, check_budget, in_worker
+from comm_core._group.membership import Membership, abort_stage, check_budget, run_in_worker
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._handle.session import Session
 from comm_core._plan import decide
@@ -16,98 +16,98 @@ from comm_core.context import Shapes
 from comm_core.errors import CommError, NegotiationError
 from comm_core.types import Available, Range, Unavailable
 
-__all__ = ["prepare", "step_name"]
+__all__ = ["prepare", "stage_name"]
 
 
-def prepare(agreed: NegotiatedGroup, shapes: Shapes, number: int) -> NegotiatedGroup:
-    """Prepare a group's backends for `shapes`, admit what they serve from then on, and plan. Collective.
+def prepare(negotiated: NegotiatedGroup, shapes: Shapes, number: int) -> NegotiatedGroup:
+    """Prepare a group's backends for `shapes`, admit the ranges that they now serve, and replan. Collective.
 
     Args:
-        agreed: the group so far; left as it is. Of its sessions that the new plan hasn't, those in use stay open.
-        shapes: what the caller gave.
-        number: which call of `comm.pre_capture_init` it is for the group, from 1; a call that fails on this rank before
-            anything is sent counts, so that the ranks' numbers stay alike.
+        negotiated: the outcome so far; unchanged. Its sessions in use stay open, even if the new plan lacks them.
+        shapes: the caller's arguments.
+        number: the number of this call of `comm.pre_capture_init` for the group, from 1. A call that fails on this rank
+            before anything is sent counts too, so that the ranks' numbers stay equal.
 
     Returns:
-        The group from now on; `agreed` itself where it is prepared for these shapes already.
+        The new outcome; `negotiated` itself if the group is already prepared for these shapes.
 
     Raises:
-        NegotiationError: the ranks gave different shapes; on all ranks.
-        StageAbortedError: a rank failed or didn't come.
+        NegotiationError: the ranks passed different shapes; on all ranks.
+        StageAbortedError: a rank failed or didn't arrive in time.
     """
-    context = agreed.member.context
-    left_nbytes = max(context.memory_budget_nbytes - agreed.kept_nbytes, 0)
+    context = negotiated.member.context
+    left_nbytes = max(context.memory_budget_nbytes - negotiated.kept_nbytes, 0)
     context = dataclasses.replace(context, memory_budget_nbytes=left_nbytes)
-    member = dataclasses.replace(agreed.member, purpose=step_name(number, ""), context=context)
-    with Stage(member.control, step_name(number)) as stage:
-        covered = any(_covers(earlier, shapes) for earlier in agreed.prepared)
-        said = stage.all_gather([covered, shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
-    given = [item[1:] for item in said]
-    if any(other != given[0] for other in given):
+    member = dataclasses.replace(negotiated.member, stage_prefix=stage_name(number, ""), context=context)
+    with Stage(member.control, stage_name(number)) as stage:
+        covered = any(_covers(earlier, shapes) for earlier in negotiated.prepared)
+        gathered = stage.all_gather([covered, shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
+    passed = [item[1:] for item in gathered]
+    if any(other != passed[0] for other in passed):
         raise NegotiationError(
-            "comm.pre_capture_init's (max_tokens, hidden_size, dtype) differ between the ranks of this group: "
-            f"{decide.describe_differences(given)}. Nothing was prepared. Give every rank the same"
+            "the arguments (max_tokens, hidden_size, dtype) of comm.pre_capture_init differ between the ranks: "
+            f"{decide.describe_differences(passed)}. Nothing was prepared. Pass the same arguments on every rank"
         )
-    if all(item[0] for item in said):  # one of them may have failed after it was prepared
-        return agreed
-    slate, sessions, asked = agreed.slate, dict(agreed.sessions), set[str]()
+    if all(item[0] for item in gathered):  # an earlier call may have failed on some ranks after others were prepared
+        return negotiated
+    slate, sessions, asked = negotiated.slate, dict(negotiated.sessions), set[str]()
     try:
-        while (name := _next_to_prepare(slate, sessions, agreed, asked)) is not None:
+        while (name := _next_to_prepare(slate, sessions, negotiated, asked)) is not None:
             asked.add(name)
-            slate = ensure_connected(slate, agreed.plugins[name], sessions, member)
+            slate = ensure_connected(slate, negotiated.plugins[name], sessions, member)
             if name in sessions:
                 slate = _prepare_one(slate, name, shapes, sessions, member)
     except BaseException:
         for session in sessions.values():
             session.release()
         raise
-    slate, sessions = connect_and_admit(slate, agreed.plugins, member, sessions)
-    planned = NegotiatedGroup.of(slate, sessions, agreed.plugins, agreed.member)
-    dropped_later = [session for name, session in agreed.sessions.items() if sessions.get(name) is not session]
-    kept_nbytes = agreed.kept_nbytes + sum(session.memory_nbytes for session in dropped_later)
-    return dataclasses.replace(planned, prepared=(*agreed.prepared, shapes), kept_nbytes=kept_nbytes)
+    slate, sessions = connect_and_admit(slate, negotiated.plugins, member, sessions)
+    planned = NegotiatedGroup.of(slate, sessions, negotiated.plugins, negotiated.member)
+    dropped_later = [session for name, session in negotiated.sessions.items() if sessions.get(name) is not session]
+    kept_nbytes = negotiated.kept_nbytes + sum(session.memory_nbytes for session in dropped_later)
+    return dataclasses.replace(planned, prepared=(*negotiated.prepared, shapes), kept_nbytes=kept_nbytes)
 
 
-def step_name(number: int, step: str = "shapes") -> str:
-    """The name of the stage in which the ranks compare what they were given."""
+def stage_name(number: int, step: str = "shapes") -> str:
+    """Return the name of a stage of the preparation; by default of the one that compares the ranks' arguments."""
     return f"prepare {number}: {step}"
 
 
 def _covers(earlier: Shapes, shapes: Shapes) -> bool:
-    """Whether what was prepared for `earlier` will do for `shapes`."""
+    """Return whether a preparation for `earlier` covers `shapes`."""
     return dataclasses.replace(earlier, max_tokens=shapes.max_tokens) == shapes and (
         shapes.max_tokens <= earlier.max_tokens
     )
 
 
 def _next_to_prepare(
-    slate: decide.Slate, sessions: Mapping[str, Session], agreed: NegotiatedGroup, asked: Collection[str]
+    slate: decide.Slate, sessions: Mapping[str, Session], negotiated: NegotiatedGroup, asked: Collection[str]
 ) -> str | None:
-    """The backend to ask next, best first: one that is connected, or would own a route once it is prepared."""
-    wanted = slate.owners_once_prepared(asked, agreed.topology.device_types) | sessions.keys()
+    """Return the next backend to prepare, best first: one that is connected, or would own a route once prepared."""
+    wanted = slate.owners_once_prepared(asked, negotiated.topology.device_types) | sessions.keys()
     names = (offer.name for offer in slate.offers if offer.name in wanted - set(asked))
-    return next((name for name in names if agreed.plugins[name].has("pre_capture_init")), None)
+    return next((name for name in names if negotiated.plugins[name].has("pre_capture_init")), None)
 
 
 def _prepare_one(
     slate: decide.Slate, name: str, shapes: Shapes, sessions: dict[str, Session], member: Membership
 ) -> decide.Slate:
-    """Run a backend's `pre_capture_init` on every rank, vote and merge; the slate that comes of it."""
+    """Run a backend's `pre_capture_init` on every rank, vote, merge the ranges and return the new slate."""
     session, offer = sessions[name], slate.offer(name)
-    others = sum(other.memory_nbytes for other in sessions.values() if other is not session)
+    others_nbytes = sum(other.memory_nbytes for other in sessions.values() if other is not session)
     hook = functools.partial(session.plugin.hooks["pre_capture_init"], session.value, shapes)
-    step = f"{member.purpose}pre_capture_init {name}"
+    vote_name = f"{member.stage_prefix}pre_capture_init {name}"
     try:
-        with session.channel.opened(member.control, step, member.step_timeout_s) as stage:
+        with session.channel.opened(member.control, vote_name, member.stage_timeout_s) as stage:
             try:
-                ranges = in_worker(hook, member, f"pre_capture_init of {name}")
+                ranges = run_in_worker(hook, member, f"pre_capture_init of {name}")
                 memory_nbytes = session.own_memory_nbytes
-                check_budget(memory_nbytes, member.context.memory_budget_nbytes - others)
-                answer = None if ranges is None else _answer(ranges, offer.priority, session)
+                check_budget(memory_nbytes, member.context.memory_budget_nbytes - others_nbytes)
+                answer = None if ranges is None else _encode_ranges(ranges, offer.priority, session)
                 votes = stage.all_gather([memory_nbytes, answer], "vote")
             except StageAbortedError:
                 raise
-            except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
+            except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 raise abort_stage(stage, member, error) from error
             unchanged = decide.encode_answer(Available(offer.priority, offer.ranges))
             merged = decide.merge([unchanged if answer is None else answer for _, answer in votes])
@@ -122,14 +122,14 @@ def _prepare_one(
     return slate.narrowed(name, merged.ranges)
 
 
-def _answer(ranges: Sequence[Range], priority: int, session: Session) -> dict[str, object]:
-    """What a plugin returned, as the ranks exchange it.
+def _encode_ranges(ranges: Sequence[Range], priority: int, session: Session) -> dict[str, object]:
+    """Encode a plugin's new ranges for the exchange between ranks.
 
     Raises:
-        TypeError, ValueError, CommError: it can't be right.
+        TypeError, ValueError, CommError: the ranges are invalid.
     """
     if not ranges:
-        raise ValueError("pre_capture_init returned no ranges: it serves nothing any more; None stands for unchanged")
+        raise ValueError("pre_capture_init returned no ranges; expected at least one, or None to leave them unchanged")
     answer = decide.with_explicit_ranges(
         Available(priority, decide.once_prepared(ranges)), tuple(session.plugin.hooks), "pre_capture_init"
     )

@@ -1,4 +1,4 @@
-"""`comm.pre_capture_init`: prepares every group in turn, and serves by what came of it."""
+"""`comm.pre_capture_init`: prepare the groups one after the other, and serve by the new plans."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from comm_core._control.deadline import describe
 from comm_core._control.stage import Stage
 from comm_core._group.handles import GroupState, translate_stage_errors
-from comm_core._group.membership import in_worker
+from comm_core._group.membership import run_in_worker
 from comm_core._group.negotiated import NegotiatedGroup
-from comm_core._group.prepare import prepare, step_name
+from comm_core._group.prepare import prepare, stage_name
 from comm_core.context import Shapes
 from comm_core.errors import BackendUnavailableError, CommError
 from comm_core.types import DTYPES
@@ -27,41 +27,42 @@ _log = logging.getLogger("comm_core")
 
 
 def check_shapes(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> Shapes:
-    """The arguments of `comm.pre_capture_init`.
+    """Validate the arguments of `comm.pre_capture_init` and return them as `Shapes`.
 
     Raises:
-        TypeError, ValueError: what no call could have.
+        TypeError: `dtype` isn't one that a backend may serve.
+        ValueError: a size isn't an integer of at least 1.
     """
     for name, value in (("max_tokens", max_tokens), ("hidden_size", hidden_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: a number of at least 1 is needed")
+            raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
     if str(dtype).removeprefix("torch.") not in DTYPES:
-        raise TypeError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is needed, as a torch dtype")
+        raise TypeError(f"dtype={dtype!r}: expected one of the torch dtypes {', '.join(DTYPES)}")
     return Shapes(max_tokens, hidden_size, dtype)
 
 
 def prepare_groups(states: Sequence[GroupState], shapes: Shapes) -> None:
-    """Prepare every group that has a handle, whatever becomes of the others: their ranks wait there for this one.
+    """Prepare every group, even after one failed: the ranks of the other groups wait for this rank.
 
     Raises:
-        CommError: the first failure, once all groups were prepared.
+        CommError: the first failure, after all groups had their turn.
     """
-    failures = [failure for state in states if (failure := _failure(state, shapes)) is not None]
+    failures = [failure for state in states if (failure := _try_to_prepare(state, shapes)) is not None]
     try:
         if failures:
             raise failures[0]
     finally:
-        failures.clear()  # an error's traceback holds this frame, a cycle that would keep tensors alive
+        failures.clear()  # an error's traceback holds this frame: a reference cycle would keep tensors alive
 
 
-def _failure(state: GroupState, shapes: Shapes) -> CommError | None:
-    """Prepare a group; returns why that failed, if it did."""
+def _try_to_prepare(state: GroupState, shapes: Shapes) -> CommError | None:
+    """Prepare a group; return its error instead of raising it."""
     try:
         with state.lock:
             _prepare_group(state, shapes)
     except CommError as error:
         return error
-    except Exception as error:  # noqa: BLE001 - raised once the other groups had their turn
+    except Exception as error:  # noqa: BLE001 - raised after the other groups had their turn
         failure = CommError(f"{state.title}: {describe(error)}")
         failure.__cause__ = error
         return failure
@@ -69,41 +70,41 @@ def _failure(state: GroupState, shapes: Shapes) -> CommError | None:
 
 
 def _prepare_group(state: GroupState, shapes: Shapes) -> None:
-    agreed, serving = state.agreed, state.serving
+    negotiated, serving = state.negotiated, state.serving
     if serving is None:
         return
-    if agreed is None:
+    if negotiated is None:
         serving.warm_up(shapes)
         return
     with translate_stage_errors(state):
         if serving.failure is not None:
-            with Stage(agreed.member.control, step_name(state.preparations)) as stage:
+            with Stage(negotiated.member.control, stage_name(state.preparations)) as stage:
                 raise stage.abort(serving.failure)
-        planned = prepare(agreed, shapes, state.preparations)
-    if planned is agreed:
+        planned = prepare(negotiated, shapes, state.preparations)
+    if planned is negotiated:
         return
-    # Until the fallback was seen to work, the next call begins anew.
-    state.serve_by(dataclasses.replace(planned, prepared=agreed.prepared))
+    # `prepared` stays as it was until the fallback's first call succeeds, so that a next call prepares again.
+    state.adopt(dataclasses.replace(planned, prepared=negotiated.prepared))
     serving.adopt(planned.decision, planned.sessions)
     try:
         warm_up = functools.partial(serving.warm_up, shapes)
-        in_worker(warm_up, planned.member, "torch.distributed's first call")
+        run_in_worker(warm_up, planned.member, "torch.distributed's first call")
     except Exception as error:
-        raise CommError(f"{state.title}: the fallback can't be used: {describe(error)}") from error
-    state.serve_by(planned)
-    _report_losses(state, agreed, planned)
+        raise CommError(f"{state.title}: torch.distributed, the fallback, failed: {describe(error)}") from error
+    state.adopt(planned)
+    _report_dropped(state, negotiated, planned)
 
 
-def _report_losses(state: GroupState, before: NegotiatedGroup, after: NegotiatedGroup) -> None:
-    """Log what a preparation has cost the group; raise, on all ranks, where it is a backend that the caller named."""
-    lost = [
+def _report_dropped(state: GroupState, before: NegotiatedGroup, after: NegotiatedGroup) -> None:
+    """Log the backends that a preparation dropped; raise, on all ranks, if the caller named one of them."""
+    dropped = [
         candidate
         for candidate in after.decision.candidates
         if candidate.verdict == "failed" and candidate not in before.decision.candidates
     ]
-    for candidate in lost:
-        where = "" if candidate.rank is None else f"{after.member.control.label(candidate.rank)}: "
-        text = f"backend {candidate.name!r} can't serve {state.title} any more: {where}{candidate.reason}"
+    for candidate in dropped:
+        rank = "" if candidate.rank is None else f"{after.member.control.label(candidate.rank)}: "
+        text = f"backend {candidate.name!r} can no longer serve {state.title}: {rank}{candidate.reason}"
         if candidate.name in (state.request.backends or ()):
             raise BackendUnavailableError(f"{text}. get_backend(backends=...) names it")
         if after.member.control.rank == 0:
