@@ -312,7 +312,8 @@ def _environment(job: _Job) -> Iterator[None]:
     """The job's environment variables and its plugins, found by `importlib.metadata` in the job's folders alone."""
     environ, path, metadata = dict(os.environ), list(sys.path), installed.metadata
     os.environ.update(job.env)
-    sys.path[:0] = job.path
+    # The test's own folder, too: a plugin may be a class of the test's module.
+    sys.path[:0] = [*job.path, str(Path(job.file).parent)]
     # For core's list of plugins alone: Triton finds its driver by metadata, too.
     vars(installed)["metadata"] = types.SimpleNamespace(
         distributions=lambda **kwargs: metadata.distributions(path=list(job.path), **kwargs)

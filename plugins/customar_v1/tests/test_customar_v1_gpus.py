@@ -45,7 +45,7 @@ class Plugin:
 
 
 plugin = Plugin()
-for name in ("probe", "is_available", "all_reduce", "all_reduce_add_rms_norm", "capture_ctx", "check", "close"):
+for name in ("probe", "is_available", "all_reduce", "all_reduce_add_rms_norm", "check", "close"):
     setattr(plugin, name, getattr(real, name))
 plugin.connect = connect
 """

@@ -171,7 +171,7 @@ def integers(count: int) -> int:
         y, s = handle.all_reduce_add_rms_norm(terms[rank], residual, weight, EPS)
         assert torch.equal(s, terms[0] + terms[1] + residual), (dtype, shape)
         assert near(y, norm_of(s, weight, 0.0)), (dtype, shape)
-    with pytest.raises(ValueError, match="one device is needed, not cuda"):
+    with pytest.raises(ValueError, match="expected one device; got cuda"):
         handle.all_reduce_add_rms_norm(y, s, weight.cpu(), EPS)
     handle.check()
     comm.close()
