@@ -274,7 +274,7 @@ def test_a_close_that_raises_keeps_nothing_open(ranks: Ranks, members: tuple[int
 @pytest.mark.parametrize(
     ("installed", "reason", "rank"),
     [
-        (None, "not installed here, though on other ranks", 1),
+        (None, "not installed here, but installed on other ranks", 1),
         ("raise OSError('its library is missing')", "its import raised OSError: its library is missing", 1),
         ("raise OSError('undefined symbol ' * 10_000)", "its import raised OSError: undefined symbol", 1),
         ("plugin = object()", "COMM_HOOK_API", 1),

@@ -119,7 +119,7 @@ def _prepare_one(
     if all(answer is None for _, answer in votes):
         return slate
     session.require_new_tests()
-    return slate.narrowed(name, merged.ranges)
+    return slate.with_ranges(name, merged.ranges)
 
 
 def _answer(ranges: Sequence[Range], priority: int, session: Session) -> dict[str, object]:
