@@ -55,7 +55,7 @@ class Seat:
     def skip_missed(self) -> None:
         """Skip the numbers of captures whose end this rank has missed: its peers waited until their deadline. Local."""
         while isinstance(Stage(self.control, self._stage_name).peek(), StageTimeoutError):
-            self.session.use_up_capture()
+            self.session.advance_capture()
 
     def enter(self) -> None:
         """Enter the session. Local.
@@ -98,7 +98,7 @@ class Seat:
             raise CaptureError(f"{failed}: {stage.aborted}") from error
         finally:
             if stage.begun or stage.aborted is not None:
-                self.session.use_up_capture()
+                self.session.advance_capture()
 
     def leave_by(self, error: BaseException) -> None:
         """Leave the session by `error`, if it was entered, and abort its peers' capture. Local; never raises."""
@@ -110,11 +110,11 @@ class Seat:
                 if raised is not error:
                     _log.warning("%s raised while a failed capture was left: %s", self._who, describe(raised))
         Stage(self.control, self._stage_name).abort(describe(error))
-        self.session.use_up_capture()
+        self.session.advance_capture()
 
     @property
     def _stage_name(self) -> str:
-        return f"capture {self.session.plugin.name} {self.session.captures}"
+        return f"capture {self.session.plugin.name} {self.session.capture_number}"
 
     @property
     def _who(self) -> str:

@@ -76,7 +76,7 @@ def _try(
     wrong = admit(sessions[name], todo, member)
     if isinstance(wrong, StageAbortedError):
         return drop(slate, name, "admission", wrong, sessions, member)
-    sessions[name].mark_wrong(wrong)
+    sessions[name].mark_failed(wrong)
     return slate.without_cells(name, wrong, member.topology.device_types) if wrong else slate
 
 
@@ -126,12 +126,12 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
                 if value is None:
                     raise TypeError("connect returned None, which is no session")
                 session = Session(plugin, value, channel, checks_operands)
-                check_budget(session.own_memory_nbytes, budget)
+                check_budget(session.reported_memory_nbytes, budget)
             except StageAbortedError:
                 raise
             except Exception as error:  # the plugin border: its failure is a vote, not this rank's own end
                 raise abort_stage(stage, member, error) from error
-            session.count_memory(stage.all_gather(session.own_memory_nbytes, "vote"))
+            session.count_memory(stage.all_gather(session.reported_memory_nbytes, "vote"))
     except BaseException as error:
         if session is not None:
             session.close(orderly=False)
