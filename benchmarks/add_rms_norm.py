@@ -66,7 +66,7 @@ def say(text: str) -> None:
 
 def by_torch(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
     """The kernels that serve where there is no Triton."""
-    return fallback._by_torch(x, r, w, EPS, 0.0, x, r)  # noqa: SLF001 - it has no other door
+    return fallback._torch_add_rms_norm(x, r, w, EPS, 0.0, x, r)  # noqa: SLF001 - it has no other door
 
 
 def by_triton(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
@@ -76,7 +76,7 @@ def by_triton(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
 
 def by_triton_with(warps: int, dtype: torch.dtype, hidden_size: int) -> Call:
     """The same kernel with another number of warps a program."""
-    launch = importlib.import_module("comm_core._handle.norm_triton").compiled(dtype, hidden_size, warps)
+    launch = importlib.import_module("comm_core._handle.norm_triton").compile_kernel(dtype, hidden_size, warps)
     return lambda x, r, w: launch(len(x), x, r, w, x, r, EPS, 0.0)
 
 

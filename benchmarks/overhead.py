@@ -34,7 +34,7 @@ import torch
 from comm_core._group.connect import Session
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
-from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, nominate
+from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, screen_candidates
 from comm_core._plan.routes import Offer
 from comm_core._probe.rank import probe_rank
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
@@ -271,7 +271,7 @@ def decide(evidence: list[dict[str, Any]], answers: list[dict[str, Any]]) -> Dec
     """What a rank computes between the exchanges."""
     read = [Evidence.from_json(item) for item in evidence]
     check_policies(read, str)
-    asked, dropped = nominate(read, None, (), "COMM_CORE_BACKENDS")
+    asked, dropped = screen_candidates(read, None, (), "COMM_CORE_BACKENDS")
     return initial_slate(asked, answers, dropped).decision(("cuda", "cpu"))
 
 

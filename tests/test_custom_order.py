@@ -32,7 +32,7 @@ def group(count: int, link: comm.Link) -> comm.Topology:
 
 def slate(topology: comm.Topology, disabled: tuple[str, ...] = ()) -> decide.Slate:
     evidence = [decide.Evidence(info) for info in topology.ranks]
-    asked, dropped = decide.nominate(evidence, None, disabled, "")
+    asked, dropped = decide.screen_candidates(evidence, None, disabled, "")
     answers = {name: decide.encode_answer(BACKENDS[name].is_available(topology)) for name in asked}
     return decide.initial_slate(asked, [answers] * topology.world_size, dropped)
 

@@ -15,7 +15,7 @@ SHAPES = ((1, 1), (3, 8), (17, 96), (5, 2880), (2, 4096), (2, 16392))
 def compare(dtype: torch.dtype, shape: tuple[int, int], eps: float, offset: float, in_place: bool) -> None:
     generator = torch.Generator().manual_seed(sum(shape))
     x, r, w = (torch.randn(size, generator=generator).to(dtype) for size in (shape, shape, shape[1:]))
-    expected = fallback._by_torch(x, r, w, eps, offset, None, None)
+    expected = fallback._torch_add_rms_norm(x, r, w, eps, offset, None, None)
     y, s = (x, r) if in_place else (torch.empty_like(x), torch.empty_like(x))
     block, _ = norm_triton.launch_shape(shape[1])
     norm_triton.add_rms_norm_kernel[(shape[0],)](x, r, w, y, s, eps, offset, HIDDEN=shape[1], BLOCK=block)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comm_core._group import admission
 from comm_core._plan.cases import LARGEST_NBYTES, UNBOUNDED_NBYTES, admission_cases
-from comm_core._plan.routes import Offer, owned, plan_routes
+from comm_core._plan.routes import Offer, owned_intervals, plan_routes
 from comm_core.types import DTYPES, OPS, TERMINAL, Range, Route
 from hypothesis import given, settings
 from made_up import DEVICE_TYPES, Message, offers, takes
@@ -53,7 +53,7 @@ def test_both_edges_of_all_that_a_backend_owns_are_tested(made: tuple[Offer, ...
         for index, rule in enumerate(route.rules[:-1]):
             tested = {math.prod(case.shape) * itemsize for case in admission_cases([route], rule.backend)}
             step = math.lcm(itemsize, rule.multiple_nbytes)
-            for low, high in owned(route, index):
+            for low, high in owned_intervals(route, index):
                 top = UNBOUNDED_NBYTES // step * step if high is None else high
                 for edge, inwards in ((low, step), (top, -step)):
                     near = (edge + n * inwards for n in range(8))

@@ -57,7 +57,7 @@ def test_a_timeout_retires_the_handle(*, fused: bool) -> None:
         lambda: backend.all_reduce_add_rms_norm(x, x.clone(), weight),
         backend.check,
     ):
-        with pytest.raises(comm.CommError, match=r"rank 1 didn't come .* make a new group"):
+        with pytest.raises(comm.CommError, match=r"rank 1 didn't come .* create a new group"):
             call()
     assert len(fast.calls) == calls
     assert not last.calls

@@ -7,7 +7,7 @@ import comm_core as comm
 import pytest
 import torch
 from comm_core._handle import fallback
-from comm_core._handle.lookup import FusedRoutes, Kind, Served
+from comm_core._handle.lookup import BoundHook, CallKey, FusedRoutes
 from comm_core.types import TERMINAL, Range
 from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, fused_inputs, handle, one_backend
 from hypothesis import given, settings
@@ -29,11 +29,11 @@ def who_looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return str(request.param)
 
 
-def known_or_found(routes: FusedRoutes, kind: Kind) -> Served | None:
-    """As if a call of this kind had been served before: core looks at the first one in any case."""
-    _, dtype, shape = kind
-    known = dict.get(routes, kind)
-    return routes.find(kind) if known is None and len(shape) == 2 and dtype.is_floating_point else known
+def known_or_found(routes: FusedRoutes, key: CallKey) -> BoundHook | None:
+    """As if a call with this key had been served before: core validates the first one in any case."""
+    _, dtype, shape = key
+    known = dict.get(routes, key)
+    return routes.find(key) if known is None and len(shape) == 2 and dtype.is_floating_point else known
 
 
 def expected_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,7 +269,7 @@ def test_a_fused_out_of_which_several_elements_are_one_is_refused() -> None:
     backend, fast, _ = one_backend()
     for name in ("out", "residual_out"):
         targets = {name: torch.zeros(1, 8).expand(2, 8)}
-        with pytest.raises(ValueError, match="one element in several places"):
+        with pytest.raises(ValueError, match="several elements at one address"):
             backend.all_reduce_add_rms_norm(torch.ones(2, 8), torch.ones(2, 8), torch.ones(8), **targets)
     assert not fast.calls
 
@@ -309,7 +309,7 @@ def test_who_looks_is_asked_first_and_core_copies_for_it(who_looks: str) -> None
     backend, fast, _ = one_backend()
     tensors = fused_inputs()
     x, residual, weight = tensors["x"], tensors["residual"], tensors["weight"]
-    # The first call of a kind finds its route by core's look.
+    # The first call with a key finds its route where core validates its operands.
     backend.all_reduce_add_rms_norm(x, residual, weight)
     for targets in ({}, {"residual_out": residual}, {"out": tensors["new"], "residual_out": tensors["other"]}):
         fast.calls.clear()

@@ -12,7 +12,7 @@ from comm_core._plan.decide import (
     describe_differences,
     encode_answer,
     initial_slate,
-    nominate,
+    screen_candidates,
     with_explicit_ranges,
 )
 from comm_core._plan.routes import Offer, cells
@@ -106,7 +106,7 @@ def test_an_error_of_one_rank_is_everybodys_and_each_text_is_said_once() -> None
 
 
 def test_who_is_there_everywhere_at_one_version_is_asked() -> None:
-    asked, dropped = nominate([evidence({"b": "2", "a": "1"}), evidence({"a": "1", "b": "2"})], None, (), "")
+    asked, dropped = screen_candidates([evidence({"b": "2", "a": "1"}), evidence({"a": "1", "b": "2"})], None, (), "")
     assert asked == {"a": "1", "b": "2"}
     assert list(asked) == ["a", "b"]
     assert dropped == ()
@@ -118,11 +118,11 @@ def test_the_others_are_dropped_with_the_rank_and_its_reason() -> None:
         evidence({"fine": "1", "old": "1", "gone": "1", "broken": "1"}, {"broken": "its import raised"}),
         evidence({"fine": "1", "old": "0.9", "broken": "1"}, {"nameless": "two register it"}),
     ]
-    asked, dropped = nominate(found, None, (), "")
+    asked, dropped = screen_candidates(found, None, (), "")
     assert list(asked) == ["fine"]
     assert by_name(dropped) == {
         "broken": ("unavailable", "its import raised", 1),
-        "gone": ("unavailable", "not installed here, though on other ranks", 2),
+        "gone": ("unavailable", "not installed here, but installed on other ranks", 2),
         "nameless": ("unavailable", "two register it", 2),
         "old": ("unavailable", "its version differs between ranks: {2: '0.9', others: '1'}", None),
     }
@@ -130,16 +130,16 @@ def test_the_others_are_dropped_with_the_rank_and_its_reason() -> None:
 
 def test_who_is_blocked_is_not_asked_and_the_reason_says_by_what() -> None:
     found = [evidence({"a": "1", "b": "1", "c": "1"})] * 2
-    asked, dropped = nominate(found, ("a", "b", TERMINAL), ("b",), "COMM_CORE_BACKENDS")
+    asked, dropped = screen_candidates(found, ("a", "b", TERMINAL), ("b",), "COMM_CORE_BACKENDS")
     assert list(asked) == ["a"]
     assert by_name(dropped) == {
         "b": ("blocked", "COMM_CORE_DISABLE names it", None),
-        "c": ("blocked", "COMM_CORE_BACKENDS names others", None),
+        "c": ("blocked", "COMM_CORE_BACKENDS names other backends", None),
     }
 
 
 def test_who_is_wanted_and_nowhere_installed_is_still_told() -> None:
-    asked, dropped = nominate([evidence()] * 2, ("ghost", TERMINAL), (), "get_backend(backends=...)")
+    asked, dropped = screen_candidates([evidence()] * 2, ("ghost", TERMINAL), (), "get_backend(backends=...)")
     assert asked == {}
     assert by_name(dropped) == {"ghost": ("unavailable", "not installed on any rank", None)}
 
@@ -161,7 +161,7 @@ def test_who_is_wanted_and_nowhere_installed_is_still_told() -> None:
 def test_every_known_backend_is_asked_or_dropped_whatever_the_order_of_names(
     found: list[Evidence], wanted: tuple[str, ...] | None, disabled: tuple[str, ...]
 ) -> None:
-    asked, dropped = nominate(found, wanted, disabled, "it")
+    asked, dropped = screen_candidates(found, wanted, disabled, "it")
     known = {name for item in found for name in (*item.info.plugins, *item.failures)} | set(wanted or ())
     assert sorted([*asked, *(item.name for item in dropped)]) == sorted(known)
     for name, version in asked.items():
@@ -169,7 +169,7 @@ def test_every_known_backend_is_asked_or_dropped_whatever_the_order_of_names(
         assert name not in disabled
         assert wanted is None or name in wanted
     turned = [evidence(backwards(item.info.plugins), backwards(item.failures)) for item in found]
-    assert nominate(turned, wanted and wanted[::-1], disabled[::-1], "it") == (asked, dropped)
+    assert screen_candidates(turned, wanted and wanted[::-1], disabled[::-1], "it") == (asked, dropped)
 
 
 @patient
@@ -258,14 +258,14 @@ def test_a_backend_that_fails_leaves_its_place_to_the_next() -> None:
     assert after.candidates == (
         Candidate("b", "serves", "but not for int8", priority=200),
         Candidate("a", "failed", "connect raised", 3, 300, "1"),
-        Candidate(TERMINAL, "serves", "always there", priority=0),
+        Candidate(TERMINAL, "serves", "always available", priority=0),
     )
     assert after.routes[0].backend_for(1024) == "b"
 
 
 def test_a_backend_that_is_narrowed_keeps_its_place_for_the_rest() -> None:
     made = Slate((Offer("a", 300, (Range("all_reduce"),)), Offer("b", 200, (Range("all_reduce"),))))
-    decision = made.narrowed("a", [Range("all_reduce", dtypes=("int8",))]).decision(("cpu",))
+    decision = made.with_ranges("a", [Range("all_reduce", dtypes=("int8",))]).decision(("cpu",))
     served = {route.dtype: route.backend_for(1024) for route in decision.routes if route.op == "all_reduce"}
     assert served == {dtype: "a" if dtype == "int8" else "b" for dtype in DTYPES}
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, nominate
+from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, screen_candidates
 from comm_core._plan.routes import cells
 from comm_core.topology import Device, Host, RankInfo
 from comm_core.types import DTYPES, OPS, TERMINAL, Available, Decision, Range, Unavailable
@@ -57,7 +57,7 @@ def encoded(answers: Sequence[Mapping[str, Available | Unavailable]]) -> list[di
 
 def decide(found: Sequence[Evidence], answers: Sequence[Mapping[str, Any]]) -> Decision:
     check_policies(found, str)
-    asked, dropped = nominate(found, None, (), "")
+    asked, dropped = screen_candidates(found, None, (), "")
     return initial_slate(asked, answers, dropped).decision(DEVICE_TYPES)
 
 
@@ -104,7 +104,7 @@ def test_thousands_of_groups_send_each_message_to_the_best_that_every_rank_offer
         rng = random.Random(seed)  # noqa: S311 - no secret
         found, answers = a_group(rng)
         decision = decide(found, encoded(answers))
-        asked, _ = nominate(found, None, (), "")
+        asked, _ = screen_candidates(found, None, (), "")
         willing: dict[str, list[Available]] = {}
         for name in asked:
             yeses = [yes for answer in answers if isinstance(yes := answer[name], Available)]

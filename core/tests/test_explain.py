@@ -60,7 +60,7 @@ def test_an_explanation_has_every_backend_with_its_reason_and_every_route() -> N
     assert ["fast", "1.2", "300", "serves", "available", "on", "every", "rank"] in words
     assert ["broken", "0.1", "200", "failed", "rank", "2", "(8", "in", "the", "job):", "no", "compiler"] in words
     assert ["other", "-", "blocked", "COMM_CORE_DISABLE", "names", "it"] in words
-    assert ["torch_distributed", "0", "serves", "always", "there"] in words
+    assert ["torch_distributed", "0", "serves", "always", "available"] in words
     text = "\n".join(" ".join(line) for line in words)
     assert (
         "all_reduce graph cuda bfloat16 "

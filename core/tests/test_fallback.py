@@ -76,16 +76,16 @@ def test_results_go_where_they_are_asked_to_also_over_the_inputs() -> None:
 def test_nothing_is_differentiated() -> None:
     x, residual, weight = (tensor.requires_grad_() for tensor in arguments(torch.float32, 4, 16))
     results = fallback.add_rms_norm(x, residual, weight, 1e-6, 0.0, None, None)
-    assert not any(result.requires_grad for result in (*results, fallback.copy_of_one(None, x, None)))
+    assert not any(result.requires_grad for result in (*results, fallback.single_rank_all_reduce(None, x, None)))
 
 
 def test_a_group_of_one_gets_a_copy() -> None:
     x = torch.arange(6.0)
-    assert torch.equal(copy := fallback.copy_of_one(None, x, None), x)
+    assert torch.equal(copy := fallback.single_rank_all_reduce(None, x, None), x)
     assert copy.data_ptr() != x.data_ptr()
-    assert fallback.copy_of_one(None, x, x) is x
+    assert fallback.single_rank_all_reduce(None, x, x) is x
     out = torch.empty(6)
-    assert fallback.copy_of_one(None, x, out) is out
+    assert fallback.single_rank_all_reduce(None, x, out) is out
     assert torch.equal(out, x)
 
 
@@ -109,7 +109,7 @@ def test_the_first_cuda_call_of_a_group_isnt_captured(
     reduced: list[object] = []
     monkeypatch.setattr(fallback, "torch_distributed", lambda _group, tensor, _out: reduced.append(tensor))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    terminal = fallback.Terminal(group_of_one, "group 'tp'")
+    terminal = fallback.TerminalFallback(group_of_one, "group 'tp'")
     on_gpu = cast("torch.Tensor", OnGpu())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(CaptureError, match=r"no communicator for group 'tp' yet.*Call comm.pre_capture_init"):

@@ -40,7 +40,7 @@ def test_a_named_backend_serves_and_no_other_is_tried(ranks: Ranks, sound: list[
     ("name", "blocked", "reason"),
     [
         ("first", {}, "rank 1: ConnectionError: no route to the peer"),
-        ("lacking", {}, "rank 1: not installed here, though on other ranks"),
+        ("lacking", {}, "rank 1: not installed here, but installed on other ranks"),
         ("nobodys", {}, "not installed on any rank"),
         ("second", {"COMM_CORE_DISABLE": "second"}, "COMM_CORE_DISABLE names it"),
     ],

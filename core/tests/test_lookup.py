@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comm_core._handle.lookup import COMPOSED, FusedRoutes, Recording, Routes, Served, bind
+from comm_core._handle.lookup import COMPOSED, CaptureRoutes, FusedRoutes, Routes, bind
 from comm_core._plan.decide import Slate
 from comm_core._plan.routes import Offer
 from comm_core.types import TERMINAL, Range, Rule
@@ -37,41 +37,42 @@ def test_each_mode_has_entries_of_its_own() -> None:
     def names(routes: Any, device: int, dtype: torch.dtype) -> list[str]:
         return [name for _, (_, _, name, _) in routes.entries.get((device, dtype), ())]
 
-    assert names(eager.plain, ON_GPU, torch.float16) == ["push", "torch_distributed"]
-    assert names(graph.plain, ON_GPU, torch.float16) == ["pull", "torch_distributed"]
-    assert names(graph.plain, ON_GPU, torch.int8) == ["pull", "torch_distributed"]
+    assert names(eager.all_reduce, ON_GPU, torch.float16) == ["push", "torch_distributed"]
+    assert names(graph.all_reduce, ON_GPU, torch.float16) == ["pull", "torch_distributed"]
+    assert names(graph.all_reduce, ON_GPU, torch.int8) == ["pull", "torch_distributed"]
     for mode in (eager, graph):
         assert names(mode.fused, ON_GPU, torch.bfloat16) == ["push", "torch_distributed"]
-    assert names(eager.plain, ON_CPU, torch.int8) == ["torch_distributed"]
-    assert not any(device == ON_CPU for device, _ in graph.plain.entries)
+    assert names(eager.all_reduce, ON_CPU, torch.int8) == ["torch_distributed"]
+    assert not any(device == ON_CPU for device, _ in graph.all_reduce.entries)
     pulled = ("pull's sum", "session of pull", "pull", False)
     otherwise = (print, "group", "torch_distributed", False)
-    assert [graph.plain.find((ON_GPU, torch.int8, nbytes)) for nbytes in (1, 1024, 1025)] == [pulled, pulled, otherwise]
-    assert graph.plain.get((ON_GPU, torch.int8, 1024)) == pulled
-    assert graph.plain.find((ON_GPU, torch.complex64, 8)) is None
-    assert graph.plain.find((ON_GPU, torch.int8, 0)) is None
+    found = [graph.all_reduce.find((ON_GPU, torch.int8, nbytes)) for nbytes in (1, 1024, 1025)]
+    assert found == [pulled, pulled, otherwise]
+    assert graph.all_reduce.get((ON_GPU, torch.int8, 1024)) == pulled
+    assert graph.all_reduce.find((ON_GPU, torch.complex64, 8)) is None
+    assert graph.all_reduce.find((ON_GPU, torch.int8, 0)) is None
 
 
 def test_the_fused_hook_alone_gets_operands_that_core_hasnt_validated() -> None:
     decision = Slate((Offer("push", 300, (Range(ALL_REDUCE), Range(FUSED))),)).decision(("cpu",))
-    tables = bind(decision, "eager", {"cpu": torch.device("cpu")}, (print, "group"), {"push": session("push")})
-    fused = tables.fused.find((ON_CPU, torch.float32, torch.Size((2, 4))))
+    routes = bind(decision, "eager", {"cpu": torch.device("cpu")}, (print, "group"), {"push": session("push")})
+    fused = routes.fused.find((ON_CPU, torch.float32, torch.Size((2, 4))))
     assert fused == ("push's norm", "session of push", "push", True)
-    plain = tables.plain.find((ON_CPU, torch.float32, 32))
+    plain = routes.all_reduce.find((ON_CPU, torch.float32, 32))
     assert plain == ("push's sum", "session of push", "push", False)
 
 
 def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
     rules = (Rule("push", max_nbytes=64, max_tokens=2, hidden_multiple=4), Rule(TERMINAL))
-    pushed = Served(print, "session", "push")
+    pushed = (print, "session", "push", False)
     routes = FusedRoutes({(ON_GPU, torch.float16): tuple(zip(rules, (pushed, COMPOSED), strict=True))})
 
     def of(num_tokens: int, hidden_size: int, dtype: torch.dtype = torch.float16) -> Any:
-        kind = (ON_GPU, dtype, torch.Size((num_tokens, hidden_size)))
-        assert routes.get(kind) is None
-        served = routes.find(kind)
-        assert routes.get(kind) is served
-        return served
+        key = (ON_GPU, dtype, torch.Size((num_tokens, hidden_size)))
+        assert routes.get(key) is None
+        bound = routes.find(key)
+        assert routes.get(key) is bound
+        return bound
 
     assert of(1, 4) is of(2, 16) is pushed
     # Too many bytes, too many tokens, no multiple, nothing, another dtype.
@@ -80,28 +81,28 @@ def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
 
 
 def test_what_is_kept_is_bounded() -> None:
-    served = Served(print, "group", TERMINAL)
-    routes = Routes({(ON_CPU, torch.int8): ((Rule(TERMINAL), served),)})
+    bound = (print, "group", TERMINAL, False)
+    routes = Routes({(ON_CPU, torch.int8): ((Rule(TERMINAL), bound),)})
     for nbytes in range(1, 10_000):
-        assert routes.find((ON_CPU, torch.int8, nbytes)) == served
+        assert routes.find((ON_CPU, torch.int8, nbytes)) == bound
     assert 0 < len(routes) < 5000
 
 
 def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     def routes(**names: int) -> Routes:
         rule = Rule(TERMINAL)
-        return Routes({(device, torch.int8): ((rule, Served(print, None, name)),) for name, device in names.items()})
+        return Routes({(device, torch.int8): ((rule, (print, None, name, False)),) for name, device in names.items()})
 
-    recording = Recording(routes(eager=ON_GPU, cpu=ON_CPU), routes(graph=ON_GPU))
+    inside = CaptureRoutes(routes(eager=ON_GPU, cpu=ON_CPU), routes(graph=ON_GPU))
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
     def of(device: int, dtype: torch.dtype = torch.int8) -> str | None:
-        kind = (device, dtype, 8)
-        served = recording.get(kind) or recording.find(kind)
-        assert recording.get(kind) is served
-        return served[2] if served else None
+        key = (device, dtype, 8)
+        bound = inside.get(key) or inside.find(key)
+        assert inside.get(key) is bound
+        return bound[2] if bound else None
 
     assert of(ON_GPU) == "eager"
     capturing = True

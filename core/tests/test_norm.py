@@ -33,7 +33,7 @@ def calls() -> Iterator[list[tuple[torch.Tensor, ...]]]:
         tensors, (eps, offset) = arguments[:5], arguments[5:]
         assert all(tensor.is_contiguous() and not tensor.data_ptr() % 16 for tensor in tensors)
         assert num_tokens == len(tensors[0])
-        results = fallback._by_torch(*tensors[:3], eps, offset, None, None)
+        results = fallback._torch_add_rms_norm(*tensors[:3], eps, offset, None, None)
         for target, result in zip(tensors[3:], results, strict=True):
             target.copy_(result)
         seen.append(tensors)
@@ -69,7 +69,7 @@ def test_new_results_leave_the_inputs_alone(calls: list[tuple[torch.Tensor, ...]
     inputs = arguments()
     kept = [tensor.clone() for tensor in inputs]
     y, s = call(*inputs, 1e-6, 1.0, None, None)
-    expected = fallback._by_torch(*inputs, 1e-6, 1.0, None, None)
+    expected = fallback._torch_add_rms_norm(*inputs, 1e-6, 1.0, None, None)
     assert torch.equal(y, expected[0])
     assert torch.equal(s, expected[1])
     assert all(map(torch.equal, inputs, kept))
@@ -80,7 +80,7 @@ def test_new_results_leave_the_inputs_alone(calls: list[tuple[torch.Tensor, ...]
 @pytest.mark.parametrize("index", range(3))
 def test_odd_inputs_are_staged(calls: list[tuple[torch.Tensor, ...]], odd: Any, index: int) -> None:
     inputs = list(arguments())
-    expected = fallback._by_torch(*inputs, 1e-6, 0.0, None, None)
+    expected = fallback._torch_add_rms_norm(*inputs, 1e-6, 0.0, None, None)
     inputs[index] = odd(inputs[index]).requires_grad_()
     y, s = call(*inputs, 1e-6, 0.0, None, None)
     assert torch.equal(y, expected[0])
@@ -89,7 +89,7 @@ def test_odd_inputs_are_staged(calls: list[tuple[torch.Tensor, ...]], odd: Any, 
 
 
 def test_results_go_over_the_inputs_without_a_copy(calls: list[tuple[torch.Tensor, ...]]) -> None:
-    expected = fallback._by_torch(*arguments(), 1e-6, 0.0, None, None)
+    expected = fallback._torch_add_rms_norm(*arguments(), 1e-6, 0.0, None, None)
     for swapped in (False, True):
         x, r, w = arguments()
         out, residual_out = (r, x) if swapped else (x, r)
@@ -105,7 +105,7 @@ def test_results_go_over_the_inputs_without_a_copy(calls: list[tuple[torch.Tenso
 @pytest.mark.parametrize("where", ["misaligned", "strided", "one row on", "over the weight", "over residual_out"])
 def test_results_go_also_where_the_kernel_cant_write(calls: list[tuple[torch.Tensor, ...]], where: str) -> None:
     x, r, w = arguments()
-    expected = fallback._by_torch(x, r, w, 1e-6, 0.0, None, None)
+    expected = fallback._torch_add_rms_norm(x, r, w, 1e-6, 0.0, None, None)
     residual_out = torch.empty_like(x)
     if where == "one row on":
         whole = torch.empty(5, SHAPE[1], dtype=x.dtype)
@@ -166,7 +166,7 @@ def test_where_triton_fails_torch_serves_and_the_log_says_so_once(
     reasons = {norm.prepare(device, dtype, 16) for device in devices for dtype in (torch.float16, torch.float32)}
     assert len(reasons) == 1
     assert "Triton can't be used: ModuleNotFoundError" in reasons.pop()
-    assert caplog.text.count("several kernels instead of one") == 1
+    assert caplog.text.count("the composed norm runs as several torch kernels") == 1
     norm._kernels[CPU, torch.bfloat16, 16] = "it failed before"
     assert norm.add_rms_norm(*arguments(), 1e-6, 0.0, None, None) is None
 

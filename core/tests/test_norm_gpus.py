@@ -89,7 +89,7 @@ def test_a_prepared_kernel_is_recorded_without_a_call_before() -> None:
 
 def test_an_unprepared_capture_records_torchs_kernels() -> None:
     inputs = arguments(torch.bfloat16, (8, 4096))
-    fallback._by_torch(*inputs, 1e-6, 0.0, None, None)
+    fallback._torch_add_rms_norm(*inputs, 1e-6, 0.0, None, None)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -117,6 +117,6 @@ def test_tensors_of_a_device_that_isnt_current() -> None:
 def test_torch_and_the_kernel_agree_to_a_unit() -> None:
     inputs = arguments(torch.bfloat16, (64, 7168))
     ours = fallback.add_rms_norm(*inputs, 1e-6, 1.0, None, None)
-    theirs = fallback._by_torch(*inputs, 1e-6, 1.0, None, None)
+    theirs = fallback._torch_add_rms_norm(*inputs, 1e-6, 1.0, None, None)
     assert torch.equal(ours[1], theirs[1])
     assert (ours[0] != theirs[0]).float().mean() < 1e-3

@@ -44,7 +44,7 @@ def test_without_a_handle(ranks: Ranks) -> None:
         for kind, text in found.values():
             assert kind == "CommError"
             assert "has no handle in this process, or its handle was closed" in text
-            assert "Call comm.get_backend(group) on all its ranks before" in text
+            assert "Call comm.get_backend(group) on all its ranks first" in text
         assert "the world has no handle" in found["functional"][1]
         assert 'group "nobody\'s" has no handle' in found["nobody's"][1]
 

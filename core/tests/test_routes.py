@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 from comm_core._plan.decide import with_explicit_ranges
-from comm_core._plan.routes import Cell, Offer, cells, narrow, owned, owned_cells, owners, plan_routes
+from comm_core._plan.routes import Cell, Offer, cells, exclude_cells, owned_cells, owned_intervals, owners, plan_routes
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Available, Range, Route, Rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,7 +92,7 @@ def test_a_rule_owns_exactly_the_sizes_that_no_rule_before_it_takes(
         mine = {n for n in range(itemsize, HORIZON, itemsize) if within(rule, n) and n % rule.multiple_nbytes == 0}
         expected = {n for n in mine if not any(within(other, n) for other in before)}
         found: set[int] = set()
-        for low, high in owned(route, index):
+        for low, high in owned_intervals(route, index):
             stretch = {n for n in mine if low <= n and (high is None or n <= high)}
             assert low in stretch
             assert high is None or high in stretch
@@ -128,7 +128,7 @@ def test_bounds_are_rounded_to_sizes_that_exist(
     if expected is None:
         assert route.rules == (Rule(TERMINAL),)
     else:
-        assert owned(route, 0) == expected
+        assert owned_intervals(route, 0) == expected
 
 
 def test_a_backend_in_the_middle_leaves_two_stretches_to_the_next() -> None:
@@ -138,8 +138,8 @@ def test_a_backend_in_the_middle_leaves_two_stretches_to_the_next() -> None:
     ]
     route = plan_routes(made, ("cpu",))[0]
     assert [rule.backend for rule in route.rules] == ["a", "b", TERMINAL]
-    assert owned(route, 1) == ((4, 60), (132, None))
-    assert owned(route, 2) == ()
+    assert owned_intervals(route, 1) == ((4, 60), (132, None))
+    assert owned_intervals(route, 2) == ()
 
 
 @patient
@@ -161,7 +161,7 @@ def test_owners_are_the_backends_that_some_rule_names(made: tuple[Offer, ...]) -
 )
 def test_narrowing_removes_exactly_the_wrong_kinds(made: list[Range], wrong: set[Cell], data: st.DataObject) -> None:
     before = Offer("a", 300, tuple(made))
-    after = Offer("a", 300, narrow(made, wrong, DEVICE_TYPES))
+    after = Offer("a", 300, exclude_cells(made, wrong, DEVICE_TYPES))
     for _ in range(20):
         m = data.draw(messages(made))
         is_wrong = (m.op, m.mode, m.device_type, m.dtype) in wrong
@@ -171,11 +171,11 @@ def test_narrowing_removes_exactly_the_wrong_kinds(made: list[Range], wrong: set
 
 def test_narrowing_by_nothing_changes_nothing() -> None:
     made = (Range("all_reduce", max_nbytes=9), Range("all_reduce_add_rms_norm", prepared=True))
-    assert narrow(made, set(), DEVICE_TYPES) == made
+    assert exclude_cells(made, set(), DEVICE_TYPES) == made
 
 
 def test_narrowing_by_all_kinds_leaves_nothing() -> None:
-    assert narrow((Range("all_reduce"), Range(OPS[1])), set(cells(DEVICE_TYPES)), DEVICE_TYPES) == ()
+    assert exclude_cells((Range("all_reduce"), Range(OPS[1])), set(cells(DEVICE_TYPES)), DEVICE_TYPES) == ()
 
 
 def test_a_graph_and_an_eager_call_may_have_two_owners() -> None:

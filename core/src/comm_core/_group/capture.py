@@ -55,7 +55,7 @@ class SessionCapture:
     def skip_missed(self) -> None:
         """Skip the number of each capture that ended without this rank, by its peers' time-out. Local."""
         while isinstance(Stage(self.control, self._stage_name).peek(), StageTimeoutError):
-            self.session.use_up_capture()
+            self.session.advance_capture()
 
     def enter(self) -> None:
         """Enter the session, unless its handle has failed. Local.
@@ -97,7 +97,7 @@ class SessionCapture:
             raise CaptureError(self._failure_text(stage.aborted)) from error
         finally:
             if stage.begun or stage.aborted is not None:
-                self.session.use_up_capture()
+                self.session.advance_capture()
 
     def leave_with_error(self, error: BaseException) -> None:
         """Leave the session with `error`, if it was entered, and abort its peers' capture. Local; never raises."""
@@ -109,11 +109,11 @@ class SessionCapture:
                 if raised is not error:
                     _log.warning("%s raised on exit from a failed capture: %s", self._label, describe(raised))
         Stage(self.control, self._stage_name).abort(describe(error))
-        self.session.use_up_capture()
+        self.session.advance_capture()
 
     @property
     def _stage_name(self) -> str:
-        return f"capture {self.session.plugin.name} {self.session.captures}"
+        return f"capture {self.session.plugin.name} {self.session.capture_number}"
 
     @property
     def _label(self) -> str:

@@ -77,7 +77,7 @@ def _connect_and_test(
     failures = admit(sessions[name], cases, member)
     if isinstance(failures, StageAbortedError):
         return drop(slate, name, "admission", failures, sessions, member)
-    sessions[name].mark_wrong(failures)
+    sessions[name].mark_failed(failures)
     return slate.without_cells(name, failures, member.topology.device_types) if failures else slate
 
 
@@ -128,12 +128,12 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
                 if value is None:
                     raise TypeError("connect returned None, not a session")
                 session = Session(plugin, value, channel, checks_operands)
-                check_budget(session.own_memory_nbytes, budget)
+                check_budget(session.reported_memory_nbytes, budget)
             except StageAbortedError:
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 raise abort_stage(stage, member, error) from error
-            session.count_memory(stage.all_gather(session.own_memory_nbytes, "vote"))
+            session.count_memory(stage.all_gather(session.reported_memory_nbytes, "vote"))
     except BaseException as error:
         if session is not None:
             session.close(orderly=False)

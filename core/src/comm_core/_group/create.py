@@ -46,13 +46,13 @@ def _create_negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
         control.finish()
         raise
     state.adopt(negotiated)
-    terminal = fallback.Terminal(group, state.title)
+    terminal = fallback.TerminalFallback(group, state.title)
     return Serving(
         negotiated.decision,
         negotiated.topology,
         state.title,
         local.device,
-        (fallback.Terminal.all_reduce, terminal),
+        (fallback.TerminalFallback.all_reduce, terminal),
         negotiated.sessions,
     )
 
@@ -64,4 +64,4 @@ def _create_for_one_rank(state: GroupState) -> Serving:
     if "cuda" in topology.device_types:
         device = torch.device("cuda", torch.cuda.current_device())
     decision = Slate(()).decision(topology.device_types)
-    return Serving(decision, topology, state.title, device, (fallback.copy_of_one, state.group), {})
+    return Serving(decision, topology, state.title, device, (fallback.single_rank_all_reduce, state.group), {})

@@ -45,6 +45,6 @@ class NegotiatedGroup:
         cls, slate: Slate, sessions: dict[str, Session], plugins: Mapping[str, Plugin], member: Membership
     ) -> NegotiatedGroup:
         """Create the outcome that follows from a slate and its sessions."""
-        notes = {name: session.describe_wrong() for name, session in sessions.items() if session.wrong}
+        notes = {name: session.describe_failed_cells() for name, session in sessions.items() if session.failed_cells}
         decision = slate.decision(member.topology.device_types, notes)
         return cls(member.topology, decision, sessions, slate, plugins, member)

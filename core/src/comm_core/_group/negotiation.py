@@ -43,7 +43,7 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
     topology = Topology.of((item.info for item in evidence), device_types_of(group, local.device))
 
     named, source = local.named_backends
-    asked, dropped = decide.nominate(evidence, named, local.settings.disable, source)
+    asked, dropped = decide.screen_candidates(evidence, named, local.settings.disable, source)
     slate = decide.Slate((), dropped)
     if asked:
         answers = {name: decide.encode_answer(answer_of(local.plugins[name], topology)) for name in asked}

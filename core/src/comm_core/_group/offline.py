@@ -22,7 +22,7 @@ def decide_offline(topology: Topology) -> Decision:
     settings = Settings.read()
     found, failures = discover(settings, settings.backends)
     here = dataclasses.replace(topology.ranks[0], plugins=found.listed)
-    asked, dropped = decide.nominate(
+    asked, dropped = decide.screen_candidates(
         [decide.Evidence(here, failures=failures)], settings.backends, settings.disable, f"{PREFIX}BACKENDS"
     )
     answers = {name: decide.encode_answer(answer_of(found.plugins[name], topology)) for name in asked}

@@ -101,7 +101,7 @@ def _prepare_one(
         with session.channel.opened(member.control, vote_name, member.stage_timeout_s) as stage:
             try:
                 ranges = run_in_worker(hook, member, f"pre_capture_init of {name}")
-                memory_nbytes = session.own_memory_nbytes
+                memory_nbytes = session.reported_memory_nbytes
                 check_budget(memory_nbytes, member.context.memory_budget_nbytes - others_nbytes)
                 answer = None if ranges is None else _encode_ranges(ranges, offer.priority, session)
                 votes = stage.all_gather([memory_nbytes, answer], "vote")
@@ -118,8 +118,8 @@ def _prepare_one(
     session.count_memory(nbytes for nbytes, _ in votes)
     if all(answer is None for _, answer in votes):
         return slate
-    session.require_new_tests()
-    return slate.narrowed(name, merged.ranges)
+    session.reset_admission()
+    return slate.with_ranges(name, merged.ranges)
 
 
 def _encode_ranges(ranges: Sequence[Range], priority: int, session: Session) -> dict[str, object]:

@@ -1,1 +1,1 @@
-"""The handle that a caller holds, and what a call looks up and does."""
+"""The handle that `get_backend` returns, and the steps of its calls."""

@@ -1,4 +1,4 @@
-"""The handle that a caller holds: routes each call to the hook that the group agreed on."""
+"""The handle of a group: it routes each call to the backend that the ranks agreed on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from comm_core._handle import fallback
-from comm_core._handle.lookup import COMPOSED, Kind, Served
-from comm_core._handle.operands import OWN, delivered, disjoint, has_memory, operands, plain, plain_copy
+from comm_core._handle.lookup import COMPOSED, BoundHook, CallKey
+from comm_core._handle.operands import (
+    TENSOR_TYPES,
+    copy_to_out,
+    disjoint,
+    has_memory,
+    is_kernel_ready,
+    stage_operands,
+    to_kernel_ready,
+)
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.types import DTYPES, Decision
 
@@ -18,17 +26,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend"]
 
-_REFUSED = "float8, booleans, unsigned integers above 8 bits, sparse and quantised tensors aren't summed"
+_UNSUPPORTED = "float8, booleans, unsigned integers above 8 bits, sparse and quantised tensors aren't supported"
 
 
 class Backend:
-    """All-reduce for one process group; `comm_core.get_backend` makes it.
+    """All-reduce for one process group; `comm_core.get_backend` returns it.
 
-    Calls are Collective: every rank of the group makes the same calls in the same order, with tensors of the same shape
-    and dtype. Nothing is differentiated. A handle is for one thread at a time.
+    `all_reduce` and `all_reduce_add_rms_norm` are Collective: every rank of the group makes the same calls in the same
+    order, with tensors of the same shape and dtype. Results carry no gradient. Only one thread may use a handle at a
+    time.
 
     Attributes:
-        group_name: the process group's, by which `torch.ops.comm_core` finds this handle; "" for a process alone.
+        group_name: the name of the process group, by which `torch.ops.comm_core` finds this handle; "" without a
+            process group.
     """
 
     def __init__(self, serving: Serving, group_name: str = "") -> None:
@@ -37,67 +47,72 @@ class Backend:
 
     @property
     def name(self) -> str:
-        """The backend that serves the smallest eager float32 message."""
+        """The name of the backend that serves the smallest eager float32 message."""
         route = self.decision.route("all_reduce", "eager", self.topology.device_types[0], "float32")
         return route.backend_for(DTYPES["float32"])
 
     @property
     def decision(self) -> Decision:
-        """What the ranks agreed on, equal on all of them."""
+        """The candidates and routes that the ranks agreed on, equal on every rank."""
         return self._serving.decision
 
     @property
     def topology(self) -> Topology:
-        """What the ranks reported, from which they decided."""
+        """The facts about every rank, its host and its device on which the decision is based."""
         return self._serving.topology
 
     @property
     def device(self) -> torch.device:
-        """Where the group's main tensors live."""
+        """The device of the group's tensors: this rank's CUDA device if the group has one, else the CPU."""
         return self._serving.device
 
     @property
     def failure(self) -> str | None:
-        """Why every call raises; None while the handle serves."""
+        """The reason why every call raises; None while the handle serves calls."""
         return self._serving.failure
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum `tensor` over the ranks of the group, elementwise.
 
         Args:
-            tensor: any shape, also empty; the dtypes of `comm_core.types.DTYPES` and complex ones.
-            out: where the sum goes: a tensor of the same shape, dtype and device, `tensor` itself for in place.
-                None: a new one.
+            tensor: any shape, also empty; one of the dtypes in `comm_core.types.DTYPES`, or complex. A tensor that
+                isn't contiguous, or isn't aligned to 16 bytes, is copied first.
+            out: the tensor that receives the sum, with the shape, dtype and device of `tensor`. Pass `tensor` itself to
+                reduce in place. None allocates a new tensor.
 
         Returns:
             `out`, or a new contiguous tensor.
 
         Raises:
-            TypeError, ValueError: a dtype, device or `out` that no backend takes, or a tensor without memory, such as a
-                `FakeTensor`; alike on all ranks, before anything is sent.
-            CommError: the backend that serves this message failed, or the handle is closed; the text names it. As
-                `CommTimeoutError` where a peer didn't come, as `CaptureError` where the call can't be captured yet.
+            TypeError: the dtype or layout isn't supported, or `tensor` has no memory, such as a `FakeTensor`; raised
+                alike on all ranks, before anything is sent.
+            ValueError: the group doesn't serve the tensor's device, or `out` doesn't match `tensor` or overlaps
+                itself; raised alike on all ranks, before anything is sent.
+            CommTimeoutError: a peer didn't join the call in time. Every later call on this handle raises `CommError`.
+            CaptureError: a stream captures, and this call can't be captured yet; the text names the call to make
+                before the capture.
+            CommError: the handle is closed, or the backend failed; the text names the group or the backend.
         """
         index = tensor.get_device()
         try:
-            kind, address, contiguous = (index, tensor.dtype, tensor.nbytes), tensor.data_ptr(), tensor.is_contiguous()
-        except RuntimeError:  # a sparse tensor has none, and a look at every tensor's layout costs each call 50 ns
-            return self._reduce_odd(tensor, out)
-        # An empty tensor's address is 0. Tensors on torch's device "meta" have the CPU's index.
+            key, address, contiguous = (index, tensor.dtype, tensor.nbytes), tensor.data_ptr(), tensor.is_contiguous()
+        except RuntimeError:  # a sparse tensor has no address; checking the layout first costs every call 50 ns
+            return self._all_reduce_slow(tensor, out)
+        # An empty tensor has address 0. Tensors on the device "meta" have the CPU's index, -1.
         if address & 15 or not contiguous or not address or (index < 0 and not tensor.is_cpu):
-            return self._reduce_odd(tensor, out)
-        if tensor.__class__ not in OWN and not has_memory(tensor):
-            return self._reduce_odd(tensor, out)
-        if out is not None and out is not tensor and not _fits(tensor, out):
-            return self._reduce_odd(tensor, out)
-        routes = self._serving.plain
-        served = routes.get(kind) or routes.find(kind)
-        if served is None:
-            return self._reduce_odd(tensor, out)
-        function, session, name, _ = served
+            return self._all_reduce_slow(tensor, out)
+        if tensor.__class__ not in TENSOR_TYPES and not has_memory(tensor):
+            return self._all_reduce_slow(tensor, out)
+        if out is not None and out is not tensor and not _is_writable(tensor, out):
+            return self._all_reduce_slow(tensor, out)
+        routes = self._serving.all_reduce_routes
+        bound = routes.get(key) or routes.find(key)
+        if bound is None:
+            return self._all_reduce_slow(tensor, out)
+        function, session, name, _ = bound
         try:
             return function(session, tensor, out)  # type: ignore[no-any-return]
-        except Exception as error:  # noqa: BLE001 - the plugin border: it is told by name
+        except Exception as error:  # noqa: BLE001 - plugin boundary: re-raised with the backend's name
             self._raise(error, name, "all_reduce")
 
     def all_reduce_add_rms_norm(
@@ -111,10 +126,11 @@ class Backend:
         out: torch.Tensor | None = None,
         residual_out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`s = sum over ranks of tensor + residual` and `s · rsqrt(mean(s²) + eps) · (weight + weight_offset)`.
+        """Sum `tensor` over the ranks, add the residual, and normalise the result with RMSNorm.
 
-        One fused call where a backend offers it, else an all-reduce and a norm. The formula is that of the hook of the
-        same name.
+        Computes `s = sum over ranks of tensor + residual` and `y = s · rsqrt(mean(s², last axis) + eps) · (weight +
+        weight_offset)`. One fused kernel serves the call if a backend offers one for this shape; otherwise core
+        composes it of an all-reduce and a norm.
 
         Args:
             tensor: `[num_tokens, hidden_size]`, floating point.
@@ -122,31 +138,36 @@ class Backend:
             weight: `[hidden_size]`, the dtype of `tensor`; the same values on every rank.
             eps: added to the mean square.
             weight_offset: added to the weight, 1.0 for Gemma's norms.
-            out: where the normed values go, like `tensor`; None: a new one.
-            residual_out: where the sum goes, like `tensor`, `residual` itself for in place; None: a new one.
+            out: the tensor that receives `y`, like `tensor`; it may be `tensor` itself. None allocates a new tensor.
+            residual_out: the tensor that receives `s`, like `tensor`. Pass `residual` itself to update it in place.
+                None allocates a new tensor.
 
         Returns:
-            The normed values and the sum.
+            `(y, s)`: `out` and `residual_out`, or the new tensors.
 
         Raises:
-            ValueError: shapes that don't fit each other.
-            CommError: and all else that `all_reduce` raises, for the same reasons.
+            TypeError: as in `all_reduce`, or the operands' dtypes differ or aren't floating point.
+            ValueError: as in `all_reduce`, or the operands' shapes or devices don't match, or `out` and `residual_out`
+                share memory.
+            CommTimeoutError: as in `all_reduce`.
+            CaptureError: as in `all_reduce`.
+            CommError: as in `all_reduce`.
         """
-        kind = (tensor.get_device(), tensor.dtype, tensor.shape)
-        served = self._serving.fused.get(kind)
-        if served is not None:
-            function, session, name, checks_operands = served
+        key = (tensor.get_device(), tensor.dtype, tensor.shape)
+        bound = self._serving.fused_routes.get(key)
+        if bound is not None:
+            function, session, name, checks_operands = bound
             if (
                 checks_operands
-                and tensor.__class__ in OWN
-                and residual.__class__ in OWN
-                and weight.__class__ in OWN
-                and (out is None or out.__class__ in OWN)
-                and (residual_out is None or residual_out.__class__ in OWN)
+                and tensor.__class__ in TENSOR_TYPES
+                and residual.__class__ in TENSOR_TYPES
+                and weight.__class__ in TENSOR_TYPES
+                and (out is None or out.__class__ in TENSOR_TYPES)
+                and (residual_out is None or residual_out.__class__ in TENSOR_TYPES)
             ):
                 try:
                     results = function(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
-                except Exception as error:  # noqa: BLE001 - the plugin border, as above
+                except Exception as error:  # noqa: BLE001 - plugin boundary, as above
                     self._check_operands(tensor, residual, weight)
                     for each in (out, residual_out):
                         if each is not None:
@@ -154,15 +175,18 @@ class Backend:
                     self._raise(error, name, "all_reduce_add_rms_norm")
                 if results is not NotImplemented:
                     return results  # type: ignore[no-any-return]
-        return self._fuse(kind, served, tensor, residual, weight, eps, weight_offset, out, residual_out)
+        return self._fused_slow(key, bound, tensor, residual, weight, eps, weight_offset, out, residual_out)
 
     def check(self) -> None:
-        """Raise what the devices noted since the last call, such as a replayed wait that ended without its peer.
+        """Raise the errors that kernels have reported since the last call, such as a peer that timed out in a replay.
 
-        Local. Reads one word a session from the host's memory; call it after replays of a captured graph.
+        Local. A replay of a captured graph can't raise by itself, so call this after replays. It reads one word of host
+        memory for each session.
 
         Raises:
-            CommTimeoutError, CommError: earlier results are wrong; the text names the backend.
+            CommTimeoutError: a kernel gave up waiting for a peer, so earlier results are wrong; the text names the
+                backend.
+            CommError: another fault makes earlier results wrong, or the handle is closed.
         """
         if self.failure is not None:
             raise CommError(self.failure)
@@ -171,11 +195,21 @@ class Backend:
             if hook is not None:
                 try:
                     hook(session.value)
-                except Exception as error:  # noqa: BLE001 - the plugin border, as above
+                except Exception as error:  # noqa: BLE001 - plugin boundary, as above
                     self._raise(error, session.plugin.name, "check")
 
     def limits(self) -> dict[str, dict[str, float]]:
-        """What bounds each backend on this machine, in microseconds, by backend and by a description. Collective."""
+        """Measure the lower bounds on each backend's time on this machine.
+
+        Collective. May take some tenths of a second for each backend.
+
+        Returns:
+            By backend, the times in microseconds by a description of each bound; backends without the hook `limits`
+            are left out.
+
+        Raises:
+            Exception: a backend's hook raised.
+        """
         return {
             name: session.plugin.hooks["limits"](session.value)
             for name, session in self._serving.sessions.items()
@@ -183,7 +217,10 @@ class Backend:
         }
 
     def explain(self) -> str:
-        """Who serves what in this group and why the others don't: text, equal on every rank."""
+        """Return a report of the group's decision, equal on every rank.
+
+        It lists every candidate with its verdict and reason, and for each kind of message the backends that serve it.
+        """
         from comm_core._plan.explain import explain
 
         return explain(self._serving.title, self.topology, self.decision)
@@ -191,10 +228,10 @@ class Backend:
     def __repr__(self) -> str:
         return f"<comm_core.Backend {self.name!r} of {self._serving.title}>"
 
-    def _fuse(
+    def _fused_slow(
         self,
-        kind: Kind,
-        served: Served | None,
+        key: CallKey,
+        bound: BoundHook | None,
         tensor: torch.Tensor,
         residual: torch.Tensor,
         weight: torch.Tensor,
@@ -203,82 +240,84 @@ class Backend:
         out: torch.Tensor | None,
         residual_out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A fused call that no hook has taken as it is: core looks at its tensors."""
-        index, dtype, shape = kind
+        """Serve a fused call that no hook took directly: validate the operands, stage them, or compose the call."""
+        index, dtype, shape = key
         if (
-            served is None
+            bound is None
             or residual.shape != shape
             or weight.shape != shape[1:]
             or residual.dtype is not dtype
             or weight.dtype is not dtype
             or residual.get_device() != index
             or weight.get_device() != index
-            or (index < 0 and not (tensor.is_cpu and residual.is_cpu and weight.is_cpu))  # as above
+            or (index < 0 and not (tensor.is_cpu and residual.is_cpu and weight.is_cpu))  # on "meta", as above
         ):
             self._check_operands(tensor, residual, weight)
-            served = self._serving.fused.find(kind) or COMPOSED
+            bound = self._serving.fused_routes.find(key) or COMPOSED
         if out is not None and out is not tensor:
             _check_out(tensor, out)
-            _check_elements(out)
+            _check_no_overlap(out)
         if residual_out is not None and residual_out is not residual:
             _check_out(tensor, residual_out)
-            _check_elements(residual_out)
-        if served is not COMPOSED:
-            function, session, name, _ = served
+            _check_no_overlap(residual_out)
+        if bound is not COMPOSED:
+            function, session, name, _ = bound
             try:
-                x, r, w, y_out, s_out = operands(tensor, residual, weight, out, residual_out)
+                x, r, w, y_out, s_out = stage_operands(tensor, residual, weight, out, residual_out)
             except RuntimeError:  # a sparse tensor has no address, as above
                 self._check_operands(tensor, residual, weight)
                 raise
             try:
                 results = function(session, x, r, w, eps, weight_offset, y_out, s_out)
-            except Exception as error:  # noqa: BLE001 - the plugin border, as above
+            except Exception as error:  # noqa: BLE001 - plugin boundary, as above
                 self._raise(error, name, "all_reduce_add_rms_norm")
             if results is not NotImplemented:
                 y, s = results
-                return y if out is None or y is out else delivered(y, out), (
-                    s if residual_out is None or s is residual_out else delivered(s, residual_out)
+                return y if out is None or y is out else copy_to_out(y, out), (
+                    s if residual_out is None or s is residual_out else copy_to_out(s, residual_out)
                 )
         total = self.all_reduce(tensor)
         if out is None and total.is_cuda:
-            out = total  # nobody else's, and one kernel reads and writes it
+            out = total  # a temporary of this call, and the norm's kernel can work in place
         return fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
 
-    def _reduce_odd(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Everything that the hot path leaves: staged through a copy, answered at once, or refused."""
-        self._check_kind(tensor)
+    def _all_reduce_slow(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Serve a call that the hot path can't: stage its tensors through copies, or raise."""
+        self._check_supported(tensor)
         if out is not None:
             _check_out(tensor, out)
-            _check_elements(out)
+            _check_no_overlap(out)
         if tensor.is_complex():
             result = torch.view_as_complex(self.all_reduce(torch.view_as_real(tensor.resolve_conj())))
         elif tensor.numel() == 0:
-            # An empty sum needs no messages: every rank has the same shape.
+            # Every rank has the same empty shape, so nothing needs to be sent.
             result = torch.empty_like(tensor)
         else:
-            result = self.all_reduce(plain_copy(tensor))
-        return delivered(result, out)
+            result = self.all_reduce(to_kernel_ready(tensor))
+        return copy_to_out(result, out)
 
-    def _check_kind(self, tensor: torch.Tensor) -> None:
-        """Raise why there is no route for tensors of this kind; a dtype and device of the group have one."""
+    def _check_supported(self, tensor: torch.Tensor) -> None:
+        """Raise if the handle is closed or the group has no route for the tensor's device, dtype and layout."""
         serving = self._serving
         if serving.failure is not None:
             raise CommError(serving.failure)
         dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
         known = tensor.device in serving.devices
-        routed = (tensor.get_device(), dtype) in serving.eager.plain.entries
+        routed = (tensor.get_device(), dtype) in serving.eager.all_reduce.entries
         if known and routed and tensor.layout is torch.strided:
             return
         if not known:
             names = ", ".join(sorted(map(str, serving.devices)))
             raise ValueError(
-                f"a tensor on {tensor.device} can't be reduced in {serving.title}, whose tensors live on {names}. For "
-                "CPU tensors beside CUDA's make the group with backend='cpu:gloo,cuda:nccl'"
+                f"a tensor on {tensor.device} can't be reduced in {serving.title}, which serves tensors on {names}. To "
+                "serve both CPU and CUDA tensors, create the group with backend='cpu:gloo,cuda:nccl'"
             )
-        raise TypeError(f"{tensor.dtype}, {tensor.layout}: {_REFUSED}; convert it first")
+        raise TypeError(
+            f"a tensor of {tensor.dtype} and {tensor.layout} can't be reduced: {_UNSUPPORTED}; convert it first"
+        )
 
     def _check_operands(self, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
-        """Raise where a fused call's tensors don't belong together, or there is no route for them."""
+        """Raise if a fused call's inputs don't match each other, or the group has no route for one of them."""
         shape, dtype = tensor.shape, tensor.dtype
         if len(shape) != 2 or residual.shape != shape or weight.shape != shape[1:]:
             raise ValueError(
@@ -287,19 +326,20 @@ class Backend:
             )
         if not residual.dtype == weight.dtype == dtype or not dtype.is_floating_point:
             raise TypeError(f"expected one floating dtype; got {dtype}, {residual.dtype} and {weight.dtype}")
-        self._check_kind(tensor)
+        self._check_supported(tensor)
         if not tensor.device == residual.device == weight.device:
             raise ValueError(f"expected one device; got {tensor.device}, {residual.device} and {weight.device}")
         for other in (residual, weight):
-            self._check_kind(other)
+            self._check_supported(other)
 
     def _raise(self, error: Exception, name: str, hook: str) -> NoReturn:
+        """Re-raise a hook's error as a `CommError` that names the backend; after a time-out, refuse later calls."""
         if isinstance(error, torch.OutOfMemoryError):
-            raise error  # engines catch it and retry with less
+            raise error  # serving engines catch this type and retry with a smaller batch
         text = f"backend {name!r} of {self._serving.title} failed in {hook}: {error}"
         if isinstance(error, CommTimeoutError):
-            # Its peers' counts and its own no longer match: no later call could be right.
-            self._serving.retire(f"{text}. It isn't used any more; close the group's handle and make a new group")
+            # This rank's count of calls no longer matches its peers', so every later result could be wrong.
+            self._serving.retire(f"{text}. This handle refuses further calls; close it and create a new group")
             raise CommTimeoutError(text, error.ranks) from error
         if isinstance(error, CaptureError):
             raise CaptureError(text) from error
@@ -307,7 +347,7 @@ class Backend:
 
 
 def _check_out(tensor: torch.Tensor, out: torch.Tensor) -> None:
-    """Raise where `out` can't take what becomes of `tensor`."""
+    """Raise if `out` differs from `tensor` in shape, dtype, device or layout."""
     if (
         out.shape != tensor.shape
         or out.dtype != tensor.dtype
@@ -315,20 +355,28 @@ def _check_out(tensor: torch.Tensor, out: torch.Tensor) -> None:
         or out.layout != tensor.layout
     ):
         raise ValueError(
-            f"out is {out.dtype} {list(out.shape)}, {out.layout}, on {out.device}; the tensor is {tensor.dtype} "
+            "out must have the dtype, shape, layout and device of its input: "
+            f"out is {out.dtype} {list(out.shape)}, {out.layout}, on {out.device}; the input is {tensor.dtype} "
             f"{list(tensor.shape)}, {tensor.layout}, on {tensor.device}"
         )
 
 
-def _check_elements(out: torch.Tensor) -> None:
-    """Raise where several elements of `out` are one, as in an expanded tensor; a copy would, once all is sent."""
+def _check_no_overlap(out: torch.Tensor) -> None:
+    """Raise if elements of `out` share memory, as in an expanded tensor; `copy_` would raise only after the sends."""
     if not out.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)
     ):
-        raise ValueError(f"out, {list(out.shape)} with strides {list(out.stride())}, has one element in several places")
+        raise ValueError(
+            f"out, {list(out.shape)} with strides {list(out.stride())}, has several elements at one address; pass a "
+            "tensor without overlap"
+        )
 
 
-def _fits(tensor: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether a hook may write to `out` directly; what it can't be at all raises."""
+def _is_writable(tensor: torch.Tensor, out: torch.Tensor) -> bool:
+    """Return whether a hook may write to `out` directly.
+
+    Raises:
+        ValueError: `out` doesn't match `tensor`.
+    """
     _check_out(tensor, out)
-    return plain(out) and disjoint(tensor, out)
+    return is_kernel_ready(out) and disjoint(tensor, out)

@@ -1,4 +1,4 @@
-"""The end of every route: plain torch.distributed, and the fused operation composed of an all-reduce and a norm."""
+"""The terminal fallback of every route: `torch.distributed`, and core's own norm for the composed operation."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ import torch.distributed as dist
 from comm_core._control.guard import refuse_capture
 from comm_core._handle import norm
 
-__all__ = ["Terminal", "add_rms_norm", "copy_of_one", "torch_distributed"]
+__all__ = ["TerminalFallback", "add_rms_norm", "single_rank_all_reduce", "torch_distributed"]
 
 
-class Terminal:
-    """The end of a group's routes. NCCL makes a group's communicator in its first call, which can't be captured.
+class TerminalFallback:
+    """The terminal fallback of one group; it refuses to be captured before NCCL has a communicator for the group.
+
+    NCCL creates the communicator in the group's first call, and a capture can't contain that.
 
     Args:
         group: the process group.
-        title: names it.
+        title: the group's name in error texts.
     """
 
     def __init__(self, group: dist.ProcessGroup, title: str) -> None:
         self._group = group
         self._title = title
-        # A group that is bound to a device has its communicator from the beginning.
-        self._ready = group.bound_device_id is not None
+        # torch creates the communicator of a group bound to a device together with the group.
+        self._has_communicator = group.bound_device_id is not None
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """As the hook of that name; see `torch_distributed`.
+        """Implement the hook `all_reduce` with `torch_distributed`.
 
         Raises:
-            CaptureError: a stream captures the group's first CUDA tensor.
+            CaptureError: a stream captures, and the group has no communicator yet.
         """
-        if not self._ready and tensor.is_cuda:
+        if not self._has_communicator and tensor.is_cuda:
             refuse_capture(
-                f"torch.distributed has no communicator for {self._title} yet, and can't make one",
+                f"torch.distributed has no communicator for {self._title} yet, and can't create one",
                 "Call comm.pre_capture_init, or reduce a CUDA tensor of any size, before the capture",
             )
             result = torch_distributed(self._group, tensor, out)
-            self._ready = True
+            self._has_communicator = True
             return result
         return torch_distributed(self._group, tensor, out)
 
@@ -45,21 +47,22 @@ class Terminal:
 def torch_distributed(group: dist.ProcessGroup, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """Sum `tensor` over `group` with torch's own backend: NCCL for CUDA tensors, Gloo for CPU tensors.
 
-    As the hook `all_reduce`, with the process group for a session. int16, which neither library sums, travels as int32.
+    Follows the contract of the hook `all_reduce`, with the process group as the session. Neither library sums int16, so
+    it is sent as int32.
     """
     if tensor.dtype is torch.int16:
         wide = tensor.to(torch.int32)
         dist.all_reduce(wide, group=group)
         return wide.to(torch.int16) if out is None else out.copy_(wide)
-    result = copy_of_one(group, tensor, out)
+    result = single_rank_all_reduce(group, tensor, out)
     dist.all_reduce(result, group=group)
     return result
 
 
-def copy_of_one(_group: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """The sum over a group of one rank: a copy of `tensor`, in `out` where there is one."""
+def single_rank_all_reduce(_group: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum over one rank: a copy of `tensor`, written to `out` unless that is None."""
     if out is None:
-        # Detached, since a sum over ranks has no gradient that torch could know.
+        # Detached: autograd can't differentiate a sum over ranks.
         return tensor.detach().clone()
     return out if out is tensor else out.copy_(tensor)
 
@@ -73,20 +76,32 @@ def add_rms_norm(
     out: torch.Tensor | None,
     residual_out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`s = tensor + residual` and its RMSNorm, in fp32 (fp64 for fp64), each rounded once.
+    """Add the residual and normalise: the hook `all_reduce_add_rms_norm` without its all-reduce.
 
-    Shapes, dtypes and the result are those of the hook `all_reduce_add_rms_norm`, whose formula this is. CUDA tensors
-    take one kernel where Triton is there (`comm_core.norm`), and several of torch's elsewhere.
+    The formula, shapes, dtypes and result are the hook's. Both results are computed in fp32 (fp64 for fp64) and rounded
+    once. CUDA tensors take one Triton kernel if Triton is installed; otherwise several of torch's kernels run.
+
+    Args:
+        tensor: `[num_tokens, hidden_size]`, summed over the ranks already.
+        residual: like `tensor`.
+        weight: `[hidden_size]`, the dtype of `tensor`.
+        eps: added to the mean square.
+        weight_offset: added to the weight.
+        out: the tensor that receives the normed values; None allocates it.
+        residual_out: the tensor that receives `tensor + residual`; None allocates it.
+
+    Returns:
+        The normed values, and `tensor + residual`.
     """
     if tensor.is_cuda:
         results = norm.add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out)
         if results is not None:
             return results
-    return _by_torch(tensor, residual, weight, eps, weight_offset, out, residual_out)
+    return _torch_add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out)
 
 
-@torch.no_grad()  # as in `copy_of_one`; the weight is a parameter as a rule
-def _by_torch(
+@torch.no_grad()  # results carry no gradient, and the weight is usually a parameter
+def _torch_add_rms_norm(
     tensor: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,

@@ -1,10 +1,10 @@
-"""What a handle looks up in each call: the plan of its group, bound to the hooks and sessions that serve it."""
+"""Route tables of a handle: the group's decision, bound to the hooks and sessions that serve its calls."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,123 +14,123 @@ from comm_core.types import DTYPES, TERMINAL, Decision, Rule
 if TYPE_CHECKING:
     from comm_core._handle.session import Session
 
-__all__ = ["COMPOSED", "FusedRoutes", "Key", "Kind", "Recording", "Routes", "Served", "Tables", "bind"]
+__all__ = [
+    "COMPOSED",
+    "BoundHook",
+    "CallKey",
+    "CaptureRoutes",
+    "DeviceDtype",
+    "FusedRoutes",
+    "ModeRoutes",
+    "Routes",
+    "bind",
+]
 
 _TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 
-#: By device and dtype. The device is what a tensor's `get_device` tells, CUDA's index or -1, in a quarter of the time
-#: that a `torch.device` takes to be made and hashed.
-Key = tuple[int, torch.dtype]
-#: What a call's tensors are like, as far as its route depends on it: device and dtype, then of `all_reduce` the bytes,
-#: of `all_reduce_add_rms_norm` the shape.
-Kind = tuple[Any, ...]
+#: A device and a dtype. The device is what `Tensor.get_device` returns: the CUDA index, or -1 for the CPU. Creating and
+#: hashing a `torch.device` takes four times as long.
+DeviceDtype = tuple[int, torch.dtype]
+#: The properties of a call's tensors that determine its route: device and dtype, then the bytes of `all_reduce` or the
+#: shape of `all_reduce_add_rms_norm`.
+CallKey = tuple[Any, ...]
 
 
-class Served(NamedTuple):
-    """What serves a call.
-
-    Attributes:
-        hook: the backend's, or the terminal fallback's function.
-        session: its first argument.
-        backend: the name.
-        checks_operands: whether the hook takes operands that core hasn't validated.
-    """
-
-    hook: Callable[..., Any]
-    session: Any
-    backend: str
-    checks_operands: bool = False
+#: A hook with the session to call it on: the hook or the fallback's function, its first argument, the backend's name,
+#: and whether it accepts operands that core hasn't validated. A plain tuple: unpacking a named one takes each call 60 ns
+#: more.
+BoundHook = tuple[Callable[..., Any], Any, str, bool]
 
 
 def _composed(*_: object) -> None:
     raise AssertionError("a composed call has no hook")
 
 
-#: What serves a fused call that no backend takes: the handle itself.
-COMPOSED = Served(_composed, None, TERMINAL)
-# Kinds that are kept: more than a model's shapes.
-_MOST_KINDS = 4096
+#: Marks a fused call that no backend covers: the handle composes it of an all-reduce and a norm.
+COMPOSED: BoundHook = (_composed, None, TERMINAL, False)
+# Far more than the distinct calls of one model.
+_MAX_CALL_KEYS = 4096
 
 
-class Routes(dict[Kind, Served]):
-    """What serves which kind of call in one mode. A kind's rules are gone through once, and their answer is kept.
+class Routes(dict[CallKey, BoundHook]):
+    """The hooks that serve one operation in one mode, by call key. The rules are evaluated once for each key.
 
     Attributes:
-        entries: the plan's rules and what serves them, in the order in which they are tried.
+        entries: the decision's rules with their hooks, in the order in which they are tried.
     """
 
-    # What no rule takes.
-    _otherwise: Served | None = None
+    # Serves the calls that no rule takes.
+    _default: BoundHook | None = None
 
-    def __init__(self, entries: Mapping[Key, tuple[tuple[Rule, Served], ...]]) -> None:
+    def __init__(self, entries: Mapping[DeviceDtype, tuple[tuple[Rule, BoundHook], ...]]) -> None:
         super().__init__()
         self.entries = entries
 
-    def find(self, kind: Kind) -> Served | None:
-        """What serves a kind that `get` doesn't know yet; None for a device or dtype that has no route."""
-        message = self._message(kind)
-        # An empty tensor is nobody's: the handle answers it.
-        entries = self.entries.get(kind[:2], ()) if message[0] else ()
-        served = next((served for rule, served in entries if rule.takes(*message)), self._otherwise)
-        if served is not None:
-            if len(self) >= _MOST_KINDS:
+    def find(self, key: CallKey) -> BoundHook | None:
+        """Evaluate the rules for a key that `get` doesn't hold, and keep the result; None if it has no route."""
+        arguments = self._rule_arguments(key)
+        # No backend serves an empty tensor: the handle returns its sum at once.
+        entries = self.entries.get(key[:2], ()) if arguments[0] else ()
+        bound = next((bound for rule, bound in entries if rule.takes(*arguments)), self._default)
+        if bound is not None:
+            if len(self) >= _MAX_CALL_KEYS:
                 self.clear()
-            self[kind] = served
-        return served
+            self[key] = bound
+        return bound
 
     @staticmethod
-    def _message(kind: Kind) -> tuple[int, ...]:
-        """A kind as `Rule.takes` has it."""
-        return kind[2:]
+    def _rule_arguments(key: CallKey) -> tuple[int, ...]:
+        """Return the arguments of `Rule.takes` for this key, the bytes first."""
+        return key[2:]
 
 
 class FusedRoutes(Routes):
-    """The same of fused calls; what no backend takes is composed."""
+    """The hooks that serve fused calls in one mode; a call that no backend covers is composed."""
 
-    _otherwise = COMPOSED
+    _default = COMPOSED
 
     @staticmethod
-    def _message(kind: Kind) -> tuple[int, ...]:
-        _, dtype, (num_tokens, hidden_size) = kind
+    def _rule_arguments(key: CallKey) -> tuple[int, ...]:
+        _, dtype, (num_tokens, hidden_size) = key
         return num_tokens * hidden_size * dtype.itemsize, num_tokens, hidden_size
 
 
-class Recording:
-    """Routes for calls inside `comm.capture()`: a warm-up there takes the eager one, a captured call the graph's.
+class CaptureRoutes:
+    """The routes inside `comm.capture()`: eager ones for a warm-up, the graph's for a call that a stream captures.
 
-    Asking the stream costs 0.3 us or more, which calls outside don't pay.
+    Querying the stream costs at least 0.3 us, so calls outside `comm.capture()` don't query it.
 
     Args:
-        eager, graph: the routes.
+        eager, graph: the routes of each mode.
     """
 
     def __init__(self, eager: Routes, graph: Routes) -> None:
         self._eager = eager
-        # Only CUDA tensors have routes for graphs.
         self._graph = graph
 
-    def get(self, kind: Kind) -> Served | None:
-        """What serves this kind while the current stream does what it does; None: not known yet."""
-        return self._routes(kind).get(kind)
+    def get(self, key: CallKey) -> BoundHook | None:
+        """Return the hook for this key if the current stream's mode already holds it, else None."""
+        return self._routes(key).get(key)
 
-    def find(self, kind: Kind) -> Served | None:
-        """As `Routes.find`."""
-        return self._routes(kind).find(kind)
+    def find(self, key: CallKey) -> BoundHook | None:
+        """Call `Routes.find` in the current stream's mode."""
+        return self._routes(key).find(key)
 
-    def _routes(self, kind: Kind) -> Routes:
-        return self._graph if capturing() and kind[:2] in self._graph.entries else self._eager
+    def _routes(self, key: CallKey) -> Routes:
+        # CPU tensors have no routes for graphs: they stay eager while a stream captures.
+        return self._graph if capturing() and key[:2] in self._graph.entries else self._eager
 
 
 @dataclasses.dataclass(frozen=True)
-class Tables:
+class ModeRoutes:
     """The routes of one mode.
 
     Attributes:
-        plain: of `all_reduce`.
-        fused: of `all_reduce_add_rms_norm`.
+        all_reduce: the routes of `all_reduce`.
+        fused: the routes of `all_reduce_add_rms_norm`.
     """
 
-    plain: Routes
+    all_reduce: Routes
     fused: FusedRoutes
 
 
@@ -140,28 +140,29 @@ def bind(
     devices: Mapping[str, torch.device],
     terminal: tuple[Callable[..., torch.Tensor], Any],
     sessions: Mapping[str, Session],
-) -> Tables:
-    """The tables of one mode.
+) -> ModeRoutes:
+    """Bind the decision's routes of one mode to hooks and sessions.
 
     Args:
-        decision: the group's plan.
+        decision: the group's decision.
         mode: "eager" or "graph".
-        devices: by device type.
-        terminal: the function of the terminal fallback and its session.
-        sessions: by backend.
+        devices: the group's devices by device type.
+        terminal: the function of the terminal fallback, and its first argument.
+        sessions: the connected sessions by backend.
     """
-    found: dict[str, dict[Key, tuple[tuple[Rule, Served], ...]]] = {"all_reduce": {}, "all_reduce_add_rms_norm": {}}
+    entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, BoundHook], ...]]]
+    entries = {"all_reduce": {}, "all_reduce_add_rms_norm": {}}
 
-    def serving(backend: str, op: str) -> Served:
+    def bound_hook(backend: str, op: str) -> BoundHook:
         if backend == TERMINAL:
-            return Served(*terminal, TERMINAL) if op == "all_reduce" else COMPOSED
+            return (*terminal, TERMINAL, False) if op == "all_reduce" else COMPOSED
         session = sessions[backend]
         checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
-        return Served(session.plugin.hooks[op], session.value, backend, checks_operands)
+        return session.plugin.hooks[op], session.value, backend, checks_operands
 
     for route in decision.routes:
         if route.mode == mode:
             device = devices[route.device_type]
             key = (-1 if device.type == "cpu" else device.index, _TORCH_DTYPES[route.dtype])
-            found[route.op][key] = tuple((rule, serving(rule.backend, route.op)) for rule in route.rules)
-    return Tables(Routes(found["all_reduce"]), FusedRoutes(found["all_reduce_add_rms_norm"]))
+            entries[route.op][key] = tuple((rule, bound_hook(rule.backend, route.op)) for rule in route.rules)
+    return ModeRoutes(Routes(entries["all_reduce"]), FusedRoutes(entries["all_reduce_add_rms_norm"]))

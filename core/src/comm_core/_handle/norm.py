@@ -1,7 +1,7 @@
-"""The residual's add and the RMSNorm in a kernel, for CUDA tensors where Triton is there; see `comm_core.fallback`.
+"""The Triton kernel behind `comm_core.fallback.add_rms_norm`: compiled once a process, launched on CUDA tensors.
 
-FlashInfer's `fused_add_rmsnorm` rounds as this does, but works in place alone, in half precisions, with a weight's
-offset of 0 or 1: it would need copies elsewhere. `benchmarks/add_rms_norm.py` times both.
+FlashInfer's `fused_add_rmsnorm` rounds alike, but works only in place, in half precisions, and with a weight offset of
+0 or 1; every other call would need copies. `benchmarks/add_rms_norm.py` times both.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import torch
 
 from comm_core._control.deadline import describe
 from comm_core._control.guard import refuse_capture
-from comm_core._handle.operands import delivered, disjoint, plain, plain_copy
+from comm_core._handle.operands import copy_to_out, disjoint, is_kernel_ready, to_kernel_ready
 
 __all__ = ["add_rms_norm", "prepare"]
 
 _log = logging.getLogger("comm_core")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Key = tuple[torch.device, torch.dtype, int]
-# (num_tokens, tensor, residual, weight, normed, summed, eps, weight_offset); a text says why there is none.
+# Takes (num_tokens, tensor, residual, weight, normed, summed, eps, weight_offset).
 _Launch = Callable[..., None]
+# A text is the reason why the kernel can't be compiled.
 _kernels: dict[_Key, _Launch | str] = {}
 _lock = threading.Lock()
 
@@ -30,19 +31,19 @@ _lock = threading.Lock()
 def prepare(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str:
     """Compile the kernel for rows of `hidden_size` elements of `dtype`, once a process. Local.
 
-    A call compiles by itself where that wasn't done, but not while a stream captures: that records torch's own kernels,
-    which are slower.
+    Otherwise the first call outside a capture compiles it. A capture before that records torch's own kernels, which are
+    slower.
 
     Args:
-        device: of the tensors.
-        dtype: of the tensors.
+        device: the device of the tensors.
+        dtype: the dtype of the tensors.
         hidden_size: elements a row.
 
     Returns:
-        "" where it is ready; else why torch's own kernels are used, one sentence without a full stop.
+        "" if the kernel is ready; else the reason why torch's own kernels are used, one sentence without a full stop.
 
     Raises:
-        CaptureError: nothing is ready yet, and the current stream captures.
+        CaptureError: the kernel isn't compiled yet, and the current stream captures.
     """
     if device.type != "cuda" or dtype not in _DTYPES or hidden_size < 1:
         return f"there is no kernel for {dtype} rows of {hidden_size} on {device.type}"
@@ -70,7 +71,7 @@ def add_rms_norm(
     out: torch.Tensor | None,
     residual_out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`comm_core.fallback.add_rms_norm` of CUDA tensors by one kernel; None, and nothing done, where there is none."""
+    """Compute `comm_core.fallback.add_rms_norm` with one kernel; return None, with nothing done, if it can't serve."""
     num_tokens, hidden_size = tensor.shape
     kernel = _kernels.get((tensor.device, tensor.dtype, hidden_size))
     if kernel is None:
@@ -81,43 +82,46 @@ def add_rms_norm(
     if kernel is None or isinstance(kernel, str) or not num_tokens:
         return None
     if not residual.device == weight.device == tensor.device:
-        return None  # torch says what is wrong
+        return None  # torch's own kernels then raise the error
     inputs = (tensor, residual, weight)
-    if not all(map(plain, inputs)):
-        # Not torch's kernels instead: those of two ranks would round differently.
+    if not all(map(is_kernel_ready, inputs)):
+        # Copies, because torch's kernels round differently, and other ranks' tensors may need no copy.
         with torch.no_grad():
-            inputs = tuple(plain_copy(item) for item in inputs)  # type: ignore[assignment]
-    normed = out if out is not None and _direct(out, inputs) else torch.empty_like(inputs[0])
+            inputs = tuple(to_kernel_ready(item) for item in inputs)  # type: ignore[assignment]
+    normed = out if out is not None and _is_writable(out, inputs) else torch.empty_like(inputs[0])
     summed = residual_out
-    if summed is None or not _direct(summed, inputs) or not disjoint(normed, summed):
+    if summed is None or not _is_writable(summed, inputs) or not disjoint(normed, summed):
         summed = torch.empty_like(inputs[0])
     if torch.cuda.current_device() == tensor.device.index:
         kernel(num_tokens, *inputs, normed, summed, float(eps), float(weight_offset))
     else:
         with torch.cuda.device(tensor.device):
             kernel(num_tokens, *inputs, normed, summed, float(eps), float(weight_offset))
-    return delivered(normed, out), delivered(summed, residual_out)
+    return copy_to_out(normed, out), copy_to_out(summed, residual_out)
 
 
 def _compile(device: torch.device, dtype: torch.dtype, hidden_size: int) -> _Launch | str:
-    """The kernel, or why there is none; says so in the log, once for each reason."""
+    """Compile the kernel; on failure log the reason once, and return it."""
     try:
         from comm_core._handle import norm_triton
 
         with torch.cuda.device(device):
-            return norm_triton.compiled(dtype, hidden_size)
-    except Exception as error:  # noqa: BLE001 - Triton's border: it drives compilers, and any failure has a way out
+            return norm_triton.compile_kernel(dtype, hidden_size)
+    except Exception as error:  # noqa: BLE001 - Triton runs compilers that fail in any way; torch's kernels serve instead
         reason = f"Triton can't be used: {describe(error)}"
         if reason not in _kernels.values():
-            _log.warning("comm_core: the composed norm takes several kernels instead of one: %s", reason)
+            _log.warning("comm_core: the composed norm runs as several torch kernels, which is slower: %s", reason)
         return reason
 
 
-def _direct(target: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> bool:
-    """Whether the kernel may write to `target`: over a whole input that is like it, or apart from all."""
-    *alike, weight = inputs
+def _is_writable(target: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Return whether the kernel may write to `target`.
+
+    It must be disjoint from the weight, and share with each other input either all of its memory or none.
+    """
+    *same_shape, weight = inputs
     return (
-        plain(target)
+        is_kernel_ready(target)
         and disjoint(target, weight)
-        and all(target.data_ptr() == other.data_ptr() or disjoint(target, other) for other in alike)
+        and all(target.data_ptr() == other.data_ptr() or disjoint(target, other) for other in same_shape)
     )

@@ -1,7 +1,8 @@
-"""The kernel of the composed operation: the residual's add and the RMSNorm, one program a row. Imports Triton.
+"""A Triton kernel that adds the residual and applies RMSNorm, one program a row. Imports Triton.
 
-`comm_core.norm` imports it where it is needed. `JITFunction.warmup` compiles ahead, and what it returns launches
-without a look at its arguments' types, which is most of what a launch costs (as in Triton's tutorial on softmax).
+`norm.py` imports this module at the first use. `JITFunction.warmup` compiles ahead of time, and the kernel that it
+returns launches without inspecting its arguments' types, which is most of a launch's cost (as in Triton's tutorial on
+softmax).
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import triton.language as tl
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["add_rms_norm_kernel", "compiled", "launch_shape"]
+__all__ = ["add_rms_norm_kernel", "compile_kernel", "launch_shape"]
 
-# Elements of a row that a program holds at once, 32 a thread: twice as many spill registers in float32 (ptxas, 9.0).
-_MOST_HELD = 16384
-# Elements that a thread holds, where the row is short enough: 16 bytes of a half precision, one access.
-_A_THREAD = 8
-_MOST_WARPS = 16
+# Elements of a row that a program holds at once, 32 a thread: with 64, float32 spills registers (ptxas, sm_90).
+_MAX_BLOCK = 16384
+# Elements that a thread holds if the row is short enough: 16 bytes in half precision, one access.
+_ELEMENTS_PER_THREAD = 8
+_MAX_WARPS = 16
 
 
 def launch_shape(hidden_size: int) -> tuple[int, int]:
-    """(elements that a program holds at once, warps of a program) for rows of `hidden_size` elements."""
-    block = min(triton.next_power_of_2(hidden_size), _MOST_HELD)
-    return block, min(max(block // (32 * _A_THREAD), 1), _MOST_WARPS)
+    """Return (elements that a program holds at once, warps of a program) for rows of `hidden_size` elements."""
+    block = min(triton.next_power_of_2(hidden_size), _MAX_BLOCK)
+    return block, min(max(block // (32 * _ELEMENTS_PER_THREAD), 1), _MAX_WARPS)
 
 
 def _add_rms_norm(
@@ -38,10 +39,10 @@ def _add_rms_norm(
     summed: tl.tensor,
     eps: tl.tensor,
     weight_offset: tl.tensor,
-    HIDDEN: tl.constexpr,  # noqa: N803 - Triton's way to write a constant
+    HIDDEN: tl.constexpr,  # noqa: N803 - Triton's convention for constants
     BLOCK: tl.constexpr,  # noqa: N803
 ) -> None:
-    # The outputs may be the inputs: a program writes to no element that it, or another one, still has to read.
+    # The outputs may be the inputs: a program reads and writes only its own row, and no element after writing it.
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     columns = tl.arange(0, BLOCK)
     if HIDDEN <= BLOCK:
@@ -69,31 +70,32 @@ def _add_rms_norm(
             tl.store(normed + row + start + columns, sums * scale * gain, mask=inside)
 
 
-#: (tensor, residual, weight, normed, summed, eps, weight_offset, HIDDEN, BLOCK): contiguous `[num_tokens, HIDDEN]` of
-#: one dtype, the weight `[HIDDEN]`; a grid of `num_tokens` programs.
+#: Takes (tensor, residual, weight, normed, summed, eps, weight_offset, HIDDEN, BLOCK): contiguous tensors
+#: `[num_tokens, HIDDEN]` of one dtype, the weight `[HIDDEN]`. The grid has `num_tokens` programs.
 add_rms_norm_kernel: Any = triton.jit(_add_rms_norm)
 
 
-def compiled(dtype: torch.dtype, hidden_size: int, num_warps: int = 0) -> Callable[..., None]:
-    """Compile for the current device and load.
+def compile_kernel(dtype: torch.dtype, hidden_size: int, num_warps: int = 0) -> Callable[..., None]:
+    """Compile the kernel for the current device and load it.
 
     Args:
         dtype: float32, float16 or bfloat16.
         hidden_size: elements a row.
-        num_warps: of a program, 0 for what `launch_shape` says; for comparisons.
+        num_warps: warps of a program, for benchmarks; 0 means the number that `launch_shape` returns.
 
     Returns:
-        (num_tokens, tensor, residual, weight, normed, summed, eps, weight_offset) launches on the current device and
-        stream. The tensors are contiguous and aligned to 16 bytes, the last two floats.
+        A function of (num_tokens, tensor, residual, weight, normed, summed, eps, weight_offset) that launches the
+        kernel on the current device and stream. The tensors are contiguous and aligned to 16 bytes, the last two
+        arguments floats.
 
     Raises:
-        Exception: whatever Triton raises, such as RuntimeError where it finds no C compiler.
+        Exception: Triton failed, for example with a RuntimeError because it finds no C compiler.
     """
     block, warps = launch_shape(hidden_size)
     kernel = add_rms_norm_kernel.warmup(
         *(dtype,) * 5, 1e-6, 0.0, HIDDEN=hidden_size, BLOCK=block, num_warps=num_warps or warps, grid=(1,)
     )
-    kernel[1, 1, 1]  # a launch would load it into the device; this does it now
+    kernel[1, 1, 1]  # loads the kernel into the device, which the first launch would do otherwise
 
     def launch(num_tokens: int, *arguments: Any) -> None:
         kernel[(num_tokens, 1, 1)](*arguments, hidden_size, block)

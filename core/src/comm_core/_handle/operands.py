@@ -1,4 +1,4 @@
-"""Where tensors lie in memory: what kernels can take, and what they may write to."""
+"""The memory of tensors: which of them kernels can read and write directly, and copies of the others."""
 
 from __future__ import annotations
 
@@ -9,101 +9,119 @@ import torch
 if TYPE_CHECKING:
     Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
-__all__ = ["OWN", "delivered", "disjoint", "has_memory", "operands", "plain", "plain_copy"]
+__all__ = [
+    "TENSOR_TYPES",
+    "copy_to_out",
+    "disjoint",
+    "has_memory",
+    "is_kernel_ready",
+    "stage_operands",
+    "to_kernel_ready",
+]
 
-#: What is a tensor itself. Other classes may wrap one, and then an address tells nothing.
-OWN: frozenset[type] = frozenset((torch.Tensor, torch.nn.Parameter))
+#: The classes that aren't wrappers. Any other subclass may wrap a tensor, and its address then says nothing.
+TENSOR_TYPES: frozenset[type] = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's address is one: the storage of wrappers, and one that was given back, begins at 0.
+    """Return whether the tensor's address points to memory.
 
-    A view of such a tensor is so many bytes behind that.
+    The storage of a wrapper, or of a tensor whose memory was freed, starts at address 0; a view of it lies at its own
+    offset from 0.
     """
     return tensor.data_ptr() != tensor.storage_offset() * tensor.itemsize
 
 
-def plain(tensor: torch.Tensor) -> bool:
-    """Whether a kernel can take the tensor as it is: contiguous, aligned to 16 bytes, at an address of its own."""
+def is_kernel_ready(tensor: torch.Tensor) -> bool:
+    """Return whether kernels can take the tensor: contiguous, aligned to 16 bytes, with memory."""
     address = tensor.data_ptr()
     if address & 15 or not address or not tensor.is_contiguous():
         return False
-    return tensor.__class__ in OWN or has_memory(tensor)
+    return tensor.__class__ in TENSOR_TYPES or has_memory(tensor)
 
 
-def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where kernels can take it, else a contiguous copy aligned to 16 bytes.
+def to_kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor itself if kernels can take it, else a contiguous copy aligned to 16 bytes.
 
     Raises:
-        TypeError: the tensor, which isn't empty, has no memory, such as a `FakeTensor` or a `DTensor`, or has given it
-            back.
+        TypeError: the tensor isn't empty and has no memory: a `FakeTensor`, a `DTensor`, or a tensor whose memory was
+            freed.
     """
     tensor = tensor.contiguous()
     if has_memory(tensor) and not tensor.data_ptr() & 15:
         return tensor
-    # A wrapper has no memory, but the clone of some is what they wrap. Memory that was given back can't be cloned.
+    # Some wrappers clone to the tensor that they wrap. Freed memory can't be cloned.
     copy = tensor.clone() if tensor.untyped_storage().nbytes() else tensor
     if not has_memory(copy):
-        raise TypeError(f"this {type(tensor).__name__} has no memory that could be summed: pass what it stands for")
+        raise TypeError(
+            f"this {type(tensor).__name__} has no memory, so it can't be reduced: it wraps another tensor, or its "
+            "storage was freed. Pass a tensor with memory, such as the wrapped one"
+        )
     return copy
 
 
 def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two contiguous tensors share no memory."""
+    """Return whether two contiguous tensors share no memory."""
     first, second = one.data_ptr(), other.data_ptr()
     return first + one.nbytes <= second or second + other.nbytes <= first
 
 
-def delivered(result: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """The result where it was asked for; nothing is differentiated, also where `out` is a parameter."""
+def copy_to_out(result: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Copy the result to `out` and return `out`; return the result if it is `out`, or `out` is None."""
     if out is None or result is out:
         return result
-    with torch.no_grad():
+    with torch.no_grad():  # `out` may be a parameter
         return out.copy_(result)
 
 
-def operands(
+def stage_operands(
     tensor: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
     out: torch.Tensor | None,
     residual_out: torch.Tensor | None,
 ) -> Operands:
-    """A fused call's tensors as its hook takes them: copies of what kernels can't take, None where they can't write.
+    """Return a fused call's operands in the form that its hook requires.
 
-    An output is written to directly where it is its input, `tensor` or `residual`, or apart from it, and apart from the
-    two others.
+    An input that kernels can't read is copied. An output that a hook can't write becomes None: a hook writes directly
+    to an output that is its own input (`tensor` or `residual`) or disjoint from it, and disjoint from the other two.
 
     Raises:
-        ValueError: both outputs could be written to directly, and share memory.
+        ValueError: a hook could write to both outputs, but they share memory.
     """
     if weight.requires_grad:
-        # A parameter is one even where gradients are off, and some bindings refuse tensors that want one.
+        # A parameter requires gradients even under `no_grad`, and some bindings refuse such tensors.
         weight = weight.detach()
     x, r, w = tensor.data_ptr(), residual.data_ptr(), weight.data_ptr()
     if (
         (x | r | w) & 15
         or not (x and r and w)
-        or not (tensor.__class__ in OWN and residual.__class__ in OWN and weight.__class__ in OWN)
+        or not (
+            tensor.__class__ in TENSOR_TYPES and residual.__class__ in TENSOR_TYPES and weight.__class__ in TENSOR_TYPES
+        )
         or not (tensor.is_contiguous() and residual.is_contiguous() and weight.is_contiguous())
     ):
-        tensor, residual, weight = plain_copy(tensor), plain_copy(residual), plain_copy(weight)
+        tensor, residual, weight = to_kernel_ready(tensor), to_kernel_ready(residual), to_kernel_ready(weight)
     elif out is None and residual_out is None:
         return tensor, residual, weight, None, None
-    elif out is None and residual_out is residual:  # what models do, so it is to be quick
+    elif out is None and residual_out is residual:  # the common call of models, so it takes a fast path
         nbytes = tensor.nbytes
         if (x + nbytes <= r or r + nbytes <= x) and (w + weight.nbytes <= r or r + nbytes <= w):
             return tensor, residual, weight, None, residual
-    y, s = _direct(out, tensor, (residual, weight)), _direct(residual_out, residual, (tensor, weight))
+    y, s = _if_writable(out, tensor, (residual, weight)), _if_writable(residual_out, residual, (tensor, weight))
     if y is not None and s is not None and not disjoint(y, s):
-        raise ValueError("out and residual_out share memory, and two results go there")
+        raise ValueError(
+            "out and residual_out share memory, but the call writes a different result to each; pass disjoint tensors"
+        )
     return tensor, residual, weight, y, s
 
 
-def _direct(out: torch.Tensor | None, itself: torch.Tensor, others: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-    """`out` where a hook may write to it: it is `itself` or apart from it, and apart from the others."""
-    if out is None or not plain(out):
+def _if_writable(
+    out: torch.Tensor | None, own_input: torch.Tensor, others: tuple[torch.Tensor, ...]
+) -> torch.Tensor | None:
+    """Return `out` if a hook may write to it directly, else None; see `stage_operands`."""
+    if out is None or not is_kernel_ready(out):
         return None
-    if out is not itself and not disjoint(itself, out):
+    if out is not own_input and not disjoint(own_input, out):
         return None
     return out if all(disjoint(other, out) for other in others) else None

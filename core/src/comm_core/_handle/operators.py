@@ -1,4 +1,4 @@
-"""The handles' calls as torch operators, for code that torch.compile traces: `torch.ops.comm_core`.
+"""The operators `torch.ops.comm_core`: the handles' calls for code that torch.compile traces.
 
 all_reduce(tensor, group_name) -> Tensor
 all_reduce_(tensor, group_name) -> ()                        in place
@@ -6,10 +6,12 @@ all_reduce_out(tensor, out, group_name) -> ()
 all_reduce_add_rms_norm(tensor, residual, weight, group_name, eps, weight_offset) -> (Tensor, Tensor)
 all_reduce_add_rms_norm_out(tensor, residual, weight, out, residual_out, group_name, eps, weight_offset) -> ()
 
-An operator finds the handle by the process group's `group_name`; "" is the world. What writes returns nothing, since
-torch.compile takes no operator of others' making that returns what it writes. Nothing is differentiated.
+An operator finds the handle by the process group's `group_name`; "" is the world. Operators that write to an argument
+return nothing, because torch.compile accepts no custom operator that returns an argument it mutates. Results carry no
+gradient.
 
-Defined with `torch.library.Library`: `torch.library.custom_op` puts layers of Python around each call, 9 us against 2.
+The operators are defined with `torch.library.Library`: a call costs 2 us, against 9 us for `torch.library.custom_op`,
+which adds layers of Python.
 """
 
 from __future__ import annotations
@@ -26,29 +28,29 @@ __all__ = ["register", "unregister"]
 
 
 class _Handles(dict[str, Backend]):
-    """The handles of this process by group name. Any thread may look one up: torch.compile brings its own."""
+    """The handles of this process by group name. Any thread may look one up: torch.compile uses threads of its own."""
 
     def __missing__(self, group_name: str) -> NoReturn:
         title = f"group {group_name!r}" if group_name else "the world"
         raise CommError(
-            f"torch.ops.comm_core: {title} has no handle in this process, or its handle was closed; there are handles "
-            f"of {sorted(self)}. Call comm.get_backend(group) on all its ranks before, and pass group.group_name"
+            f"torch.ops.comm_core: {title} has no handle in this process, or its handle was closed; handles exist "
+            f"for {sorted(self)}. Call comm.get_backend(group) on all its ranks first, and pass group.group_name"
         )
 
 
 _handles = _Handles()
 
-_FORMULA = "str group_name='', float eps=1e-6, float weight_offset=0.0"
+_COMMON_ARGUMENTS = "str group_name='', float eps=1e-6, float weight_offset=0.0"
 
 
 def register(names: tuple[str, ...], backend: Backend) -> None:
-    """Let the operators find a handle under these names."""
+    """Register a handle under these group names."""
     for name in names:
         _handles[name] = backend
 
 
 def unregister(backend: Backend) -> None:
-    """Let no operator find this handle any more."""
+    """Remove a handle from the registry, under every name."""
     for name, handle in _handles.copy().items():
         if handle is backend:
             _handles.pop(name, None)
@@ -63,7 +65,7 @@ def _all_reduce_(tensor: torch.Tensor, group_name: str = "") -> None:
 
 
 def _all_reduce_out(tensor: torch.Tensor, out: torch.Tensor, group_name: str = "") -> None:
-    _handles[group_name].all_reduce(tensor, _itself(tensor, out))
+    _handles[group_name].all_reduce(tensor, _canonical_out(tensor, out))
 
 
 def _fused(
@@ -93,35 +95,36 @@ def _fused_out(
         weight,
         eps,
         weight_offset,
-        out=_itself(tensor, out),
-        residual_out=_itself(residual, residual_out),
+        out=_canonical_out(tensor, out),
+        residual_out=_canonical_out(residual, residual_out),
     )
 
 
-def _itself(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`tensor` where `out` is the same memory seen alike: compiled code passes two objects where the caller had one.
+def _canonical_out(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` if `out` has the same memory, shape and strides, else `out`.
 
-    The handle takes the one object for in place, and would stage the other through a copy.
+    Compiled code may pass two tensor objects for the caller's one. The handle recognises an in-place call by identity,
+    and would otherwise stage `out` through a copy.
     """
     same = (
         tensor.layout is out.layout is torch.strided
         and out.dtype == tensor.dtype
-        and not tensor.is_complex()  # a tensor and its conjugate are one memory, too
+        and not tensor.is_complex()  # a tensor and its conjugate view also share memory
         and out.is_set_to(tensor)
     )
     return tensor if same else out
 
 
-def _like(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> torch.Tensor:
+def _empty_contiguous(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _fake_fused(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _like(tensor), _like(tensor)
+    return _empty_contiguous(tensor), _empty_contiguous(tensor)
 
 
-def _fake_nothing(*_rest: Any, **_named: Any) -> None:
-    """What only writes has no result."""
+def _fake_none(*_rest: Any, **_named: Any) -> None:
+    """Trace an operator that only writes to its arguments."""
 
 
 _library = cast("Any", torch.library.Library)("comm_core", "DEF")
@@ -129,33 +132,33 @@ _library = cast("Any", torch.library.Library)("comm_core", "DEF")
 
 def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
-    # Strides as traced: Inductor pads rows where it may, and a padded input would be staged through a copy.
+    # Keep the traced strides: Inductor pads rows otherwise, and a padded input would be staged through a copy.
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _library.define(schema, tags=tags)
     _library.impl(name, function, "CompositeExplicitAutograd")
-    # Without it, torch would give the results a gradient that warns once it is used; a handle's have none.
+    # Without this kernel torch would attach a gradient function that warns when used; results carry no gradient.
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"comm_core::{name}", fake, lib=_library)
 
 
-_define("all_reduce(Tensor tensor, str group_name='') -> Tensor", _all_reduce, _like)
-_define("all_reduce_(Tensor(a!) tensor, str group_name='') -> ()", _all_reduce_, _fake_nothing)
-_define("all_reduce_out(Tensor tensor, Tensor(a!) out, str group_name='') -> ()", _all_reduce_out, _fake_nothing)
+_define("all_reduce(Tensor tensor, str group_name='') -> Tensor", _all_reduce, _empty_contiguous)
+_define("all_reduce_(Tensor(a!) tensor, str group_name='') -> ()", _all_reduce_, _fake_none)
+_define("all_reduce_out(Tensor tensor, Tensor(a!) out, str group_name='') -> ()", _all_reduce_out, _fake_none)
 _define(
-    f"all_reduce_add_rms_norm(Tensor tensor, Tensor residual, Tensor weight, {_FORMULA}) -> (Tensor, Tensor)",
+    f"all_reduce_add_rms_norm(Tensor tensor, Tensor residual, Tensor weight, {_COMMON_ARGUMENTS}) -> (Tensor, Tensor)",
     _fused,
     _fake_fused,
 )
 _define(
     "all_reduce_add_rms_norm_out(Tensor tensor, Tensor residual, Tensor weight, Tensor(a!) out, "
-    f"Tensor(b!) residual_out, {_FORMULA}) -> ()",
+    f"Tensor(b!) residual_out, {_COMMON_ARGUMENTS}) -> ()",
     _fused_out,
-    _fake_nothing,
+    _fake_none,
 )
 
 
 def _traced_all_reduce(self: Backend, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`Backend.all_reduce` as torch.compile traces it."""
+    """Replace `Backend.all_reduce` in code that torch.compile traces."""
     if out is None:
         result: torch.Tensor = torch.ops.comm_core.all_reduce(tensor, self.group_name)
         return result
@@ -177,21 +180,21 @@ def _traced_fused(
     out: torch.Tensor | None = None,
     residual_out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Backend.all_reduce_add_rms_norm` as torch.compile traces it."""
+    """Replace `Backend.all_reduce_add_rms_norm` in code that torch.compile traces."""
     if out is None and residual_out is None:
         pair: tuple[torch.Tensor, torch.Tensor] = torch.ops.comm_core.all_reduce_add_rms_norm(
             tensor, residual, weight, self.group_name, eps, weight_offset
         )
         return pair
-    out = _like(tensor) if out is None else out
-    residual_out = _like(residual) if residual_out is None else residual_out
+    out = _empty_contiguous(tensor) if out is None else out
+    residual_out = _empty_contiguous(residual) if residual_out is None else residual_out
     torch.ops.comm_core.all_reduce_add_rms_norm_out(
         tensor, residual, weight, out, residual_out, self.group_name, eps, weight_offset
     )
     return out, residual_out
 
 
-# torch.compile traces this attribute of a function in the function's place; a question asked in the function itself
-# would cost each eager call. A torch that ignored it would break the graph at a handle's call, and go on.
+# torch.compile traces the function in this attribute instead of the method; a check inside the method would cost every
+# eager call. A torch version that ignores the attribute breaks the graph at the call, and still gives right results.
 Backend.all_reduce._torchdynamo_inline = _traced_all_reduce  # type: ignore[attr-defined]  # noqa: SLF001
 Backend.all_reduce_add_rms_norm._torchdynamo_inline = _traced_fused  # type: ignore[attr-defined]  # noqa: SLF001

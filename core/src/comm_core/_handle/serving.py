@@ -1,4 +1,4 @@
-"""The plan that a handle serves by: core changes it, and the handle reads it in each call."""
+"""The state that a handle reads in each call: the decision, its routes and sessions. Only core changes it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._handle import norm
-from comm_core._handle.lookup import FusedRoutes, Recording, Routes, Tables, bind
+from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, Routes, bind
 from comm_core.types import Decision
 
 if TYPE_CHECKING:
@@ -20,19 +20,21 @@ __all__ = ["Serving"]
 
 
 class Serving:
-    """A group's plan, bound to the sessions that serve it.
+    """A group's current decision, bound to the sessions that serve it.
 
     Attributes:
-        topology: the group.
-        title: names it.
-        device: where its main tensors live.
-        devices: where its tensors may live.
-        decision: what the ranks agreed on.
-        sessions: the connected backends, by name; none once the handle doesn't serve any more.
-        all_sessions: also those that a later plan leaves out: graphs captured before may still be replayed on them.
-        failure: why every call raises; None while the handle serves.
-        plain: the routes that `all_reduce` takes now.
-        fused: the routes that `all_reduce_add_rms_norm` takes now.
+        topology: the group's topology.
+        title: the group's name in texts.
+        device: the device of the group's main tensors.
+        devices: every device that the group serves tensors on.
+        decision: the current decision.
+        sessions: the connected sessions by backend; empty once the handle refuses calls.
+        all_sessions: `sessions`, and those that a later decision left out: graphs captured earlier may still replay
+            on them.
+        failure: the reason why every call raises; None while the handle serves calls.
+        eager: the routes outside captures.
+        all_reduce_routes: the routes of `all_reduce` in use.
+        fused_routes: the routes of `all_reduce_add_rms_norm` in use.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Serving:
         terminal: tuple[Callable[..., torch.Tensor], Any],
         sessions: Mapping[str, Session],
     ) -> None:
-        """Args: the attributes of these names; the terminal fallback's function and its session."""
+        """Serve by `decision`; `terminal` is the function of the terminal fallback, and its first argument."""
         self.topology = topology
         self.title = title
         self.device = device
@@ -53,16 +55,16 @@ class Serving:
         self.failure: str | None = None
         self._terminal = terminal
         self._graphs = False
-        self.plain: Routes | Recording
-        self.fused: Routes | Recording
+        self.all_reduce_routes: Routes | CaptureRoutes
+        self.fused_routes: Routes | CaptureRoutes
         self.adopt(decision, sessions)
 
     def adopt(self, decision: Decision, sessions: Mapping[str, Session]) -> None:
-        """Serve by this plan from now on.
+        """Serve by this decision from now on.
 
         Args:
-            decision: what the ranks agreed on.
-            sessions: the backends that it names, and maybe others, by name.
+            decision: the new decision of the group.
+            sessions: sessions by backend, at least those that the decision names.
         """
         kinds = self.topology.device_types
         devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
@@ -75,16 +77,16 @@ class Serving:
         self.use_graph_routes(self._graphs)
 
     def use_graph_routes(self, on: bool) -> None:
-        """Set whether calls ask the stream if it captures, and take the graphs' routes if it does."""
+        """Set whether calls query their stream, and take the graph's routes while it captures."""
         self._graphs = on
         if self.failure is not None:
             return
         eager, graph = self.eager, self._graph
-        self.plain = Recording(eager.plain, graph.plain) if on else eager.plain
-        self.fused = Recording(eager.fused, graph.fused) if on else eager.fused
+        self.all_reduce_routes = CaptureRoutes(eager.all_reduce, graph.all_reduce) if on else eager.all_reduce
+        self.fused_routes = CaptureRoutes(eager.fused, graph.fused) if on else eager.fused
 
     def warm_up(self, shapes: Shapes) -> None:
-        """Do what can't be captured the first time: NCCL's first call, the norm's kernel. Collective."""
+        """Run the steps that a capture can't contain: NCCL's first call and the norm's compilation. Collective."""
         if self.device.type == "cuda":
             norm.prepare(self.device, shapes.dtype, shapes.hidden_size)
             function, session = self._terminal
@@ -93,6 +95,6 @@ class Serving:
     def retire(self, why: str) -> None:
         """Make every later call raise `CommError(why)`."""
         self.failure = why
-        self.eager = self._graph = Tables(Routes({}), FusedRoutes({}))
+        self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
         self.all_sessions.clear()
-        self.plain, self.fused, self.sessions = self.eager.plain, self.eager.fused, {}
+        self.all_reduce_routes, self.fused_routes, self.sessions = self.eager.all_reduce, self.eager.fused, {}

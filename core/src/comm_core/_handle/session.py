@@ -1,4 +1,4 @@
-"""A backend connected to one group on this rank, and every change of its state."""
+"""Sessions: backends connected to one group on this rank."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ _log = logging.getLogger("comm_core")
 
 @dataclasses.dataclass
 class Session:
-    """What `connect` returned, and what core knows of it. Its methods alone change it.
+    """The object that `connect` returned, with core's state about it. Only its methods change that state.
 
     Attributes:
-        plugin: the backend.
-        value: what its `connect` returned, the first argument of every other hook.
-        channel: its `context.control`.
-        checks_operands: whether its fused hook takes operands that core hasn't validated.
-        memory_nbytes: what it took of the group's budget, the most of all ranks.
-        tested: the admission cases that it passed or failed.
-        wrong: why kinds of message were dropped in its admission, with the group rank that said so, None for all.
-        in_use: whether a handle has served by it. Then it is closed with the group and not before: kernels, peers and
-            captured graphs may still use its memory.
-        captures: the number of its next capture that has something to exchange; see _capture.py.
+        plugin: the backend's plugin.
+        value: the object that `connect` returned, the first argument of every later hook.
+        channel: the session's `context.control`.
+        checks_operands: whether the fused hook accepts operands that core hasn't validated.
+        memory_nbytes: the session's share of the group's memory budget in bytes, the largest of all ranks.
+        tested: the admission cases that the session has passed or failed.
+        failed_cells: the kinds of message that failed the admission test, each with the reason and the group rank that
+            gave it, None for all ranks.
+        in_use: whether a handle has served calls by this session. Such a session stays open until the group is closed:
+            kernels, peers and captured graphs may still use its memory.
+        capture_number: the number of the session's next capture with something to exchange; see `_group/capture.py`.
     """
 
     plugin: Plugin
@@ -40,62 +41,63 @@ class Session:
     checks_operands: bool = False
     memory_nbytes: int = 0
     tested: set[AdmissionCase] = dataclasses.field(default_factory=set)
-    wrong: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
+    failed_cells: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
     in_use: bool = False
-    captures: int = 0
+    capture_number: int = 0
 
     @property
-    def own_memory_nbytes(self) -> int:
-        """What it says that it holds on this rank, in bytes; 0 where the plugin has no `connect`."""
+    def reported_memory_nbytes(self) -> int:
+        """The memory in bytes that the session reports for this rank; 0 if the plugin has no `connect`."""
         return int(getattr(self.value, "memory_nbytes", 0)) if self.plugin.has("connect") else 0
 
     def count_memory(self, every_rank_nbytes: Iterable[int]) -> None:
-        """Count the largest of the ranks' memory against the group's budget."""
+        """Charge the largest memory of any rank to the group's budget."""
         self.memory_nbytes = max(every_rank_nbytes)
 
     def mark_tested(self, cases: Sequence[AdmissionCase]) -> None:
-        """Don't test these cases again."""
+        """Record that these admission cases have run."""
         self.tested.update(cases)
 
-    def mark_wrong(self, wrong: Mapping[Cell, tuple[str, int | None]]) -> None:
-        """Keep why kinds of message failed their admission."""
-        self.wrong.update(wrong)
+    def mark_failed(self, cells: Mapping[Cell, tuple[str, int | None]]) -> None:
+        """Record the kinds of message that failed the admission test, with the reasons."""
+        self.failed_cells.update(cells)
 
-    def require_new_tests(self) -> None:
-        """Forget every admission test: its buffers may be others now."""
+    def reset_admission(self) -> None:
+        """Require every admission test again, because the session's buffers may have changed."""
         self.tested.clear()
-        self.wrong.clear()
+        self.failed_cells.clear()
 
     def mark_in_use(self) -> None:
-        """Keep it open until the group is closed."""
+        """Keep the session open until the group is closed."""
         self.in_use = True
 
-    def use_up_capture(self) -> None:
-        """Give the next capture another number."""
-        self.captures += 1
+    def advance_capture(self) -> None:
+        """Advance the number of the next capture."""
+        self.capture_number += 1
 
-    def describe_wrong(self) -> str:
-        """The kinds of message that it isn't used for, and why, for people."""
-        (cell, (reason, rank)) = next(iter(self.wrong.items()))
-        kinds = ", ".join(dict.fromkeys(f"{mode} {dtype}" for _, mode, _, dtype in self.wrong))
-        return f"but not for {kinds}: in {cell[0]}{'' if rank is None else f' on rank {rank}'}: {reason}"
+    def describe_failed_cells(self) -> str:
+        """Return the text that reports the kinds of message without this session, and the reason."""
+        (cell, (reason, rank)) = next(iter(self.failed_cells.items()))
+        kinds = ", ".join(dict.fromkeys(f"{mode} {dtype}" for _, mode, _, dtype in self.failed_cells))
+        where = "" if rank is None else f" on rank {rank}"
+        return f"available, except for {kinds}: the admission test of {cell[0]} failed{where}: {reason}"
 
     def close(self, *, orderly: bool) -> None:
-        """Let the plugin give back what the session holds; what it raises is logged."""
+        """Close the session by the plugin's hook; log any exception."""
         close_value(self.plugin, self.value, orderly=orderly)
 
     def release(self) -> None:
-        """Close it, unless it is in use."""
+        """Close the session, unless it is in use."""
         if not self.in_use:
             self.close(orderly=False)
 
 
 def close_value(plugin: Plugin, value: Any, *, orderly: bool) -> None:
-    """Call the plugin's `close` with what its `connect` returned, if it did; what it raises is logged."""
+    """Call the plugin's `close` with the object that its `connect` returned, if any; log any exception."""
     hook = plugin.hooks.get("close")
     if hook is None or value is None or not plugin.has("connect"):
         return
     try:
         hook(value, orderly)
-    except Exception:  # noqa: BLE001 - the plugin boundary: one that can't close must not keep the others open
+    except Exception:  # noqa: BLE001 - the plugin boundary: the other sessions must be closed all the same
         _log.exception("comm_core: backend %r raised in close", plugin.name)

@@ -1,1 +1,1 @@
-"""What follows from the ranks' evidence: pure functions of frozen data."""
+"""Decide a group's candidates and routes from the ranks' evidence: pure functions of frozen data."""

@@ -1,4 +1,4 @@
-"""From the evidence of all ranks to one decision: the same function of the same data on every rank. Pure."""
+"""Decide from the evidence of all ranks: the same function of the same data on every rank. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from comm_core._plan.routes import Cell, Offer, narrow, owners, plan_routes
+from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
 from comm_core.errors import NegotiationError
 from comm_core.topology import RankInfo
 from comm_core.types import OPS, TERMINAL, Available, Candidate, Decision, Range, Unavailable
@@ -21,21 +21,21 @@ __all__ = [
     "encode_answer",
     "initial_slate",
     "merge",
-    "nominate",
     "once_prepared",
+    "screen_candidates",
     "with_explicit_ranges",
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What one rank brings to the negotiation.
+    """The input of one rank to the negotiation.
 
     Attributes:
-        info: what it reported of itself and its host.
-        policy: its arguments and settings, by the name under which a user knows each.
-        failures: why a backend can't be used on this rank (it doesn't load, its `probe` raised), by backend.
-        error: why this rank can't negotiate at all, such as a setting that can't be read.
+        info: the facts about the rank and its host.
+        policy: the rank's arguments and settings, by their names in the documentation.
+        failures: by backend, the reason why this rank can't use it, such as a plugin that doesn't load.
+        error: the reason why this rank can't negotiate at all, such as an unreadable setting; None if it can.
     """
 
     info: RankInfo
@@ -44,7 +44,7 @@ class Evidence:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The evidence as JSON; about 1 KB on a host with 8 GPUs."""
+        """Return the evidence as JSON; about 1 KB on a host with 8 GPUs."""
         return {
             "info": self.info.to_json(),
             "policy": dict(self.policy),
@@ -54,156 +54,163 @@ class Evidence:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
-        """The inverse of `to_json`."""
+        """Return the evidence that `to_json` encoded."""
         return cls(RankInfo.from_json(data["info"]), data["policy"], data["failures"], data["error"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Slate:
-    """The backends of a group while they are tried: who still may serve, and who was dropped and why.
+    """The candidates of a group during its negotiation: offers that may still serve, and dropped candidates.
 
     Attributes:
-        offers: in the order in which they are preferred.
-        dropped: the others.
+        offers: the remaining offers, the most preferred first.
+        dropped: the dropped candidates, with their reasons.
     """
 
     offers: tuple[Offer, ...]
     dropped: tuple[Candidate, ...] = ()
 
     def offer(self, name: str) -> Offer:
-        """The offer of the backend `name`, which still stands."""
+        """Return the remaining offer of the backend `name`."""
         return next(offer for offer in self.offers if offer.name == name)
 
     def without(self, name: str, reason: str, rank: int | None = None) -> Slate:
-        """The slate after the backend `name` failed."""
+        """Return the slate with the backend `name` dropped as failed."""
         offer = self.offer(name)
         failed = Candidate(name, "failed", reason, rank, offer.priority, offer.version)
         return Slate(tuple(o for o in self.offers if o is not offer), (*self.dropped, failed))
 
     def without_cells(
-        self, name: str, wrong: Mapping[Cell, tuple[str, int | None]], device_types: Sequence[str]
+        self, name: str, failed: Mapping[Cell, tuple[str, int | None]], device_types: Sequence[str]
     ) -> Slate:
-        """The slate without the kinds of message that a backend failed; without the backend, if none is left.
+        """Return the slate without the kinds of message that a backend failed; drop the backend if none is left.
 
         Args:
             name: the backend.
-            wrong: why each kind failed, and the group rank that said so, None for all; at least one.
-            device_types: of the group's tensors.
+            failed: at least one kind of message, with the reason and the group rank that gave it, None for all ranks.
+            device_types: the device types of the group's tensors.
         """
-        ranges = narrow(self.offer(name).ranges, set(wrong), device_types)
+        ranges = exclude_cells(self.offer(name).ranges, set(failed), device_types)
         if any(not item.prepared for item in ranges):
-            return self.narrowed(name, ranges)
-        reason, rank = next(iter(wrong.values()))
+            return self.with_ranges(name, ranges)
+        reason, rank = next(iter(failed.values()))
         return self.without(name, f"admission: {reason}", rank)
 
-    def narrowed(self, name: str, ranges: Sequence[Range]) -> Slate:
-        """The slate with other ranges for the backend `name`."""
+    def with_ranges(self, name: str, ranges: Sequence[Range]) -> Slate:
+        """Return the slate with the backend `name` offering these ranges."""
         replaced = (dataclasses.replace(o, ranges=tuple(ranges)) if o.name == name else o for o in self.offers)
         return Slate(tuple(replaced), self.dropped)
 
     def owners_once_prepared(self, asked: Collection[str], device_types: Sequence[str]) -> set[str]:
-        """The backends that would own a route if all that weren't asked to prepare yet served all that they offer."""
-        hopeful = (
+        """Return the backends that would own a route once prepared.
+
+        Args:
+            asked: the backends whose `pre_capture_init` has run: their ranges count as they are. The others' ranges
+                count as prepared.
+            device_types: the device types of the group's tensors.
+        """
+        prepared = (
             offer if offer.name in asked else dataclasses.replace(offer, ranges=once_prepared(offer.ranges))
             for offer in self.offers
         )
-        return owners(plan_routes(tuple(hopeful), device_types))
+        return owners(plan_routes(tuple(prepared), device_types))
 
     def decision(self, device_types: Sequence[str], notes: Mapping[str, str] | None = None) -> Decision:
-        """What this slate means for every kind of message.
+        """Return the decision that this slate implies.
 
         Args:
-            device_types: of the group's tensors.
-            notes: by backend, what else there is to say of one that serves.
+            device_types: the device types of the group's tensors.
+            notes: by backend, a text that replaces the reason of a remaining candidate.
         """
         routes = plan_routes(self.offers, device_types)
         serving = {rule.backend for route in routes for rule in route.rules}
-        standing = [
+        available = [
             Candidate(
                 offer.name,
                 "serves" if offer.name in serving else "standby",
-                (notes or {}).get(offer.name) or _standing(offer, offer.name in serving),
+                (notes or {}).get(offer.name) or _availability_reason(offer, offer.name in serving),
                 priority=offer.priority,
                 version=offer.version,
             )
             for offer in self.offers
         ]
         dropped = sorted(self.dropped, key=lambda c: (-(c.priority or 0), c.name))
-        terminal = Candidate(TERMINAL, "serves", "always there", priority=0)
-        return Decision((*standing, *dropped, terminal), routes)
+        terminal = Candidate(TERMINAL, "serves", "always available", priority=0)
+        return Decision((*available, *dropped, terminal), routes)
 
 
 def once_prepared(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """The ranges, with none of them waiting to be prepared."""
+    """Return the ranges with `prepared` unset, as after their preparation."""
     return tuple(dataclasses.replace(item, prepared=False) for item in ranges)
 
 
-def _standing(offer: Offer, serves: bool) -> str:
-    """What there is to say of a backend that may serve."""
+def _availability_reason(offer: Offer, serves: bool) -> str:
+    """Return the reason for the verdict "serves" or "standby"."""
     if any(item.prepared for item in offer.ranges):
         return (
             "available on every rank; more once comm.pre_capture_init has prepared it"
             if serves
-            else ("serves once comm.pre_capture_init has prepared it")
+            else "serves once comm.pre_capture_init has prepared it"
         )
-    return "available on every rank" if serves else "others come first everywhere"
+    return "available on every rank" if serves else "backends earlier in the order serve all of its ranges"
 
 
 def describe_differences(values: Sequence[Any]) -> str:
-    """Where ranks differ, and how: "{3: '550.54', others: '580.65'}"; the value that most ranks have comes last.
+    """Return the ranks' differing values as text, the most common value last: "{3: '550.54', others: '580.65'}".
 
     Args:
-        values: one a group rank.
+        values: the values by group rank.
     """
     texts = [repr(value) for value in values]
-    usual = Counter(texts).most_common(1)[0][0]
-    odd = [f"{rank}: {text}" for rank, text in enumerate(texts) if text != usual]
-    return "{" + ", ".join([*odd[:8], *(["…"] if len(odd) > 8 else []), f"others: {usual}"]) + "}"
+    most_common = Counter(texts).most_common(1)[0][0]
+    outliers = [f"{rank}: {text}" for rank, text in enumerate(texts) if text != most_common]
+    return "{" + ", ".join([*outliers[:8], *(["…"] if len(outliers) > 8 else []), f"others: {most_common}"]) + "}"
 
 
 def check_policies(evidence: Sequence[Evidence], label: Callable[[int], str]) -> None:
-    """Raise what no rank may decide alone: an error of one of them, or settings that differ.
+    """Check that every rank can negotiate, and that the ranks' settings are equal.
 
     Args:
-        evidence: by group rank.
-        label: names a group rank.
+        evidence: the evidence by group rank.
+        label: returns the name of a group rank for texts.
 
     Raises:
-        NegotiationError: naming the ranks and what differs.
+        NegotiationError: a rank reported an error, or settings differ; the text names the ranks and their values.
     """
     errors: dict[str, list[int]] = {}
     for rank, item in enumerate(evidence):
         if item.error:
             errors.setdefault(item.error, []).append(rank)
     if errors:
-        # A misspelt setting is the same on thousands of ranks: each text once.
-        told = (
+        # A misspelt setting fails alike on thousands of ranks, so each text is reported once.
+        texts = (
             f"{label(ranks[0])}{f' and {len(ranks) - 1} more' if len(ranks) > 1 else ''}: {text}"
             for text, ranks in errors.items()
         )
-        raise NegotiationError("this group can't negotiate: " + "; ".join(told))
+        raise NegotiationError("this group can't negotiate: " + "; ".join(texts))
     for key in dict.fromkeys(key for item in evidence for key in item.policy):
         values = [item.policy.get(key) for item in evidence]
         if any(value != values[0] for value in values):
             raise NegotiationError(
-                f"{key} differs between the ranks of this group: {describe_differences(values)}. No backend is chosen, "
-                "since each rank would choose another. Give every rank the same value"
+                f"{key} differs between the ranks of this group: {describe_differences(values)}. The negotiation "
+                "fails, because the ranks would choose different backends. Give every rank the same value"
             )
 
 
-def nominate(
+def screen_candidates(
     evidence: Sequence[Evidence], wanted: Sequence[str] | None, disabled: Sequence[str], wanted_by: str
 ) -> tuple[dict[str, str | None], tuple[Candidate, ...]]:
-    """Whom to ask: the backends that are there on every rank at one version, and that nobody blocks.
+    """Split the known backends into those to ask, and those that are blocked or missing on a rank.
 
     Args:
-        evidence: by group rank; policies agree.
-        wanted: no others are tried; None means any.
-        disabled: never tried.
-        wanted_by: what `wanted` comes from, for the reason.
+        evidence: the evidence by group rank, after `check_policies`.
+        wanted: the only backends that may be asked; None allows all.
+        disabled: backends that must not be asked.
+        wanted_by: the argument or variable that set `wanted`, for the reason.
 
     Returns:
-        The versions of those to be asked, by name; and the others with their reasons.
+        The backends installed on every rank at one version and not blocked, as versions by name; and the others as
+        candidates with their reasons.
     """
     known: dict[str, None] = {}
     for item in evidence:
@@ -215,10 +222,10 @@ def nominate(
         if name in disabled:
             dropped.append(Candidate(name, "blocked", "COMM_CORE_DISABLE names it"))
         elif wanted is not None and name not in wanted:
-            dropped.append(Candidate(name, "blocked", f"{wanted_by} names others"))
+            dropped.append(Candidate(name, "blocked", f"{wanted_by} names other backends"))
         else:
             versions = [item.info.plugins.get(name) for item in evidence]
-            candidate = _absence(name, evidence, versions)
+            candidate = _absent_candidate(name, evidence, versions)
             if candidate is None:
                 asked[name] = versions[0]
             else:
@@ -226,22 +233,22 @@ def nominate(
     return asked, tuple(dropped)
 
 
-def _absence(name: str, evidence: Sequence[Evidence], versions: Sequence[str | None]) -> Candidate | None:
-    """Why a backend can't be asked on every rank; None where it can."""
+def _absent_candidate(name: str, evidence: Sequence[Evidence], versions: Sequence[str | None]) -> Candidate | None:
+    """Return the dropped candidate for a backend that some rank can't use; None if every rank can."""
     for rank, item in enumerate(evidence):
         if name in item.failures:
             return Candidate(name, "unavailable", item.failures[name], rank, version=versions[rank])
     if not any(version is not None for version in versions):
         return Candidate(name, "unavailable", "not installed on any rank")
     if None in versions:
-        return Candidate(name, "unavailable", "not installed here, though on other ranks", versions.index(None))
+        return Candidate(name, "unavailable", "not installed here, but installed on other ranks", versions.index(None))
     if any(version != versions[0] for version in versions):
         return Candidate(name, "unavailable", f"its version differs between ranks: {describe_differences(versions)}")
     return None
 
 
 def encode_answer(answer: Available | Unavailable | str) -> dict[str, Any]:
-    """An answer of `is_available` as JSON; a string is why there is none."""
+    """Return an answer of `is_available` as JSON; a string is the reason why the hook gave none."""
     if isinstance(answer, Available):
         ranges = [item.to_json() for item in answer.ranges]
         return {"priority": answer.priority, "ranges": ranges, "checks_operands": answer.checks_operands}
@@ -249,7 +256,7 @@ def encode_answer(answer: Available | Unavailable | str) -> dict[str, Any]:
 
 
 def _decode(data: Mapping[str, Any]) -> Available:
-    """The inverse of `encode_answer`, for a backend that is available."""
+    """Return the `Available` that `encode_answer` encoded."""
     return Available(data["priority"], tuple(map(Range.from_json, data["ranges"])), data["checks_operands"])
 
 
@@ -258,33 +265,35 @@ def initial_slate(
     answers: Sequence[Mapping[str, Mapping[str, Any]]],
     dropped: Sequence[Candidate] = (),
 ) -> Slate:
-    """The slate that every rank starts from.
+    """Return the slate before any backend is connected: the available backends by priority, then name.
 
-    A backend must say yes on every rank. Answers that differ merge to the lowest priority and the intersection of the
-    ranges. Order: priority, then name.
+    A backend must be available on every rank; see `merge`.
 
     Args:
         asked: the versions of the backends that were asked, by name.
-        answers: what `encode_answer` made of each backend's answer, by name; one mapping a group rank.
-        dropped: those that weren't asked.
+        answers: the encoded answers by backend, one mapping a group rank.
+        dropped: the candidates that weren't asked.
     """
-    offers, refused = [], list(dropped)
+    offers, dropped = [], list(dropped)
     for name, version in asked.items():
         merged = merge([answer[name] for answer in answers])
         if isinstance(merged, Available):
             offers.append(Offer(name, merged.priority, merged.ranges, version, merged.checks_operands))
         else:
             reason, rank = merged
-            refused.append(Candidate(name, "unavailable", reason, rank, version=version))
+            dropped.append(Candidate(name, "unavailable", reason, rank, version=version))
     offers.sort(key=lambda offer: (-offer.priority, offer.name))
-    return Slate(tuple(offers), tuple(refused))
+    return Slate(tuple(offers), tuple(dropped))
 
 
 def merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | None]:
-    """What all ranks' answers of one backend amount to, or the reason against it and who gave it.
+    """Merge all ranks' answers of one backend to the lowest priority and the intersection of the ranges.
 
     Args:
-        answers: what `encode_answer` made of them, by group rank.
+        answers: the encoded answers by group rank.
+
+    Returns:
+        The merged answer; or, if a rank refuses, its reason and group rank, None for all ranks.
     """
     for rank, answer in enumerate(answers):
         if "reason" in answer:
@@ -294,7 +303,7 @@ def merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | 
     if all(answer == answers[0] for answer in answers):
         return first
     priority, ranges, checks_operands = first.priority, first.ranges, first.checks_operands
-    # Each answer once: thousands of ranks give a handful of different ones.
+    # Each distinct answer once: thousands of ranks give only a few.
     for answer in {json.dumps(answer, sort_keys=True): answer for answer in answers}.values():
         other = _decode(answer)
         priority = min(priority, other.priority)
@@ -309,12 +318,12 @@ def merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | 
 def with_explicit_ranges(
     answer: Available, hooks: Sequence[str], asked: str = "is_available"
 ) -> Available | Unavailable:
-    """An answer with its ranges made explicit, and checked against the hooks that the plugin implements.
+    """Return an answer with explicit ranges, or `Unavailable` if the plugin lacks the hook of one of them.
 
     Args:
-        answer: what a hook returned; no ranges means all that the hooks serve.
-        hooks: the plugin's hooks.
-        asked: the hook that returned it.
+        answer: the answer of a hook; no ranges means every operation that the plugin implements.
+        hooks: the names of the plugin's hooks.
+        asked: the name of the hook that returned the answer.
     """
     ops = [op for op in OPS if op in hooks]
     missing = sorted({item.op for item in answer.ranges} - set(ops))

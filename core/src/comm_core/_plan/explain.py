@@ -1,4 +1,4 @@
-"""A decision as text. Pure, without torch."""
+"""Format a decision as text. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people, exact: "4 KiB", "4100 B"."""
+    """Return an exact, readable size: "4 KiB", "4100 B"."""
     unit = 0
     while nbytes and nbytes % 1024 == 0 and unit < len(_UNITS) - 1:
         nbytes, unit = nbytes // 1024, unit + 1
@@ -21,7 +21,7 @@ def size(nbytes: int) -> str:
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Rows in aligned columns, two spaces apart."""
+    """Return the rows as text in aligned columns, two spaces apart."""
     rows = list(rows)
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -30,34 +30,34 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def explain(title: str, topology: Topology, decision: Decision) -> str:
-    """Who serves what and why the others don't.
+    """Return a report of a group's candidates, with their verdicts and reasons, and of its routes.
 
     Args:
-        title: names the group, such as "group '0' (ranks 0-1)".
-        topology: the group.
-        decision: what its ranks agreed on.
+        title: the group's name, such as "group '0' (ranks 0-1)".
+        topology: the group's topology.
+        decision: the group's decision.
     """
-    rows = [("backend", "priority", "verdict", "why")]
+    rows = [("backend", "priority", "verdict", "reason")]
     rows += [
         (
             f"{candidate.name} {candidate.version}" if candidate.version else candidate.name,
             "-" if candidate.priority is None else str(candidate.priority),
             candidate.verdict,
-            _why(candidate, topology),
+            _reason(candidate, topology),
         )
         for candidate in decision.candidates
     ]
-    lines = [f"{title}: {_place(topology)}", "", table(rows), ""]
+    lines = [f"{title}: {_describe_group(topology)}", "", table(rows), ""]
     return "\n".join(lines + _routes(decision.routes))
 
 
-def _why(candidate: Candidate, topology: Topology) -> str:
+def _reason(candidate: Candidate, topology: Topology) -> str:
     if candidate.rank is None:
         return candidate.reason
     return f"rank {rank_label(candidate.rank, topology.ranks[candidate.rank].global_rank)}: {candidate.reason}"
 
 
-def _place(topology: Topology) -> str:
+def _describe_group(topology: Topology) -> str:
     hosts = list(dict.fromkeys(info.host.id for info in topology.ranks))
     devices = {info.device.name or info.device.type for info in topology.ranks if info.device}
     where = "one host" if len(hosts) == 1 else f"{len(hosts)} hosts"
@@ -66,11 +66,11 @@ def _place(topology: Topology) -> str:
 
 
 def _routes(routes: Iterable[Route]) -> list[str]:
-    """The routes, those with equal rules on one line."""
+    """Return the table of routes, with dtypes of equal rules on one line."""
     merged: dict[tuple[str, str, str, tuple[Rule, ...]], list[str]] = {}
     for route in routes:
         merged.setdefault((route.op, route.mode, route.device_type, route.rules), []).append(route.dtype)
-    rows = [("operation", "mode", "device", "dtypes", "who serves which sizes")]
+    rows = [("operation", "mode", "device", "dtypes", "backends by size")]
     rows += [
         (op, mode, device_type, _dtypes(op, dtypes), "; ".join(map(_rule, rules)))
         for (op, mode, device_type, rules), dtypes in merged.items()

@@ -1,4 +1,4 @@
-"""Who serves what: from the offers of the backends, in order, to one route for each kind of message. Pure."""
+"""Plan the routes: from the backends' offers, in order, to one route for each kind of message. Pure."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Iterable, Sequence
 
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Range, Route, Rule
 
-__all__ = ["Cell", "Offer", "cells", "narrow", "owned", "owned_cells", "owners", "plan_routes"]
+__all__ = ["Cell", "Offer", "cells", "exclude_cells", "owned_cells", "owned_intervals", "owners", "plan_routes"]
 
-#: One kind of message: (operation, mode, device type, dtype).
+#: A kind of message: (operation, mode, device type, dtype).
 Cell = tuple[str, str, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Offer:
-    """What one backend may still serve.
+    """The ranges that one candidate may still serve.
 
     Attributes:
-        name: the backend.
-        priority: the higher comes first.
-        ranges: what it serves.
-        version: of its distribution.
+        name: the backend's name.
+        priority: the backend's priority; higher ones are preferred.
+        ranges: the ranges it serves.
+        version: the version of its distribution.
         checks_operands: see `Available`.
     """
 
@@ -35,32 +35,32 @@ class Offer:
 
 
 def cells(device_types: Iterable[str]) -> tuple[Cell, ...]:
-    """Every kind of message that a group of these device types can be asked to reduce."""
+    """Return every kind of message that a group with these device types may reduce."""
     return tuple(
         (op, mode, device_type, dtype)
         for op, mode, device_type, dtype in itertools.product(OPS, MODES, device_types, DTYPES)
-        # A graph is CUDA's; a norm needs real numbers.
+        # Graphs exist only on CUDA; a norm needs floats.
         if (mode == "eager" or device_type == "cuda") and (op == "all_reduce" or "float" in dtype)
     )
 
 
 def plan_routes(offers: Sequence[Offer], device_types: Iterable[str]) -> tuple[Route, ...]:
-    """A route for each kind of message: of each offer what nobody before it takes; at the end the terminal fallback.
+    """Return a route for each kind of message: the offers' rules in order, then the terminal fallback's.
 
     Args:
-        offers: in the order in which they are preferred, without the terminal fallback.
-        device_types: of the group's tensors.
+        offers: the offers, the most preferred first, without the terminal fallback.
+        device_types: the device types of the group's tensors.
     """
     return tuple(Route(*cell, rules=_rules(offers, cell)) for cell in cells(device_types))
 
 
 def owners(routes: Iterable[Route]) -> set[str]:
-    """The backends that own a part of some route, the terminal fallback left out."""
+    """Return the backends that own a part of some route, without the terminal fallback."""
     return {rule.backend for route in routes for rule in route.rules} - {TERMINAL}
 
 
 def owned_cells(routes: Iterable[Route], name: str) -> set[Cell]:
-    """The kinds of message of which the backend `name` owns a part."""
+    """Return the kinds of message of which the backend `name` owns a part."""
     return {
         (route.op, route.mode, route.device_type, route.dtype)
         for route in routes
@@ -68,23 +68,24 @@ def owned_cells(routes: Iterable[Route], name: str) -> set[Cell]:
     }
 
 
-def owned(route: Route, index: int) -> tuple[tuple[int, int | None], ...]:
-    """The sizes that rule `index` of `route` alone takes, as (lowest, highest) bytes; highest None: any.
+def owned_intervals(route: Route, index: int) -> tuple[tuple[int, int | None], ...]:
+    """Return the intervals of sizes, (lowest, highest) in bytes, that rule `index` takes and no earlier rule covers.
 
-    Both ends are sizes that the rule takes: multiples of the dtype's size and of the rule's own.
+    Both ends are sizes that the rule takes: multiples of the dtype's size and of `multiple_nbytes`. A highest of None
+    means no upper bound.
     """
-    return _remainder(route.rules[index], route.rules[:index], DTYPES[route.dtype])
+    return _uncovered_intervals(route.rules[index], route.rules[:index], DTYPES[route.dtype])
 
 
-def narrow(ranges: Iterable[Range], wrong: set[Cell], device_types: Sequence[str]) -> tuple[Range, ...]:
-    """The ranges without the kinds of message in `wrong`."""
+def exclude_cells(ranges: Iterable[Range], excluded: set[Cell], device_types: Sequence[str]) -> tuple[Range, ...]:
+    """Return the ranges without the kinds of message in `excluded`."""
     kept = []
     for item in ranges:
-        mine = [c for c in cells(device_types) if c[0] == item.op and item.serves(*c[1:])]
-        if not wrong.intersection(mine):
+        served = [c for c in cells(device_types) if c[0] == item.op and item.serves(*c[1:])]
+        if not excluded.intersection(served):
             kept.append(item)
             continue
-        left = [cell for cell in mine if cell not in wrong]
+        left = [cell for cell in served if cell not in excluded]
         for (mode, device_type), group in itertools.groupby(left, key=lambda cell: cell[1:3]):
             dtypes = tuple(cell[3] for cell in group)
             kept.append(dataclasses.replace(item, modes=(mode,), device_types=(device_type,), dtypes=dtypes))
@@ -106,18 +107,21 @@ def _rules(offers: Sequence[Offer], cell: Cell) -> tuple[Rule, ...]:
                 item.max_tokens,
                 item.hidden_multiple,
             )
-            if _remainder(rule, rules, DTYPES[dtype]):
+            if _uncovered_intervals(rule, rules, DTYPES[dtype]):
                 rules.append(rule)
     return (*rules, Rule(TERMINAL))
 
 
-def _remainder(rule: Rule, earlier: Sequence[Rule], itemsize: int) -> tuple[tuple[int, int | None], ...]:
-    """What `rule` takes and no rule before it does, rounded to sizes that exist; the smallest is one element."""
+def _uncovered_intervals(rule: Rule, earlier: Sequence[Rule], itemsize: int) -> tuple[tuple[int, int | None], ...]:
+    """Return the intervals of sizes that `rule` takes and no earlier rule covers, rounded to sizes that messages have.
+
+    The smallest size is one element.
+    """
     step = math.lcm(itemsize, rule.multiple_nbytes)
     left: list[tuple[int, int | None]] = [(rule.min_nbytes, rule.max_nbytes)]
     for other in earlier:
-        if _covers(other, rule, step):
-            left = [part for whole in left for part in _cut(whole, other)]
+        if _covers_within_bounds(other, rule, step):
+            left = [part for interval in left for part in _subtract(interval, other)]
     rounded = []
     for low, high in left:
         first = max(-(-low // step), 1) * step
@@ -127,15 +131,18 @@ def _remainder(rule: Rule, earlier: Sequence[Rule], itemsize: int) -> tuple[tupl
     return tuple(rounded)
 
 
-def _covers(other: Rule, rule: Rule, step: int) -> bool:
-    """Whether `other` takes all of `rule` within its own bounds of size; `step` divides each size of `rule`."""
-    fewer = other.max_tokens is None or (rule.max_tokens is not None and rule.max_tokens <= other.max_tokens)
-    return fewer and step % other.multiple_nbytes == 0 and rule.hidden_multiple % other.hidden_multiple == 0
+def _covers_within_bounds(other: Rule, rule: Rule, step: int) -> bool:
+    """Return whether `other` takes every message of `rule` within the size bounds of `other`.
+
+    `step` divides each size of `rule`.
+    """
+    covers_tokens = other.max_tokens is None or (rule.max_tokens is not None and rule.max_tokens <= other.max_tokens)
+    return covers_tokens and step % other.multiple_nbytes == 0 and rule.hidden_multiple % other.hidden_multiple == 0
 
 
-def _cut(whole: tuple[int, int | None], other: Rule) -> list[tuple[int, int | None]]:
-    """The interval without the sizes between `other`'s bounds."""
-    low, high = whole
+def _subtract(interval: tuple[int, int | None], other: Rule) -> list[tuple[int, int | None]]:
+    """Return the parts of the interval outside the size bounds of `other`."""
+    low, high = interval
     parts: list[tuple[int, int | None]] = []
     below = other.min_nbytes - 1
     if below >= low:
