@@ -37,8 +37,8 @@ CallKey = tuple[Any, ...]
 
 
 #: A hook with the session to call it on: the hook or the fallback's function, its first argument, the backend's name,
-#: and whether it accepts operands that core hasn't validated. A plain tuple: unpacking a named one takes each call 60 ns
-#: more.
+#: and whether it accepts operands that core hasn't validated. A plain tuple: unpacking a named one takes 60 ns a call
+#: longer.
 BoundHook = tuple[Callable[..., Any], Any, str, bool]
 
 
