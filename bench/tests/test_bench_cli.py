@@ -253,6 +253,24 @@ def test_a_recorded_run_with_wrong_elements_is_a_failure(recorded: Path, launche
     assert cli.main(["bench", "--read", str(recorded)]) == 1
 
 
+@pytest.mark.parametrize("output", [(), ("--json",)], ids=["text", "JSON"])
+def test_a_closed_pipe_ends_a_recorded_run_quietly(recorded: Path, output: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does once it has enough
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "comm_core", "bench", "--read", str(recorded), *output],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
