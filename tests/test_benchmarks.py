@@ -25,13 +25,13 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-def test_every_way_of_a_decode_step_is_timed_and_right(tmp_path: Path) -> None:
+def test_every_way_of_a_decode_step_is_timed_and_correct(tmp_path: Path) -> None:
     record, picture = tmp_path / "step.json", tmp_path / "step.svg"
-    said = run(
+    output = run(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, BENCHMARKS / "decode_step.py"),
         *("--shape", "tiny", "--batches", "1,3", "--rounds", 3, "--replays", 1, "--json", record),
     )
-    assert "# Wrong: 0" in said
+    assert "# Wrong: 0" in output
     document = json.loads(record.read_text())
     rows = {(row["batch"], row["way"]): row for row in document["rows"]}
     assert rows.keys() == {(batch, way) for batch in (1, 3) for way in ("torch.distributed", "plain", "fused", "none")}
@@ -63,7 +63,7 @@ def test_a_summary_has_the_medians_and_ratios_of_a_record(tmp_path: Path) -> Non
     assert picture.stat().st_size > 0
 
 
-def test_a_tune_programs_summary_has_every_shape_that_matters(tmp_path: Path) -> None:
+def test_a_tune_programs_summary_has_every_competitive_shape(tmp_path: Path) -> None:
     record, summary = tmp_path / "tune.json", tmp_path / "summary.json"
     lines = [
         {"tokens": tokens, "hidden": 4096, "row": row, "us": us, "wrong": ""}
@@ -84,7 +84,7 @@ def test_a_tune_programs_summary_has_every_shape_that_matters(tmp_path: Path) ->
     }
 
 
-def test_what_is_kept_is_small_and_right() -> None:
+def test_the_kept_summaries_are_small_and_without_wrong_results() -> None:
     summaries, pictures = (sorted(BENCHMARKS.glob(f"*.{kind}")) for kind in ("json", "svg"))
     assert summaries
     assert pictures
