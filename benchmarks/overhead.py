@@ -26,16 +26,17 @@ import timeit
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import comm_core
 import torch
-from comm_core._group.connect import Session
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
+from comm_core._handle.serving import Serving
+from comm_core._handle.session import Session
 from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, nominate
 from comm_core._plan.routes import Offer
+from comm_core._plugins.discovery import Plugin
 from comm_core._probe.rank import probe_rank
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
 from comm_core.types import Available, Decision, Range, Unavailable
@@ -105,8 +106,9 @@ def fake_handle() -> Backend:
     topology = Topology.of([probe_rank(0, torch.device("cpu"), plugins={}, facts={})])
     decision = initial_slate({"fake": "1"}, [{"fake": encode_answer(Available(300, offer.ranges))}]).decision(("cpu",))
     hooks = {"all_reduce": passed_on, "all_reduce_add_rms_norm": fused_passed_on}
-    session = Session(cast("Any", SimpleNamespace(hooks=hooks)), None, cast("Any", None))
-    return Backend(decision, topology, "the benchmark", torch.device("cpu"), (passed_on, None), {"fake": session})
+    session = Session(Plugin("fake", None, None, hooks), None, cast("Any", None))
+    terminal = (passed_on, None)
+    return Backend(Serving(decision, topology, "the benchmark", torch.device("cpu"), terminal, {"fake": session}))
 
 
 def hot_path(repeats: int) -> Iterator[Figure]:
