@@ -1,4 +1,4 @@
-# What the README, CI and people call. None of these needs a step before it.
+# The commands of the README, of CI and of contributors. None needs another one first.
 
 PYTHON ?= python3
 # Arguments for pytest, such as ARGS="--require-gpus 2" or ARGS="-k control -x"; or for the benchmark.
@@ -9,10 +9,10 @@ STAMP := .venv/.installed
 MANIFESTS := core/pyproject.toml bench/pyproject.toml $(sort $(wildcard plugins/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,./%,$(MANIFESTS))
 TYPED := $(addsuffix /src,$(PACKAGES))
-# Installed without their dependencies: gigabytes that need a GPU. Their tests have a fake of it.
+# Plugins installed without their dependencies, which take gigabytes and need a GPU; their tests use fakes.
 BARE := ./plugins/flashinfer_fusion
 
-# Builds see .venv: the pinned torch and this checkout's core, where an isolated build would download a torch of its own.
+# Builds aren't isolated: they use .venv's pinned torch and this checkout's core, and don't download another torch.
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -32,7 +32,7 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
 	$(BIN)/pytest $(ARGS)
 
-lint: $(STAMP)  ## ruff, mypy, import-linter and clang-format; changes nothing
+lint: $(STAMP)  ## ruff, mypy, import-linter and clang-format; change no file
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy $(TYPED)
@@ -40,7 +40,7 @@ lint: $(STAMP)  ## ruff, mypy, import-linter and clang-format; changes nothing
 	find $(PACKAGES) -type f \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \) \
 		-exec $(BIN)/clang-format --dry-run -Werror {} +
 
-# The variable silences an advertisement on stderr.
+# The variable turns off an advertisement on stderr.
 docs: $(STAMP)  ## the site, in site/; a broken link, or a docstring that can't be parsed, is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -52,8 +52,8 @@ clean:  ## remove .venv, dist and caches
 	rm -rf .venv dist site .hypothesis
 	find . -type d \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
 
-# pip takes a package either from the root's direct reference or as editable, never both in one call: the last call
-# replaces what the one before it brought. The stamp comes last, so that an interrupted run starts anew.
+# One pip call can't install a package both from the root's direct reference and as editable, so the later calls replace
+# the first one's packages by editable ones. The stamp comes last: after an interruption, the next `make` starts again.
 $(STAMP): pyproject.toml $(MANIFESTS)
 	$(PYTHON) -m venv .venv
 	$(PIP) install 'hatchling>=1.27'

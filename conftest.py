@@ -1,11 +1,10 @@
-"""What all packages' tests share: real processes, and GPU tests.
+"""The fixture and the options that the tests of all packages share: real processes, and GPU tests.
 
 The fixture `ranks` runs functions in real processes; see tests/harness.py.
 
-GPU tests are skipped in sight by default, and never skipped in a run that promises GPUs. A test marked
-`@pytest.mark.gpus(2)` needs two GPUs. `pytest --require-gpus 2` runs those that need up to two. It ends at once where
-the machine has fewer or where no such test was selected; a skip inside one of them, or of a whole file, fails. Tests
-that need more than was promised still skip, in sight.
+A test marked `@pytest.mark.gpus(2)` needs two GPUs. By default such tests skip, and the report lists them. `pytest
+--require-gpus 2` runs the tests that need up to two GPUs. That run ends at once if the machine has fewer GPUs or no GPU
+test was selected, and it fails if one of these tests, or a whole file, skips. Tests that need more GPUs still skip.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ pytest_plugins = ["pytester"]
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Runs functions in real processes; see harness.py."""
+    """A pool of processes that run functions as ranks; see harness.py."""
     from harness import Ranks
 
     pool = Ranks(tmp_path_factory.mktemp("ranks"))
@@ -34,9 +33,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 def pytest_configure() -> None:
-    # Torch looks up the name of the address of every connection to a store. No such name exists for 127.0.0.1 as IPv6
-    # writes it, and where the name server loses the question, each connection takes the resolver's 5 seconds. A process
-    # reads this once, when it first asks.
+    # For every connection to a store, torch looks up the host name of the address. 127.0.0.1 in IPv6 notation has none,
+    # and if the name server drops the query, each connection waits for the resolver's 5 seconds. A process reads this
+    # variable once, at its first query.
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
@@ -46,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="run the tests that need up to N GPUs; an error where there are fewer",
+        help="run the tests that need up to N GPUs; an error if the machine has fewer",
     )
 
 
@@ -56,7 +55,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError(f"--require-gpus {promised}: the number can't be negative")
     found = gpu_count() if promised else 0
     if found < promised:
-        raise pytest.UsageError(f"--require-gpus {promised}: this machine has {found} that torch can use")
+        raise pytest.UsageError(f"--require-gpus {promised}: torch can use only {found} on this machine")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -96,7 +95,7 @@ def pytest_make_collect_report(
 
 
 def gpus_needed(item: pytest.Item) -> int:
-    """How many GPUs a test needs; 0 without the marker."""
+    """Return the number of GPUs that a test needs; 0 without the marker."""
     marker = item.get_closest_marker("gpus")
     if marker is None:
         return 0
@@ -107,12 +106,12 @@ def gpus_needed(item: pytest.Item) -> int:
 
 
 def gpu_count() -> int:
-    """How many GPUs torch sees; starts no CUDA context."""
+    """Return the number of GPUs that torch sees, without creating a CUDA context."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def skip_reason(longrepr: object) -> str:
-    """The words of a skip, from the (path, line, reason) that pytest keeps."""
+    """Return the reason of a skip from pytest's (path, line, reason)."""
     return str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""The residual's add and the RMSNorm after an all-reduce, timed on one GPU: torch's kernels, Triton's, FlashInfer's.
+"""Time the residual's add and RMSNorm after an all-reduce on one GPU: torch's, Triton's and FlashInfer's kernels.
 
     python benchmarks/add_rms_norm.py [--json FILE] [--tokens 1,16,512] [--hidden 4096] [--warps 4,8,16,32]
 
-Each is recorded into a CUDA graph of calls in place, and the graphs are replayed in turn. `fused_add_rmsnorm` of
-FlashInfer works in place alone, in half precisions, without an offset for the weight. Results are checked against fp64.
+Each contender is recorded in a CUDA graph of in-place calls, and the graphs are replayed in turn. FlashInfer's
+`fused_add_rmsnorm` supports only in-place calls in half precision without a weight offset. Results are compared with
+fp64.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ HIDDEN = (2880, 4096, 5120, 7168)
 CALLS = 50
 REPEATS = 25
 
-# (tensor, residual, weight): the norm goes over the first, the sum over the second.
+# (tensor, residual, weight): the norm overwrites the first, the sum the second.
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 
 
@@ -40,13 +41,13 @@ class Line:
     """One contender's times of one case.
 
     Attributes:
-        name: the contender.
-        dtype: of the tensors.
-        num_tokens: rows.
-        hidden_size: elements a row.
-        us: the median time of a call in a graph, with the tenth and ninetieth percentile, in microseconds.
-        times_as_fast: as torch's kernels, pair by pair of replays: the median, and the ends of its interval.
-        worst: the largest error of the norm, in units of the dtype's epsilon times the norm.
+        name: the contender's name.
+        dtype: the tensors' dtype.
+        num_tokens: the number of rows.
+        hidden_size: the number of elements in a row.
+        us: microseconds per call in a graph: the median, the tenth and the ninetieth percentile.
+        times_as_fast: torch's time over this one's, pair by pair of replays: the median and its confidence interval.
+        worst: the norm's largest relative error, in units of the dtype's epsilon.
     """
 
     name: str
@@ -58,48 +59,48 @@ class Line:
     worst: float
 
 
-def say(text: str) -> None:
-    """A line on stdout, at once."""
+def print_line(text: str) -> None:
+    """Print a line and flush stdout."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def by_torch(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
-    """The kernels that serve where there is no Triton."""
-    return fallback._torch_add_rms_norm(x, r, w, EPS, 0.0, x, r)  # noqa: SLF001 - it has no other door
+    """Call the kernels that core uses without Triton."""
+    return fallback._torch_add_rms_norm(x, r, w, EPS, 0.0, x, r)  # noqa: SLF001 - the public function would choose Triton
 
 
 def by_triton(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
-    """What `comm_core.fallback.add_rms_norm` does with CUDA tensors."""
+    """Call the kernel that `comm_core.fallback.add_rms_norm` uses for CUDA tensors."""
     return norm.add_rms_norm(x, r, w, EPS, 0.0, x, r)
 
 
 def by_triton_with(warps: int, dtype: torch.dtype, hidden_size: int) -> Call:
-    """The same kernel with another number of warps a program."""
+    """Return a call of the same kernel with another number of warps per program."""
     launch = importlib.import_module("comm_core._handle.norm_triton").compile_kernel(dtype, hidden_size, warps)
     return lambda x, r, w: launch(len(x), x, r, w, x, r, EPS, 0.0)
 
 
 def contenders(dtype: torch.dtype, hidden_size: int, warps: list[int]) -> dict[str, Call]:
-    """Whoever is there, by name."""
+    """Return the available contenders by name."""
     found: dict[str, Call] = {"torch": by_torch}
     missing = norm.prepare(torch.device("cuda"), dtype, hidden_size)
     if missing:
-        say(missing)
+        print_line(missing)
     else:
         found["triton"] = by_triton
         found |= {f"triton_{count}_warps": by_triton_with(count, dtype, hidden_size) for count in warps}
     try:
         theirs: Any = importlib.import_module("flashinfer.norm")
     except ImportError as error:
-        say(f"no FlashInfer: {error}")
+        print_line(f"no FlashInfer: {error}")
     else:
         found["flashinfer"] = lambda x, r, w: theirs.fused_add_rmsnorm(x, r, w, EPS)
     return found
 
 
 def inputs(dtype: torch.dtype, num_tokens: int, hidden_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normal numbers, the same every time."""
+    """Return normally distributed numbers, the same in every call."""
     generator = torch.Generator(device="cuda").manual_seed(num_tokens)
     shapes = ((num_tokens, hidden_size), (num_tokens, hidden_size), (hidden_size,))
     x, r, w = (torch.randn(shape, device="cuda", generator=generator).to(dtype) for shape in shapes)
@@ -107,7 +108,7 @@ def inputs(dtype: torch.dtype, num_tokens: int, hidden_size: int) -> tuple[torch
 
 
 def error_of(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) -> float:
-    """The largest error of the norm, relative, in units of the dtype's epsilon."""
+    """Return the norm's largest relative error, in units of the dtype's epsilon."""
     x, r, w = inputs(dtype, num_tokens, hidden_size)
     sums = x.double() + r.double()
     exact = sums * torch.rsqrt(sums.square().mean(-1, keepdim=True) + EPS) * w.double()
@@ -117,14 +118,14 @@ def error_of(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) 
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """A graph, and the tensors that it reads and writes, which live as long."""
+    """A graph, and the tensors that it reads and writes, kept with it."""
 
     graph: torch.cuda.CUDAGraph
     tensors: tuple[torch.Tensor, ...]
 
 
-def recorded(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) -> Recorded:
-    """A graph of `CALLS` calls, each on what the one before left."""
+def record(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) -> Recorded:
+    """Record a graph of `CALLS` calls, each on the previous call's results."""
     x, r, w = inputs(dtype, num_tokens, hidden_size)
     call(x, r, w)
     torch.cuda.synchronize()
@@ -136,8 +137,8 @@ def recorded(call: Call, dtype: torch.dtype, num_tokens: int, hidden_size: int) 
     return Recorded(graph, (x, r, w))
 
 
-def timed(graph: torch.cuda.CUDAGraph) -> float:
-    """One replay, in microseconds a call."""
+def time_replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Time one replay, in microseconds per call."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()
@@ -147,15 +148,15 @@ def timed(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def measure(dtype_name: str, num_tokens: int, hidden_size: int, warps: list[int]) -> Iterator[Line]:
-    """A line for each contender of one case."""
+    """Measure one case, and yield a line for each contender."""
     dtype = getattr(torch, dtype_name)
     calls = contenders(dtype, hidden_size, warps)
     worst = {name: error_of(call, dtype, num_tokens, hidden_size) for name, call in calls.items()}
-    graphs = {name: recorded(call, dtype, num_tokens, hidden_size) for name, call in calls.items()}
+    graphs = {name: record(call, dtype, num_tokens, hidden_size) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(REPEATS):
         for name, graph in graphs.items():
-            samples[name].append(timed(graph.graph))
+            samples[name].append(time_replay(graph.graph))
     for name, times in samples.items():
         spread, ratio = stats.spread(times), stats.ratio(times, samples["torch"])
         yield Line(
@@ -170,18 +171,18 @@ def measure(dtype_name: str, num_tokens: int, hidden_size: int, warps: list[int]
 
 
 def main() -> None:
-    """Measure every case, print a table, write the JSON."""
+    """Measure every case, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     numbers = {"type": lambda text: [int(part) for part in text.split(",")], "metavar": "N,..."}
     parser.add_argument("--tokens", default=list(TOKENS), help="rows", **numbers)
-    parser.add_argument("--hidden", default=list(HIDDEN), help="elements a row", **numbers)
+    parser.add_argument("--hidden", default=list(HIDDEN), help="elements in a row", **numbers)
     parser.add_argument("--warps", default=[], help="also the kernel with these numbers of warps", **numbers)
-    parser.add_argument("--json", type=Path, help="where the lines go, with the machine and the versions")
+    parser.add_argument("--json", type=Path, help="write the lines, the machine and the versions here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("it takes a CUDA device")
+        parser.error("no CUDA device: this program needs one")
     lines: list[Line] = []
-    say(f"{'dtype':9}{'tokens':>7}{'hidden':>7}  {'':16}{'us':>8}{'times as fast as torch':>26}{'error':>8}")
+    print_line(f"{'dtype':9}{'tokens':>7}{'hidden':>7}  {'':16}{'us':>8}{'times as fast as torch':>26}{'error':>8}")
     for dtype in DTYPES:
         for hidden_size in args.hidden:
             for num_tokens in args.tokens:
@@ -190,7 +191,7 @@ def main() -> None:
                     low, high = line.times_as_fast[1:]
                     ratio = f"{line.times_as_fast[0]:.2f} ({low:.2f} to {high:.2f})"
                     case = f"{dtype:9}{num_tokens:7}{hidden_size:7}  {line.name:16}"
-                    say(f"{case}{line.us[0]:8.2f}{ratio:>26}{line.worst:8.2f}")
+                    print_line(f"{case}{line.us[0]:8.2f}{ratio:>26}{line.worst:8.2f}")
     if args.json:
         machine = {
             "command": f"python {' '.join(sys.argv)}",

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Times customar_v2's fused calls in every shape of launch that makes sense, in CUDA graphs of dependent calls.
+"""Time customar_v2's fused calls in all plausible launch shapes, in CUDA graphs of dependent calls.
 
     torchrun --nproc-per-node 2 benchmarks/customar_v2_tune_norm.py --out FOLDER [--tokens 1,8,...] [--hidden 4096,...]
 
-As customar_v2_tune.py, for all-reduce, residual and RMSNorm in one call: each call's results are the next one's tensor
-and residual. The first call of each shape is compared with arithmetic; and since a row's bits don't depend on the
-shape of launch, the chain's end with that of the first shape. Beside them stands the plain all-reduce of the same
-bytes, by its own table: what a fused call can't be faster than by much. Printed are the best shapes by the slowest
-rank's median; FOLDER/tune_norm.json has everything.
+Like customar_v2_tune.py, for all-reduce, residual and RMSNorm in one call: each call's results are the next one's
+tensor and residual. The first call of each shape is compared with fp64 arithmetic. The results are the same bit for bit
+in every launch shape, so the end of a chain is compared with that of the first shape. The plain all-reduce of the same
+bytes, with its own table, is timed too: a fused call is hardly faster. The program prints the best shapes by the
+slowest rank's median, and writes all to FOLDER/tune_norm.json.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import comm_plugin_customar_v2 as plugin
 import torch
 import torch.distributed as dist
 from comm_plugin_customar_v2 import norm_policy, policy, session
-from customar_v2_tune import Control, connected, joined, poisoned, say
+from customar_v2_tune import Control, connect, join_job, poisoned, print_line
 
 TOKENS = "1,2,3,8,16,33,64,128,256,512,2048"
 HIDDEN = "2880,4096,5120,7168"
 EPS = 1e-6
 _ANY_SIZE = 1 << 40
-# (algorithm, from bytes, to bytes, vectors a thread, clusters, blocks, pipeline depths): what is worth a look where.
+# The shapes to try: (algorithm, from bytes, to bytes, vectors per thread, cluster sizes, blocks, pipeline depths).
 _K, _M = 1 << 10, 1 << 20
 GRIDS = (
     ("oneshot_push_norm", 0, 512 * _K, (1, 2, 4), (1, 2, 4, 8), (1056,), (0,)),
@@ -45,7 +45,7 @@ GRIDS = (
 
 
 def shapes(num_tokens: int, row_nbytes: int, world_size: int, major: int) -> list[norm_policy.NormRow]:
-    """The shapes of launch that are worth a look for a message."""
+    """Return the launch shapes to try for a message."""
     found: dict[norm_policy.NormRow, None] = {}
     row_vecs = row_nbytes // 16
     for algorithm, low, high, *choices in GRIDS:
@@ -63,15 +63,15 @@ def shapes(num_tokens: int, row_nbytes: int, world_size: int, major: int) -> lis
             ):
                 continue
             groups = -(-num_tokens // together)
-            # The same launch by another name.
+            # Reduce shapes that give the same launch to one.
             grid = min(blocks, groups * cluster)
             rounds = -(-groups * cluster // grid)
             found[norm_policy.NormRow(_ANY_SIZE, algorithm, vecs, cluster, grid, min(depth, rounds))] = None
     return list(found)
 
 
-def text_of(row: norm_policy.NormRow) -> str:
-    """A shape's name."""
+def format_row(row: norm_policy.NormRow) -> str:
+    """Format a shape."""
     shape = f"vecs={row.vecs},cluster={row.cluster},blocks={row.blocks},pipeline_depth={row.pipeline_depth}"
     return f"{row.algorithm}:{shape}"
 
@@ -91,25 +91,28 @@ class Chain:
         scale = torch.rsqrt(self.sum.square().mean(-1, keepdim=True) + EPS)
         self.norm = self.sum * scale * self.weight.double()
         self.buffers = [tuple(map(torch.empty_like, self.start)) for _ in range(2)]
-        self.meeting = torch.zeros(64, device=device, dtype=dtype)
+        self.barrier = torch.zeros(64, device=device, dtype=dtype)
         self.end: tuple[torch.Tensor, ...] = ()
 
     def call(self, tensors: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]) -> None:
-        """One fused call."""
+        """Make one fused call."""
         self.own.all_reduce_add_rms_norm_out(tensors[0], tensors[1], self.weight, results[0], results[1], EPS, 0.0)
 
     def plain(self, tensors: tuple[torch.Tensor, ...], results: tuple[torch.Tensor, ...]) -> None:
-        """One plain all-reduce of the same bytes."""
+        """Make one plain all-reduce of the same bytes."""
         self.own.all_reduce_out(tensors[0], results[0])
 
     def time_us(self, row: norm_policy.NormRow | None, rows: list[policy.Row], replays: int) -> tuple[float, str]:
-        """Microseconds a call, this rank's median over the replays, and what is wrong; `row` None: plain calls."""
+        """Return microseconds per call, as this rank's median over the replays, and the error found, or "".
+
+        Times plain calls if `row` is None.
+        """
         call, wrong = (self.call, "") if row else (self.plain, "")
         self.own.use(rows)
         if row:
             self.own.use_norm([row])
             self.call(self.start, self.buffers[1])
-            wrong = self._judge()
+            wrong = self._check_first_call()
         else:
             self.plain(self.start, self.buffers[1])
         graph = torch.cuda.CUDAGraph()
@@ -125,19 +128,19 @@ class Chain:
         for before, after in pairs:
             for buffer, values in zip(self.buffers[0], self.start, strict=True):
                 buffer.copy_(values)
-            self.own.all_reduce_out(self.meeting, self.meeting)
+            self.own.all_reduce_out(self.barrier, self.barrier)
             before.record(stream)
             graph.replay()
             after.record(stream)
         stream.synchronize()
-        # Of the separate norm's, which rounds once more, there is nothing to compare with.
+        # The separate norm rounds once more, so its bits differ.
         if row and row.algorithm != "separate" and not wrong:
             end = tuple(buffer.clone() for buffer in self.buffers[self.calls % 2])
             self.end = self.end or end
-            wrong = "" if all(map(torch.equal, self.end, end)) else "other bits than the first shape's"
+            wrong = "" if all(map(torch.equal, self.end, end)) else "the bits differ from the first shape's"
         return statistics.median(before.elapsed_time(after) * 1e3 / self.calls for before, after in pairs[1:]), wrong
 
-    def _judge(self) -> str:
+    def _check_first_call(self) -> str:
         norm, total = self.buffers[1]
         if not torch.equal(total.double(), self.sum):
             return "wrong sums"
@@ -147,7 +150,7 @@ class Chain:
 
 
 def measure(options: argparse.Namespace, own: session.Session, module: Any) -> list[dict[str, Any]]:
-    """This rank's line for every message and shape."""
+    """Measure every message and shape, and return this rank's lines."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype, major = getattr(torch, options.dtype), torch.cuda.get_device_capability()[0]
     rows = list(policy.rows_for(major, world_size))
@@ -158,7 +161,7 @@ def measure(options: argparse.Namespace, own: session.Session, module: Any) -> l
             continue
         chain = Chain(own, (tokens, hidden), dtype, max(10, min(200, (200 << 20) // nbytes)))
         for row in [None, *shapes(tokens, hidden * dtype.itemsize, world_size, major)]:
-            text = text_of(row) if row else "plain"
+            text = format_row(row) if row else "plain"
             if options.only and row and not re.search(options.only, text):
                 continue
             try:
@@ -168,22 +171,22 @@ def measure(options: argparse.Namespace, own: session.Session, module: Any) -> l
             if wrong:
                 sys.stderr.write(f"[rank {rank}] {tokens} x {hidden} {text}: {wrong}\n")
             lines.append({"tokens": tokens, "hidden": hidden, "row": text, "us": took_us, "wrong": wrong})
-            # A rank that gave up has poisoned its session; so that all go on alike, they tell each other.
+            # A rank with a time-out has a poisoned session; if there is one, all ranks connect again.
             if any(Control().all_gather(poisoned(own))):
                 own.close(False)
-                own = chain.own = connected(module)
+                own = chain.own = connect(module)
                 own.set_early(not options.late)
-    eager(own, rows)
+    time_eager(own, rows)
     return lines
 
 
 def numbers(text: str) -> list[int]:
-    """The numbers of "1,2,3"."""
+    """Parse numbers such as "1,2,3"."""
     return [int(number) for number in text.split(",")]
 
 
-def eager(own: session.Session, rows: list[policy.Row]) -> None:
-    """What a call of 1 x 4096 costs the host, with new outputs and in place; printed by the first rank."""
+def time_eager(own: session.Session, rows: list[policy.Row]) -> None:
+    """Time a call of 1 x 4096 on the host, with new outputs and in place; the first rank prints it."""
     own.use(rows)
     own.use_norm([norm_policy.NormRow(_ANY_SIZE, "oneshot_push_norm", vecs=2)])
     x = torch.zeros(1, 4096, device="cuda", dtype=torch.bfloat16)
@@ -216,11 +219,11 @@ def eager(own: session.Session, rows: list[policy.Row]) -> None:
             rounds.append((time.perf_counter() - began) / 500 * 1e6)
         figures[name] = statistics.median(rounds)
     if dist.get_rank() == 0:
-        say("eager, 1 x 4096, us a call: " + "; ".join(f"{name} {took:.2f}" for name, took in figures.items()))
+        print_line("eager, 1 x 4096, us per call: " + "; ".join(f"{name} {took:.2f}" for name, took in figures.items()))
 
 
 def report(everyone: list[list[dict[str, Any]]], options: argparse.Namespace, took_s: float) -> None:
-    """The slowest rank's times: the best shapes of each message on stdout, all in a file."""
+    """Print each message's best shapes by the slowest rank's times, and write all lines to a file."""
     lines = [
         {
             **ranks[0],
@@ -243,35 +246,35 @@ def report(everyone: list[list[dict[str, Any]]], options: argparse.Namespace, to
     (options.out / "tune_norm.json").write_text(json.dumps(data, indent=1) + "\n")
     for message, group in itertools.groupby(lines, key=lambda line: (line["tokens"], line["hidden"])):
         plain, *shaped = group
-        say(f"{message[0]:>5} x {message[1]:<6} plain {plain['us']:.2f}{' WRONG' if plain['wrong'] else ''}")
+        print_line(f"{message[0]:>5} x {message[1]:<6} plain {plain['us']:.2f}{' WRONG' if plain['wrong'] else ''}")
         for line in sorted(shaped, key=lambda line: line["us"])[: options.top]:
-            say(f"{'':15}{line['us']:8.2f} us  {line['row']}  {line['wrong'] and 'WRONG'}".rstrip())
+            print_line(f"{'':15}{line['us']:8.2f} us  {line['row']}  {line['wrong'] and 'WRONG'}".rstrip())
     wrong = sum(bool(line["wrong"]) for line in lines)
-    say(f"{len(lines)} lines, {wrong} wrong, {took_s:.0f} s; {options.out / 'tune_norm.json'}")
+    print_line(f"{len(lines)} lines, {wrong} wrong, {took_s:.0f} s; {options.out / 'tune_norm.json'}")
 
 
 def main() -> int:
-    """Measure, print, write."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Time every fused algorithm and shape of customar_v2.")
     parser.add_argument("--out", type=Path, required=True, help="the folder for tune_norm.json")
     parser.add_argument("--tokens", default=TOKENS, help=f"comma-separated (default {TOKENS})")
     parser.add_argument("--hidden", default=HIDDEN, help=f"hidden sizes, comma-separated (default {HIDDEN})")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--only", default="", help="a regular expression that a shape's text must contain")
-    parser.add_argument("--replays", type=int, default=5, help="of each graph; the median counts")
-    parser.add_argument("--late", action="store_true", help="no kernel starts before the one before has ended")
-    parser.add_argument("--top", type=int, default=4, help="shapes printed a message")
+    parser.add_argument("--replays", type=int, default=5, help="replays of each graph; the median counts")
+    parser.add_argument("--late", action="store_true", help="turn off programmatic dependent launch")
+    parser.add_argument("--top", type=int, default=4, help="number of shapes to print per message")
     options = parser.parse_args()
     started = time.monotonic()
-    module = joined("comm_plugin_customar_v2")
-    own = connected(module)
+    module = join_job("comm_plugin_customar_v2")
+    own = connect(module)
     own.set_early(not options.late)
     if dist.get_rank() == 0:
-        say(
+        print_line(
             f"{torch.cuda.get_device_name()} x{dist.get_world_size()}, torch {torch.__version__}, {options.dtype}, "
             f"set up in {time.monotonic() - started:.0f} s"
         )
-    torch.cuda.set_stream(torch.cuda.Stream())  # what captures can't be the default stream
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream can't capture
     everyone = Control().all_gather(measure(options, own, module))
     if dist.get_rank() == 0:
         report(everyone, options, time.monotonic() - started)

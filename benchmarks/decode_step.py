@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Times one tensor-parallel decode step of Llama-3-shaped layers: torch.distributed beside comm-core, in CUDA graphs.
+"""Time one tensor-parallel decode step of Llama-3-shaped layers with torch.distributed and comm-core, in CUDA graphs.
 
     torchrun --nproc-per-node 2 benchmarks/decode_step.py [--shape 8B,70B] [--json FILE] [--plot FILE]
 
-A layer is four linear layers, attention over 512 cached tokens, SiLU and twice an all-reduce, residual and RMSNorm.
-There is no rotary embedding, vocabulary or sampling. The ways differ only in what follows a row-parallel linear layer:
+A layer has four linear layers, attention over 512 cached tokens, SiLU, and twice an all-reduce, residual and RMSNorm.
+There is no rotary embedding, vocabulary or sampling. The ways differ only in the operations after a row-parallel layer:
 
     torch.distributed   dist.all_reduce in place, torch's add, torch's rms_norm
     plain               backend.all_reduce, torch's add, torch's rms_norm
     fused               backend.all_reduce_add_rms_norm
-    none                torch's add, torch's rms_norm: a wrong result, in the least time that a step can take
+    none                torch's add, torch's rms_norm: a wrong result, but a lower bound for the time
 
-Each way is one CUDA graph. In every round each way in turn replays it; a round's time is the slowest rank's. With too
-few GPUs, the ranks use CPUs and Gloo without graphs, which only shows that the program runs.
+Each way has one CUDA graph. In each round all graphs are replayed in turn; a round's time is the slowest rank's. With
+too few GPUs, the ranks use CPUs and Gloo without graphs, which only shows that the program runs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ EPS = 1e-5
 DTYPE = torch.bfloat16
 WAYS = ("torch.distributed", "plain", "fused", "none")
 REFERENCE = WAYS[0]
-#: An element further than this from fp32 arithmetic is wrong; the unit is the root mean square of all elements. After
-#: 80 layers bfloat16's rounding makes an error of 0.02 on average and of 0.25 at most, and a lost sum one of 1.
+#: An element is wrong if it differs from fp32 arithmetic by more than this, in units of the elements' root mean square.
+#: After 80 layers, bfloat16's rounding gives an error of 0.02 on average and at most 0.25; a missing sum gives 1.
 TOLERANCE = 0.5
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -51,7 +51,7 @@ Combine = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Pair]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model's layers. Layer i has weights and cache i modulo `distinct`: a large model fits, yet L2 can't hold it."""
+    """A model's layers. Layer i uses weights and cache i modulo `distinct`, so large models fit, but not in L2."""
 
     layers: int
     distinct: int
@@ -70,7 +70,7 @@ SHAPES = {
 
 
 class Model:
-    """This rank's random weights, caches and input; norms and input are the same on every rank."""
+    """This rank's random weights, caches and input; the norms' weights and the input are equal on all ranks."""
 
     def __init__(self, shape: Shape, max_batch: int, device: torch.device) -> None:
         ranks = dist.get_world_size()
@@ -94,7 +94,7 @@ class Model:
             for _ in range(shape.distinct)
         ]
         cache = (max_batch, shape.kv_heads // ranks, CACHE_TOKENS, shape.head_dim)
-        # Attention's mean over the cache is small; with values this large its output is of the MLP's size.
+        # Attention averages over the cache; these large values make its output as large as the MLP's.
         self.caches = [(normal(*cache, scale=1.0), normal(*cache, scale=CACHE_TOKENS**0.5)) for _ in self.weights]
         self.norms = [1 + normal(shape.hidden, scale=0.1, generator=self.shared) for _ in range(2 * shape.layers + 1)]
         self.input = normal(max_batch, shape.hidden, scale=1.0, generator=self.shared)
@@ -104,7 +104,7 @@ class Model:
             raise ValueError("the L2 cache might hold the weights: raise --distinct")
 
     def step(self, batch: int, combine: Combine, dtype: torch.dtype = DTYPE) -> Pair:
-        """Decode one token for each of `batch` sequences; the last norm's output and the residual."""
+        """Decode one token for each of `batch` sequences; return the last norm's output and the residual."""
         norms = iter([norm.to(dtype) for norm in self.norms])
         residual = self.input[:batch].to(dtype)
         hidden = functional.rms_norm(residual, residual.shape[1:], next(norms), EPS)
@@ -113,7 +113,7 @@ class Model:
             keys, values = (cache[:batch] for cache in self.caches[layer % self.shape.distinct])
             parts = functional.linear(hidden, weights["qkv"]).split(self.sizes, dim=-1)
             q, keys[:, :, -1], values[:, :, -1] = (part.unflatten(-1, (-1, self.shape.head_dim)) for part in parts)
-            # Of one new token, the query heads that share a key head are that head's queries.
+            # With one new token per sequence, the query heads that share a key head act as that head's queries.
             q = q.unflatten(1, (keys.shape[1], -1))
             mixed = functional.scaled_dot_product_attention(q, keys.to(dtype), values.to(dtype))
             hidden, residual = combine(functional.linear(mixed.flatten(1), weights["o"]), residual, next(norms))
@@ -124,7 +124,7 @@ class Model:
 
 
 def combines(backend: comm.Backend) -> dict[str, Combine]:
-    """By way: the sum of a row-parallel layer's output over the ranks, the residual's add, the norm."""
+    """Return each way's function for the all-reduce, residual and norm after a row-parallel layer."""
 
     def norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Pair:
         residual = residual + x
@@ -142,29 +142,29 @@ def combines(backend: comm.Backend) -> dict[str, Combine]:
     }
 
 
-def recorded(step: Callable[[], Pair]) -> tuple[Callable[[], object], Pair]:
-    """A CUDA graph's replay and the tensors that it writes; without GPUs the step itself. Collective."""
-    for _ in range(3):  # NCCL, cuBLAS and attention set themselves up in eager calls
+def record(step: Callable[[], Pair]) -> tuple[Callable[[], object], Pair]:
+    """Return the replay of a step's CUDA graph and its outputs; without GPUs, the step itself. Collective."""
+    for _ in range(3):  # NCCL, cuBLAS and attention initialise in eager calls
         outputs = step()
     if not outputs[0].is_cuda:
         return lambda: [output.copy_(new) for output, new in zip(outputs, step(), strict=True)], outputs
     graph = torch.cuda.CUDAGraph()
-    # "thread_local": NCCL's threads may use CUDA meanwhile.
+    # "thread_local": NCCL's threads may call CUDA during the capture.
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         outputs = step()
     return graph.replay, outputs
 
 
-def highest(number: float) -> float:
-    """The largest of the ranks' numbers. Collective; runs on CPUs, so it also makes the ranks meet there."""
+def max_over_ranks(number: float) -> float:
+    """Return the largest of the ranks' numbers. Collective; it runs on CPUs, so it is also a barrier between hosts."""
     tensor = torch.tensor([number], dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.item()
 
 
 def time_us(run: Callable[[], object], replays: int, *, on_gpu: bool) -> float:
-    """Microseconds a step on the slowest rank, the mean of `replays` that follow an untimed one. Collective."""
-    highest(0)
+    """Return microseconds per step on the slowest rank, as the mean of `replays` after an untimed one. Collective."""
+    max_over_ranks(0)
     run()
     if on_gpu:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -177,13 +177,13 @@ def time_us(run: Callable[[], object], replays: int, *, on_gpu: bool) -> float:
         last.record()
         last.synchronize()
         seconds = first.elapsed_time(last) / 1e3
-    return highest(seconds) / replays * 1e6
+    return max_over_ranks(seconds) / replays * 1e6
 
 
 def compare(outputs: Pair, expected: Pair) -> tuple[float, int]:
-    """The root mean square of the relative error, on the worst rank, and the wrong elements of all ranks. Collective.
+    """Return the relative error's root mean square on the worst rank, and all ranks' wrong elements. Collective.
 
-    Wrong is what `TOLERANCE` says, and what differs from rank 0's in any bit.
+    An element is wrong if it differs from `expected` by more than `TOLERANCE`, or from rank 0's in any bit.
     """
     error, wrong = 0.0, torch.tensor([0])
     for output, exact in zip(outputs, expected, strict=True):
@@ -193,14 +193,14 @@ def compare(outputs: Pair, expected: Pair) -> tuple[float, int]:
         error = max(error, relative.square().mean().sqrt().item())
         wrong += (~(relative.abs() <= TOLERANCE) | (output != first)).sum().cpu()  # NaN is wrong, too
     dist.all_reduce(wrong)
-    return highest(error), int(wrong)
+    return max_over_ranks(error), int(wrong)
 
 
 def measure(model: Model, batch: int, backend: comm.Backend, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each way. Collective."""
+    """Measure one batch size, and return a row for each way. Collective."""
     ways, gpu = combines(backend), backend.device.type == "cuda"
     with comm.capture():
-        runs = {way: recorded(lambda way=way: model.step(batch, ways[way])) for way in WAYS}
+        runs = {way: record(lambda way=way: model.step(batch, ways[way])) for way in WAYS}
     checks: dict[str, list[tuple[float, int]]] = {way: [] for way in WAYS}
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(options.rounds):
@@ -226,13 +226,13 @@ def measure(model: Model, batch: int, backend: comm.Backend, options: argparse.N
             row["served_by"] = route.backend_for(*size)
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
         row |= {"times_as_fast": round(median, 4), "quartiles": [round(low, 4), round(high, 4)]}
-        row |= {"error": round(max((error for error, _ in checks[way]), default=0.0), 5)}  # of "none" there is none
+        row |= {"error": round(max((error for error, _ in checks[way]), default=0.0), 5)}  # "none" isn't compared
         rows.append({**row, "wrong": sum(wrong for _, wrong in checks[way])})
     return rows
 
 
 def measure_all(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """The record of all shapes and batches, which rank 0 prints. Collective."""
+    """Measure all shapes and batches, print them on rank 0 and return the record. Collective."""
     backend = comm.get_backend()
     ranks = backend.topology.ranks
     show = sys.stdout if dist.get_rank() == 0 else io.StringIO()
@@ -268,20 +268,20 @@ def measure_all(device: torch.device, options: argparse.Namespace) -> dict[str, 
 
 def draw(document: dict[str, Any], path: Path) -> None:
     """Draw a record."""
-    import summarize  # needs more than a run does
+    import summarize  # a run doesn't need its dependencies
 
     summarize.draw(document, path)
 
 
 def main() -> int:
-    """Measure or read, write, draw; 1 where an element is wrong."""
+    """Measure or read, write and draw; return 1 if an element is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="8B,70B", help=f"of {', '.join(SHAPES)}, comma-separated (default 8B,70B)")
     parser.add_argument("--batches", default="1,8,32,128", help="sequences in a batch (default 1,8,32,128)")
     parser.add_argument("--layers", type=int, help="layers in a step (8B: 32, 70B: 80)")
-    parser.add_argument("--distinct", type=int, help="layers with weights of their own (8B: 32, 70B: 16)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each way, at least 2 (default 15)")
-    parser.add_argument("--replays", type=int, default=20, help="steps timed together in a turn (default 20)")
+    parser.add_argument("--distinct", type=int, help="layers with different weights (8B: 32, 70B: 16)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds, at least 2 (default 15)")
+    parser.add_argument("--replays", type=int, default=20, help="steps timed together in a round (default 20)")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--plot", type=Path, help="draw the record here; needs matplotlib")
     parser.add_argument("--read", type=Path, help="with --plot: draw this record and measure nothing")
@@ -290,7 +290,7 @@ def main() -> int:
         draw(json.loads(options.read.read_text()), options.plot)
         return 0
     if "LOCAL_RANK" not in os.environ:
-        parser.error("start it by torchrun --nproc-per-node N benchmarks/decode_step.py")
+        parser.error("this isn't a torchrun job: start torchrun --nproc-per-node N benchmarks/decode_step.py")
     if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -304,7 +304,7 @@ def main() -> int:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if dist.get_rank() == 0 and options.plot:
         draw(document, options.plot)
-    gc.collect()  # graphs have to be gone before the groups whose calls they hold
+    gc.collect()  # graphs must be destroyed before the groups that their calls use
     comm.close()
     dist.destroy_process_group()
     return int(document["wrong"] > 0)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What core itself costs: a call through the handle, the import, a decision of thousands of ranks.
+"""Measure the costs of core itself: a call through the handle, the import, a decision among thousands of ranks.
 
     python benchmarks/overhead.py [--json]
 
-No GPU and no process group: the hooks are fakes, so that nothing but core's own work is left. Times are the machine's
-on which it runs; repeat it on yours.
+It needs no GPU and no process group. The hooks are fakes, so only core's own work is measured. The times hold for the
+machine that runs it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ import timeit
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import comm_core
 import torch
-from comm_core._group.connect import Session
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
+from comm_core._handle.serving import Serving
+from comm_core._handle.session import Session
 from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, screen_candidates
 from comm_core._plan.routes import Offer
+from comm_core._plugins.discovery import Plugin
 from comm_core._probe.rank import probe_rank
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
 from comm_core.types import Available, Decision, Range, Unavailable
 
 SCHEMA = 1
 GPUS_PER_HOST = 8
-#: What a rank's evidence is at least, as JSON in bytes.
+#: The least size of a rank's evidence, as JSON in bytes.
 EVIDENCE_NBYTES = 2048
 
 
@@ -51,11 +52,11 @@ class Figure:
     """One line of the result.
 
     Attributes:
-        name: what was measured.
+        name: the measured quantity.
         value: the figure.
-        unit: of `value`, `worst` and `target`.
-        worst: the largest of the repeats; None where there is one measurement.
-        target: the most that `value` may be; None where there is no target.
+        unit: the unit of `value`, `worst` and `target`.
+        worst: the largest value of the repeats; None for a single measurement.
+        target: the upper limit for `value`; None without a target.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Figure:
 
     @property
     def missed(self) -> bool:
-        """Whether there is a target and `value` is above it."""
+        """Return whether `value` is above its target."""
         return self.target is not None and self.value > self.target
 
 
@@ -76,7 +77,7 @@ def _require(truth: bool, why: str) -> None:
 
 
 def passed_on(session: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 - a hook
-    """A hook that costs a call and nothing else."""
+    """Return the input: a hook with no cost but the call."""
     return tensor
 
 
@@ -86,12 +87,12 @@ def fused_passed_on(
     residual: torch.Tensor,
     *_rest: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Likewise, of the fused operation."""
+    """Return the inputs: a hook of the fused operation with no cost but the call."""
     return tensor, residual
 
 
 def four_ranges() -> tuple[Range, ...]:
-    """Ranges of which an all-reduce of 64 KiB takes the last."""
+    """Return four ranges; an all-reduce of 64 KiB is in the last."""
     edges = (0, 4 << 10, 16 << 10, 32 << 10, 1 << 20)
     return tuple(
         Range("all_reduce", min_nbytes=low + 1, max_nbytes=high, multiple_nbytes=16)
@@ -100,20 +101,21 @@ def four_ranges() -> tuple[Range, ...]:
 
 
 def fake_handle() -> Backend:
-    """A handle of one process whose route has four ranges of one backend before the terminal fallback."""
+    """Return a handle of one process, with a route of one backend's four ranges and the terminal fallback."""
     offer = Offer("fake", 300, (*four_ranges(), Range("all_reduce_add_rms_norm")))
     topology = Topology.of([probe_rank(0, torch.device("cpu"), plugins={}, facts={})])
     decision = initial_slate({"fake": "1"}, [{"fake": encode_answer(Available(300, offer.ranges))}]).decision(("cpu",))
     hooks = {"all_reduce": passed_on, "all_reduce_add_rms_norm": fused_passed_on}
-    session = Session(cast("Any", SimpleNamespace(hooks=hooks)), None, cast("Any", None))
-    return Backend(decision, topology, "the benchmark", torch.device("cpu"), (passed_on, None), {"fake": session})
+    session = Session(Plugin("fake", None, None, hooks), None, cast("Any", None))
+    terminal = (passed_on, None)
+    return Backend(Serving(decision, topology, "the benchmark", torch.device("cpu"), terminal, {"fake": session}))
 
 
 def hot_path(repeats: int) -> Iterator[Figure]:
-    """What the handle adds to a direct call of the hook."""
+    """Measure the time that the handle adds to a direct call of the hook."""
     backend = fake_handle()
     rules = backend.decision.route("all_reduce", "eager", "cpu", "bfloat16").rules
-    _require(len(rules) == 5, f"four ranges and the terminal are meant, not {rules}")
+    _require(len(rules) == 5, f"expected four ranges and the terminal fallback; got {rules}")
     tensor = torch.zeros(32 << 10, dtype=torch.bfloat16)
     for label, out, target in (
         ("out of place", None, 0.8),
@@ -126,7 +128,7 @@ def hot_path(repeats: int) -> Iterator[Figure]:
 
 
 def fused_path(repeats: int) -> Iterator[Figure]:
-    """What the handle adds to a direct call of the fused hook."""
+    """Measure the time that the handle adds to a direct call of the fused hook."""
     backend = fake_handle()
     x, residual = (torch.zeros((8, 4096), dtype=torch.bfloat16) for _ in range(2))
     weight = torch.zeros(4096, dtype=torch.bfloat16)
@@ -139,7 +141,7 @@ def fused_path(repeats: int) -> Iterator[Figure]:
 
 
 def operator(repeats: int) -> Iterator[Figure]:
-    """What calling `torch.ops.comm_core` eagerly adds to a call through the handle."""
+    """Measure the time that an eager call of `torch.ops.comm_core` adds to a call through the handle."""
     backend = fake_handle()
     operators.register(("the benchmark",), backend)
     tensor = torch.zeros(32 << 10, dtype=torch.bfloat16)
@@ -156,7 +158,7 @@ def operator(repeats: int) -> Iterator[Figure]:
 def _added(
     name: str, direct: Callable[[], float], through: Callable[[], float], repeats: int, target: float | None = None
 ) -> Figure:
-    """What one way adds to another, in microseconds: between the smallest of the medians of interleaved rounds."""
+    """Return the difference of two ways' smallest medians over interleaved rounds, in microseconds."""
     rounds = [(direct(), through()) for _ in range(repeats)]
     smallest_direct, smallest_through = (min(medians) for medians in zip(*rounds, strict=True))
     worst = max(other - one for one, other in rounds)
@@ -164,7 +166,7 @@ def _added(
 
 
 def _median_us(call: Callable[..., object], *arguments: object) -> float:
-    """Microseconds a call, the median of 25 rounds of 2,000."""
+    """Return microseconds per call, as the median of 25 rounds of 2,000 calls."""
     variables = {f"_{number}": argument for number, argument in enumerate(arguments)} | {"call": call}
     statement = f"call({', '.join(f'_{number}' for number in range(len(arguments)))})"
     return statistics.median(timeit.repeat(statement, globals=variables, repeat=25, number=2000)) / 2000 * 1e6
@@ -182,11 +184,11 @@ print(took)
 
 
 def import_time(repeats: int) -> Iterator[Figure]:
-    """`import comm_core` on top of `import torch`, in fresh interpreters; what else it does fails."""
+    """Measure `import comm_core` after `import torch` in new interpreters; any side effect is an error."""
     took_ms = []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            # Its one line is the figure: anything that the import printed would fail to be a number.
+            # The script prints one number; `float` below fails if the import prints too.
             result = subprocess.run(  # noqa: S603 - this interpreter and the text above
                 [sys.executable, "-c", _IMPORT],
                 cwd=folder,
@@ -197,14 +199,14 @@ def import_time(repeats: int) -> Iterator[Figure]:
                 timeout=300,
             )
             made = list(Path(folder).iterdir())
-        _require(not made, f"the import made {made}")
+        _require(not made, f"the import created {made}")
         _require(not result.stderr, result.stderr)
         took_ms.append(float(result.stdout) * 1e3)
     yield Figure("import comm_core after torch", statistics.median(took_ms), "ms", worst=max(took_ms), target=30.0)
 
 
 def evidence_of(rank: int) -> dict[str, Any]:
-    """A rank's evidence as JSON, as on hosts with eight GPUs that NVSwitch joins."""
+    """Return a rank's evidence as JSON, as on hosts with eight GPUs connected by NVSwitch."""
     host, gpu = divmod(rank, GPUS_PER_HOST)
     boot_id = f"{host:08x}-269e-4d37-b2a7-4de452e6b438"
     uuids = [f"GPU-{host:08x}-128b-4f33-8c5c-7fd0a6a3a45{number}" for number in range(GPUS_PER_HOST)]
@@ -246,13 +248,13 @@ def evidence_of(rank: int) -> dict[str, Any]:
         "the kind of device": "cuda",
     }
     data = Evidence(info, policy).to_json()
-    # Whatever plugins' facts add in real life, up to the size that is promised for.
+    # Stands for the plugins' facts, and fills the evidence up to its least size.
     data["info"]["facts"]["nccl"] = {"notes": "x" * max(EVIDENCE_NBYTES - len(json.dumps(data)), 0)}
     return data
 
 
 def answers_of(rank: int) -> dict[str, Any]:
-    """What five plugins answer on one rank; ranks see different numbers of free bytes, so that their answers differ."""
+    """Return five plugins' answers on one rank; they differ between ranks."""
     limit = (8 << 20) - 4096 * (rank % 3)
     return {
         "customar_v1": encode_answer(
@@ -268,21 +270,21 @@ def answers_of(rank: int) -> dict[str, Any]:
 
 
 def decide(evidence: list[dict[str, Any]], answers: list[dict[str, Any]]) -> Decision:
-    """What a rank computes between the exchanges."""
-    read = [Evidence.from_json(item) for item in evidence]
-    check_policies(read, str)
-    asked, dropped = screen_candidates(read, None, (), "COMM_CORE_BACKENDS")
+    """Compute a decision as a rank does between the exchanges."""
+    parsed = [Evidence.from_json(item) for item in evidence]
+    check_policies(parsed, str)
+    asked, dropped = screen_candidates(parsed, None, (), "COMM_CORE_BACKENDS")
     return initial_slate(asked, answers, dropped).decision(("cuda", "cpu"))
 
 
 def deciding(repeats: int) -> Iterator[Figure]:
-    """The decision of groups of 512 and 4,096 ranks, and what it takes of memory."""
+    """Measure the time and the memory of a decision in groups of 512 and 4,096 ranks."""
     medians = {}
     for world_size in (512, 4096):
         evidence = [evidence_of(rank) for rank in range(world_size)]
         _require(all(len(json.dumps(item)) >= EVIDENCE_NBYTES for item in evidence), "the evidence is too small")
         answers = [answers_of(rank) for rank in range(world_size)]
-        _require(decide(evidence, answers) == decide(evidence, answers), "one evidence, two decisions")
+        _require(decide(evidence, answers) == decide(evidence, answers), "the same evidence gave two decisions")
         took_s = []
         for _ in range(repeats):
             gc.collect()
@@ -293,18 +295,18 @@ def deciding(repeats: int) -> Iterator[Figure]:
         target = 0.5 if world_size == 4096 else None
         yield Figure(f"decide, {world_size} ranks", medians[world_size], "s", worst=max(took_s), target=target)
     yield Figure("decide, 4096 ranks over 512", medians[4096] / medians[512], "times")
-    most = _memory_nbytes(lambda: decide(evidence, answers))[1]
-    yield Figure("decide, 4096 ranks, memory beside the evidence", most / (1 << 20), "MiB")
+    peak = _memory_nbytes(lambda: decide(evidence, answers))[1]
+    yield Figure("decide, 4096 ranks, memory beside the evidence", peak / (1 << 20), "MiB")
 
 
 def handle_memory() -> Iterator[Figure]:
-    """What a handle takes of Python's memory; the buffers of kernels are the plugins'."""
+    """Measure a handle's Python memory, without the plugins' buffers."""
     fake_handle()
     yield Figure("a handle's memory", _memory_nbytes(fake_handle)[0] / 1024, "KiB")
 
 
 def _memory_nbytes(call: Callable[[], object]) -> tuple[int, int]:
-    """What is left of Python's memory while the call's result lives, and the most while it ran."""
+    """Return the Python memory of a call's result, and the peak during the call."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -318,7 +320,7 @@ def _memory_nbytes(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def table(figures: list[Figure]) -> str:
-    """The figures as text."""
+    """Format the figures as a table."""
     rows = [("what", "value", "worst", "target", "")]
     rows += [
         (
@@ -337,10 +339,10 @@ def table(figures: list[Figure]) -> str:
 
 
 def main() -> int:
-    """Measure and print; 1 where a target is missed."""
+    """Measure and print; return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="how often each is measured (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats of each measurement (default 5)")
     options = parser.parse_args()
     figures = [
         *hot_path(options.repeats),

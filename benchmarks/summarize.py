@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Makes a summary, which the repository keeps, of a record, which it doesn't; and draws a summary.
+"""Turn a record into a summary, and draw a summary. The repository keeps summaries only.
 
     python benchmarks/summarize.py RECORD [--command "HOW IT WAS MADE"] --out SUMMARY
     python benchmarks/summarize.py SUMMARY --plot PICTURE.svg
 
-A record is what `comm-core bench`, `customar_v1_tune.py`, `customar_v2_tune.py`, `customar_v2_tune_norm.py` or
-`add_rms_norm.py` wrote. A summary is JSON: `command`, `machine`, `settings` and `tables`. In a table, every list has
-one number for each of its `cases` (bytes, or tokens x hidden size), null where there is none:
+A record is the JSON output of `comm-core bench`, `customar_v1_tune.py`, `customar_v2_tune.py`,
+`customar_v2_tune_norm.py` or `add_rms_norm.py`. A summary is JSON: `command`, `machine`, `settings` and `tables`. In a
+table, every list has one number for each of its `cases` (bytes, or tokens x hidden size), or null:
 
     us              by contender or launch shape: the slowest rank's median time of a call, in microseconds
-    times_as_fast   by backend, then by what it is compared to; "best" is the fastest peer or torch.distributed in each
-                    case. `ratio` is the median over repetitions, `low` the lower end of its confidence interval. In
-                    graphs, where times vary little, only "best" is compared: other ratios follow from `us`.
-    us_over_launch  by backend, eager: the median over repetitions of its time less that of an empty kernel
+    times_as_fast   by backend and reference; "best" is the fastest peer or torch.distributed in each case. `ratio` is
+                    the median over repetitions, `low` the lower end of its confidence interval. For graphs, with their
+                    small variation, "best" is the only reference: other ratios follow from `us`.
+    us_over_launch  by backend, eager: the median over repetitions of its time minus that of an empty kernel
 
-`mean_times_as_fast_as_best` has the geometric mean of those ratios over the cases. `decode_step.py` writes a record
-that is small enough to serve as a summary.
+`mean_times_as_fast_as_best` has the geometric mean over the cases of the ratios to "best". The record of
+`decode_step.py` is small enough to serve as a summary.
 
-Of a tune program's shapes, those that are far from the fastest in every case are left out, as `settings` says.
+The summary of a tune program leaves out shapes that are far from the fastest in every case; `settings` says which.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ from comm_bench import stats
 from comm_bench.document import read_rows
 from comm_bench.results import LAUNCH, Row, title
 
-#: The most that a summary may take, in bytes.
-MOST_NBYTES = 20_000
-#: Limits of the machine that are drawn, and what they are.
-LIMITS = {"limit:push": "a push of the bytes alone", "limit:launch": "an empty kernel"}
-#: Shapes are kept that are, in some case, slower than the fastest by at most this, in percent; the first that fits.
-WITHIN = (math.inf, 50, 20, 10, 5, 2, 1, 0)
+#: The largest size of a summary, in bytes.
+MAX_NBYTES = 20_000
+#: The machine's limits in a picture, and their labels.
+LIMITS = {"limit:push": "the message's bytes, pushed", "limit:launch": "an empty kernel"}
+#: A summary keeps a shape if it is, in some case, at most this many percent slower than the fastest. The first of these
+#: thresholds whose summary is small enough is used.
+THRESHOLDS = (math.inf, 50, 20, 10, 5, 2, 1, 0)
 
 
 def rounded(value: float | None, digits: int = 4) -> float | int | None:
-    """So many significant digits."""
+    """Round to this many significant digits."""
     if value is None:
         return None
     short = float(f"{value:.{digits}g}")
     return int(short) if short.is_integer() else short
 
 
-def of_bench(record: dict[str, Any]) -> dict[str, Any]:
-    """The summary of `comm-core bench --json`."""
+def summarize_bench(record: dict[str, Any]) -> dict[str, Any]:
+    """Summarise a record of `comm-core bench --json`."""
     tables: dict[tuple[str, str], list[Row]] = {}
     for row in read_rows(record):
         tables.setdefault((title(row.case.op, row.case.mode, row.case.place), row.case.dtype), []).append(row)
@@ -72,13 +73,13 @@ def of_bench(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def bench_table(name: str, rows: list[Row]) -> dict[str, Any]:
-    """One operation, mode, place and dtype."""
+    """Summarise the rows of one operation, mode, place and dtype."""
     by = {(row.name, row.case): row for row in rows}
     cases = list(dict.fromkeys(row.case for row in rows))
     kinds = {row.name: row.kind for row in rows}
     others = [other for other, kind in kinds.items() if kind in {"terminal", "peer"}]
     eager = cases[0].mode == "eager"
-    # Eager times vary by percents: so much is meaningful.
+    # Eager times vary by percents, so fewer digits are meaningful.
     digits, decimals = (3, 2) if eager else (4, 3)
 
     def best(case: Any) -> Row | None:
@@ -125,8 +126,8 @@ def bench_table(name: str, rows: list[Row]) -> dict[str, Any]:
     return table
 
 
-def of_tune(record: dict[str, Any], within: float) -> dict[str, Any]:
-    """The summary of a tune program's record: what is `within` so many percent of the fastest shape in some case."""
+def summarize_tune(record: dict[str, Any], within: float) -> dict[str, Any]:
+    """Summarise a tune program's record: keep the shapes `within` this many percent of the fastest in some case."""
     times: dict[Any, dict[str, float]] = {}
     for line in record["lines"]:
         case, row = line.get("nbytes"), line["row"]
@@ -162,7 +163,7 @@ def of_tune(record: dict[str, Any], within: float) -> dict[str, Any]:
 
 
 def with_all_blocks(row: str, tokens: int, ranks: int) -> str:
-    """A fused shape's name, with "all" for the number of blocks that gives every row of the message its own."""
+    """Return a fused shape's name, with "all" for a number of blocks that gives each of the message's rows its own."""
     name, _, shape = row.partition(":")
     numbers = dict(part.split("=") for part in shape.split(",") if part)
     owned = -(-tokens // (ranks if name.startswith("twoshot") else 1))
@@ -171,8 +172,8 @@ def with_all_blocks(row: str, tokens: int, ranks: int) -> str:
     return ":".join(filter(None, (name, ",".join("=".join(pair) for pair in numbers.items()))))
 
 
-def of_norms(record: dict[str, Any]) -> dict[str, Any]:
-    """The summary of `add_rms_norm.py --json`."""
+def summarize_norms(record: dict[str, Any]) -> dict[str, Any]:
+    """Summarise a record of `add_rms_norm.py --json`."""
     tables: list[dict[str, Any]] = []
     for dtype in dict.fromkeys(line["dtype"] for line in record["lines"]):
         by = {
@@ -203,42 +204,42 @@ def of_norms(record: dict[str, Any]) -> dict[str, Any]:
     return {"machine": {"ranks": 1, "devices": [record["device"]], "versions": versions}, "tables": tables}
 
 
-def text_of(value: Any, indent: str = "") -> str:
-    """JSON with a line for each list of numbers."""
+def format_json(value: Any, indent: str = "") -> str:
+    """Format JSON with a line for each list of numbers."""
     inner = indent + " "
     if isinstance(value, dict) and value and any(isinstance(each, dict | list) for each in value.values()):
-        lines = [f"{inner}{json.dumps(name)}: {text_of(each, inner)}" for name, each in value.items()]
+        lines = [f"{inner}{json.dumps(name)}: {format_json(each, inner)}" for name, each in value.items()]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     if isinstance(value, list) and any(isinstance(each, dict) for each in value):
-        return "[\n" + ",\n".join(inner + text_of(each, inner) for each in value) + f"\n{indent}]"
+        return "[\n" + ",\n".join(inner + format_json(each, inner) for each in value) + f"\n{indent}]"
     return json.dumps(value, separators=(",", ":") if isinstance(value, list) else None)
 
 
 def summary_of(record: dict[str, Any], command: str | None) -> str:
-    """A record's summary as text, not larger than `MOST_NBYTES`."""
+    """Return a record's summary as text of at most `MAX_NBYTES`."""
     ways: Iterable[Callable[[], dict[str, Any]]]
     if "rows" in record:
-        ways = [lambda: of_bench(record)]
+        ways = [lambda: summarize_bench(record)]
     elif "num_tokens" in record["lines"][0]:
-        ways = [lambda: of_norms(record)]
+        ways = [lambda: summarize_norms(record)]
     else:
-        ways = [lambda within=within: of_tune(record, within) for within in WITHIN]
+        ways = [lambda within=within: summarize_tune(record, within) for within in THRESHOLDS]
     for way in ways:
         summary = {"schema": 1, "command": command or record.get("command"), **way()}
-        text = text_of(summary) + "\n"
-        if len(text) < MOST_NBYTES:
+        text = format_json(summary) + "\n"
+        if len(text) < MAX_NBYTES:
             return text
-    raise SystemExit(f"the summary takes {len(text)} bytes, and {MOST_NBYTES} are allowed: record fewer cases")
+    raise SystemExit(f"the summary has {len(text)} bytes, and the limit is {MAX_NBYTES}: record fewer cases")
 
 
 def nbytes_of(case: str, name: str) -> int:
-    """Bytes of tokens x hidden size, in the dtype at the end of a table's name."""
+    """Return the bytes of a case "tokens x hidden size", in the dtype at the end of a table's name."""
     tokens, hidden = map(int, case.split("x"))
     return tokens * hidden * {"float64": 8, "float32": 4}.get(name.rpartition(" ")[2], 2)
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """Times over bytes: a panel for each of the bench's tables, backends as thick lines."""
+    """Draw times over bytes, with a panel for each table and thick lines for backends."""
     from matplotlib.figure import Figure
 
     if "shapes" in summary:
@@ -264,7 +265,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
             elif name not in LIMITS:
                 continue
             panel.plot(*zip(*points, strict=True), label=LIMITS.get(name, name), **style)
-        panel.set(title=table["name"], xlabel="bytes", ylabel="us a call, the slowest rank's median")
+        panel.set(title=table["name"], xlabel="bytes", ylabel="us per call, the slowest rank's median")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.minorticks_off()
@@ -274,7 +275,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def draw_steps(document: dict[str, Any], path: Path) -> None:
-    """How many times as fast as torch.distributed the other ways make the step: a panel for each shape."""
+    """Draw the other ways' speed-up of a decode step over torch.distributed, with a panel for each shape."""
     from matplotlib.figure import Figure
 
     shapes, machine = document["shapes"], document["machine"]
@@ -300,7 +301,7 @@ def draw_steps(document: dict[str, Any], path: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure; an SVG small: letters as text rather than outlines, tenths of a point, no indentation."""
+    """Write a figure. An SVG is kept small: letters as text, coordinates with two decimals, no indentation."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "comm-core", "svg.fonttype": "none"}):
@@ -310,10 +311,10 @@ def save(figure: Any, path: Path) -> None:
 
 
 def main() -> int:
-    """Read, then write or draw."""
+    """Read a record or a summary, then write or draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="a record, or with --plot a summary")
-    parser.add_argument("--command", help="how the record was made, where it doesn't say so itself")
+    parser.add_argument("--command", help="the record's command line, if the record doesn't have it")
     parser.add_argument("--out", type=Path, help="write the summary here")
     parser.add_argument("--plot", type=Path, help="draw the summary here; needs matplotlib")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Compiles a program that runs kernels on CPU threads, see core/tests/emulation/emulate.h."""
+"""Compile a program that runs kernels on CPU threads; see core/tests/emulation/emulate.h."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["build"]
 
 SHARED = Path(__file__).parents[1] / "core" / "tests" / "emulation"
 CXX = os.environ.get("CXX", "c++")
-# Core's headers that fake_ptx.h replaces as a whole.
+# Core's headers that fake_ptx.h replaces.
 PTX = ("memory", "pdl", "epoch", "wait", "cluster")
 
 
 def build(source: Path, csrc: Path, folder: Path) -> Path:
-    """The program of `source`, which includes headers of the package folder `csrc`; skips where it can't be compiled.
+    """Compile a program that includes kernels, and return its path; skip the test if the machine has no compiler.
 
     Args:
-        source: a C++ file.
-        csrc: where the kernels are.
-        folder: an empty one, where to build.
+        source: the program's C++ file.
+        csrc: the folder of the kernels.
+        folder: an empty folder for the build.
     """
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
     if shutil.which(CXX) is None or not (cuda / "cuda_bf16.h").is_file():
-        pytest.skip(f"there is no C++ compiler ({CXX}), or there are no CUDA headers in {cuda}, on this machine")
+        pytest.skip(f"this machine lacks a C++ compiler ({CXX}) or CUDA headers in {cuda}")
     shutil.copytree(kernels.include_dir() / "comm_core", folder / "comm_core")
     for name in PTX:
         (folder / "comm_core" / f"{name}.cuh").write_text("#pragma once\n")

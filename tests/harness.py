@@ -1,6 +1,6 @@
-"""Runs functions of a test in real processes: the ranks of a torch.distributed job over Gloo on this host.
+"""Run functions of a test in real processes: the ranks of a torch.distributed job over Gloo on this host.
 
-    def total(x):                       # at the top level of a test's module; runs in every rank
+    def total(x):                       # at the top level of a test's module; runs on every rank
         tensor = torch.tensor([x + dist.get_rank()])
         dist.all_reduce(tensor)
         return tensor.item()
@@ -8,9 +8,8 @@
     def test_total(ranks):              # the fixture is in conftest.py
         assert ranks.run(total, 5, world_size=2) == [11, 11]
 
-The processes stay for the whole test session, since importing torch takes seconds; each run is a job of its own, with a
-store of its own, and whatever a run leaves behind on purpose (a dead rank) is replaced before the next. A run that goes
-wrong ends all processes.
+The processes stay for the whole test session, because importing torch takes seconds. Each run is a separate job with a
+new store. A process that a test has killed is replaced before the next run. A failed run ends all processes.
 """
 
 from __future__ import annotations
@@ -43,21 +42,21 @@ __all__ = ["DEAD", "RankError", "Ranks", "install", "side_store"]
 
 #: What `Ranks.run` returns for a rank that was expected to die and did.
 DEAD = "dead"
-# Gloo and the stores give up after this, in seconds: below the deadline of a run, so that the error tells more.
+# The timeout of Gloo and of the stores, in seconds: shorter than a run's deadline, because their errors say more.
 _TORCH_TIMEOUT_S = 60
-# Once a rank failed, how long the others may still take to say what they saw, in seconds.
+# Seconds that the other ranks get to report after one rank failed.
 _GRACE_S = 15
 _STDERR_CHARS = 4000
 _START = "import sys; sys.path.insert(0, sys.argv[1]); import harness; harness.work(int(sys.argv[2]))"
 
 
 class RankError(AssertionError):
-    """A rank raised, died or didn't return in time; the text holds every rank's traceback and the end of its stderr."""
+    """A rank raised, died or didn't return in time; the text has each rank's traceback and the end of its stderr."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One rank's part of a run, on its way to the process."""
+    """One rank's part of a run, as sent to the rank's process."""
 
     file: str
     function: str
@@ -73,11 +72,11 @@ class _Job:
 
 
 class _Process:
-    """A process that can be a rank, and this side's end of the pipe to it."""
+    """A process that runs ranks, and the parent's end of the pipe to it."""
 
     def __init__(self, folder: Path, number: int) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("COMM_CORE_")}
-        # One thread a process: several of them share the host's cores.
+        # One thread per process, because the processes share the host's cores.
         environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         self.stderr = folder / f"process{number}.stderr"
         self.offset = 0
@@ -90,18 +89,18 @@ class _Process:
                 stderr=stderr,
                 env=environ,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # so that its children can be ended with it
+                start_new_session=True,  # so that `kill` ends its children too
             )
         theirs.close()
 
-    def end(self) -> None:
+    def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
         self.pipe.close()
 
-    def said(self) -> str:
-        """What it wrote to stderr since this was called last."""
+    def read_stderr(self) -> str:
+        """Return the process's output to stderr since the last call."""
         with self.stderr.open("rb") as file:
             file.seek(self.offset)
             text = file.read()
@@ -110,10 +109,10 @@ class _Process:
 
 
 class Ranks:
-    """A pool of processes that `run` makes the ranks of a job.
+    """A pool of processes for the ranks of jobs.
 
     Args:
-        folder: for what the processes write to stdout and stderr.
+        folder: the folder for the processes' stdout and stderr.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -132,30 +131,30 @@ class Ranks:
         deadline_s: float = 120.0,
         dying: Collection[int] = (),
     ) -> list[Any]:
-        """Call `function(*arguments)` in every rank of a new job, with the default process group initialised.
+        """Call `function(*arguments)` on every rank of a new job, with the default process group initialised.
 
         Args:
-            function: at the top level of its module.
-            arguments: what can be pickled.
-            world_size: how many ranks.
-            backend: of the default process group; where it names CUDA, each rank has the GPU of its number.
-            env: environment variables for the call; of all ranks, or one mapping a rank.
-            path: folders in front of `sys.path` for the call, a sequence a rank, see `install`. Backends in other
-                folders, such as those that happen to be installed, stay out of sight.
-            deadline_s: for the whole run, in seconds.
-            dying: ranks whose process a signal ends.
+            function: a function at the top level of its module.
+            arguments: values that pickle accepts.
+            world_size: the number of ranks.
+            backend: the default process group's backend; if it names CUDA, each rank uses the GPU of its number.
+            env: environment variables for the call: one mapping for all ranks, or one mapping per rank.
+            path: folders in front of `sys.path` for the call, one sequence per rank; see `install`. The ranks don't see
+                backends in other folders, such as those installed on this machine.
+            deadline_s: the whole run's deadline, in seconds.
+            dying: the ranks that the test kills by a signal.
 
         Returns:
-            What each rank returned, by rank; `DEAD` for a rank that died as announced.
+            Each rank's return value, by rank; `DEAD` for the ranks in `dying`.
 
         Raises:
-            RankError: a rank raised, died or didn't return in time; all processes were killed.
+            RankError: a rank raised, died unexpectedly or didn't return in time; all processes were killed.
         """
         envs = [env or {}] * world_size if env is None or isinstance(env, Mapping) else list(env)
         paths = [tuple(map(str, folders)) for folders in path] or [()] * world_size
         if len(envs) != world_size or len(paths) != world_size:
             raise ValueError(f"{len(envs)} environments and {len(paths)} paths for {world_size} ranks")
-        # Port 0: the kernel chooses, so no other job can have it. The parent serves, so no rank's death takes a store.
+        # Port 0: the kernel chooses a free port. The parent serves the stores, so they survive the death of any rank.
         stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
         file = sys.modules[function.__module__].__file__
         assert file is not None
@@ -174,15 +173,17 @@ class Ranks:
                 paths[rank],
                 deadline_s,
             )
-            process.said()
+            process.read_stderr()  # drop the output of earlier runs
             process.pipe.send(job)
         results = self._collect(processes, deadline_s)
         wrong = [rank for rank, (kind, _) in enumerate(results) if kind != ("killed" if rank in dying else "returned")]
         if wrong:
-            text = "\n".join(_describe(rank, *results[rank], processes[rank].said()) for rank in range(world_size))
+            text = "\n".join(
+                _describe(rank, *results[rank], processes[rank].read_stderr()) for rank in range(world_size)
+            )
             self.close()
             raise RankError(f"ranks {wrong} of {function.__name__} failed\n{text}")
-        # Only now does any rank leave its process groups: others may have been in their last collective.
+        # Only now may the ranks destroy their process groups; until here, others may be in their last collective.
         for process in processes:
             with contextlib.suppress(BrokenPipeError):
                 process.pipe.send(None)
@@ -191,13 +192,13 @@ class Ranks:
     def close(self) -> None:
         """End all processes."""
         for process in self._processes.values():
-            process.end()
+            process.kill()
         self._processes.clear()
 
     def _process(self, rank: int) -> _Process:
         process = self._processes.get(rank)
         if process is not None and process.popen.poll() is not None:
-            process.end()
+            process.kill()
             process = None
         if process is None:
             self._started += 1
@@ -205,10 +206,10 @@ class Ranks:
         return process
 
     def _collect(self, processes: list[_Process], deadline_s: float) -> list[tuple[str, Any]]:
-        """How each call ended: "returned", "raised", "killed", "exited" or "hung"; and the value or the traceback."""
+        """Return each call's outcome ("returned", "raised", "killed", "exited", "hung") and its value or traceback."""
         results: list[tuple[str, Any]] = [("hung", "")] * len(processes)
         by_pipe = {process.pipe: rank for rank, process in enumerate(processes)}
-        # A process that misses its deadline prints its stacks and exits; the rest is for those that can't.
+        # A process that misses its deadline prints its stacks and exits; the grace time is for that.
         end = time.monotonic() + deadline_s + _GRACE_S
         while by_pipe and (left_s := end - time.monotonic()) > 0:
             for pipe in multiprocessing.connection.wait(list(by_pipe), left_s):
@@ -230,13 +231,13 @@ def _describe(rank: int, kind: str, value: Any, stderr: str) -> str:
 
 
 def install(folder: Path, name: str, source: str, *, version: str = "1.0") -> Path:
-    """Write a distribution that brings the backend `name` into `folder`, as pip would lay it out.
+    """Write a distribution with the backend `name` into `folder`, in the layout that pip installs.
 
     Args:
-        folder: where to; it is created.
-        name: of the backend, and of its module.
-        source: of the module; an object `plugin` in it has the hooks.
-        version: of the distribution.
+        folder: a folder that doesn't exist yet.
+        name: the name of the backend and of its module.
+        source: the module's source; its object `plugin` has the hooks.
+        version: the distribution's version.
 
     Returns:
         `folder`, an element of a rank's `path`.
@@ -249,13 +250,13 @@ def install(folder: Path, name: str, source: str, *, version: str = "1.0") -> Pa
     return folder
 
 
-# What follows runs in the processes.
+# The rest runs in the processes.
 
 _side: list[Any] = []
 
 
 def side_store() -> Any:
-    """A store beside the job's, new in each run: for what ranks of a test tell each other behind comm_core's back."""
+    """Return a second store, new in each run, over which a test's ranks communicate independently of comm_core."""
     return _side[0]
 
 
@@ -267,12 +268,12 @@ def work(pipe_number: int) -> None:
             job: _Job = pipe.recv()
         except EOFError:
             return
-        # Prints every thread's stack and ends the process, also where nobody is left to kill it.
+        # At the deadline, print every thread's stack and end the process, even if the parent has died.
         faulthandler.dump_traceback_later(job.deadline_s, exit=True)
         with contextlib.ExitStack() as stack:
             try:
                 result = ("returned", _call(job, stack))
-            except BaseException:  # noqa: BLE001 - also SystemExit is the test's to judge
+            except BaseException:  # noqa: BLE001 - the test sees SystemExit too
                 result = ("raised", traceback.format_exc())
             pipe.send(result)
             with contextlib.suppress(EOFError):
@@ -290,7 +291,7 @@ def _call(job: _Job, stack: contextlib.ExitStack) -> Any:
         dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout) for port in (job.store_port, job.side_port)
     )
     _side[:] = [side]
-    stack.callback(_leave)
+    stack.callback(_tear_down)
     device = torch.device("cuda", job.rank) if "cuda" in job.backend else None
     if device is not None:
         torch.cuda.set_device(device)
@@ -300,21 +301,21 @@ def _call(job: _Job, stack: contextlib.ExitStack) -> Any:
     return getattr(module, job.function)(*job.arguments)
 
 
-def _leave() -> None:
+def _tear_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    # What the test didn't close; without its groups this waits for nobody.
+    # Close the handles that the test left open. Without process groups, this doesn't wait for peers.
     comm_core.close()
 
 
 @contextlib.contextmanager
 def _environment(job: _Job) -> Iterator[None]:
-    """The job's environment variables and its plugins, found by `importlib.metadata` in the job's folders alone."""
+    """Set the job's environment variables, and limit discovery of plugins to the job's folders."""
     environ, path, metadata = dict(os.environ), list(sys.path), installed.metadata
     os.environ.update(job.env)
     # The test's own folder, too: a plugin may be a class of the test's module.
     sys.path[:0] = [*job.path, str(Path(job.file).parent)]
-    # For core's list of plugins alone: Triton finds its driver by metadata, too.
+    # Replace only core's reference to `importlib.metadata`, because Triton finds its driver by metadata too.
     vars(installed)["metadata"] = types.SimpleNamespace(
         distributions=lambda **kwargs: metadata.distributions(path=list(job.path), **kwargs)
     )

@@ -1,6 +1,6 @@
-"""What ranks with GPUs do with a backend of CUDA kernels: the same for every such plugin, run by its own tests.
+"""Functions that test a backend of CUDA kernels on ranks with GPUs; the tests of each such plugin run them.
 
-Each function begins with the backend's name and runs in every rank of `harness.Ranks`, two or more, on as many GPUs.
+Each function's first parameter is the backend's name. `harness.Ranks` runs it on two or more ranks, one GPU each.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Bytes: around elements, vectors, warps, blocks and grids; what no power of two divides; where the table changes; one
-# beyond what one launch takes, which goes in two. Where an element doesn't divide them, what it leaves is cut off.
+# Bytes: around the sizes of elements, vectors, warps, blocks and grids; odd multiples; where the table changes; and a
+# message that needs two launches. Tests round down to whole elements.
 SIZES = (
     *(4, 14, 16, 18, 28, 32, 34, 48, 64, 80, 510, 512, 514, 528, 1000, 1024, 8176, 8190, 8192, 8194, 14336, 64 << 10),
     *((64 << 10) + 2, (64 << 10) + 16, 540672, 540674, 129 * 5760, 1 << 20, (1 << 20) - 6, 264 * 512 * 16 + 4),
@@ -27,7 +27,7 @@ SIZES = (
 
 
 def reference(inputs: list[torch.Tensor]) -> torch.Tensor:
-    """In rank order, in float32, rounded once."""
+    """Sum in rank order, in float32, and round once."""
     total = inputs[0].float()
     for tensor in inputs[1:]:
         total = total + tensor.float()
@@ -35,14 +35,14 @@ def reference(inputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit, but for what kind of NaN a NaN is."""
+    """Compare bit by bit; all NaNs are equal."""
     numbers = ~one.isnan()
     bits = {2: torch.int16, 4: torch.int32}[one.dtype.itemsize]
     return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.view(bits)[numbers], other.view(bits)[numbers])
 
 
 def random_bits(rank: int, nbytes: int, dtype: torch.dtype, salt: int = 0) -> torch.Tensor:
-    """Any bits: infinities, denormals, both zeros and NaNs, among them those that a cell can't hold."""
+    """Return random bits, with infinities, denormals, both zeros, and NaNs that have the value of an empty cell."""
     generator = torch.Generator(device="cuda").manual_seed(rank * 1_000_003 + nbytes + salt)
     words = torch.randint(-(1 << 31), 1 << 31, (-(-nbytes // 4),), device="cuda", generator=generator).to(torch.int32)
     words[:: 7 + rank] = -1
@@ -52,7 +52,7 @@ def random_bits(rank: int, nbytes: int, dtype: torch.dtype, salt: int = 0) -> to
 
 
 def with_a_canary(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of the tensor, and 64 bytes that follow it in memory."""
+    """Return a copy of the tensor, and the 64 bytes that follow it in memory."""
     bits = {2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize]
     whole = torch.full((tensor.numel() + 64 // tensor.dtype.itemsize,), 12345, device="cuda", dtype=bits)
     copy, behind = whole.view(tensor.dtype)[: tensor.numel()], whole[tensor.numel() :]
@@ -60,7 +60,7 @@ def with_a_canary(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def backend(name: str) -> comm.Backend:
-    """The world's handle, of which the named backend serves the smallest messages."""
+    """Return the world's handle, in which the named backend serves the smallest messages."""
     handle = comm.get_backend(backends=(name,))
     assert handle.name == name, handle.explain()
     return handle
@@ -82,8 +82,8 @@ def sums(name: str, sizes: tuple[int, ...]) -> int:
             assert same(elsewhere, expected), (dtype, nbytes, "out")
             assert handle.all_reduce(mine, out=mine) is mine
             assert same(mine, expected), (dtype, nbytes, "in place")
-            assert (behind == 12345).all(), (dtype, nbytes, "in place, written beyond")
-            assert (behind_it == 12345).all(), (dtype, nbytes, "out, written beyond")
+            assert (behind == 12345).all(), (dtype, nbytes, "in place, written past the end")
+            assert (behind_it == 12345).all(), (dtype, nbytes, "out, written past the end")
             checked += 1
     zeros = torch.zeros(4096, device="cuda", dtype=torch.bfloat16)
     assert same(handle.all_reduce(zeros), zeros)
@@ -94,7 +94,7 @@ def sums(name: str, sizes: tuple[int, ...]) -> int:
 
 
 def replays(name: str, sizes: tuple[int, ...], count: int) -> int:
-    """For each size, calls between producers and consumers in one graph; the ranks drift apart between replays."""
+    """Replay, for each size, a graph of calls between other kernels; the ranks drift apart between replays."""
     handle = backend(name)
     for nbytes in sizes:
         replay(handle, nbytes // 2, count)
@@ -131,7 +131,7 @@ def replay(handle: comm.Backend, numel: int, count: int) -> None:
 
 
 def total(value: Any) -> Any:
-    """The sum over the ranks of `value` and each one's rank."""
+    """Return the sum over all ranks of `value` plus the rank."""
     size = dist.get_world_size()
     return size * value + size * (size - 1) // 2
 
@@ -169,18 +169,18 @@ def refused(name: str) -> str:
 
 
 def mixed(name: str, calls: int) -> int:
-    """Sizes and rows at random in two groups over the same GPUs, without a host's wait between calls."""
+    """Sum random sizes and values in two groups on the same GPUs, without synchronising between calls."""
     rank, size = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(range(size), backend="nccl")
     handles = [backend(name), comm.get_backend(group, backends=(name,))]
-    most = 128 // size  # so that sums are exact
+    limit = 128 // size  # so that sums are exact
     generator = torch.Generator().manual_seed(11)
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
     for call in range(calls):
         length, which, value = torch.randint(0, 1 << 18, (3,), generator=generator).tolist()
         numel = 1 + length % (1 << (1 + call % 18))
-        x = torch.full((numel,), value % most + rank, device="cuda", dtype=torch.bfloat16)
-        wrong += (handles[which % 2].all_reduce(x) != total(value % most)).sum()
+        x = torch.full((numel,), value % limit + rank, device="cuda", dtype=torch.bfloat16)
+        wrong += (handles[which % 2].all_reduce(x) != total(value % limit)).sum()
     assert wrong.item() == 0
     comm.close()
     return calls

@@ -1,4 +1,4 @@
-"""Made-up groups of ranks with CUDA devices, for tests of which groups a backend serves."""
+"""Made-up topologies of ranks with CUDA devices, for tests of a backend's `is_available`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def cuda_group(
     capability: Mapping[int, tuple[int, int]] | None = None,
     uuids: Mapping[int, str] | None = None,
 ) -> comm.Topology:
-    """Ranks on one host, each with a Hopper device, one link between every two; arguments by rank change that."""
+    """Return the topology of ranks on one host, each with a Hopper GPU and linked to every other.
+
+    Mappings by rank change single ranks.
+    """
     names = [(uuids or {}).get(rank, f"GPU-{rank}") for rank in range(count)]
     ranks = (
         comm.RankInfo(

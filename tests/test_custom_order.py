@@ -1,4 +1,4 @@
-"""Who serves a group where several backends of CUDA kernels are installed, for made-up topologies."""
+"""The routes of made-up topologies if several backends of CUDA kernels are installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def group(count: int, link: comm.Link) -> comm.Topology:
     for rank, name in enumerate(names):
         links = {other: link for other in names if other != name}
         device = comm.Device("cuda", name, capability=(9, 0), links=links)
-        # Whatever this machine lacks, theirs doesn't.
+        # The made-up hosts have all dependencies, even if this machine doesn't.
         facts = {backend: plugin.probe() | {"missing": None} for backend, plugin in BACKENDS.items()}
         plugins = dict.fromkeys(BACKENDS, "0.1.0")
         ranks.append(comm.RankInfo(rank, HERE, device, plugins=plugins, facts=facts))
@@ -38,7 +38,7 @@ def slate(topology: comm.Topology, disabled: tuple[str, ...] = ()) -> decide.Sla
 
 
 def serving(chosen: decide.Slate) -> dict[str, list[str]]:
-    """By mode, who owns bfloat16 messages, in the order in which they are preferred."""
+    """Return the backends of a bfloat16 all-reduce's route by mode, the preferred first."""
     decision = chosen.decision(("cuda",))
     return {
         mode: [rule.backend for rule in decision.route("all_reduce", mode, "cuda", "bfloat16").rules]
@@ -56,14 +56,14 @@ def serving(chosen: decide.Slate) -> dict[str, list[str]]:
         (2, APART, "torch_distributed"),
     ],
 )
-def test_the_links_decide_who_is_first(count: int, link: comm.Link, first: str) -> None:
+def test_the_links_decide_which_backend_is_first(count: int, link: comm.Link, first: str) -> None:
     for backends in serving(slate(group(count, link))).values():
         assert backends[0] == first
         assert backends[-1] == "torch_distributed"
 
 
 @pytest.mark.parametrize("count", [2, 4, 6, 8])
-def test_v1_is_never_skipped_on_the_way_to_the_vendors_library(count: int) -> None:
+def test_without_v2_v1_serves_before_torch_distributed(count: int) -> None:
     topology = group(count, NVLINK)
     disabled = slate(topology, ("customar_v2",))
     failed = slate(topology).without("customar_v2", "no symmetric memory today", 1)
@@ -75,7 +75,7 @@ def test_v1_is_never_skipped_on_the_way_to_the_vendors_library(count: int) -> No
         assert found.reason in ("COMM_CORE_DISABLE names it", "no symmetric memory today")
 
 
-def test_without_nvlink_the_decision_says_so_of_v2() -> None:
+def test_without_nvlink_the_decision_gives_that_reason_for_v2() -> None:
     decision = slate(group(2, PCIE)).decision(("cuda",))
     found = decision.candidate("customar_v2")
     assert found is not None
@@ -85,7 +85,7 @@ def test_without_nvlink_the_decision_says_so_of_v2() -> None:
     )
 
 
-def test_behind_v2_it_isnt_even_connected() -> None:
+def test_behind_v2_v1_stays_on_standby() -> None:
     found = slate(group(4, NVLINK)).decision(("cuda",)).candidate("customar_v1")
     assert found is not None
     assert found.verdict == "standby"

@@ -1,4 +1,4 @@
-"""The harness tells what went wrong in a rank, and is as good as new afterwards."""
+"""The harness reports failures of ranks, and works again after each."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def total(x: int) -> int:
 
 def fail(how: str) -> None:
     if dist.get_rank() == 1:
-        sys.stderr.write("what it said\n")
+        sys.stderr.write("text on stderr\n")
         sys.stderr.flush()
         if how == "raises":
-            raise LookupError("its own words")
+            raise LookupError("the rank's message")
         if how == "exits":
             os._exit(3)
         if how == "is killed":
@@ -37,29 +37,29 @@ def fail(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "reported"),
     [
-        ("raises", "LookupError: its own words"),
+        ("raises", "LookupError: the rank's message"),
         ("exits", "rank 1 exited"),
         ("is killed", "rank 1 killed"),
-        ("hangs", "in fail\n"),  # where its stack was
+        ("hangs", "in fail\n"),  # its stack
     ],
 )
-def test_a_rank_that_goes_wrong(ranks: Ranks, how: str, told: str) -> None:
+def test_a_failing_rank_is_reported(ranks: Ranks, how: str, reported: str) -> None:
     with pytest.raises(RankError) as caught:
-        # Imports and all, on a busy machine; for the rank that hangs, after that it is over.
+        # Long enough for the imports on a busy machine; the hanging rank ends after it.
         ranks.run(fail, how, deadline_s=20)
     assert "ranks [1] of fail failed" in str(caught.value)
-    assert "what it said" in str(caught.value)
-    assert told in str(caught.value)
+    assert "text on stderr" in str(caught.value)
+    assert reported in str(caught.value)
     assert ranks.run(total, 5, world_size=3) == [18, 18, 18]
 
 
-def test_a_rank_that_dies_as_announced(ranks: Ranks) -> None:
+def test_a_rank_that_dies_as_expected(ranks: Ranks) -> None:
     assert ranks.run(fail, "is killed", dying=[1]) == [None, DEAD]
     assert ranks.run(total, 5) == [11, 11]
 
 
-def test_a_rank_that_survives_its_announced_death(ranks: Ranks) -> None:
+def test_a_rank_that_survives_an_expected_death(ranks: Ranks) -> None:
     with pytest.raises(RankError, match=r"ranks \[0\] of fail failed"):
         ranks.run(fail, "is killed", dying=[0, 1])

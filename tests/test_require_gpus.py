@@ -1,4 +1,4 @@
-"""The promise of `--require-gpus`: a run can't pass by skipping."""
+"""With `--require-gpus`, a run can't pass by skipping."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Py
     return pytester
 
 
-def test_without_the_option_gpu_tests_are_skipped_in_sight(run: pytest.Pytester) -> None:
+def test_without_the_option_gpu_tests_skip_and_are_listed(run: pytest.Pytester) -> None:
     run.makepyfile(MARKED.format(body="raise AssertionError"))
     result = run.runpytest()
     result.assert_outcomes(passed=1, skipped=1)
@@ -44,7 +44,7 @@ def test_fewer_gpus_than_promised_are_an_error(run: pytest.Pytester) -> None:
     run.makepyfile(MARKED.format(body="pass"))
     result = run.runpytest("--require-gpus", "4")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*--require-gpus 4: this machine has 2 that torch can use*"])
+    result.stderr.fnmatch_lines(["*--require-gpus 4: torch can use only 2 on this machine*"])
 
 
 def test_a_test_that_needs_more_than_promised_still_skips(run: pytest.Pytester) -> None:

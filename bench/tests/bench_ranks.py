@@ -1,7 +1,7 @@
-"""Backends with one fault each that the benchmark has to catch, and what runs in the ranks for test_bench.py.
+"""Backends with one fault each that the benchmark must catch, and the functions of test_bench.py that run on ranks.
 
-The faults show only for messages of `AT` bytes, inside the range whose edges admission tests, so that every backend is
-admitted; and only in what it returns: its collectives are honest, and none hangs.
+A backend is faulty only for messages of `AT` bytes. Admission tests the edges of its range and not that size, so every
+backend is admitted. Only the returned values are wrong; no call hangs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from comm_core.types import DTYPES, OPS, TERMINAL
 from harness import install
 
 PLAIN, FUSED = OPS
-#: The size of which planted backends are faulty, in bytes, and one of which they aren't.
+#: A size at which planted backends are faulty, and one at which they aren't, in bytes.
 AT, BESIDE = 4096, 1024
 MAX_NBYTES = 16384
 HIDDEN_SIZE = 64
@@ -39,11 +39,11 @@ DELAY_S = 0.02
 FLOATS = tuple(name for name in DTYPES if "float" in name)
 
 
-# Backends. Each is made in the ranks, by the module that `plant` writes.
+# Backends. The modules that `plant` writes create them on the ranks.
 
 
 class Session:
-    """What a planted backend keeps for a group."""
+    """A planted backend's session."""
 
     def __init__(self, context: comm.GroupContext) -> None:
         self.group = context.group
@@ -51,13 +51,13 @@ class Session:
         self.calls = 0
         self.previous: torch.Tensor | None = None
         self.seen: set[bytes] = set()
-        # What was at an address when the last call ended; the tensor keeps the address from being given away.
+        # By address and dtype: a tensor, kept so that its address isn't reused, and its values after the last call.
         self.memory: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 @dataclasses.dataclass
 class Call:
-    """One call of `AT` bytes, and what an honest backend returns for it."""
+    """One call of `AT` bytes, and its correct result."""
 
     session: Session
     tensor: torch.Tensor
@@ -67,7 +67,7 @@ class Call:
 
 @dataclasses.dataclass
 class FusedCall:
-    """One fused call of `AT` bytes: what is returned for it, the sum over ranks, and the weight."""
+    """One fused call of `AT` bytes: its two results, the sum over ranks, and the weight."""
 
     normed: torch.Tensor
     summed: torch.Tensor
@@ -76,7 +76,7 @@ class FusedCall:
 
 
 class Honest:
-    """Sums by Gloo; the others are this one but for their fault."""
+    """Sums with Gloo. The other backends derive from it and add a fault."""
 
     COMM_HOOK_API = (1, 0)
     dtypes: tuple[str, ...] | None = ("bfloat16", "int8")
@@ -111,7 +111,7 @@ class Honest:
         return total if out is None else out.copy_(total)
 
     def spoil(self, call: Call) -> None:
-        """Where the fault is."""
+        """Change the result; a faulty backend overrides this."""
 
 
 class EveryDtype(Honest):
@@ -155,7 +155,7 @@ class OutOfPlace(Honest):
 
 
 class OutMissed(Honest):
-    """In place, it leaves a vector of the old values where they were."""
+    """In place, leaves one vector of old values in the output."""
 
     def spoil(self, call: Call) -> None:
         if call.out is not None:
@@ -163,7 +163,7 @@ class OutMissed(Honest):
 
 
 class OnlyLate(Honest):
-    """Right for so long that all but the timed calls are over."""
+    """Is correct until only timed calls remain."""
 
     def spoil(self, call: Call) -> None:
         if call.session.calls > 60:
@@ -171,7 +171,7 @@ class OnlyLate(Honest):
 
 
 class Unmoved(Honest):
-    """Takes data that it has summed before for done."""
+    """Doesn't sum data that it has summed before."""
 
     def spoil(self, call: Call) -> None:
         data = bytes(call.tensor.view(torch.uint8).tolist())
@@ -181,17 +181,17 @@ class Unmoved(Honest):
 
 
 class Cached(Honest):
-    """Returns what the call before returned."""
+    """Returns the previous call's result."""
 
     def spoil(self, call: Call) -> None:
-        fresh = call.total.clone()
+        correct = call.total.clone()
         if call.session.previous is not None and call.session.previous.dtype == call.total.dtype:
             call.total.copy_(call.session.previous)
-        call.session.previous = fresh
+        call.session.previous = correct
 
 
 class Early(Honest):
-    """Reads its input before that is ready: what the memory held when the call before ended."""
+    """Reads its input too early: the values in memory at the end of the previous call."""
 
     after = 0
 
@@ -206,7 +206,7 @@ class Early(Honest):
 
 
 class EarlyLate(Early):
-    """As `Early`, once all but the timed calls are over."""
+    """Like `Early`, but only once only timed calls remain."""
 
     after = 60
 
@@ -218,7 +218,7 @@ class RaisesInPlace(Honest):
 
 
 class Fused(Honest):
-    """Has the fused operation too."""
+    """Serves the fused operation too."""
 
     dtypes = ("bfloat16",)
 
@@ -244,7 +244,7 @@ class Fused(Honest):
         return found
 
     def spoil_fused(self, call: FusedCall) -> None:
-        """Where the fault is."""
+        """Change the results; a faulty backend overrides this."""
 
 
 class WrongResidual(Fused):
@@ -253,7 +253,7 @@ class WrongResidual(Fused):
 
 
 class ResidualLeftOut(Fused):
-    """The norm has the residual, what goes on to the next layer hasn't."""
+    """Adds the residual before the norm, but returns the sum without it."""
 
     def spoil_fused(self, call: FusedCall) -> None:
         call.summed.copy_(call.total)
@@ -270,7 +270,7 @@ class WeightLeftOut(Fused):
 
 
 class CannotPrepare(Fused):
-    """Serves fused calls once it was prepared, which fails on a rank."""
+    """Serves fused calls only once prepared, which fails on one rank."""
 
     def ranges(self) -> tuple[comm.Range, ...]:
         return (comm.Range(FUSED, dtypes=self.dtypes, max_nbytes=self.max_nbytes, prepared=True),)
@@ -283,7 +283,7 @@ class CannotPrepare(Fused):
 
 
 def plant(folder: Path, kinds: Sequence[type[Honest]]) -> list[Path]:
-    """Install these as backends that are named like their classes in lower case."""
+    """Install these as backends named like their classes, in lower case."""
     return [install(folder / kind.__name__, name_of(kind), source(kind)) for kind in kinds]
 
 
@@ -295,7 +295,7 @@ def source(kind: type[Honest]) -> str:
     return f"import {kind.__module__} as kinds\n\nplugin = kinds.{kind.__name__}({name_of(kind)!r})\n"
 
 
-# What runs in the ranks.
+# Functions that run on the ranks.
 
 
 def measured(
@@ -306,7 +306,7 @@ def measured(
     modes: Sequence[str] = ("eager",),
     **settings: Any,
 ) -> dict[str, Any]:
-    """The document, the same on every rank, of what is measured of these."""
+    """Measure these cases and return the document, equal on all ranks."""
 
     def cases(device_type: str) -> list[BenchCase]:
         return [
@@ -319,14 +319,14 @@ def measured(
             for shape in shapes(op, dtype, nbytes, (), (HIDDEN_SIZE,))
         ]
 
-    fine = Procedure(calls=5, launches=1, warmup=2, repetitions=7, checks=True)
-    document, rows = measure_all(cases, ["test"], dataclasses.replace(fine, **settings), (), Listener())
+    defaults = Procedure(calls=5, launches=1, warmup=2, repetitions=7, checks=True)
+    document, rows = measure_all(cases, ["test"], dataclasses.replace(defaults, **settings), (), Listener())
     assert [row.to_json() for row in rows] == document["rows"]
     return document
 
 
 def commanded(arguments: Sequence[str], path: str) -> tuple[int, dict[str, Any]]:
-    """The command's exit status on this rank, and what it recorded; as a rank of the job that is already there."""
+    """Run the command as a rank of the current job; return its exit status on this rank and the recorded document."""
 
     @contextlib.contextmanager
     def joined() -> Iterator[int]:
@@ -334,19 +334,19 @@ def commanded(arguments: Sequence[str], path: str) -> tuple[int, dict[str, Any]]
         comm.close()
 
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    # Here `comm-core` sees the planted distributions alone.
+    # Call comm_bench's parser directly: here the command `comm-core` sees only the planted distributions.
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers())
     args = parser.parse_args(["bench", *arguments, "--json", path])
     args.arguments = ["bench", *arguments]
     with mock.patch("comm_bench.cli.joined", joined):
         status = args.run(args)
-    dist.barrier()  # the first rank has written
+    dist.barrier()  # until the first rank has written
     return status, json.loads(Path(path).read_text())
 
 
 def by_case(document: dict[str, Any], kind: type[Honest] | None = None) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """A contender's rows by operation, place, dtype and bytes."""
+    """Return a contender's rows by operation, place, dtype and bytes; the terminal fallback's for None."""
     name = TERMINAL if kind is None else name_of(kind)
     found = {
         (row["op"], row["place"], row["dtype"], row["nbytes"]): row for row in document["rows"] if row["name"] == name
@@ -356,7 +356,7 @@ def by_case(document: dict[str, Any], kind: type[Honest] | None = None) -> dict[
 
 
 def wrong_by(document: dict[str, Any], kind: type[Honest]) -> dict[tuple[str, int], bool]:
-    """Whether anything of a backend was wrong, by place and bytes."""
+    """Return whether a backend had a wrong element, by place and bytes."""
     return {(place, nbytes): row["wrong"] > 0 for (_, place, _, nbytes), row in by_case(document, kind).items()}
 
 
@@ -365,7 +365,7 @@ def measured_with(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured_only(only: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Who was absent, and who was there, where these are wanted."""
+    """Measure only these contenders; return the absent ones with reasons, and the names of the rows."""
     procedure = Procedure(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
     document, rows = measure_all(
         lambda device_type: [BenchCase(PLAIN, "eager", "in", "bfloat16", device_type, (512,))],
@@ -379,6 +379,6 @@ def measured_only(only: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def measured_nothing() -> str:
     procedure = Procedure(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
-    with pytest.raises(ValueError, match="no size") as caught:
+    with pytest.raises(ValueError, match="no size to measure") as caught:
         measure_all(lambda _: [], ["test"], procedure, (), Listener())
     return str(caught.value)

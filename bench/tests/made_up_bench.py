@@ -1,4 +1,4 @@
-"""Rows and documents of benchmarks that nobody ran."""
+"""Made-up rows and documents."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from comm_bench import stats
 from comm_bench.cases import BenchCase
-from comm_bench.document import SCHEMA, closed
-from comm_bench.results import Row, rows_of
+from comm_bench.document import SCHEMA, with_results
+from comm_bench.results import Row, with_ratios
 from comm_core.types import TERMINAL
 
 REPETITIONS = 7
-# What a row is rounded to in the JSON, in microseconds.
+# The rounding of times in the JSON, in microseconds.
 STEP_US = 1e-4
 KINDS = {TERMINAL: "terminal", "mine": "backend", "other": "backend", "peer": "peer"}
 
 
 def row(name: str = TERMINAL, time_us: float = 10.0, **changes: Any) -> Row:
-    """A row of 2 MB over four ranks."""
-    fine = Row(
+    """Make a row of a 2 MB message over four ranks."""
+    original = Row(
         name,
         KINDS.get(name, "limit"),
         BenchCase("all_reduce", "eager", "out", "bfloat16", "cpu", (1_000_000,)),
@@ -32,15 +32,15 @@ def row(name: str = TERMINAL, time_us: float = 10.0, **changes: Any) -> Row:
         times_us=(time_us,) * REPETITIONS,
         wrong=None if name.startswith("limit") else 0,
     )
-    return dataclasses.replace(fine, **changes)
+    return dataclasses.replace(original, **changes)
 
 
-def sized(found: Row, count: int) -> Row:
-    return dataclasses.replace(found, case=dataclasses.replace(found.case, shape=(count,)))
+def sized(original: Row, count: int) -> Row:
+    return dataclasses.replace(original, case=dataclasses.replace(original.case, shape=(count,)))
 
 
 def document(rows: list[Row], **changes: Any) -> dict[str, Any]:
-    """What a run on CPUs records."""
+    """Make the record of a run on CPUs."""
     begun = {
         "schema": SCHEMA,
         "comm_core": "0.1.0",
@@ -65,18 +65,18 @@ def document(rows: list[Row], **changes: Any) -> dict[str, Any]:
         "absent": {"away": "it isn't here"},
         "dropped": [{"name": "mine", "where": "all_reduce, eager, in place, bfloat16, 8 B", "reason": "rank 1: no"}],
     }
-    return {**closed(begun, rows), **changes}
+    return {**with_results(begun, rows), **changes}
 
 
 def recorded() -> dict[str, Any]:
-    """A document with a row of every kind, as it comes back from a file."""
-    rows = rows_of([row(), row("mine", 5.0), row("peer", 8.0), row("limit:copy", 2.0)])
+    """Make a document with a row of each kind, as read from a file."""
+    rows = with_ratios([row(), row("mine", 5.0), row("peer", 8.0), row("limit:copy", 2.0)])
     found: dict[str, Any] = json.loads(json.dumps(document(rows)))
     return found
 
 
 def on_gpus(found: dict[str, Any]) -> None:
-    """Change a document to one of GPUs."""
+    """Change a document to that of a run on GPUs."""
     found["machine"] |= {
         "device_type": "cuda",
         "devices": ["NVIDIA H200"] * 4,

@@ -1,4 +1,4 @@
-"""The benchmark end to end: in real processes, with honest backends and with ones that it has to catch."""
+"""The benchmark end to end: in real processes, with correct backends and with faulty ones that it must catch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from comm_core.types import DTYPES, OPS, TERMINAL
 if TYPE_CHECKING:
     from harness import Ranks
 
-# Faults, and in which places each shows at `AT`. A chain alone shows the late ones.
+# Faulty backends, and the places (out of, in place) in which they are wrong at `AT`.
 PLAIN_FAULTS: dict[type[Honest], tuple[str, ...]] = {
     OneElement: ("out", "in"),
     LastElement: ("out", "in"),
@@ -76,7 +76,7 @@ FUSED_FAULTS: tuple[type[Honest], ...] = (WrongResidual, ResidualLeftOut, WrongN
 
 @pytest.fixture(scope="module")
 def plain(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
-    """The command's exit status, and the document, of all plain faults side by side."""
+    """The command's exit status and document, with all plain faults side by side."""
     folder = tmp_path_factory.mktemp("plain")
     arguments = f"-b {BESIDE} -e {AT} -f 4 -n 3 -w 1 --repetitions 7".split()
     path = [plant(folder, list(PLAIN_FAULTS))] * 2
@@ -87,7 +87,7 @@ def plain(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, 
 
 @pytest.fixture(scope="module")
 def fused(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
-    """As `plain`, of the fused operation."""
+    """Like `plain`, for the fused operation."""
     folder = tmp_path_factory.mktemp("fused")
     arguments = f"--op fused --hidden {HIDDEN_SIZE} -b {BESIDE} -e {AT} -f 4 -n 3 -w 1 --repetitions 7".split()
     path = [plant(folder, (*FUSED_FAULTS, Fused))] * 2
@@ -117,15 +117,15 @@ def test_a_planted_fault_of_the_fused_operation_is_counted(
     }
 
 
-def test_nobody_else_is_counted_wrong_for_them(plain: tuple[int, dict[str, Any]]) -> None:
+def test_the_fallback_is_not_counted_wrong_for_them(plain: tuple[int, dict[str, Any]]) -> None:
     _, document = plain
     assert {row["wrong"] for row in by_case(document).values()} == {0}
     assert document["wrong"] == sum(row["wrong"] or 0 for row in document["rows"]) > 0
 
 
-def test_one_wrong_element_of_one_rank_is_one(plain: tuple[int, dict[str, Any]]) -> None:
+def test_one_wrong_element_of_one_rank_counts_once(plain: tuple[int, dict[str, Any]]) -> None:
     _, document = plain
-    # Twelve calls are checked, and the end of the chain: there the error of one rank went on to all of them.
+    # Twelve calls are checked, and the end of the chain, where both ranks have the error.
     wrong = by_case(document, OneElement)[PLAIN, "out", "bfloat16", AT]["wrong"]
     assert 12 < wrong <= 12 + 2
 
@@ -133,11 +133,11 @@ def test_one_wrong_element_of_one_rank_is_one(plain: tuple[int, dict[str, Any]])
 @pytest.mark.parametrize(
     ("kind", "dtype", "place", "calls"),
     [
-        # Nothing but the end of the timed chain shows these.
+        # Only the end of the timed chain shows these.
         (OnlyLate, "bfloat16", "out", 5),
-        # A chain of int8 starts anew in less than 7 calls, so that copies come between.
+        # A chain of int8 restarts after less than 7 calls, so copies lie between.
         (EarlyLate, "int8", "in", 7),
-        # One call a chain: the data of every chain are those of the one before.
+        # With one call in a chain, every chain has the same data.
         (Unmoved, "bfloat16", "out", 1),
         (Unmoved, "bfloat16", "in", 1),
     ],
@@ -162,7 +162,7 @@ def test_the_end_of_a_chain_is_compared(
     assert unchecked["wrong"] == 0
 
 
-def test_a_delay_on_one_rank_is_the_rows_time(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_delay_on_one_rank_shows_in_the_rows_time(ranks: Ranks, tmp_path: Path) -> None:
     path = [plant(tmp_path, [Delayed, Honest])] * 2
     arguments = {"places": ("out",), "nbytes": (AT,), "calls": 3, "repetitions": 15}
     document, other = ranks.run(measured_with, arguments, path=path)
@@ -172,13 +172,13 @@ def test_a_delay_on_one_rank_is_the_rows_time(ranks: Ranks, tmp_path: Path) -> N
     subtracted_us = row["restarts"] * row["copy_us"] / row["calls"]
     assert min(row["times_us"]) + subtracted_us >= DELAY_S * 1e6 - 0.001
     assert row["wrong"] == honest["wrong"] == 0
-    # Of 15 repetitions it would take four in which the honest one was held up as long to move its interval there.
+    # Only if the honest backend were delayed as long in four of the 15 repetitions would the intervals overlap.
     assert row["ratio"]["high"] < honest["ratio"]["low"]
     summaries = {each["name"]: each["mean"] for each in document["summaries"]}
     assert summaries[name_of(Delayed)] < summaries[name_of(Honest)]
 
 
-def test_who_raises_on_one_rank_drops_out_of_that_case_alone(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_contender_that_raises_on_one_rank_is_left_out_of_that_case_only(ranks: Ranks, tmp_path: Path) -> None:
     path = [plant(tmp_path, [RaisesInPlace, Honest])] * 2
     arguments = {"warmup": 1, "calls": 3, "nbytes": (AT, BESIDE)}
     document, other = ranks.run(measured_with, arguments, path=path)
@@ -194,7 +194,7 @@ def test_who_raises_on_one_rank_drops_out_of_that_case_alone(ranks: Ranks, tmp_p
     assert document["wrong"] == 0
 
 
-def test_who_cannot_prepare_is_absent_and_the_others_are_measured(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_backend_that_cannot_prepare_is_absent_and_the_others_are_measured(ranks: Ranks, tmp_path: Path) -> None:
     path = [plant(tmp_path, [CannotPrepare, Fused])] * 2
     arguments = {"ops": (FUSED,), "places": ("out",), "nbytes": (AT,), "repetitions": 1}
     document, other = ranks.run(measured_with, arguments, path=path)
@@ -210,7 +210,7 @@ def test_who_cannot_prepare_is_absent_and_the_others_are_measured(ranks: Ranks, 
 @pytest.mark.parametrize(
     ("world_size", "ops", "places"), [(2, OPS, ("out", "in")), (3, OPS, ("out",)), (4, (PLAIN,), ("in",))]
 )
-def test_honest_backends_are_right_in_every_dtype(
+def test_honest_backends_have_no_wrong_element_in_any_dtype(
     ranks: Ranks, tmp_path: Path, world_size: int, ops: tuple[str, ...], places: tuple[str, ...]
 ) -> None:
     path = [plant(tmp_path, [EveryDtype])] * world_size
@@ -224,20 +224,20 @@ def test_honest_backends_are_right_in_every_dtype(
         assert {(op, dtype) for op, _, dtype, _ in found} == kinds
         assert {key: row["wrong"] for key, row in found.items() if row["wrong"]} == {}
     assert document["dropped"] == []
-    # Some of the chains started anew.
+    # Some of the chains restarted.
     assert any(row["restarts"] > 1 for row in document["rows"])
 
 
 @pytest.mark.parametrize(
     ("dtype", "calls", "world_size"),
     [
-        # As long as chains of these get: sums of 2^1021 and 3^36 are exact there, and have to be in what is expected.
+        # Almost the longest possible chains: their sums of 2^1021 and 3^36 are exact, and so must be the expected ones.
         ("float64", 1030, 2),
         ("int64", 37, 3),
         ("bfloat16", 250, 2),
     ],
 )
-def test_long_chains_are_right_to_their_end(ranks: Ranks, dtype: str, calls: int, world_size: int) -> None:
+def test_long_chains_are_exact_to_their_end(ranks: Ranks, dtype: str, calls: int, world_size: int) -> None:
     assert pattern_of(PLAIN, dtype, world_size).length >= calls
     arguments = {"dtypes": (dtype,), "places": ("in",), "nbytes": (BESIDE,), "calls": calls, "repetitions": 1}
     document, *_ = ranks.run(measured_with, arguments, world_size=world_size)
@@ -275,7 +275,7 @@ def schema() -> jsonschema.Draft202012Validator:
 
 
 def check_document(document: dict[str, Any], ranks: int, ops: Sequence[str], calls: int) -> None:
-    """The schema's rules, and what every table of a run over three sizes has."""
+    """Validate a document against the schema, and check the tables of a run over three sizes."""
     schema().validate(document)
     assert document["machine"]["ranks"] == ranks
     assert document["machine"]["device_type"] == "cpu"
@@ -315,7 +315,7 @@ def test_the_command_on_cpus(tmp_path: Path) -> None:
     titles = [f"# {op}, eager, {place}" for op in OPS for place in ("out of place", "in place")]
     assert [line for line in lines if line in titles] == titles
     shown = [line.split() for line in lines if line and not line.startswith("#")]
-    # A row is as it was recorded, in the same order.
+    # The printed rows are the recorded ones, in the same order.
     assert [(row[0], row[2], row[3], row[4]) for row in shown] == [
         (str(row["nbytes"]), row["dtype"], row["name"], f"{row['time_us']:.2f}") for row in document["rows"]
     ]
@@ -332,13 +332,13 @@ def test_the_command_under_torchrun_with_three_ranks(tmp_path: Path) -> None:
         path=plant(tmp_path, [Fused]),
     )
     assert done.returncode == 0, done.stderr
-    # JSON and nothing but.
+    # stdout has only JSON.
     check_document(json.loads(done.stdout), 3, [PLAIN], 2)
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert data.endswith(b"IEND\xaeB`\x82")
     width, height = struct.unpack(">II", data[16:24])
-    # Two tables, a row of two panels each.
+    # Two tables, each with a row of two panels.
     assert 1000 < width < 4000
     assert 800 < height < 3000
     assert len(data) > 50_000
@@ -359,7 +359,7 @@ def test_the_command_exits_with_1_for_a_wrong_element(tmp_path: Path) -> None:
 
 
 def test_the_command_needs_no_numpy(tmp_path: Path) -> None:
-    # torch doesn't bring it along, and is told so once, when it is imported.
+    # torch doesn't install numpy; it looks for it once, when it is imported.
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "numpy.py").write_text("raise ModuleNotFoundError('blocked')\n")
     path = tmp_path / "x.json"
@@ -371,13 +371,13 @@ def test_the_command_needs_no_numpy(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["wrong"] == 0
 
 
-def test_a_backend_that_nobody_has_is_told(ranks: Ranks) -> None:
+def test_an_unknown_contender_is_reported(ranks: Ranks) -> None:
     results = ranks.run(measured_only, ("nosuch",))
     for absent, names in results:
         assert "nosuch" in absent
         assert names == [TERMINAL, "limit:copy"]
 
 
-def test_there_has_to_be_something_to_measure(ranks: Ranks) -> None:
+def test_a_run_without_cases_is_an_error(ranks: Ranks) -> None:
     for text in ranks.run(measured_nothing):
-        assert "no size is left to measure" in text
+        assert "there is no size to measure" in text

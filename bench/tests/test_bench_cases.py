@@ -1,4 +1,4 @@
-"""Sizes and dtypes of the benchmark, and that its chains stay exact: by adding up in the dtype itself."""
+"""The benchmark's sizes and dtypes; its chains stay exact, as sums in the dtype itself show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from comm_bench.cases import (
     Pattern,
     bus_factor,
     calls_for,
-    fused_start,
+    first_fused_sum,
     parse_nbytes,
     pattern_of,
     shapes,
@@ -28,12 +28,12 @@ PLAIN, FUSED = "all_reduce", "all_reduce_add_rms_norm"
 FLOATS = [name for name in DTYPES if "float" in name]
 INTEGERS = [name for name in DTYPES if "float" not in name]
 WORLD_SIZES = range(2, 17)
-# How many more calls than it claims a chain of floats may have; one of integers has none.
+# A chain of floats may be exact for this many more calls than `length`; a chain of integers for none.
 SLACK = 2
 
 
 def exact(values: torch.Tensor, expected: list[int], exponent: int) -> bool:
-    """Whether a tensor holds these integers times two to the power of `exponent`, nothing rounded and no infinity."""
+    """Return whether a tensor holds exactly these integers times two to the power of `exponent`."""
     scale = Fraction(2) ** exponent
     found = values.tolist()
     return all(math.isfinite(value) for value in found) and all(
@@ -42,36 +42,36 @@ def exact(values: torch.Tensor, expected: list[int], exponent: int) -> bool:
 
 
 def sums(pattern: Pattern, world_size: int) -> list[int]:
-    """What may come of the first call, in units of the scale: few, all, and some of the integers between."""
-    top = pattern.largest * (1 if pattern.alone else world_size)
+    """Return possible results of the first call, in units of the scale: the smallest, the largest, some in between."""
+    top = pattern.largest * (1 if pattern.disjoint else world_size)
     return sorted({0, 1, top // 3, top // 2, max(top - 2, 0), top - 1, top})
 
 
 def started(pattern: Pattern, dtype: str, numbers: list[int]) -> torch.Tensor:
-    """The integers with their scale, in the dtype; made in fp64, in which all of them are exact."""
+    """Return the scaled integers in the dtype, computed in fp64, in which all are exact."""
     values = torch.tensor(numbers, dtype=torch.float64) * 2.0**pattern.exponent
     return values.to(getattr(torch, dtype))
 
 
-def exact_calls(pattern: Pattern, dtype: str, world_size: int, most: int) -> int:
-    """How many calls a chain has, up to `most`, before a partial sum is rounded or leaves the range.
+def exact_calls(pattern: Pattern, dtype: str, world_size: int, limit: int) -> int:
+    """Return the number of calls, up to `limit`, before a partial sum is rounded or leaves the range.
 
-    After the first call all ranks hold the same, so that a partial sum of any of them in any order is a multiple.
+    After the first call all ranks hold the same values, so any partial sum is a multiple of them, in any order.
     """
     numbers = sums(pattern, world_size)
     values = started(pattern, dtype, numbers)
-    for done in range(1, most):
+    for done in range(1, limit):
         partial = torch.zeros_like(values)
         for terms in range(1, world_size + 1):
             partial = partial + values
             if not exact(partial, [number * terms for number in numbers], pattern.exponent):
                 return done
         numbers, values = [number * world_size for number in numbers], partial
-    return most
+    return limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_partial_sum_of_a_chain_is_exact_and_no_call_is_given_away(dtype: str) -> None:
+def test_every_partial_sum_of_a_chain_is_exact_and_the_chain_is_as_long_as_possible(dtype: str) -> None:
     for world_size in WORLD_SIZES:
         pattern = pattern_of(PLAIN, dtype, world_size)
         found = exact_calls(pattern, dtype, world_size, pattern.length + SLACK + 1)
@@ -82,8 +82,8 @@ def test_every_partial_sum_of_a_chain_is_exact_and_no_call_is_given_away(dtype: 
 def test_the_first_call_is_exact_whatever_the_order_of_ranks(dtype: str) -> None:
     for world_size in WORLD_SIZES:
         pattern = pattern_of(PLAIN, dtype, world_size)
-        top = pattern.largest * (1 if pattern.alone else world_size)
-        # Any integers of any ranks add up to one of these.
+        top = pattern.largest * (1 if pattern.disjoint else world_size)
+        # The sum of the ranks' integers is one of these.
         numbers = list(range(top + 1))
         assert exact(started(pattern, dtype, numbers), numbers, pattern.exponent), (world_size, pattern)
 
@@ -100,29 +100,30 @@ def test_every_partial_sum_of_a_fused_chain_is_exact(dtype: str) -> None:
     kind = getattr(torch, dtype)
     for world_size in (*range(2, 17), 23, 64):
         pattern = pattern_of(FUSED, dtype, world_size)
-        length, first = pattern.length, fused_start(world_size, pattern.largest)
+        length, first = pattern.length, first_fused_sum(world_size, pattern.largest)
         assert first == 1 + sum(1 + rank % pattern.largest for rank in range(world_size))
         assert pattern.largest > 1 or world_size == 64
         assert exact(torch.arange(first + 1).to(kind), list(range(first + 1)), 0)
         for calls, fine in ((length, True), (length + SLACK, False)):
-            # The residual, to which the ranks' ones are added one by one; fp64's integers don't fit into a loop.
+            # The residual, and the partial sums with the ranks' ones. The last call is enough: for fp64 there are too
+            # many integers to loop over.
             last = first + world_size * (calls - 1)
             numbers = range(max(last - world_size, 0), last + 1)
             found = torch.tensor(list(numbers), dtype=torch.int64).to(kind)
             assert exact(found, list(numbers), 0) == fine, (world_size, calls)
 
 
-def test_a_power_of_two_carries_further_than_its_neighbours() -> None:
+def test_chains_are_longer_if_the_world_size_is_a_power_of_two() -> None:
     lengths = [pattern_of(PLAIN, "bfloat16", world_size).length for world_size in (3, 4, 5, 8)]
     assert lengths[1] > 10 * max(lengths[0], lengths[2])
     assert lengths[3] > 10 * lengths[2]
 
 
-def test_ranks_of_a_small_dtype_hold_something_alone_where_it_cant_hold_more() -> None:
-    assert pattern_of(PLAIN, "int8", 12).alone
-    assert not pattern_of(PLAIN, "int8", 11).alone
-    assert not pattern_of(PLAIN, "bfloat16", 16).alone
-    assert pattern_of(PLAIN, "bfloat16", 17).alone
+def test_values_are_disjoint_if_the_dtype_cant_hold_the_ranks_sum() -> None:
+    assert pattern_of(PLAIN, "int8", 12).disjoint
+    assert not pattern_of(PLAIN, "int8", 11).disjoint
+    assert not pattern_of(PLAIN, "bfloat16", 16).disjoint
+    assert pattern_of(PLAIN, "bfloat16", 17).disjoint
 
 
 @pytest.mark.parametrize(
@@ -134,8 +135,8 @@ def test_sizes_are_written_as_in_nccl_tests(text: str, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "K", "1KB", "1.5K", "-1", "+1", "1 K", "1T", "0x10", "1e3", "²"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="is no number of bytes such as 8, 64K, 1M or 2G"):
+def test_invalid_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="isn't a number of bytes such as 8, 64K, 1M or 2G"):
         parse_nbytes(text)
 
 
@@ -145,7 +146,7 @@ def test_units_are_powers_of_1024(number: int, unit: str) -> None:
     assert parse_nbytes(f"{number}{unit}") == parse_nbytes(f"{number}{unit.lower()}") == number * 1024**power
 
 
-def test_aliases_name_dtypes_that_torch_knows_as_the_same() -> None:
+def test_aliases_are_torchs_own() -> None:
     assert set(ALIASES) == {"half", "float", "double"}
     for alias, name in ALIASES.items():
         assert name in DTYPES
@@ -162,16 +163,16 @@ def test_a_sweep_by_a_factor(first: int, last: int, factor: int) -> None:
 
 @given(st.integers(0, 1 << 12), st.integers(0, 1 << 13), st.integers(1, 1 << 12))
 def test_a_sweep_by_an_increment(first: int, last: int, increment: int) -> None:
-    # The factor doesn't matter then.
+    # With an increment, the factor has no effect.
     assert list(sizes(first, last, 1, increment)) == list(range(first, last + 1, increment))
 
 
-def test_a_sweep_from_nothing_ends() -> None:
-    # Else the list grows until the memory ends.
+def test_a_sweep_from_zero_ends() -> None:
+    # islice, so that a failure doesn't fill the memory.
     assert len(list(itertools.islice(sizes(0, 1024, 2, 0), 1000))) < 1000
 
 
-def test_shapes_are_whole_elements_each_once() -> None:
+def test_shapes_have_whole_elements_and_no_duplicates() -> None:
     assert shapes(PLAIN, "float32", [1, 4, 6, 8], (), ()) == [(1,), (2,)]
     assert shapes(PLAIN, "int8", [1, 4, 6, 8], (), ()) == [(1,), (4,), (6,), (8,)]
     assert shapes(FUSED, "bfloat16", [64, 128, 200, 512], (), (64,)) == [(1, 64), (4, 64)]
@@ -192,7 +193,7 @@ def test_a_case_knows_its_bytes(dtype: str) -> None:
     assert not BenchCase(PLAIN, "eager", "out", dtype, "cpu", (3, 5)).fused
 
 
-def test_bus_bandwidth_is_nccl_tests() -> None:
+def test_bus_bandwidth_is_as_in_nccl_tests() -> None:
     assert [bus_factor(world_size) for world_size in (1, 2, 4, 8)] == [0, 1, 1.5, 1.75]
 
 

@@ -1,4 +1,4 @@
-"""The command line of `comm-core bench`: what it refuses before anything is started, and recorded runs."""
+"""The command line of `comm-core bench`: usage errors before any process starts, and recorded runs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import pytest
 from comm_bench import cli as bench
 from comm_bench import stats
 from comm_bench.cases import BenchCase
-from comm_bench.document import SCHEMA, closed
-from comm_bench.results import Row, rows_of
+from comm_bench.document import SCHEMA, with_results
+from comm_bench.results import Row, with_ratios
 from comm_core import cli
 from comm_core.types import DTYPES, TERMINAL
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
-    """What would have been started: nothing is."""
-    found: list[tuple[int, list[str]]] = []
+    """The launches that the command asks for; none is made."""
+    calls: list[tuple[int, list[str]]] = []
 
     def launch(nproc: int, arguments: Any) -> int:
-        found.append((nproc, list(arguments)))
+        calls.append((nproc, list(arguments)))
         return 0
 
     monkeypatch.setattr(bench, "launch", launch)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    return found
+    return calls
 
 
 def parsed(*arguments: str) -> Any:
-    """The arguments as `run` gets them."""
+    """Parse the arguments as `run` gets them."""
     import argparse
 
     parser = argparse.ArgumentParser()
@@ -45,45 +45,45 @@ def parsed(*arguments: str) -> Any:
 
 
 def measured(*arguments: str, device_type: str = "cpu") -> list[BenchCase]:
-    """The cases that these arguments ask for."""
+    """Return the cases that these arguments select."""
     return bench._cases(parsed(*arguments), device_type)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ("-b 1.5K", "argument -b: '1.5K' isn't bytes: '1.5K' is no number of bytes such as 8, 64K, 1M or 2G"),
+        ("-b 1.5K", "argument -b: '1.5K' isn't a size: '1.5K' isn't a number of bytes such as 8, 64K, 1M or 2G"),
         ("-b -1", "argument -b"),
         ("-b 0", "-b"),
         ("-b 2K -e 1K", "-e"),
-        ("-e 1T", "argument -e: '1T' isn't bytes"),
-        ("-f 1", "-f 1: sizes would stay the same; at least 2, or a step by -i"),
-        ("-f 0", "argument -f: '0' isn't number: at least 1 is needed"),
-        ("-i x", "argument -i: 'x' isn't bytes"),
-        ("-n 0", "argument -n: '0' isn't number: at least 1 is needed"),
-        ("-n many", "argument -n: 'many' isn't number"),
-        ("-w 0", "argument -w: '0' isn't number: at least 1 is needed"),
+        ("-e 1T", "argument -e: '1T' isn't a size"),
+        ("-f 1", "-f 1: sizes would stay the same; give a factor of at least 2, or a step with -i"),
+        ("-f 0", "argument -f: '0' isn't a valid number: the minimum is 1"),
+        ("-i x", "argument -i: 'x' isn't a size"),
+        ("-n 0", "argument -n: '0' isn't a valid number: the minimum is 1"),
+        ("-n many", "argument -n: 'many' isn't a valid number"),
+        ("-w 0", "argument -w: '0' isn't a valid number: the minimum is 1"),
         ("-c 2", "argument -c: invalid choice: 2"),
-        ("-d fp8", "argument -d: 'fp8' isn't dtypes: known are all, half, float, double, float32"),
-        ("-d half,", "argument -d: 'half,' isn't dtypes"),
+        ("-d fp8", "argument -d: 'fp8' isn't a list of dtypes: choose from all, half, float, double, float32"),
+        ("-d half,", "argument -d: 'half,' isn't a list of dtypes"),
         ("-G -1", "argument -G"),
-        ("-G x", "argument -G: 'x' isn't number"),
+        ("-G x", "argument -G: 'x' isn't a valid number"),
         ("--op sum", "argument --op: invalid choice: 'sum'"),
-        ("--op fused -d int32,uint8", "-d int32,uint8: a norm takes a floating dtype"),
+        ("--op fused -d int32,uint8", "-d int32,uint8: the fused operation needs a floating-point dtype"),
         ("--place here", "argument --place: invalid choice: 'here'"),
-        ("--tokens 1,0", "argument --tokens: '1,0' isn't numbers: at least 1 is needed"),
-        ("--tokens 1,,2", "argument --tokens: '1,,2' isn't numbers"),
-        ("--hidden 0", "argument --hidden: '0' isn't numbers"),
-        ("--repetitions 6", f"--repetitions 6: fewer than {stats.FEWEST} give no confidence interval"),
-        ("--nproc 1", "an all-reduce takes two ranks or more"),
-        ("--nproc 0", "argument --nproc: '0' isn't number"),
-        ("--json {folder}/nowhere/x.json", "there is no folder {folder}/nowhere to write x.json to"),
-        ("--plot {folder}/nowhere/x.png", "there is no folder {folder}/nowhere to write x.png to"),
+        ("--tokens 1,0", "argument --tokens: '1,0' isn't a list of numbers: the minimum is 1"),
+        ("--tokens 1,,2", "argument --tokens: '1,,2' isn't a list of numbers"),
+        ("--hidden 0", "argument --hidden: '0' isn't a list of numbers"),
+        ("--repetitions 6", f"--repetitions 6: a confidence interval needs at least {stats.MIN_SAMPLES}"),
+        ("--nproc 1", "a single rank has nothing to reduce; start at least two"),
+        ("--nproc 0", "argument --nproc: '0' isn't a valid number"),
+        ("--json {folder}/nowhere/x.json", "can't write x.json: the folder {folder}/nowhere doesn't exist"),
+        ("--plot {folder}/nowhere/x.png", "can't write x.png: the folder {folder}/nowhere doesn't exist"),
         ("--colour", "unrecognized arguments: --colour"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_start_nothing(
-    arguments: str, said: str, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
@@ -93,7 +93,7 @@ def test_wrong_arguments_are_one_line_and_start_nothing(
     out, err = capsys.readouterr()
     assert out == ""
     *usage, last = err.splitlines()
-    assert said.format(folder=tmp_path) in last
+    assert message.format(folder=tmp_path) in last
     assert last.startswith("comm-core")
     assert usage[0].startswith("usage: comm-core")
     assert launched == []
@@ -109,11 +109,11 @@ def test_a_plot_without_matplotlib_says_what_to_install(
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench", "--plot", str(tmp_path / "x.png")])
     assert ended.value.code == 2
-    assert "--plot takes matplotlib: pip install 'comm-bench[plot]'" in capsys.readouterr().err.splitlines()[-1]
+    assert "--plot needs matplotlib: pip install 'comm-bench[plot]'" in capsys.readouterr().err.splitlines()[-1]
     assert launched == []
 
 
-def test_what_is_right_is_started_with_the_same_arguments(launched: list[Any]) -> None:
+def test_valid_arguments_are_passed_on_to_the_processes(launched: list[Any]) -> None:
     arguments = ["bench", "--nproc", "3", "-d", "half,double", "--json", "-b", "8"]
     assert cli.main(arguments) == 0
     assert launched == [(3, arguments)]
@@ -126,8 +126,8 @@ def test_dtypes_by_any_name() -> None:
 
 
 def test_a_dtype_that_is_named_twice_is_measured_once() -> None:
-    found = measured("-d", "float,float32", "-b", "1K", "-e", "1K")
-    assert len(found) == len(set(found))
+    cases = measured("-d", "float,float32", "-b", "1K", "-e", "1K")
+    assert len(cases) == len(set(cases))
 
 
 def test_the_sizes_of_the_tables() -> None:
@@ -158,7 +158,7 @@ def test_operations() -> None:
 
     plain, fused = "all_reduce", "all_reduce_add_rms_norm"
     assert ops() == {(plain, "int32"), (plain, "float16")}
-    # A norm of integers isn't measured, the sum of them is.
+    # Integers have no fused operation, only the sum.
     assert ops("--op", "both") == {(plain, "int32"), (plain, "float16"), (fused, "float16")}
     shapes = {case.shape for case in measured("--op", "fused", "--tokens", "1,3", "--hidden", "64,128")}
     assert shapes == {(1, 64), (3, 64), (1, 128), (3, 128)}
@@ -176,10 +176,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_graphs_of_cpus_are_refused_in_a_line() -> None:
+def test_graphs_on_cpus_are_a_usage_error() -> None:
     done = command("-G", "2", "-b", "1K", "-e", "1K")
     assert done.returncode in (1, 2)
-    assert "-G 2: graphs are CUDA's, and these ranks have CPU tensors" in done.stderr
+    assert "-G 2: only GPUs have CUDA graphs, and these ranks use CPUs" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
@@ -209,7 +209,7 @@ def recorded(tmp_path: Path) -> Path:
         "dropped": [],
     }
     path = tmp_path / "recorded.json"
-    path.write_text(json.dumps(closed(begun, rows_of([reference, mine]))))
+    path.write_text(json.dumps(with_results(begun, with_ratios([reference, mine]))))
     return path
 
 
@@ -235,7 +235,7 @@ def test_a_recorded_run_is_written_again_as_it_was(
     assert json.loads(again.read_text()) == json.loads(recorded.read_text())
     capsys.readouterr()
     assert cli.main(["bench", "--read", str(recorded), "--json"]) == 0
-    # JSON and nothing but.
+    # stdout has only JSON.
     assert json.loads(capsys.readouterr().out) == json.loads(recorded.read_text())
 
 
@@ -253,13 +253,31 @@ def test_a_recorded_run_with_wrong_elements_is_a_failure(recorded: Path, launche
     assert cli.main(["bench", "--read", str(recorded)]) == 1
 
 
+@pytest.mark.parametrize("output", [(), ("--json",)], ids=["text", "JSON"])
+def test_a_closed_pipe_ends_a_recorded_run_quietly(recorded: Path, output: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does once it has enough
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "comm_core", "bench", "--read", str(recorded), *output],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (json.dumps({"schema": SCHEMA + 1}), f"it has schema {SCHEMA + 1}; this release reads {SCHEMA}"),
         (json.dumps({"schema": str(SCHEMA)}), f"it has schema '{SCHEMA}'"),
         (json.dumps({}), "it has schema None"),
-        (json.dumps({"schema": SCHEMA}), "it isn't what comm-core bench --json writes"),
+        (json.dumps({"schema": SCHEMA}), "it isn't a file written by comm-core bench --json"),
         (json.dumps({"schema": SCHEMA, "machine": {"device_type": "cpu", "ranks": 2}, "rows": []}), ""),
         (json.dumps({"schema": SCHEMA, "machine": {"device_type": "cpu", "ranks": 2}, "rows": [{}]}), ""),
         (json.dumps({"schema": SCHEMA, "machine": [], "rows": []}), ""),
@@ -275,8 +293,8 @@ def test_a_recorded_run_with_wrong_elements_is_a_failure(recorded: Path, launche
         *("list", "null", "empty", "words", "bytes", "absent"),
     ),
 )
-def test_what_cant_be_read_is_said_in_a_line(
-    content: str | None, said: str, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_unreadable_file_is_reported_in_one_line(
+    content: str | None, message: str, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "garbage.json"
     if content is not None:
@@ -286,7 +304,7 @@ def test_what_cant_be_read_is_said_in_a_line(
     assert out == ""
     (text,) = err.splitlines()
     assert text.startswith(f"comm-core bench: {path} can't be read: ")
-    assert said in text
+    assert message in text
     assert launched == []
 
 

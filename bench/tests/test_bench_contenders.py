@@ -1,4 +1,4 @@
-"""What every contender has: memory for its chains, and an end."""
+"""The base class of contenders: memory for chains, and closing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from comm_bench.roster import Roster
 
 
 class Idle(Contender):
-    """Does nothing; `error` is raised by its `close`."""
+    """Does nothing; its `close` raises `error`."""
 
     def __init__(self, name: str = "idle", error: Exception | None = None) -> None:
         super().__init__(name)
         self.error = error
         self.closed = False
 
-    def takes(self, case: BenchCase) -> bool:
+    def supports(self, case: BenchCase) -> bool:
         return bool(case)
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
@@ -37,7 +37,7 @@ class Idle(Contender):
 
 
 @pytest.mark.parametrize("op", ["all_reduce", "all_reduce_add_rms_norm"])
-def test_inputs_of_a_sweep_in_small_steps_take_a_few_times_the_largest(op: str) -> None:
+def test_inputs_of_a_sweep_in_small_steps_take_a_few_times_the_largests_memory(op: str) -> None:
     contender = Idle()
     for rows in range(1, 1001):
         case = BenchCase(op, "eager", "out", "bfloat16", "cpu", (rows, 64))
@@ -46,15 +46,15 @@ def test_inputs_of_a_sweep_in_small_steps_take_a_few_times_the_largest(op: str) 
         assert all(tensor.dtype is torch.bfloat16 and not tensor.data_ptr() % 64 for tensor in state)
         assert len(state) == 1 or state[0].data_ptr() + case.nbytes <= state[1].data_ptr()
     assert contender.held_nbytes < 5 * sum(tensor.nbytes for tensor in state)
-    contender.forget()
+    contender.release()
     assert not contender.held_nbytes
 
 
-def test_who_cannot_be_closed_keeps_nobody_else_open(caplog: pytest.LogCaptureFixture) -> None:
-    everybody = [Idle("one"), Idle("two", RuntimeError("the driver is gone")), Idle("three")]
-    roster = Roster(list(everybody), {}, cast("Any", None))
+def test_a_contender_that_cannot_be_closed_stops_no_other_from_closing(caplog: pytest.LogCaptureFixture) -> None:
+    contenders = [Idle("one"), Idle("two", RuntimeError("the driver is gone")), Idle("three")]
+    roster = Roster(list(contenders), {}, cast("Any", None))
     roster.close()
-    assert all(contender.closed for contender in everybody)
+    assert all(contender.closed for contender in contenders)
     assert not roster.contenders
     (record,) = caplog.records
     assert "two can't be closed" in record.getMessage()

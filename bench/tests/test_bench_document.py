@@ -1,4 +1,4 @@
-"""The recorded document and its schema, and a recorded run shown again."""
+"""The recorded document, its schema and its text."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import jsonschema
 import pytest
 from comm_bench import stats
 from comm_bench.document import SCHEMA, footer, heading, preamble, read_rows, tables
-from comm_bench.results import header, rows_of, summaries
+from comm_bench.results import header, summaries, with_ratios
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL
 from made_up_bench import document, on_gpus, recorded, row
 
 
 @pytest.fixture(scope="module")
 def validator() -> Any:
-    # As an installed package has it, beside the module.
+    # From the installed package, where it lies beside the module.
     text = importlib.resources.files("comm_bench").joinpath("schema.json").read_text(encoding="utf-8")
     schema = json.loads(text)
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 
 
-def test_a_document_is_what_the_schema_says(validator: Any) -> None:
+def test_documents_match_the_schema(validator: Any) -> None:
     found = recorded()
     validator.validate(found)
     on_gpus(found)
@@ -38,12 +38,12 @@ def test_a_document_is_what_the_schema_says(validator: Any) -> None:
 
 
 def paths(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a document has objects that its schema describes field by field."""
+    """Return the paths of a document's objects that the schema describes field by field."""
     if isinstance(value, list):
         return [path for number, item in enumerate(value) for path in paths(item, (*above, number))]
     if not isinstance(value, dict):
         return []
-    # Names as they come; and a clock that can't be read has one field, without which it is a CPU's.
+    # Without the objects that may have any keys, and the error of an unreadable clock, which may be missing.
     named = above not in {("absent",), ("machine", "versions")} and value and set(value) != {"unknown"}
     return ([above] if named else []) + [path for key in value for path in paths(value[key], (*above, key))]
 
@@ -55,7 +55,7 @@ def reach(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 @pytest.mark.parametrize("gpus", [False, True])
-def test_the_schema_refuses_what_is_missing_and_what_is_more(validator: Any, gpus: bool) -> None:
+def test_the_schema_refuses_missing_and_surplus_fields(validator: Any, gpus: bool) -> None:
     found = recorded()
     if gpus:
         on_gpus(found)
@@ -117,7 +117,7 @@ def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
         _set("clocks", "before", []),
     ],
 )
-def test_the_schema_refuses(validator: Any, change: Callable[[dict[str, Any]], None]) -> None:
+def test_the_schema_refuses_invalid_values(validator: Any, change: Callable[[dict[str, Any]], None]) -> None:
     found = recorded()
     validator.validate(found)
     change(found)
@@ -142,31 +142,31 @@ def test_the_schema_describes_every_field(validator: Any) -> None:
     assert check(validator.schema, "") > 50
 
 
-def test_the_schema_names_what_the_code_knows(validator: Any) -> None:
+def test_the_schema_has_the_codes_names_and_limits(validator: Any) -> None:
     known = validator.schema["$defs"]
     assert known["op"]["enum"] == list(OPS)
     assert known["mode"]["enum"] == list(MODES)
     assert known["dtype"]["enum"] == list(DTYPES)
     assert validator.schema["properties"]["schema"]["const"] == SCHEMA
-    assert known["settings"]["properties"]["repetitions"]["minimum"] == stats.FEWEST
+    assert known["settings"]["properties"]["repetitions"]["minimum"] == stats.MIN_SAMPLES
     assert known["settings"]["properties"]["confidence"]["minimum"] == stats.CONFIDENCE
 
 
 def test_wrong_elements_are_added_up() -> None:
-    rows = rows_of([row(wrong=2), row("mine", wrong=3), row("peer", wrong=None), row("limit:copy")])
+    rows = with_ratios([row(wrong=2), row("mine", wrong=3), row("peer", wrong=None), row("limit:copy")])
     found = document(rows)
     assert found["wrong"] == 5
     assert list(footer(found))[-1] == "# Wrong elements: 5"
 
 
 def test_a_run_without_checks_says_so() -> None:
-    found = document(rows_of([row(wrong=None)]))
+    found = document(with_ratios([row(wrong=None)]))
     found["settings"]["checks"] = False
     assert list(footer(found))[-1] == "# Wrong elements: 0 (nothing was compared: -c 0)"
 
 
 def test_a_recorded_run_reads_as_it_was() -> None:
-    original = rows_of([row(), row("mine", 5.0), row("limit:copy", 2.0)])
+    original = with_ratios([row(), row("mine", 5.0), row("limit:copy", 2.0)])
     found = json.loads(json.dumps(document(original)))
     assert read_rows(found) == [
         dataclasses.replace(each, case=dataclasses.replace(each.case, device_type="cpu")) for each in original
@@ -182,14 +182,20 @@ def test_another_schema_is_refused() -> None:
 
 
 def test_another_programs_record_is_refused() -> None:
-    with pytest.raises(ValueError, match="it isn't what comm-core bench --json writes"):
+    with pytest.raises(ValueError, match="it isn't a file written by comm-core bench --json"):
         read_rows({"schema": SCHEMA, "results": []})
 
 
-def test_the_header_says_what_was_in_force() -> None:
+def test_the_header_has_the_conditions() -> None:
     found = recorded()
     text = "\n".join(preamble(found))
-    for part in ("comm-core bench -n 5", "4 ranks on CPU", "torch 2.13.0", "without away: it isn't here", "98.4%"):
+    for part in (
+        "comm-core bench -n 5",
+        "4 ranks on CPU",
+        "torch 2.13.0",
+        "not measured: away: it isn't here",
+        "98.4%",
+    ):
         assert part in text
     assert "clocks" not in text
     on_gpus(found)
@@ -200,7 +206,7 @@ def test_the_header_says_what_was_in_force() -> None:
         assert part in text
 
 
-def test_a_table_has_one_header_and_each_place_its_table() -> None:
+def test_each_place_has_a_table_with_one_header() -> None:
     rows = [
         dataclasses.replace(row(), case=dataclasses.replace(row().case, place=place, shape=(count,)))
         for place in ("out", "in")
@@ -215,8 +221,8 @@ def test_a_table_has_one_header_and_each_place_its_table() -> None:
     assert sum(TERMINAL in text for text in lines if not text.startswith("#")) == 4
 
 
-def test_a_case_that_the_fallback_dropped_out_of_has_no_ratios(validator: Any) -> None:
-    found = rows_of([row("mine", 5.0), row("limit:copy", 1.0)])
+def test_a_case_without_the_fallback_has_no_ratios(validator: Any) -> None:
+    found = with_ratios([row("mine", 5.0), row("limit:copy", 1.0)])
     assert [each.ratio for each in found] == [None, None]
     assert summaries(found) == []
     validator.validate(document(found))

@@ -1,4 +1,4 @@
-"""The benchmark on two GPUs: both modes, limits, peers' places; and a backend that doesn't wait for its input."""
+"""The benchmark on two GPUs: both modes, limits, spacers; and a backend that doesn't wait for its input."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.gpus(2)
 GPUS = "cpu:gloo,cuda:nccl"
 LIMITS = {LAUNCH, HOP, "limit:push", "limit:pull", "limit:copy"}
-# Between the edges that admission tests, and so large that copies to it keep a GPU busy for longer than a call's launch
-# takes: about 20 us each on an H100.
+# A size that admission doesn't test. Copies of it keep a GPU busy for longer than the launch of a call: about 20 us
+# each on an H100.
 LARGE_NBYTES = 32 << 20
 
 
 class OnGpus(Honest):
-    """Sums by NCCL."""
+    """Sums with NCCL."""
 
     dtypes = ("bfloat16",)
     max_nbytes = 48 << 20
@@ -44,7 +44,7 @@ class OnGpus(Honest):
             dist.all_reduce(result, group=session.group)
             return result
         side = torch.cuda.Stream()
-        with torch.cuda.stream(side):  # which waits for nothing
+        with torch.cuda.stream(side):  # without waiting for the current stream
             total = tensor.clone()
             dist.all_reduce(total, group=session.group)
         torch.cuda.current_stream().wait_stream(side)

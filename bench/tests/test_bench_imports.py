@@ -1,4 +1,4 @@
-"""What the benchmark imports from core."""
+"""The benchmark's imports from core."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALLOWED = {
     "comm_core",
     "comm_core.command",
     "comm_core.env",
-    "comm_core.fallback",  # the reference calls it without a handle between
+    "comm_core.fallback",  # the terminal contender calls it without a handle
     "comm_core.kernels",
     "comm_core.topology",
     "comm_core.types",
@@ -27,11 +27,10 @@ def modules_of_core(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "comm_core":
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-
                 yield name if node.module == "comm_core" and importlib.util.find_spec(name) else node.module
 
 
-def test_it_imports_these_modules_alone() -> None:
+def test_it_imports_only_these_modules() -> None:
     files = list(Path(comm_bench.__file__).parent.glob("*.py"))
     assert len(files) > 10
     found = {name for file in files for name in modules_of_core(file.read_text(encoding="utf-8"))}

@@ -1,4 +1,4 @@
-"""The kernels behind the benchmark's limits are built for every architecture of a wheel; they run on GPUs alone."""
+"""The kernels of the benchmark's limits compile for every architecture of a wheel; test_bench_gpus.py runs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_kernels_are_compiled_without_a_warning(tmp_path: Path, caplog: pyte
     assert caplog.text == ""
     import tvm_ffi
 
-    # Its CUDA runtime is its own, so that it loads where there is no driver.
+    # It contains the CUDA runtime, so it loads without a driver.
     module = tvm_ffi.load_module(str(built))
     for name in ("launch", "hop", "transfer"):
         assert callable(getattr(module, name))

@@ -10,29 +10,29 @@ from typing import Any
 import pytest
 from comm_bench import stats
 from comm_bench.cases import BenchCase
-from comm_bench.results import HOP, LAUNCH, Row, header, line, rows_of, summaries
+from comm_bench.results import HOP, LAUNCH, Row, format_row, header, summaries, with_ratios
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_bench import REPETITIONS, STEP_US, document, row, sized
 
 
-def test_bandwidths_are_nccl_tests() -> None:
+def test_bandwidths_are_as_in_nccl_tests() -> None:
     found = row(time_us=1000.0)
-    # 2e6 bytes in 1 ms are 2 GB/s; over four ranks a bus carries 2·3/4 of that.
+    # 2e6 bytes in 1 ms are 2 GB/s; over four ranks the bus bandwidth is 2·3/4 of that.
     assert found.algbw == pytest.approx(2.0)
     assert found.busbw == pytest.approx(3.0)
     assert dataclasses.replace(found, world_size=2).busbw == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("name", [HOP, LAUNCH])
-def test_a_limit_that_moves_nothing_has_no_bandwidth(name: str) -> None:
+def test_hop_and_launch_have_no_bandwidth(name: str) -> None:
     assert row(name).algbw is None
     assert row(name).busbw is None
     assert row("limit:copy").busbw is not None
 
 
-def test_the_columns_are_nccl_tests() -> None:
+def test_the_columns_are_as_in_nccl_tests() -> None:
     names, units = header().splitlines()
     assert names.startswith("#")
     assert units.startswith("#")
@@ -51,7 +51,7 @@ def test_the_columns_are_nccl_tests() -> None:
     assert units[1:].split()[:7] == ["(B)", "(elements)", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)"]
     times = tuple(float(value) for value in range(1000, 1011))
     reference = row(times_us=tuple(2 * value for value in times))
-    _, found = rows_of([reference, row("mine", times_us=times, wrong=3)])
+    _, found = with_ratios([reference, row("mine", times_us=times, wrong=3)])
     cells = [
         "2000000",
         "1000000",
@@ -67,9 +67,9 @@ def test_the_columns_are_nccl_tests() -> None:
         "[2.000,",
         "2.000]",
     ]
-    assert line(found).split() == cells
-    # Every cell lies under its column's name: numbers end where it ends, words begin where it begins.
-    text = line(found)
+    assert format_row(found).split() == cells
+    # Each cell is under its column's name: numbers are aligned right, words left.
+    text = format_row(found)
     for name, cell in zip(
         ["size", "count", "time", "p10", "p90", "algbw", "busbw", "#wrong"], [*cells[:2], *cells[4:10]], strict=True
     ):
@@ -79,20 +79,20 @@ def test_the_columns_are_nccl_tests() -> None:
         assert text[names.index(name) :].startswith(cell)
 
 
-def test_what_wasnt_compared_isnt_called_right() -> None:
-    assert " N/A" in line(row(wrong=None))
-    limit = line(row("limit:copy"))
+def test_a_row_that_wasnt_compared_has_no_number_of_wrong_elements() -> None:
+    assert " N/A" in format_row(row(wrong=None))
+    limit = format_row(row("limit:copy"))
     assert "N/A" not in limit
     assert "[" not in limit
 
 
 def test_a_fused_case_shows_its_rows() -> None:
     case = BenchCase("all_reduce_add_rms_norm", "eager", "in", "float32", "cpu", (8, 64))
-    assert line(row(case=case)).split()[:3] == ["2048", "8x64", "float32"]
+    assert format_row(row(case=case)).split()[:3] == ["2048", "8x64", "float32"]
 
 
 def test_rows_of_a_case_are_compared_with_the_fallback() -> None:
-    found = rows_of([row(time_us=10.0), row("mine", 5.0), row("limit:copy", 1.0), row("peer", 20.0)])
+    found = with_ratios([row(time_us=10.0), row("mine", 5.0), row("limit:copy", 1.0), row("peer", 20.0)])
     assert [each.ratio and each.ratio.median for each in found] == [1.0, 2.0, None, 0.5]
     assert all(each.ratio is None or each.ratio.confidence == stats.interval(REPETITIONS)[1] for each in found)
 
@@ -100,9 +100,9 @@ def test_rows_of_a_case_are_compared_with_the_fallback() -> None:
 def test_a_summary_is_against_the_best_other_of_each_size() -> None:
     small = [row(time_us=10.0), row("mine", 5.0), row("other", 1.0), row("peer", 8.0), row("limit:copy", 0.5)]
     large = [row(time_us=10.0), row("mine", 5.0), row("peer", 40.0)]
-    rows = [*rows_of(sized(each, 512) for each in small), *rows_of(sized(each, 1024) for each in large)]
+    rows = [*with_ratios(sized(each, 512) for each in small), *with_ratios(sized(each, 1024) for each in large)]
     found = {each.name: each for each in summaries(rows)}
-    # Neither another backend nor a limit is a competitor: 8 / 5 and 10 / 5.
+    # The summary ignores other backends and limits: 8 / 5 and 10 / 5.
     assert set(found) == {"mine", "other"}
     mine = found["mine"]
     assert mine.table == ("all_reduce", "eager", "out", "bfloat16")
@@ -112,15 +112,15 @@ def test_a_summary_is_against_the_best_other_of_each_size() -> None:
     assert (found["other"].sizes, found["other"].mean) == (1, pytest.approx(8.0))
 
 
-def test_tables_are_summarised_apart() -> None:
+def test_tables_are_summarised_separately() -> None:
     places = [dataclasses.replace(row().case, place=place, mode=mode) for place in ("out", "in") for mode in MODES]
-    rows = [each for case in places for each in rows_of([row(case=case), row("mine", 5.0, case=case)])]
+    rows = [each for case in places for each in with_ratios([row(case=case), row("mine", 5.0, case=case)])]
     assert len({each.table for each in summaries(rows)}) == len(summaries(rows)) == 4
 
 
-def test_a_time_that_noise_makes_nothing_of_is_told_and_breaks_nothing() -> None:
-    # What is subtracted for copies was timed at other moments: a call that does next to nothing may come out below 0.
-    rows = rows_of([row(), row("mine", times_us=(-0.5, *[0.5] * 3, *[-0.5] * 3))])
+def test_a_time_below_zero_is_recorded_as_a_small_one() -> None:
+    # Copies are timed separately, so subtracting them can make the time of a very short call negative.
+    rows = with_ratios([row(), row("mine", times_us=(-0.5, *[0.5] * 3, *[-0.5] * 3))])
     assert json.dumps(document(rows))
 
 
@@ -143,7 +143,7 @@ def rows(draw: Any) -> Row:
         tuple(draw(st.lists(micros, min_size=7, max_size=15))),
         draw(st.none() | st.integers(0, 1 << 40)),
     )
-    (compared,) = rows_of([made])
+    (compared,) = with_ratios([made])
     return draw(st.sampled_from([made, compared]))
 
 
@@ -159,7 +159,7 @@ def test_a_row_comes_back_from_json(found: Row) -> None:
 
 
 @given(st.lists(st.floats(1e-3, 1e9), min_size=7, max_size=15))
-def test_what_is_rounded_is_rounded_once(times: list[float]) -> None:
+def test_times_are_rounded_only_once(times: list[float]) -> None:
     data = row(times_us=tuple(times)).to_json()
     again = Row.from_json(data, "cpu", 4)
     assert again.to_json()["times_us"] == data["times_us"]

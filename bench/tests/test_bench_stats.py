@@ -1,4 +1,4 @@
-"""The intervals of medians against the binomial distribution, by counting every outcome."""
+"""The medians' confidence intervals, compared with a count of all outcomes."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ times = st.floats(0.1, 1e6)
 
 
 def coverage(count: int, below: int) -> Fraction:
-    """With which probability the median lies between the order statistics `below` and `count - 1 - below`.
+    """Return the probability that the median lies between the order statistics `below` and `count - 1 - below`.
 
-    Each sample falls on either side of the median as a fair coin does; every one of the outcomes is looked at.
+    Each sample is above or below the median like a fair coin; the function counts all outcomes.
     """
     held = sum(below < sum(sides) < count - below for sides in itertools.product((0, 1), repeat=count))
     return Fraction(held, 2**count)
 
 
 @pytest.mark.parametrize("count", range(1, 16))
-def test_an_interval_is_the_narrowest_that_is_sure_enough(count: int) -> None:
+def test_an_interval_is_the_narrowest_with_enough_confidence(count: int) -> None:
     below, confidence = stats.interval(count)
     assert 0 <= below <= (count - 1) // 2
     assert confidence == pytest.approx(float(coverage(count, below)), abs=1e-12)
     if below or count >= 6:
         assert confidence >= stats.CONFIDENCE
     else:
-        assert confidence < stats.CONFIDENCE  # there is no better one
+        assert confidence < stats.CONFIDENCE  # it spans all samples
     if below < (count - 1) // 2:
         assert coverage(count, below + 1) < stats.CONFIDENCE
 
 
-def test_intervals_as_tables_have_them() -> None:
+def test_intervals_are_as_in_published_tables() -> None:
     # Conover's ranks for the median, from 1: of 15 samples the 4th and the 12th.
     found = {count: stats.interval(count) for count in (7, 9, 15, 20)}
     assert {count: below for count, (below, _) in found.items()} == {7: 0, 9: 1, 15: 3, 20: 5}
@@ -45,14 +45,14 @@ def test_intervals_as_tables_have_them() -> None:
 
 
 @given(st.integers(6, 200))
-def test_more_samples_are_never_less_sure(count: int) -> None:
+def test_more_samples_keep_enough_confidence(count: int) -> None:
     below, confidence = stats.interval(count)
     assert stats.CONFIDENCE <= confidence < 1
     assert stats.interval(count + 1)[0] in (below, below + 1)
 
 
 def test_the_fewest_repetitions_give_an_interval() -> None:
-    assert stats.interval(stats.FEWEST)[1] >= stats.CONFIDENCE
+    assert stats.interval(stats.MIN_SAMPLES)[1] >= stats.CONFIDENCE
 
 
 def test_percentiles_are_interpolated() -> None:
@@ -76,10 +76,10 @@ def test_a_spread_is_ordered_and_within(samples: list[float]) -> None:
         assert value == pytest.approx(low + part * (high - low), rel=1e-9, abs=1e-9)
 
 
-def test_a_ratio_is_of_pairs_not_of_medians() -> None:
+def test_a_ratio_is_the_median_of_pairs_ratios() -> None:
     ours, theirs = [1.0, 10.0, 100.0] * 5, [2.0, 20.0, 200.0] * 5
     assert stats.ratio(ours, theirs) == stats.Ratio(2.0, 2.0, 2.0, stats.interval(15)[1])
-    # Of medians it would be 1.
+    # The ratio of the medians would be 1.
     assert stats.ratio([1.0, 2.0, 4.0], [4.0, 2.0, 2.0]).median == 1.0
     assert stats.ratio([1.0, 2.0, 3.0], [4.0, 2.0, 9.0]).median == 3.0
 
@@ -89,7 +89,7 @@ def test_faster_is_above_one() -> None:
     assert (found.median, found.low, found.high) == (5.0, 2.0, 8.0)
 
 
-def test_outliers_move_no_interval_that_can_spare_them() -> None:
+def test_a_few_outliers_dont_move_the_interval() -> None:
     wild = [1e-9, 1e-9, 1e-9, *[1.0] * 9, 1e9, 1e9, 1e9]
     found = stats.ratio([1.0] * 15, wild)
     assert (found.median, found.low, found.high) == (1.0, 1.0, 1.0)
@@ -98,7 +98,7 @@ def test_outliers_move_no_interval_that_can_spare_them() -> None:
 
 
 @given(st.lists(st.tuples(times, times), min_size=1, max_size=30))
-def test_the_other_way_round_is_the_inverse(pairs: list[tuple[float, float]]) -> None:
+def test_swapping_times_and_reference_inverts_the_ratio(pairs: list[tuple[float, float]]) -> None:
     ours, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     one, other = stats.ratio(ours, theirs), stats.ratio(theirs, ours)
     assert one.low <= one.median <= one.high

@@ -1,4 +1,4 @@
-"""Wheels as `pip` builds them, and a venv that has nothing of this checkout."""
+"""Fixtures that build wheels with pip, in an environment without this checkout."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def clean_environ() -> dict[str, str]:
-    """This process's environment, less what could put this checkout on another interpreter's path."""
+    """This process's environment without the variables that could put this checkout on another interpreter's path."""
     ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("COMM_CORE_")}
 
 
 @pytest.fixture(scope="session")
 def pip(clean_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pip:
-    """Runs this interpreter's pip, away from the checkout; returns what it wrote to stdout.
+    """A function that runs pip outside the checkout and returns its stdout.
 
-    `environ` takes the place of the clean environment.
+    Its argument `environ` replaces the clean environment.
     """
     elsewhere = tmp_path_factory.mktemp("pip")
 
@@ -42,7 +42,7 @@ def pip(clean_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def build_wheel(pip: Pip, tmp_path_factory: pytest.TempPathFactory) -> BuildWheel:
-    """Builds a project's wheel, once a session."""
+    """A function that builds a project's wheel, once per session."""
     built: dict[Path, Path] = {}
 
     def build(source: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The wheel of comm-plugin-customar-v1 with its kernels: none of them spills a register, on any architecture."""
+"""The wheel of comm-plugin-customar-v1 with its kernels: no kernel spills registers on any architecture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import zipfile
 
 import pytest
-from wheelhouse import ENTRY, ROOT, BuildWheel, Built, Pip, compile_wheel
+from wheelhouse import KERNEL_ENTRY, ROOT, BuildWheel, Built, Pip, compile_wheel
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def built(
 
 
 def test_no_kernel_spills(built: Built) -> None:
-    entries = ENTRY.findall(built.said)
+    entries = KERNEL_ENTRY.findall(built.log)
     assert {(*kind_of(name), arch) for name, arch, _, _ in entries} == {
         (*kind, arch)
         for kind in (
@@ -33,11 +33,11 @@ def test_no_kernel_spills(built: Built) -> None:
 
 
 def test_nvcc_warns_of_nothing(built: Built) -> None:
-    assert [line for line in built.said.splitlines() if "warning" in line.lower()] == []
+    assert [line for line in built.log.splitlines() if "warning" in line.lower()] == []
 
 
 def kind_of(name: str) -> tuple[str, int]:
-    """A kernel's algorithm and world size, from its mangled name; 0 where it has none."""
+    """Return a kernel's algorithm and world size (0 without one) from its mangled name."""
     found = re.search(r"\d(one_stage|two_stage|write_test_pages|read_test_pages)(?:IN9comm_core\w*?ELi(\d)E)?", name)
     assert found is not None, name
     return found[1], int(found[2] or 0)

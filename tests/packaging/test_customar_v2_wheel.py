@@ -1,6 +1,6 @@
 """The wheel of comm-plugin-customar-v2 with its kernels, built once as `make wheels` builds it.
 
-No kernel in it spills a register, on any architecture; and it works where there is no compiler.
+No kernel spills registers on any architecture, and the installed wheel works without a compiler.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wheelhouse import ENTRY, ROOT, BuildWheel, Built, Pip, Venv, compile_wheel, read_metadata
+from wheelhouse import KERNEL_ENTRY, ROOT, BuildWheel, Built, Pip, Venv, compile_wheel, read_metadata
 
 ALGORITHMS = ("oneshot_push", "oneshot_stream", "twoshot_push")
 FUSED = ("oneshot_push_norm", "twoshot_push_norm")
@@ -40,7 +40,7 @@ def built(
 
 @pytest.fixture(scope="module")
 def installed(built: Built, build_wheel: BuildWheel, pip: Pip, tmp_path_factory: pytest.TempPathFactory) -> Venv:
-    """A venv in which the plugin was installed by its name alone, from a folder like `dist`."""
+    """A venv in which the plugin is installed by name from a folder like `dist`."""
     folder = tmp_path_factory.mktemp("installed")
     dist = folder / "dist"
     dist.mkdir()
@@ -54,7 +54,7 @@ def installed(built: Built, build_wheel: BuildWheel, pip: Pip, tmp_path_factory:
 
 @pytest.fixture
 def no_compiler(installed: Venv, clean_environ: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """An environment whose PATH is the venv's alone, and whose nvcc and C++ compiler would fail."""
+    """An environment with only the venv on PATH, without nvcc and with a C++ compiler that fails."""
     return {
         **clean_environ,
         "PATH": str(installed.folder / "bin"),
@@ -65,9 +65,9 @@ def no_compiler(installed: Venv, clean_environ: dict[str, str], tmp_path: Path) 
 
 
 def test_no_kernel_spills(built: Built) -> None:
-    entries = ENTRY.findall(built.said)
+    entries = KERNEL_ENTRY.findall(built.log)
     assert {(*kind_of(name), arch) for name, arch, _, _ in entries} == {
-        # The norm after a plain all-reduce is of one device alone.
+        # The norm after a plain all-reduce runs on one device, so it has no world size.
         *(("add_norm", 1, arch) for arch in ARCHITECTURES),
         *itertools.product((*ALGORITHMS, *FUSED), range(2, 9), ARCHITECTURES),
     }
@@ -75,11 +75,11 @@ def test_no_kernel_spills(built: Built) -> None:
 
 
 def test_nvcc_warns_of_nothing(built: Built) -> None:
-    assert [line for line in built.said.splitlines() if "warning" in line.lower()] == []
+    assert [line for line in built.log.splitlines() if "warning" in line.lower()] == []
 
 
 def kind_of(name: str) -> tuple[str, int]:
-    """A kernel's algorithm and world size, from its mangled name."""
+    """Return a kernel's algorithm and world size (1 without one) from its mangled name."""
     found = re.search(r"\d((?:one|two)shot_[a-z_]+?|add_norm)IN9comm_core\w*?E(?:Li(\d)E|E)", name)
     assert found is not None, name
     return found[1], int(found[2] or 1)
@@ -98,18 +98,18 @@ def test_its_files(built: Built) -> None:
     assert not built.wheel.name.endswith("-any.whl")
 
 
-def test_installed_by_name_it_brings_core_and_works_where_there_is_no_compiler(
+def test_installed_by_name_it_brings_core_and_works_without_a_compiler(
     installed: Venv, no_compiler: dict[str, str], tmp_path: Path
 ) -> None:
     done = subprocess.run(
         [installed.python, "-c", LOAD], cwd=tmp_path, env=no_compiler, capture_output=True, text=True, check=False
     )
-    # With "separate".
+    # The "separate" norm adds one.
     assert (done.stdout, done.returncode) == (f"None {len(ALGORITHMS)} {len(FUSED) + 1}\n", 0), done.stderr
     assert not (tmp_path / "cache").exists()
 
 
-def test_without_cuda_it_says_so_in_a_sentence(installed: Venv, no_compiler: dict[str, str], tmp_path: Path) -> None:
+def test_without_cuda_explain_gives_that_reason(installed: Venv, no_compiler: dict[str, str], tmp_path: Path) -> None:
     command = [installed.folder / "bin" / "comm-core", "explain", "--json", "--topology", TOPOLOGY]
     done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Plugins with native code: what the build hook puts into a wheel, and that it works where there is no compiler."""
+"""Plugins with native code: the build hook's wheels, which work without a compiler."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ static int64_t add(int64_t a, int64_t b) { return a + b; }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add, add);
 """
 
-# hatchling's own entry points, as a build front end calls them.
+# Calls hatchling's build functions as a build front end does.
 BUILD = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
 
 LOAD = """
@@ -47,7 +47,7 @@ Build = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def core(build_wheel: BuildWheel, pip: Pip, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which core's wheel is installed, for PYTHONPATH, and a torch that nobody may import."""
+    """A folder for PYTHONPATH with core's wheel installed, and a fake torch that ends the process if it is imported."""
     folder = tmp_path_factory.mktemp("core")
     pip("install", "--target", folder, "--no-deps", "--no-index", build_wheel(ROOT / "core"))
     (folder / "torch.py").write_text("raise SystemExit('torch was imported')")
@@ -69,7 +69,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(core: Path, clean_environ: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs this interpreter where core is installed; `environ` replaces variables."""
+    """A function that runs this interpreter with core installed; keyword arguments set environment variables."""
 
     def call(*arguments: str | Path, cwd: Path = tmp_path, **environ: str) -> subprocess.CompletedProcess[str]:
         here = {"PYTHONPATH": str(core), "COMM_CORE_CACHE_DIR": str(tmp_path / "cache")}
@@ -83,14 +83,14 @@ def run(core: Path, clean_environ: dict[str, str], tmp_path: Path) -> Callable[.
 
 @pytest.fixture
 def no_compiler(tmp_path: Path) -> dict[str, str]:
-    """An environment's variables."""
+    """Environment variables without a compiler."""
     (tmp_path / "bin").mkdir()
     return {"PATH": str(tmp_path / "bin"), "CXX": ""}
 
 
 @pytest.fixture
 def build(project: Path, tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]) -> Build:
-    """Builds what the project is distributed as."""
+    """A function that builds the project's wheel or source distribution and returns its path."""
 
     def call(what: str, **environ: str) -> Path:
         done = run("-c", BUILD, what, tmp_path / "dist", cwd=project, **environ)
@@ -109,7 +109,7 @@ def files(wheel: Path) -> set[str]:
 SOURCES = {"__init__.py", "csrc/add.cpp", "csrc/unused.h"}
 
 
-def test_a_wheel_with_its_binary_works_where_there_is_no_compiler(
+def test_a_wheel_with_its_binary_works_without_a_compiler(
     build: Build,
     pip: Pip,
     run: Callable[..., subprocess.CompletedProcess[str]],
@@ -144,7 +144,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(
 
 
 def test_an_editable_install_compiles_nothing(build: Build) -> None:
-    # A compiler that always fails: whoever calls it fails.
+    # A compiler that always fails, so the build fails if it calls it.
     assert build("build_editable", CXX="false").name.endswith("-py3-none-any.whl")
 
 
@@ -159,10 +159,10 @@ def test_a_source_distribution_compiles_nothing_and_has_the_sources(build: Build
 def test_a_compiler_that_fails_fails_the_build(
     project: Path, tmp_path: Path, run: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    (project / "src" / "comm_plugin_native" / "csrc" / "add.cpp").write_text("#error this is no code")
+    (project / "src" / "comm_plugin_native" / "csrc" / "add.cpp").write_text("#error this isn't code")
     done = run("-c", BUILD, "build_wheel", tmp_path / "dist", cwd=project)
     assert done.returncode == 1
-    assert "this is no code" in done.stderr
+    assert "this isn't code" in done.stderr
 
 
 def test_the_package_can_be_named_and_lie_beside_the_project_file(

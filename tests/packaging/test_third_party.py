@@ -1,4 +1,4 @@
-"""The documentation's plugin, built outside this checkout and installed by name: its backend serves a real group."""
+"""The plugin from the documentation, built outside this checkout and installed by name, serves a real group."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ pathlib.Path(f"rank{rank}.json").write_text(json.dumps(facts))
 
 @pytest.fixture(scope="module")
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with the files that docs/writing-a-plugin.md tells a newcomer to write."""
+    """A project with the files of docs/writing-a-plugin.md."""
     folder = tmp_path_factory.mktemp("third_party")
     page = (ROOT / "docs" / "writing-a-plugin.md").read_text()
     for name, text in re.findall(r"^```\w+\n# ([\w.]+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
@@ -75,7 +75,7 @@ def installed(third_party: Path, build_wheel: BuildWheel, pip: Pip, tmp_path_fac
     return fresh
 
 
-def test_installed_by_name_away_from_the_checkout(installed: Venv, clean_environ: dict[str, str]) -> None:
+def test_core_is_installed_by_name_outside_the_checkout(installed: Venv, clean_environ: dict[str, str]) -> None:
     code = "import comm_core; from importlib.metadata import version; print(comm_core.__file__, version('comm-core'))"
     output = subprocess.run(
         [installed.python, "-c", code],
@@ -116,7 +116,7 @@ def test_plugin_serves_a_group_beside_jupyters_comm(
     try:
         output, _ = job.communicate(timeout=200)
     finally:
-        # It ends its workers on this signal; killed, it would leave them behind. Nothing happens where it has ended.
+        # On this signal torchrun ends its workers; if it were killed, they would stay. No effect if it has ended.
         job.terminate()
         job.wait()
     assert job.returncode == 0, output

@@ -1,4 +1,4 @@
-"""What is inside the wheels, and what the development root installs."""
+"""The contents of the wheels, and the packages that the development root installs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_core_wheel_has_its_script_and_no_backend(build_wheel: BuildWheel) -> No
     assert entry_points(wheel, "comm_core.commands") == []
 
 
-def test_the_benchmark_is_in_its_own_wheel_alone(build_wheel: BuildWheel) -> None:
+def test_the_benchmark_is_only_in_its_own_wheel(build_wheel: BuildWheel) -> None:
     core, bench = (build_wheel(ROOT / project) for project in ("core", "bench"))
     with zipfile.ZipFile(core) as archive:
         assert [name for name in archive.namelist() if "bench" in name or "csrc" in name] == []
@@ -62,23 +62,23 @@ def test_the_benchmark_is_in_its_own_wheel_alone(build_wheel: BuildWheel) -> Non
 def test_names_are_this_projects_own(project: str, build_wheel: BuildWheel) -> None:
     wheel = build_wheel(ROOT / project)
     assert read_metadata(wheel).metadata["Name"] == module_of(project).replace("_", "-")
-    # Jupyter's `comm` must be left what is Jupyter's.
+    # Jupyter owns the name `comm`.
     assert "comm" not in [entry.name for entry in entry_points(wheel, "console_scripts")]
     backends = [entry.name for entry in entry_points(wheel, "comm_core.backends")]
     assert backends == ([Path(project).name] if project in PLUGINS else [])
 
 
 @pytest.mark.parametrize("project", PROJECTS)
-def test_project_file_holds_its_own_facts_alone(project: str) -> None:
+def test_a_projects_file_has_no_settings_of_other_tools(project: str) -> None:
     text = (ROOT / project / "pyproject.toml").read_text()
     tools = set(re.findall(r"^\[+tool\.([\w-]+)", text, flags=re.MULTILINE))
     assert tools <= {"hatch", "setuptools", "scikit-build"}, (
-        "settings of other tools belong into the root's pyproject.toml"
+        "settings of other tools belong in the root's pyproject.toml"
     )
 
 
 def test_root_installs_core_and_its_benchmark_and_names_every_plugin(pip: Pip) -> None:
-    # Torch is there already, as in any environment that runs this: with no index, a name that only an index has fails.
+    # torch is installed already. Without an index, pip fails on any other package that isn't in this checkout.
     report = json.loads(
         pip("install", "--dry-run", "--no-index", "--no-build-isolation", "--quiet", "--report", "-", ROOT)
     )

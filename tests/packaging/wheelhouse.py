@@ -1,4 +1,4 @@
-"""What the packaging tests share: where the checkout is, and how to look into a wheel."""
+"""Helpers of the packaging tests: build wheels with kernels, read wheels, make virtual environments."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ ROOT = Path(__file__).parents[2]
 Pip = Callable[..., str]
 BuildWheel = Callable[[Path], Path]
 
-# A kernel, its architecture, and how many bytes of it are kept in the stack and spilt, in what the assembler says.
-ENTRY = re.compile(
+# In the assembler's log: a kernel, its architecture, and its bytes of stack frame and of spill stores.
+KERNEL_ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", re.DOTALL
 )
 
 
 class Built(NamedTuple):
     wheel: Path
-    said: str  # by nvcc
+    log: str  # nvcc's
 
 
 def compile_wheel(
     project: Path, build_wheel: BuildWheel, pip: Pip, clean_environ: dict[str, str], folder: Path
 ) -> Built:
-    """Build a plugin's wheel as `make wheels` does, through an nvcc that asks the assembler to tell of each kernel.
+    """Build a project's wheel as `make wheels` does, with an nvcc that makes the assembler report on each kernel.
 
-    Skips where there is no nvcc. `folder` is an empty one.
+    Skips the test without nvcc. `folder` must be empty.
     """
     search = os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")])
     nvcc = shutil.which("nvcc", path=search)
     if nvcc is None:
         pytest.skip("there is no nvcc on this machine")
-    for name in ("bin", "said", "dist"):
+    for name in ("bin", "logs", "dist"):
         (folder / name).mkdir()
     wrapper = folder / "bin" / "nvcc"
-    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@" -Xptxas=-v 2>"{folder}/said/$$"\n')
+    wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@" -Xptxas=-v 2>"{folder}/logs/$$"\n')
     wrapper.chmod(0o755)
-    # Core as it is distributed: its build hook and its headers.
+    # Core from its wheel, with the build hook and the headers.
     pip("install", "--target", folder / "core", "--no-deps", "--no-index", build_wheel(ROOT / "core"))
     chosen = {"CUDA_HOME": str(folder), "HATCH_BUILD_HOOKS_ENABLE": "1", "PYTHONPATH": str(folder / "core")}
     pip(
@@ -59,7 +59,7 @@ def compile_wheel(
         environ={**clean_environ, **chosen},
     )
     (wheel,) = (folder / "dist").glob("*.whl")
-    return Built(wheel, "\n".join(path.read_text() for path in sorted((folder / "said").iterdir())))
+    return Built(wheel, "\n".join(path.read_text() for path in sorted((folder / "logs").iterdir())))
 
 
 def read_metadata(wheel: Path) -> PathDistribution:
@@ -68,11 +68,11 @@ def read_metadata(wheel: Path) -> PathDistribution:
 
 
 class Venv:
-    """A virtual environment without this checkout, in a folder of `folder`.
+    """A virtual environment in `folder` that doesn't see this checkout.
 
-    Torch and the like are too large to install anew. What `requirements` name, and what that needs, is borrowed by
-    links to it alone: to put all of this interpreter's packages on the path would make pip, and entry points, see the
-    checkout's own editable installs.
+    Packages such as torch are too large to install again, so `requirements` and their dependencies are linked from this
+    interpreter's environment. The others stay out, because pip and entry points would see the checkout's editable
+    installs.
     """
 
     def __init__(self, folder: Path, requirements: Iterable[str]) -> None:
@@ -89,7 +89,7 @@ class Venv:
 
 
 def paths_of_dependencies(requirements: Iterable[str]) -> Iterable[Path]:
-    """The files and folders in this interpreter's site-packages that `requirements` and theirs consist of."""
+    """Return the files and folders of `requirements` and their dependencies in this interpreter's site-packages."""
     found: dict[Path, None] = {}
     seen: set[str] = set()
     waiting = [Requirement(text) for text in requirements]

@@ -1,1 +1,1 @@
-"""Times all-reduces of a job's ranks side by side, and checks them; `comm-core bench` is its command line."""
+"""Time the all-reduces of a job's ranks side by side and check their sums; the command line is `comm-core bench`."""

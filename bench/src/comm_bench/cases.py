@@ -1,7 +1,8 @@
-"""What is measured: sizes, dtypes, and the arithmetic by which a chain of calls stays exact. Pure, without torch.
+"""The benchmark's cases (operation, dtype, shape) and the values that keep a chain of calls exact. Pure, without torch.
 
-A chain feeds each call's output to the next one. Over `world_size` ranks a chain of sums multiplies by `world_size` at
-every step, so that it leaves the dtype sooner or later: `chain_length` says after how many calls it has to start anew.
+A chain feeds each call's output to the next call. A sum over `world_size` ranks that hold equal values multiplies them
+by `world_size`, so a chain's values leave the dtype's range after some calls. Before that, after `Pattern.length`
+calls, the chain restarts from its initial values.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ __all__ = [
     "Pattern",
     "bus_factor",
     "calls_for",
-    "fused_start",
+    "first_fused_sum",
     "parse_nbytes",
     "pattern_of",
     "shapes",
     "sizes",
 ]
 
-#: nccl-tests' names of dtypes that torch calls otherwise.
+#: nccl-tests' names of dtypes, with torch's names.
 ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
-#: Where a call's output goes: a new tensor, or the input's own memory (of the fused operation: the residual's).
+#: The output of a call is a new tensor ("out") or overwrites the input ("in"; for the fused operation, the residual).
 PLACES = ("out", "in")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-# Bits of the significand with its leading one, and the exponents of the smallest and largest normal numbers.
+# Bits of the significand including its leading one; the exponents of the smallest and of the largest normal number.
 _FLOATS = {
     "float16": (11, -14, 15),
     "bfloat16": (8, -126, 127),
@@ -39,19 +40,19 @@ _FLOATS = {
     "float64": (53, -1022, 1023),
 }
 _INTEGERS = {"int64": 63, "int32": 31, "int16": 15, "int8": 7, "uint8": 8}
-# Calls that a fused chain should have, where the digits allow them.
-_FEW = 8
-# Inputs are integers from 0 to this where the world size is a power of two, so that sums only change their exponent.
-_LARGEST = 7
-# A timed chain moves about this many bytes a rank, within these numbers of calls: long enough that what surrounds it (a
-# graph's launch, an event) is a small part, short enough that a table takes minutes.
+# The least length of a fused chain, if the significand has enough bits for it.
+_MIN_FUSED_LENGTH = 8
+# If the world size is a power of two, inputs are integers from 0 to this: each sum then changes only their exponent.
+_MAX_INTEGER = 7
+# A timed chain moves about this many bytes per rank, in this least and greatest number of calls: long enough that the
+# cost around it (a graph's launch, an event) is small in comparison, short enough that a table takes minutes.
 _CHAIN_NBYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
 _CALLS = {"cuda": (10, 200), "cpu": (3, 200)}
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchCase:
-    """One kind of call, which every contender that takes it is timed on.
+    """One kind of call; the benchmark times every contender that supports it.
 
     Attributes:
         op: one of `comm_core.types.OPS`.
@@ -59,7 +60,7 @@ class BenchCase:
         place: one of `PLACES`.
         dtype: one of `comm_core.types.DTYPES`.
         device_type: "cuda" or "cpu".
-        shape: of the tensor that is reduced: `[numel]`, or `[num_tokens, hidden_size]`.
+        shape: the reduced tensor's: `[numel]`, or `[num_tokens, hidden_size]`.
     """
 
     op: str
@@ -71,12 +72,12 @@ class BenchCase:
 
     @property
     def count(self) -> int:
-        """Elements."""
+        """The reduced tensor's number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor that is reduced."""
+        """The reduced tensor's size in bytes."""
         return self.count * DTYPES[self.dtype]
 
     @property
@@ -87,98 +88,97 @@ class BenchCase:
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """The values that a chain starts from, and how far they carry.
+    """The initial values of a chain, and the number of calls for which they stay exact.
 
     A rank's element is an integer from 0 to `largest`, times two to the power of `exponent`; the integers differ
-    between ranks. Where `alone`, only one rank's is not zero, since the dtype couldn't hold the sum of more.
+    between ranks.
 
     Attributes:
         largest: the largest integer.
-        exponent: of the scale.
-        alone: whether each element comes from one rank alone.
-        length: calls after which a chain has to start anew, for every value on the way to be exact.
+        exponent: the scale's power of two.
+        disjoint: whether each element is nonzero on one rank only, because the dtype can't hold a sum of more.
+        length: the number of calls after which a chain restarts, so that all its values are exact.
     """
 
     largest: int
     exponent: int
-    alone: bool
+    disjoint: bool
     length: int
 
 
 def pattern_of(op: str, dtype: str, world_size: int) -> Pattern:
-    """How a chain of `op` starts in a group of `world_size` ranks, and for how many calls it stays exact.
+    """Return the pattern of a chain of `op` in a group of `world_size` ranks.
 
     A plain sum over ranks that hold the same value multiplies by `world_size`. A power of two only raises the exponent;
-    an odd factor also takes digits of the significand.
+    an odd factor also takes bits of the significand.
 
-    The fused operation starts from one magnitude on each rank, see `fused_start`, and keeps to one: after the first
-    call the sum's elements are ±s, the normed ones ±1, and each further call adds `world_size` to s.
+    In a fused chain, all elements of a rank have one magnitude. After the first call the sum's elements are ±s (see
+    `first_fused_sum`) and the normalised elements ±1; each further call adds `world_size` to s.
 
     Raises:
-        ValueError: a group of one rank has nothing to reduce.
+        ValueError: the group has fewer than two ranks.
     """
     if world_size < 2:
-        raise ValueError("an all-reduce takes two ranks or more")
+        raise ValueError(f"a group of {world_size} has nothing to reduce; at least two ranks are needed")
     if op != "all_reduce":
-        most = 1 << _FLOATS[dtype][0]
-        # As distinct as the digits allow.
-        largest = next(
-            (each for each in (world_size, 2) if fused_start(world_size, each) + world_size * _FEW < most), 1
-        )
-        length = max((most - fused_start(world_size, largest)) // world_size, 1)
-        return Pattern(largest, 0, alone=False, length=length)
+        limit = 1 << _FLOATS[dtype][0]
+        growth = world_size * _MIN_FUSED_LENGTH
+        # Prefer a magnitude of its own for each rank.
+        largest = next((each for each in (world_size, 2) if first_fused_sum(world_size, each) + growth < limit), 1)
+        length = max((limit - first_fused_sum(world_size, largest)) // world_size, 1)
+        return Pattern(largest, 0, disjoint=False, length=length)
     odd = world_size
     while odd % 2 == 0:
         odd //= 2
     if dtype in _INTEGERS:
         bits, exponent, room = _INTEGERS[dtype], 0, _INTEGERS[dtype]
-        odd = 1  # nothing is rounded: only the range ends
+        odd = 1  # integers are never rounded; only their range is limited
     else:
         bits, lowest, highest = _FLOATS[dtype]
         exponent, room = lowest, highest - lowest
-    wanted = _LARGEST if odd == 1 else 1
-    alone = world_size * world_size > 1 << bits
-    terms = 1 if alone else world_size
+    wanted = _MAX_INTEGER if odd == 1 else 1
+    disjoint = world_size * world_size > 1 << bits
+    terms = 1 if disjoint else world_size
     largest = max(1, min(wanted, (1 << bits) // (terms * world_size)))
     length = 1
-    # Before one more call: its partial sums need the digits, its result the range.
+    # One more call is exact if its partial sums fit the significand and its result fits the range.
     while (
         largest * terms * world_size * odd**length <= 1 << bits or odd == 1
     ) and largest * terms * world_size**length < 1 << room:
         length += 1
-    return Pattern(largest, exponent, alone, length)
+    return Pattern(largest, exponent, disjoint, length)
 
 
-def fused_start(world_size: int, largest: int) -> int:
-    """The magnitude of a fused chain's first sum: 1 to `largest` and anew over the ranks, and 1 of the residual."""
+def first_fused_sum(world_size: int, largest: int) -> int:
+    """Return the magnitude of a fused chain's first sum: 1, 2, … `largest`, 1, 2, … by rank, plus the residual's 1."""
     return sum(rank % largest + 1 for rank in range(world_size)) + 1
 
 
 def calls_for(device_type: str, nbytes: int) -> int:
-    """How many calls a timed chain has where nobody says otherwise."""
+    """Return the default number of calls in a timed chain."""
     low, high = _CALLS[device_type]
     return max(low, min(high, _CHAIN_NBYTES[device_type] // max(nbytes, 1)))
 
 
 def bus_factor(world_size: int) -> float:
-    """What a message's bytes over its time are multiplied by for bus bandwidth, as nccl-tests define it: 2(n-1)/n."""
+    """Return nccl-tests' ratio of bus bandwidth to algorithm bandwidth for an all-reduce: 2(n-1)/n."""
     return 2 * (world_size - 1) / world_size
 
 
 def parse_nbytes(text: str) -> int:
-    """Bytes from nccl-tests' notation: "8", "64K", "1M", "2G".
+    """Parse a size in nccl-tests' notation ("8", "64K", "1M", "2G") into bytes.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text isn't a size.
     """
     number, unit = (text[:-1], text[-1].upper()) if text and text[-1].isalpha() else (text, "")
     if unit not in _UNITS or not number.isdecimal():
-        raise ValueError(f"{text!r} is no number of bytes such as 8, 64K, 1M or 2G")
+        raise ValueError(f"{text!r} isn't a number of bytes such as 8, 64K, 1M or 2G")
     return int(number) * _UNITS[unit]
 
 
 def sizes(first: int, last: int, factor: int, increment: int) -> Iterator[int]:
-    """The sizes of a sweep, in bytes: by `increment` where it isn't 0, else by `factor`."""
+    """Yield a sweep's sizes in bytes: add `increment` at each step, or multiply by `factor` if `increment` is 0."""
     nbytes, before = first, -1
     while before < nbytes <= last:
         yield nbytes
@@ -188,14 +188,14 @@ def sizes(first: int, last: int, factor: int, increment: int) -> Iterator[int]:
 def shapes(
     op: str, dtype: str, sweep: Sequence[int], tokens: Sequence[int], hidden_sizes: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """The shapes that are measured in one dtype, each once.
+    """Return the shapes to measure in one dtype, without duplicates.
 
     Args:
         op: one of `comm_core.types.OPS`.
         dtype: one of `comm_core.types.DTYPES`.
-        sweep: sizes in bytes, rounded down to whole elements, or rows for the fused operation.
-        tokens: rows; where given, they replace the sweep.
-        hidden_sizes: elements a row.
+        sweep: sizes in bytes, rounded down to whole elements, or to whole rows for the fused operation.
+        tokens: numbers of rows; if not empty, they replace the sweep.
+        hidden_sizes: numbers of elements in a row.
     """
     itemsize = DTYPES[dtype]
     if tokens:

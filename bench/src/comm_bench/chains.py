@@ -1,9 +1,9 @@
-"""The calls that are measured, and what must come of them.
+"""The measured calls and their expected results.
 
-Every call of a chain reads what the call before it wrote, so nothing can start before its input is there, and nothing
-can be left out unnoticed: the last output is compared exactly. Chains start anew, by copies from rank-distinct
-integers, before the dtype's range ends. A second, untimed run of the same calls gets new integers at every call, late,
-and is compared too.
+Every call of a chain reads the output of the call before it. A call that starts before its input is ready, or that is
+skipped, makes the last output wrong; that output is compared exactly. Before the values leave the dtype's range, the
+chain restarts: copies reset the buffers to integers that differ between ranks. A second, untimed run of the same calls
+writes new integers to each call's input at the last moment; all its results are compared too.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from fractions import Fraction
 
 import torch
 
-from comm_bench.cases import BenchCase, Pattern, fused_start, pattern_of
+from comm_bench.cases import BenchCase, Pattern, first_fused_sum, pattern_of
 from comm_bench.contenders import Contender, Job, State
 
-__all__ = ["Chain", "Check", "Spacer", "start"]
+__all__ = ["Chain", "Check", "Spacer", "initial_state"]
 
-# Calls of the untimed check, each with inputs of its own.
+# Calls in the untimed check, each with inputs of its own.
 _CHECKED_CALLS = 4
-# The input of a checked call holds something else, and is overwritten with it this often, before it gets its values.
+# The number of times that decoy values are written to the input of a checked call before the real ones.
 _DECOYS = 8
-# The relative error of a norm that counts as wrong: of the dtype, in its epsilons, and of fp32 arithmetic.
+# A norm is wrong if its error is above both: this many epsilons of the dtype, and a bound for fp32 arithmetic.
 _NORM_EPSILONS = 4
 _NORM_TOLERANCE = 1e-5
-# Values repeat after this many elements: a prime, so that no block or vector of a kernel is a period apart.
+# Values repeat after this many elements. A prime: no two blocks or vectors of a kernel get the same values.
 _PERIOD = 65521
-_SIGNS = Pattern(1, 0, alone=False, length=1)
+_SIGNS = Pattern(1, 0, disjoint=False, length=1)
 
 
 class Spacer:
-    """A kernel of one element that has nothing to do with any call."""
+    """A kernel on one element of its own, to run between two calls of a chain."""
 
     def __init__(self, case: BenchCase) -> None:
         self._element = torch.zeros(1, device=case.device_type)
 
     def run(self) -> None:
-        """Launch it."""
+        """Launch the kernel."""
         self._element.add_(1)
 
 
@@ -45,63 +45,64 @@ class Chain:
     """Dependent calls of one contender on one case.
 
     Attributes:
-        length: calls before it starts anew.
-        spaced: whether a spacer follows each call.
-        buffers: what the first call reads.
+        length: the number of calls before a restart.
+        has_spacers: whether a spacer follows each call.
+        buffers: the first call's inputs.
     """
 
     def __init__(self, contender: Contender, case: BenchCase, job: Job) -> None:
         pattern = pattern_of(case.op, case.dtype, job.world_size)
         self.length = pattern.length
-        self.spaced = contender.spaced(case)
+        self.has_spacers = contender.needs_spacer(case)
         self._spacer = Spacer(case)
         self.buffers = contender.inputs(case)
-        self._call = _bound(contender, case, _ones(case))
+        self._call = _bind(contender, case, _unit_weight(case))
         self._case = case
         self._job = job
         self._pattern = pattern
-        self._start = start(case, job)
+        self._start = initial_state(case, job)
         self._state: State = ()
 
     def run(self, calls: int) -> None:
-        """Make so many calls."""
+        """Make this many calls."""
         for index in range(calls):
             if index % self.length == 0:
                 for buffer, values in zip(self.buffers, self._start, strict=True):
                     buffer.copy_(values)
                 self._state = self.buffers
             self._state = self._call(self._state)
-            if self.spaced:
+            if self.has_spacers:
                 self._spacer.run()
 
     def restarts(self, calls: int) -> int:
-        """How often `run` copies the start."""
+        """Return how often `run` copies the initial values."""
         return -(-calls // self.length)
 
-    def wrong(self, calls: int) -> int:
-        """Elements of the last output that aren't what `calls` calls make of the start."""
+    def count_wrong(self, calls: int) -> int:
+        """Count the elements of the last output that differ from the result of `calls` calls."""
         done, world_size = (calls - 1) % self.length, self._job.world_size
         if self._case.fused:
             sign = _integers(self._case, _SIGNS, 0, 1) * 2 - 1
-            total = sign * (fused_start(world_size, self._pattern.largest) + world_size * done)
-            wrong = _far(self._state[0], _laid_out(self._case, sign))
+            total = sign * (first_fused_sum(world_size, self._pattern.largest) + world_size * done)
+            wrong = _count_far(self._state[0], _fill_shape(self._case, sign))
             if self._case.dtype == "float64":
-                # The norm's epsilon shows in its ±1, and the next sum has that.
-                return wrong + _far(self._state[1], _laid_out(self._case, total))
-            return wrong + _unequal(self._case, self._state[1], total)
+                # In fp64 the norm's epsilon changes its ±1 visibly, and so the next sum.
+                return wrong + _count_far(self._state[1], _fill_shape(self._case, total))
+            return wrong + _count_unequal(self._case, self._state[1], total)
         total = _sum_over(range(world_size), self._case, self._pattern, world_size, 0)
         if self._state[0].is_floating_point():
-            # A chain's length keeps this within fp64, though its factors may not be.
+            # Within the chain's length the product fits fp64, even if its factors do not.
             total *= float(Fraction(world_size) ** done * Fraction(2) ** self._pattern.exponent)
         else:
             total = total.long() * world_size**done
-        return _unequal(self._case, self._state[0], total)
+        return _count_unequal(self._case, self._state[0], total)
 
 
 class Check:
-    """A few calls that don't depend on each other, of which every element is compared.
+    """A few independent calls with all their results compared.
 
-    Each gets its input late, after decoys; `run` can be recorded, and its replays be given other values by `fill`.
+    Each call's input is written just before the call, after decoys. A CUDA graph can record `run`; `fill` then sets the
+    values for the next replay.
     """
 
     def __init__(self, contender: Contender, case: BenchCase, job: Job, buffers: State) -> None:
@@ -110,102 +111,102 @@ class Check:
         self._job = job
         self._buffers = buffers
         self._pattern = pattern_of("all_reduce", case.dtype, job.world_size)
-        # Weights of 1 to 3, so that one that is left out is noticed.
-        self._weight = _ones(case)
+        # Weights from 1 to 3: a kernel that ignores them gives a wrong result.
+        self._weight = _unit_weight(case)
         if self._weight is not None:
             self._weight += (torch.arange(case.shape[1], device=case.device_type) % 3).to(dtype)
-        self._call = _bound(contender, case, self._weight)
+        self._call = _bind(contender, case, self._weight)
         self._inputs = [tuple(map(torch.empty_like, buffers)) for _ in range(_CHECKED_CALLS)]
         self._results = [tuple(map(torch.empty_like, buffers)) for _ in range(_CHECKED_CALLS)]
         self._decoy = torch.ones(case.shape, dtype=dtype, device=case.device_type)
 
     def fill(self, salt: int) -> None:
-        """New inputs, and results that hold nothing of the old ones."""
+        """Set new inputs, and overwrite the old results."""
         for number, (inputs, results) in enumerate(zip(self._inputs, self._results, strict=True)):
             # The residual is the same on every rank.
             for rank, (values, result) in zip(
                 (self._job.rank, self._job.world_size), zip(inputs, results, strict=True), strict=False
             ):
-                fresh = _integers(self._case, self._pattern, rank, self._job.world_size, salt + number)
-                values.copy_(_laid_out(self._case, fresh))
+                integers = _integers(self._case, self._pattern, rank, self._job.world_size, salt + number)
+                values.copy_(_fill_shape(self._case, integers))
                 result.fill_(77)
 
     def run(self) -> None:
         """Make the calls."""
         for inputs, results in zip(self._inputs, self._results, strict=True):
             for buffer, values in zip(self._buffers, inputs, strict=True):
-                # Whoever doesn't wait for its input finds this instead.
+                # A contender that doesn't wait for its input reads these decoys.
                 for _ in range(_DECOYS):
                     buffer.copy_(self._decoy)
                 buffer.copy_(values)
-            # The memory that a new output is likely to get holds none of the earlier ones.
+            # Overwrite the memory that the next output probably gets, so that it holds no earlier result.
             spare = self._decoy.clone()
             del spare
             for result, output in zip(results, self._call(self._buffers), strict=True):
                 result.copy_(output)
 
-    def wrong(self, salt: int) -> int:
-        """Elements that aren't what follows from `fill(salt)`."""
+    def count_wrong(self, salt: int) -> int:
+        """Count the elements that differ from the results expected after `fill(salt)`."""
         world_size = self._job.world_size
         wrong = 0
         for number, results in enumerate(self._results):
             ranks = range(world_size + len(results) - 1)
             total = _sum_over(ranks, self._case, self._pattern, world_size, salt + number)
-            wrong += _unequal(self._case, results[-1], total)
+            wrong += _count_unequal(self._case, results[-1], total)
             if self._weight is not None:
-                sums = _laid_out(self._case, total)
+                sums = _fill_shape(self._case, total)
                 norm = sums * torch.rsqrt(sums.square().mean(-1, keepdim=True) + 1e-6) * self._weight.double()
-                wrong += _far(results[0], norm)
+                wrong += _count_far(results[0], norm)
         return wrong
 
 
-def start(case: BenchCase, job: Job) -> State:
-    """What a chain starts from on this rank; see `Pattern`."""
+def initial_state(case: BenchCase, job: Job) -> State:
+    """Return a chain's initial values on this rank; see `Pattern`."""
     pattern, dtype = pattern_of(case.op, case.dtype, job.world_size), getattr(torch, case.dtype)
     if case.fused:
         sign = _integers(case, _SIGNS, 0, 1) * 2 - 1
-        return _laid_out(case, (sign * (job.rank % pattern.largest + 1)).to(dtype)), _laid_out(case, sign.to(dtype))
+        return _fill_shape(case, (sign * (job.rank % pattern.largest + 1)).to(dtype)), _fill_shape(case, sign.to(dtype))
     values = _integers(case, pattern, job.rank, job.world_size) * 2.0**pattern.exponent
-    return (_laid_out(case, values.to(dtype)),)
+    return (_fill_shape(case, values.to(dtype)),)
 
 
-def _bound(contender: Contender, case: BenchCase, weight: torch.Tensor | None) -> Callable[[State], State]:
+def _bind(contender: Contender, case: BenchCase, weight: torch.Tensor | None) -> Callable[[State], State]:
     in_place = case.place == "in"
     return lambda state: contender.call(state, weight, in_place=in_place)
 
 
-def _ones(case: BenchCase) -> torch.Tensor | None:
-    """A weight, for the fused operation."""
+def _unit_weight(case: BenchCase) -> torch.Tensor | None:
+    """Return the fused operation's weight, all ones; None for a plain sum."""
     if not case.fused:
         return None
     return torch.ones(case.shape[1], dtype=getattr(torch, case.dtype), device=case.device_type)
 
 
 def _integers(case: BenchCase, pattern: Pattern, rank: int, world_size: int, salt: int = 0) -> torch.Tensor:
-    """One period of a rank's integers, in fp64: mixed, so that ranks, neighbours and salts have nothing in common."""
+    """Return one period of a rank's integers in fp64: a hash of the element's index, the rank and the salt."""
     index = torch.arange(min(_PERIOD, case.count), device=case.device_type)
     mixed = (index * 7919 + rank * 104729 + salt * 15485863) * 2654435761 % (1 << 32)
     mixed = (mixed ^ mixed >> 15) * 2246822519 % (1 << 32) >> 13
     values = mixed % (pattern.largest + 1)
-    if pattern.alone:
+    if pattern.disjoint:
         values = values * ((index + rank) % world_size == 0)
     return values.double()
 
 
 def _sum_over(ranks: Sequence[int], case: BenchCase, pattern: Pattern, world_size: int, salt: int) -> torch.Tensor:
-    """One period of the sum of these ranks' integers."""
+    """Return one period of the sum of these ranks' integers."""
     return torch.stack([_integers(case, pattern, rank, world_size, salt) for rank in ranks]).sum(0)
 
 
-def _laid_out(case: BenchCase, values: torch.Tensor) -> torch.Tensor:
-    """A period repeated to the case's shape."""
+def _fill_shape(case: BenchCase, values: torch.Tensor) -> torch.Tensor:
+    """Repeat a period of values to fill the case's shape."""
     return values.repeat(-(-case.count // len(values)))[: case.count].reshape(case.shape)
 
 
-def _unequal(case: BenchCase, result: torch.Tensor, expected: torch.Tensor) -> int:
-    return int((result != _laid_out(case, expected.to(result.dtype))).sum())
+def _count_unequal(case: BenchCase, result: torch.Tensor, expected: torch.Tensor) -> int:
+    return int((result != _fill_shape(case, expected.to(result.dtype))).sum())
 
 
-def _far(result: torch.Tensor, expected: torch.Tensor) -> int:
+def _count_far(result: torch.Tensor, expected: torch.Tensor) -> int:
     tolerance = max(_NORM_EPSILONS * torch.finfo(result.dtype).eps, _NORM_TOLERANCE)
     return int((~torch.isclose(result.double(), expected, rtol=tolerance, atol=tolerance)).sum())

@@ -1,4 +1,4 @@
-"""`comm-core bench`: every backend of this machine, its peers and its limits, timed side by side and checked."""
+"""`comm-core bench`: time every backend, other libraries' kernels and the machine's limits side by side; check sums."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from comm_core.types import DTYPES, OPS
 from comm_bench import stats
 from comm_bench.cases import ALIASES, PLACES, BenchCase, parse_nbytes, shapes, sizes
 from comm_bench.document import Listener, footer, heading, preamble, read_rows, tables
-from comm_bench.results import Row, header, line, title
+from comm_bench.results import Row, format_row, header, title
 
 __all__ = ["add_parser", "run"]
 
 _LARGEST = {"cuda": "64M", "cpu": "16M"}
 _HIDDEN_SIZE = 4096
-_NO_GRAPHS = "-G {}: graphs are CUDA's, and these ranks have CPU tensors"
+_NO_GRAPHS = "-G {}: only GPUs have CUDA graphs, and these ranks use CPUs; leave it out, or give -G 0"
 _OPS = {"all_reduce": OPS[:1], "fused": OPS[1:], "both": OPS}
 
 
@@ -33,43 +33,43 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "bench",
-        help="time every backend beside torch.distributed, its peers and the machine's limits",
-        description="Joins the job that torchrun started, else starts processes on this host. Times chains in which "
-        "every call reads what the call before it wrote, contenders in turns, and compares the results exactly. The "
-        "short flags mean what they mean to nccl-tests.",
+        help="time every backend beside torch.distributed, other libraries' kernels and the machine's limits",
+        description="Joins the job that torchrun started, or else starts processes on this host. Times chains of calls "
+        "in which each call reads the previous one's output, alternates between the contenders, and compares the "
+        "results exactly. The short flags have the same meaning as in nccl-tests.",
     )
-    size = _converted(parse_nbytes, "bytes")
-    number = _converted(_positive, "number")
+    size = _argument_type(parse_nbytes, "a size")
+    number = _argument_type(_positive, "a valid number")
     parser.add_argument("-b", dest="first", type=size, default="1K", metavar="SIZE", help="smallest message (1K)")
     parser.add_argument("-e", dest="last", type=size, metavar="SIZE", help="largest message (64M on GPUs, 16M on CPUs)")
     parser.add_argument("-f", dest="factor", type=number, default=2, metavar="N", help="factor between sizes (2)")
     parser.add_argument("-i", dest="increment", type=size, default=0, metavar="SIZE", help="step between sizes instead")
     parser.add_argument("-n", dest="calls", type=number, metavar="N", help="calls in a chain (10 to 200, by size)")
-    parser.add_argument("-w", dest="warmup", type=number, default=5, metavar="N", help="calls before anything (5)")
+    parser.add_argument("-w", dest="warmup", type=number, default=5, metavar="N", help="calls before the timing (5)")
     parser.add_argument(
-        "-c", dest="checks", type=int, choices=(0, 1), default=1, help="whether results are compared (1)"
+        "-c", dest="checks", type=int, choices=(0, 1), default=1, help="1: compare the results; 0: don't (1)"
     )
     parser.add_argument(
         "-d",
         dest="dtypes",
-        type=_converted(_dtypes, "dtypes"),
+        type=_argument_type(_dtypes, "a list of dtypes"),
         default="bfloat16",
         metavar="TYPE",
-        help="of the elements, several with commas, or all: torch's names, half, float, double (bfloat16)",
+        help="dtypes, comma-separated: torch's names, half, float, double; or all (bfloat16)",
     )
     parser.add_argument(
         "-G",
         dest="graph",
-        type=_converted(_not_negative, "number"),
+        type=_argument_type(_not_negative, "a valid number"),
         metavar="N",
-        help="replays of a CUDA graph of a chain that are timed together; 0: eager calls (on GPUs both, N being 1)",
+        help="time N replays of a chain's CUDA graph together; 0: eager calls (on GPUs both, with N = 1)",
     )
     parser.add_argument("--op", choices=tuple(_OPS), default="all_reduce", help="which operations (all_reduce)")
-    parser.add_argument("--place", choices=(*PLACES, "both"), default="both", help="out of or in place (both)")
-    counts = _converted(lambda text: tuple(map(_positive, text.split(","))), "numbers")
-    parser.add_argument("--tokens", type=counts, default=(), metavar="N,…", help="rows, instead of -b to -e")
+    parser.add_argument("--place", choices=(*PLACES, "both"), default="both", help="out of place or in place (both)")
+    counts = _argument_type(lambda text: tuple(map(_positive, text.split(","))), "a list of numbers")
+    parser.add_argument("--tokens", type=counts, default=(), metavar="N,…", help="numbers of rows, instead of -b to -e")
     parser.add_argument(
-        "--hidden", type=counts, default=(_HIDDEN_SIZE,), metavar="N,…", help=f"elements a row ({_HIDDEN_SIZE})"
+        "--hidden", type=counts, default=(_HIDDEN_SIZE,), metavar="N,…", help=f"elements in a row ({_HIDDEN_SIZE})"
     )
     parser.add_argument(
         "--backends",
@@ -79,22 +79,28 @@ def add_parser(subparsers: Any) -> None:
         help="backends and peers to time beside torch.distributed (all)",
     )
     parser.add_argument(
-        "--repetitions", type=number, default=15, metavar="N", help=f"of each timing, at least {stats.FEWEST} (15)"
+        "--repetitions", type=number, default=15, metavar="N", help=f"repetitions, at least {stats.MIN_SAMPLES} (15)"
     )
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write JSON there; without FILE to stdout, and no table"
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write JSON to FILE, or to stdout instead of the table",
     )
     parser.add_argument(
-        "--plot", type=pathlib.Path, metavar="FILE", help="draw latency and bandwidth over bytes (takes matplotlib)"
+        "--plot", type=pathlib.Path, metavar="FILE", help="draw latency and bandwidth over bytes (needs matplotlib)"
     )
-    parser.add_argument("--read", type=pathlib.Path, metavar="FILE", help="show what --json wrote; measure nothing")
+    parser.add_argument(
+        "--read", type=pathlib.Path, metavar="FILE", help="show a file that --json wrote; measure nothing"
+    )
     parser.add_argument("--nproc", type=number, default=2, metavar="N", help="processes to start (2)")
     parser.set_defaults(run=run, fail=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark, or read a recorded run; 1 where an element was wrong or a process failed."""
-    _refuse(args)
+    """Run the benchmark, or show a recorded run; return 1 if an element was wrong or a process failed."""
+    _check_arguments(args)
     if args.read is not None:
         return _read(args)
     if not under_torchrun():
@@ -102,60 +108,60 @@ def run(args: argparse.Namespace) -> int:
             args.fail(_NO_GRAPHS.format(args.graph))
         return launch(args.nproc, args.arguments)
     with joined() as rank:
-        return _measure(args, speaks=rank == 0)
+        return _measure(args, prints=rank == 0)
 
 
-def _refuse(args: argparse.Namespace) -> None:
-    """End with a usage error where the arguments can't be right, before anything is started."""
-    if args.repetitions < stats.FEWEST:
-        args.fail(f"--repetitions {args.repetitions}: fewer than {stats.FEWEST} give no confidence interval")
+def _check_arguments(args: argparse.Namespace) -> None:
+    """End with a usage error if the arguments are invalid, before any process starts."""
+    if args.repetitions < stats.MIN_SAMPLES:
+        args.fail(f"--repetitions {args.repetitions}: a confidence interval needs at least {stats.MIN_SAMPLES}")
     if args.factor < 2 and not args.increment:
-        args.fail(f"-f {args.factor}: sizes would stay the same; at least 2, or a step by -i")
+        args.fail(f"-f {args.factor}: sizes would stay the same; give a factor of at least 2, or a step with -i")
     if args.first < 1:
-        args.fail("-b 0: the smallest message has a byte or more")
+        args.fail("-b 0: the smallest message needs at least one byte")
     if args.last is not None and args.last < args.first:
-        args.fail(f"-e {args.last} is below -b {args.first}: no size is left")
+        args.fail(f"-e {args.last} is below -b {args.first}, so there is no size to measure")
     if args.op == "fused" and not any("float" in dtype for dtype in args.dtypes):
-        args.fail(f"-d {','.join(args.dtypes)}: a norm takes a floating dtype")
+        args.fail(f"-d {','.join(args.dtypes)}: the fused operation needs a floating-point dtype")
     if args.read is None and (os.environ["WORLD_SIZE"] if under_torchrun() else str(args.nproc)) == "1":
-        args.fail("an all-reduce takes two ranks or more")
-    _refuse_files(args)
+        args.fail("a single rank has nothing to reduce; start at least two")
+    _check_output_paths(args)
 
 
-def _refuse_files(args: argparse.Namespace) -> None:
-    """The same for what is to be written, which happens only when everything was measured."""
+def _check_output_paths(args: argparse.Namespace) -> None:
+    """End with a usage error if a file can't be written; writing follows only after the whole measurement."""
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        args.fail("--plot takes matplotlib: pip install 'comm-bench[plot]'")
+        args.fail("--plot needs matplotlib: pip install 'comm-bench[plot]'")
     for path in (args.plot, None if args.json in {None, "-"} else pathlib.Path(args.json)):
         if path is not None and not path.absolute().parent.is_dir():
-            args.fail(f"there is no folder {path.absolute().parent} to write {path.name} to")
+            args.fail(f"can't write {path.name}: the folder {path.absolute().parent} doesn't exist")
         if path is not None and path.is_dir():
-            args.fail(f"{path} is a folder, and a file is to be written")
+            args.fail(f"can't write {path}: it is a folder; name a file")
     if args.plot is not None:
         from matplotlib.backend_bases import FigureCanvasBase
 
         known = FigureCanvasBase.get_supported_filetypes()
         if args.plot.suffix.removeprefix(".") not in known:
-            args.fail(f"--plot {args.plot}: nothing is drawn in that format; known are {', '.join(sorted(known))}")
+            args.fail(f"--plot {args.plot}: matplotlib can't write that format; choose from {', '.join(sorted(known))}")
 
 
-def _measure(args: argparse.Namespace, *, speaks: bool) -> int:
+def _measure(args: argparse.Namespace, *, prints: bool) -> int:
     from comm_bench.measure import Procedure
     from comm_bench.session import measure_all
 
     procedure = Procedure(args.calls, max(args.graph or 1, 1), args.warmup, args.repetitions, bool(args.checks))
-    told = Listener() if not speaks else _Teller(tables=args.json != "-")
+    listener = _Printer(tables=args.json != "-") if prints else Listener()
     document, rows = measure_all(
-        functools.partial(_cases, args), ["comm-core", *args.arguments], procedure, args.backends, told
+        functools.partial(_cases, args), ["comm-core", *args.arguments], procedure, args.backends, listener
     )
-    if speaks:
-        _say(args, footer(document))
-        _write(args, document, rows)
+    if prints:
+        _print_text(args, footer(document))
+        _write_files(args, document, rows)
     return 1 if document["wrong"] else 0
 
 
 def _cases(args: argparse.Namespace, device_type: str) -> list[BenchCase]:
-    """What is to be measured, in the order of the tables."""
+    """Return the cases to measure, in the order of the tables."""
     if args.graph and device_type != "cuda":
         raise ValueError(_NO_GRAPHS.format(args.graph))
     both = ("eager", "graph") if device_type == "cuda" else ("eager",)
@@ -172,7 +178,7 @@ def _cases(args: argparse.Namespace, device_type: str) -> list[BenchCase]:
 
 
 def _read(args: argparse.Namespace) -> int:
-    """Show a recorded run."""
+    """Show a recorded run; return 1 if it can't be read, has wrong elements or can't be printed."""
     try:
         document = json.loads(args.read.read_text())
         rows = read_rows(document)
@@ -180,18 +186,23 @@ def _read(args: argparse.Namespace) -> int:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         print(f"comm-core bench: {args.read} can't be read: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    _say(args, text)
-    _write(args, document, rows)
+    try:
+        _print_text(args, text)
+        _write_files(args, document, rows)
+    except BrokenPipeError:
+        # The reader of stdout, such as `head`, has ended. Python flushes stdout again at exit; let that succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 1 if document["wrong"] else 0
 
 
-def _say(args: argparse.Namespace, lines: Iterable[str]) -> None:
+def _print_text(args: argparse.Namespace, lines: Iterable[str]) -> None:
     if args.json != "-":
         print(*lines, sep="\n", flush=True)
 
 
-def _write(args: argparse.Namespace, document: dict[str, Any], rows: Sequence[Row]) -> None:
-    """The JSON and the picture, where they are wanted."""
+def _write_files(args: argparse.Namespace, document: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write the JSON and the picture that the arguments ask for."""
     text = json.dumps(document, indent=1)
     if args.json == "-":
         print(text, flush=True)
@@ -203,18 +214,18 @@ def _write(args: argparse.Namespace, document: dict[str, Any], rows: Sequence[Ro
         draw(rows, args.plot, heading(document))
 
 
-class _Teller(Listener):
-    """Prints rows as they come; how far it is on a terminal's stderr."""
+class _Printer(Listener):
+    """Prints rows as they are measured, and the progress on stderr if that is a terminal."""
 
     def __init__(self, *, tables: bool) -> None:
         self._tables = tables
         self._table = ""
 
-    def begins(self, document: dict[str, Any]) -> None:
+    def on_start(self, document: dict[str, Any]) -> None:
         if self._tables:
             print(*preamble(document), sep="\n", flush=True)
 
-    def measures(self, number: int, count: int, case: BenchCase) -> None:
+    def on_case_start(self, number: int, count: int, case: BenchCase) -> None:
         table = title(case.op, case.mode, case.place)
         self._progress(f"{number}/{count}  {table}, {case.dtype}, {case.nbytes} B")
         self._table, above = table, self._table
@@ -222,22 +233,22 @@ class _Teller(Listener):
             self._progress("")
             print("", f"# {table}", header(), sep="\n", flush=True)
 
-    def measured(self, rows: Sequence[Row]) -> None:
+    def on_case_end(self, rows: Sequence[Row]) -> None:
         self._progress("")
         if self._tables:
-            print(*map(line, rows), sep="\n", flush=True)
+            print(*map(format_row, rows), sep="\n", flush=True)
 
-    def drops(self, name: str, where: str, reason: str) -> None:
+    def on_drop(self, name: str, where: str, reason: str) -> None:
         self._progress("")
-        print(f"{name} drops out of {where}: {reason}", file=sys.stderr)
+        print(f"{name} is left out of {where}: {reason}", file=sys.stderr)
 
     def _progress(self, text: str) -> None:
         if sys.stderr.isatty():
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _converted(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-    """A converter for argparse whose errors tell what was wrong."""
+def _argument_type(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+    """Wrap a converter for argparse, so that a usage error includes the converter's own message."""
 
     def checked(text: str) -> Any:
         try:
@@ -251,14 +262,14 @@ def _converted(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise ValueError("at least 1 is needed")
+        raise ValueError("the minimum is 1")
     return number
 
 
 def _not_negative(text: str) -> int:
     number = int(text)
     if number < 0:
-        raise ValueError("at least 0 is needed")
+        raise ValueError("the minimum is 0")
     return number
 
 
@@ -268,5 +279,5 @@ def _dtypes(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(ALIASES.get(name, name) for name in text.split(",")))
     unknown = [name for name in names if name not in DTYPES]
     if unknown:
-        raise ValueError(f"known are all, {', '.join((*ALIASES, *DTYPES))}")
+        raise ValueError(f"choose from all, {', '.join((*ALIASES, *DTYPES))}")
     return names

@@ -1,4 +1,4 @@
-"""Under which conditions something was measured: versions, devices, clocks."""
+"""The conditions of a measurement: versions, devices, clocks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["clocks", "machine"]
 
-# From this compute capability on a kernel may ask to be launched before its predecessor has ended.
+# From this compute capability on, a kernel may be launched before its predecessor ends (programmatic dependent launch).
 _DEPENDENT_LAUNCH = (9, 0)
 
 
 def machine(topology: Topology) -> dict[str, Any]:
-    """What the ranks run on: JSON, equal on all of them."""
+    """Describe the ranks' hosts and devices as JSON, equal on all ranks."""
     first = topology.ranks[0]
     devices = [info.device for info in topology.ranks if info.device is not None]
     found: dict[str, Any] = {
@@ -35,7 +35,7 @@ def machine(topology: Topology) -> dict[str, Any]:
         found["nvlinks"] = link.nvlinks
         found["multiprocessors"] = properties.multi_processor_count
         found["l2_nbytes"] = properties.L2_cache_size
-        # A chain's buffers are used again by each call, so what fits into the cache is there; nothing flushes it.
+        # Each call uses the chain's buffers again and nothing flushes the cache, so buffers that fit stay in it.
         found["l2"] = "warm"
         allowed = all(device.capability >= _DEPENDENT_LAUNCH for device in devices)
         found["dependent_launch"] = "as each kernel asks for it" if allowed else "not on these devices"
@@ -43,7 +43,7 @@ def machine(topology: Topology) -> dict[str, Any]:
 
 
 def clocks(job: Job) -> dict[str, Any]:
-    """The clocks of this rank's device now, in MHz, and what holds them back; why not, where they can't be read."""
+    """Read this rank's device clocks, in MHz, and the reasons for throttling; or the reason that they can't be read."""
     if job.device.type != "cuda":
         return {}
     try:
@@ -57,10 +57,10 @@ def clocks(job: Job) -> dict[str, Any]:
                 "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
                 "sm_max_mhz": pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM),
                 "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-                # Bits of nvmlClocksEventReason…; 1 is an idle device.
+                # A bit mask of nvmlClocksEventReason…; 1 means an idle device.
                 "held_back_by": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
             }
         finally:
             pynvml.nvmlShutdown()
-    except Exception as error:  # noqa: BLE001 - a probe: its failure is an answer, and NVML raises classes of its own
+    except Exception as error:  # noqa: BLE001 - the record keeps the reason instead, and NVML raises classes of its own
         return {"unknown": describe(error)}

@@ -1,4 +1,4 @@
-"""Who is measured: this group's backends, plain torch.distributed, and the limits and peers of other modules."""
+"""The measured contenders: this group's backends and torch.distributed; base classes for peers and limits."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from comm_core.command import describe
 from comm_core.types import TERMINAL
 
 from comm_bench.cases import BenchCase
-from comm_bench.watch import Watch
+from comm_bench.watch import Watchdog
 
-__all__ = ["Absent", "Contender", "Job", "Recorder", "State", "backends", "behind_itself", "terminal"]
+__all__ = ["Absent", "Contender", "Job", "Recorder", "State", "backends", "nccl_needs_spacer", "terminal"]
 
-# Of tensors in memory that several share, in bytes: as torch's allocator has it.
+# Bytes to which tensors in one allocation are aligned, as by torch's allocator.
 _ALIGNMENT = 512
-# The backend that launches NCCL's kernels and no other.
+# The backend that launches nothing but NCCL's kernels.
 _NCCL = "nccl"
-#: What a call hands on to the next: the tensor, and for the fused operation the residual.
+#: A call's inputs, and its outputs as the next call's inputs: the tensor, and for the fused operation the residual.
 State = tuple[torch.Tensor, ...]
 
 
-class Absent(Exception):  # noqa: N818 - it isn't an error, but the reason why a row is missing
-    """A contender that can't take part on this rank, and why."""
+class Absent(Exception):  # noqa: N818 - not an error, but the reason that a row is missing
+    """The reason that a contender can't be measured."""
 
 
 class Job:
     """The ranks that measure together.
 
     Attributes:
-        rank: of this process.
-        world_size: ranks.
-        device: where the tensors live.
-        world: the group that has all of them.
-        watch: ends this process if a step doesn't.
+        rank: this process's rank.
+        world_size: the number of ranks.
+        device: the tensors' device.
+        world: the process group of all ranks.
+        watchdog: ends this process if a step takes too long.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,21 +52,21 @@ class Job:
         if dist.group.WORLD is None:
             raise RuntimeError("torch.distributed isn't initialised")
         self.world = dist.group.WORLD
-        self.watch = Watch()
-        # For what the ranks tell each other, beside the groups that are measured.
+        self.watchdog = Watchdog()
+        # The ranks exchange their results in this group, apart from the measured groups.
         self._group = dist.new_group(backend="gloo")
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. Collective."""
-        # Not by torch's `all_gather_object`: that takes numpy, which torch doesn't bring along.
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank. Collective."""
+        # torch's `all_gather_object` needs numpy, which torch doesn't install.
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        counts = self._gathered(torch.tensor([mine.numel()]))
+        counts = self._all_gather_tensor(torch.tensor([mine.numel()]))
         longest = int(max(counts))
-        texts = self._gathered(torch.nn.functional.pad(mine, (0, longest - mine.numel())))
+        texts = self._all_gather_tensor(torch.nn.functional.pad(mine, (0, longest - mine.numel())))
         pairs = zip(texts, counts, strict=True)
         return [pickle.loads(bytes(text[:count].tolist())) for text, count in pairs]  # noqa: S301 - this job's own ranks
 
-    def _gathered(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def _all_gather_tensor(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         everyone = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(everyone, tensor, group=self._group)
         return everyone
@@ -76,11 +76,11 @@ class Job:
         dist.barrier(group=self._group)
 
     def close(self) -> None:
-        """Let go of what it holds."""
-        self.watch.close()
+        """Stop the watchdog."""
+        self.watchdog.close()
 
-    def together(self, step: Callable[[], Any]) -> Any:
-        """Run a step on every rank; where one fails, all of them raise `Absent` with that rank's reason. Collective."""
+    def run_collectively(self, step: Callable[[], Any]) -> Any:
+        """Run a step on every rank; if one rank fails, all raise `Absent` with that rank's reason. Collective."""
         result, reason = None, ""
         try:
             result = step()
@@ -88,55 +88,55 @@ class Job:
                 torch.cuda.synchronize(self.device)
         except Absent as absent:
             reason = str(absent)
-        except Exception as error:  # noqa: BLE001 - a contender's border: it is somebody else's code, and becomes a row less
+        except Exception as error:  # noqa: BLE001 - other libraries' code may raise anything; its row is left out
             reason = describe(error)
-        for rank, said in enumerate(self.gather(reason)):
-            if said:
-                raise Absent(f"rank {rank}: {said}")
+        for rank, failure in enumerate(self.all_gather(reason)):
+            if failure:
+                raise Absent(f"rank {rank}: {failure}")
         return result
 
 
 class Recorder:
-    """Records calls in CUDA graphs, and keeps these."""
+    """Records calls in CUDA graphs and keeps the graphs."""
 
     def __init__(self) -> None:
-        # Peers may have opened, by IPC, whatever a recorded call has seen, and libraries let go of it at times of their
-        # own: so graphs and their memory live as long as this does.
+        # Other ranks may have opened a recorded call's memory by IPC, and libraries close it at times of their own. So
+        # graphs and their memory stay until `release`.
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool: Any = None
 
     def record(self, body: Callable[[], None]) -> Callable[[], object]:
-        """A graph of what `body` does; its replay. Earlier graphs must not be replayed any more. Collective."""
+        """Record `body` in a graph and return its replay. Earlier graphs may not be replayed again. Collective."""
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # "thread_local": other threads of the process may use CUDA meanwhile.
+        # "thread_local": other threads of the process may call CUDA during the capture.
         with self.capture(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             body()
         self._graphs.append(graph)
-        # Of tensors that `body` holds the graph has no more than their addresses.
+        # The replay keeps `body`, because the graph has only the addresses of its tensors.
         return functools.partial(_replay, graph, body)
 
     def capture(self) -> AbstractContextManager[None]:
-        """What the calls need around a graph's capture. Collective."""
+        """Return the context manager that the calls need around a graph's capture. Collective."""
         return contextlib.nullcontext()
 
-    def forget(self) -> None:
-        """Let go of what is kept. Local, once all ranks are done with it."""
+    def release(self) -> None:
+        """Release the graphs. Local; call it when no rank needs them any more."""
         self._graphs.clear()
         self._pool = None
 
 
-def _replay(graph: torch.cuda.CUDAGraph, body: Callable[[], None]) -> None:  # noqa: ARG001 - kept as long as this is called
+def _replay(graph: torch.cuda.CUDAGraph, body: Callable[[], None]) -> None:  # noqa: ARG001 - keeps its tensors
     graph.replay()
 
 
 class Contender(Recorder, abc.ABC):
-    """Something that all-reduces, or a limit on that; a row of each table whose case it takes.
+    """An implementation of all-reduce, or a limit: it has a row for each case that it supports.
 
     Attributes:
-        name: of the row.
+        name: the row's name.
         kind: "backend", "terminal", "peer" or "limit".
-        unit: how many of what is measured one call does.
+        unit: the number of measured operations in one call.
     """
 
     kind = "peer"
@@ -145,56 +145,56 @@ class Contender(Recorder, abc.ABC):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self._inputs: list[torch.Tensor] = []  # kept like the graphs that read them
+        self._inputs: list[torch.Tensor] = []  # kept as long as the graphs that read them
 
     @abc.abstractmethod
-    def takes(self, case: BenchCase) -> bool:
-        """Whether it serves such calls. Local, the same on every rank."""
+    def supports(self, case: BenchCase) -> bool:
+        """Return whether the contender serves such calls. Local, the same on every rank."""
 
     @abc.abstractmethod
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
-        """One call, with an epsilon of 1e-6; what the next one gets.
+        """Make one call, with an epsilon of 1e-6, and return the next call's inputs.
 
         Args:
-            state: the tensor to be reduced, for the fused operation then the residual.
+            state: the tensor to reduce; for the fused operation also the residual.
             weight: `[hidden_size]` for the fused operation, else None.
-            in_place: whether the output goes to the input's memory, of the fused operation the residual's.
+            in_place: whether the output overwrites the input; for the fused operation, the residual.
         """
 
     def inputs(self, case: BenchCase) -> State:
-        """Memory for what the first call reads; the residual second. Local, once a case; what it held before goes."""
-        return self.parts(case, 1 + case.fused)
+        """Return uninitialised tensors for the first call's inputs, the residual second. Local, once per case."""
+        return self.allocate(case, 1 + case.fused)
 
-    def parts(self, case: BenchCase, count: int) -> State:
-        """So many tensors of the case's shape and dtype, side by side. Local; what they held before goes."""
+    def allocate(self, case: BenchCase, count: int) -> State:
+        """Return this many uninitialised tensors of the case's shape and dtype, side by side in memory. Local."""
         room = -(-case.nbytes // _ALIGNMENT) * _ALIGNMENT
         held = self._inputs[-1].nbytes if self._inputs else 0
         if held < count * room:
-            # Twice what there was, at least: all of them are kept, and a sweep may go on by small steps.
+            # At least double: all allocations are kept, and a sweep's sizes may grow by small steps.
             nbytes = max(count * room, 2 * held)
             self._inputs.append(torch.empty(nbytes, dtype=torch.uint8, device=case.device_type))
         parts = (self._inputs[-1][number * room :][: case.nbytes] for number in range(count))
         return tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
 
-    def spaced(self, case: BenchCase) -> bool:  # noqa: ARG002 - most never are
-        """Whether a chain of its calls needs a kernel of somebody else's between them, whose time is subtracted."""
+    def needs_spacer(self, case: BenchCase) -> bool:  # noqa: ARG002 - most contenders need none
+        """Return whether a chain needs a spacer after each call. The spacer's time is subtracted."""
         return False
 
-    def lost(self) -> str:
-        """Why it can't be measured any more, "" where it can. Local, the same on every rank."""
+    def failure_reason(self) -> str:
+        """Return the reason that the contender can't be measured any more, or "". Local, the same on every rank."""
         return ""
 
-    def forget(self) -> None:
-        """As a recorder does, and of the inputs."""
-        super().forget()
+    def release(self) -> None:
+        """Release the graphs and the inputs."""
+        super().release()
         self._inputs.clear()
 
     def close(self) -> None:
-        """Give back what it holds, after `forget`. Collective."""
+        """Free the contender's resources; `release` comes first. Collective."""
 
 
-class _Named(Contender):
-    """A backend of comm-core, as users call it: through a group's handle that has to use this one."""
+class _BackendContender(Contender):
+    """A backend of comm-core, called as users do: through the handle of a group that names this backend."""
 
     kind = "backend"
 
@@ -203,20 +203,20 @@ class _Named(Contender):
         self._handle = handle
         self._group = group
 
-    def takes(self, case: BenchCase) -> bool:
+    def supports(self, case: BenchCase) -> bool:
         decision = self._handle.decision
         sizes = (case.nbytes, *case.shape) if case.fused else (case.nbytes,)
         owner = decision.route(case.op, case.mode, case.device_type, case.dtype).backend_for(*sizes)
         if case.fused and owner == TERMINAL:
-            # Core composes it of the plain sum and a norm.
+            # Core then composes the operation from this backend's plain sum and a norm.
             owner = decision.route("all_reduce", case.mode, case.device_type, case.dtype).backend_for(case.nbytes)
         return owner == self.name
 
     def capture(self) -> AbstractContextManager[None]:
         return comm.capture()
 
-    def spaced(self, case: BenchCase) -> bool:
-        return self.name == _NCCL and behind_itself(case)
+    def needs_spacer(self, case: BenchCase) -> bool:
+        return self.name == _NCCL and nccl_needs_spacer(case)
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
         if weight is None:
@@ -226,7 +226,7 @@ class _Named(Contender):
             tensor, residual, weight, residual_out=residual if in_place else None
         )
 
-    def lost(self) -> str:
+    def failure_reason(self) -> str:
         failed = (c for c in self._handle.decision.candidates if c.name == self.name and c.verdict == "failed")
         return next((c.reason if c.rank is None else f"rank {c.rank}: {c.reason}" for c in failed), "")
 
@@ -235,7 +235,7 @@ class _Named(Contender):
 
 
 class _Terminal(Contender):
-    """torch.distributed itself, and for the fused operation core's composition on top of it."""
+    """torch.distributed; for the fused operation, core's composition of its sum and a norm."""
 
     kind = "terminal"
 
@@ -243,44 +243,44 @@ class _Terminal(Contender):
         super().__init__(TERMINAL)
         self._group = job.world
 
-    def takes(self, case: BenchCase) -> bool:  # noqa: ARG002 - it takes every one
+    def supports(self, case: BenchCase) -> bool:  # noqa: ARG002 - it supports every case
         return True
 
-    def spaced(self, case: BenchCase) -> bool:
-        # Out of place the copy is between its kernels.
-        return case.place == "in" and behind_itself(case)
+    def needs_spacer(self, case: BenchCase) -> bool:
+        # Out of place, the copy runs between NCCL's kernels.
+        return case.place == "in" and nccl_needs_spacer(case)
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
         if weight is None:
             return (fallback.torch_distributed(self._group, state[0], state[0] if in_place else None),)
         tensor, residual = state
         total = fallback.torch_distributed(self._group, tensor, None)
-        # Written over the sum on GPUs, as a handle does it.
+        # On GPUs the output overwrites the sum, as in a handle.
         out = total if total.is_cuda else None
         return fallback.add_rms_norm(total, residual, weight, 1e-6, 0.0, out, residual if in_place else None)
 
 
-def behind_itself(case: BenchCase) -> bool:
-    """Whether NCCL's kernels, with nothing else in a chain, need something between them.
+def nccl_needs_spacer(case: BenchCase) -> bool:
+    """Return whether a chain of NCCL's kernels alone needs spacers.
 
-    Right behind itself NCCL's kernel takes three times as long in a graph as behind any other kernel, if only of one
-    element: 20 us against 7 for 1 KiB, 29 to 36 against 15 for 1 MiB (two H200, torch 2.11, NCCL 2.28.9). A model
-    always has one there.
+    In a graph, NCCL's kernel takes three times as long directly behind itself as behind any other kernel, even one on a
+    single element: 20 us against 7 for 1 KiB, 29 to 36 against 15 for 1 MiB (two H200, torch 2.11, NCCL 2.28.9). In a
+    model another kernel always lies in between.
     """
     return case.mode == "graph" and not case.fused
 
 
 def terminal(job: Job) -> Contender:
-    """The reference: what every route ends in."""
+    """Return the terminal fallback, to which every contender is compared."""
     return _Terminal(job)
 
 
 def backends(decision: comm.Decision, only: Sequence[str]) -> Iterator[Contender | tuple[str, str]]:
-    """A contender for each installed backend that this group can use; (name, reason) for the others. Collective.
+    """Yield a contender for each installed backend that this group can use, (name, reason) for the others. Collective.
 
     Args:
-        decision: the world group's.
-        only: names; empty for all.
+        decision: the world group's decision.
+        only: names of the backends to measure; empty for all.
     """
     for candidate in decision.candidates:
         if candidate.name == TERMINAL or (only and candidate.name not in only):
@@ -288,11 +288,11 @@ def backends(decision: comm.Decision, only: Sequence[str]) -> Iterator[Contender
         if candidate.verdict not in {"serves", "standby"}:
             yield candidate.name, candidate.reason
             continue
-        # A handle of its own, in a group of its own: one group has one handle.
+        # A group has only one handle, so each backend gets a group of its own.
         group = dist.new_group()
         try:
             handle = comm.get_backend(group, backends=(candidate.name,))
         except comm.BackendUnavailableError as error:
             yield candidate.name, str(error)
             continue
-        yield _Named(candidate.name, handle, group)
+        yield _BackendContender(candidate.name, handle, group)

@@ -1,4 +1,4 @@
-"""What a run of the benchmark is recorded as: its JSON, and its text. Pure, without torch.
+"""The record of a benchmark run: its JSON and its text. Pure, without torch.
 
 `schema.json` beside this module describes the JSON (JSON Schema, draft 2020-12).
 """
@@ -10,38 +10,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from comm_bench.cases import BenchCase
-from comm_bench.results import Row, Summary, header, line, summaries, title
+from comm_bench.results import Row, Summary, format_row, header, summaries, title
 
-__all__ = ["SCHEMA", "Listener", "closed", "footer", "heading", "preamble", "read_rows", "tables"]
+__all__ = ["SCHEMA", "Listener", "footer", "heading", "preamble", "read_rows", "tables", "with_results"]
 
 #: The version of the JSON.
 SCHEMA = 1
-_TABLE = ("op", "mode", "place", "dtype")
+_TABLE_FIELDS = ("op", "mode", "place", "dtype")
 
 
 class Listener:
-    """Hears how a run goes on; this one says nothing."""
+    """Callbacks for the progress of a run. These do nothing."""
 
-    def begins(self, document: dict[str, Any]) -> None:
-        """Everybody is there; the document has all but its results."""
+    def on_start(self, document: dict[str, Any]) -> None:
+        """Called when all contenders are connected; the document has everything but the results."""
 
-    def measures(self, number: int, count: int, case: BenchCase) -> None:
-        """A case is begun."""
+    def on_case_start(self, number: int, count: int, case: BenchCase) -> None:
+        """Called before a case, the `number`-th of `count`."""
 
-    def measured(self, rows: Sequence[Row]) -> None:
-        """A case is done."""
+    def on_case_end(self, rows: Sequence[Row]) -> None:
+        """Called after a case."""
 
-    def drops(self, name: str, where: str, reason: str) -> None:
-        """A contender can't do a case that it should have taken."""
+    def on_drop(self, name: str, where: str, reason: str) -> None:
+        """Called when a contender fails in a case that it supports."""
 
 
-def closed(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """The document with its rows and what follows from them."""
+def with_results(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the document with its rows, summaries and number of wrong elements."""
     return {
         **document,
         "rows": [row.to_json() for row in rows],
         "summaries": [
-            {**dataclasses.asdict(each), "table": dict(zip(_TABLE, each.table, strict=True))}
+            {**dataclasses.asdict(each), "table": dict(zip(_TABLE_FIELDS, each.table, strict=True))}
             for each in summaries(rows)
         ],
         "wrong": sum(row.wrong or 0 for row in rows),
@@ -49,21 +49,21 @@ def closed(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def read_rows(document: Mapping[str, Any]) -> list[Row]:
-    """The rows of a document.
+    """Return a document's rows.
 
     Raises:
-        ValueError: its schema's number isn't this release's, or another program wrote it.
+        ValueError: the document has another schema number, or comes from another program.
     """
     if document.get("schema") != SCHEMA:
         raise ValueError(f"it has schema {document.get('schema')!r}; this release reads {SCHEMA}")
     if not {"machine", "settings", "rows"} <= document.keys():
-        raise ValueError("it isn't what comm-core bench --json writes")
+        raise ValueError("it isn't a file written by comm-core bench --json")
     machine = document["machine"]
     return [Row.from_json(row, machine["device_type"], machine["ranks"]) for row in document["rows"]]
 
 
 def heading(document: Mapping[str, Any]) -> str:
-    """The machine in a line."""
+    """Describe the machine in one line."""
     machine = document["machine"]
     versions = machine["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "nccl", "driver") if name in versions)
@@ -72,7 +72,7 @@ def heading(document: Mapping[str, Any]) -> str:
 
 
 def preamble(document: Mapping[str, Any]) -> Iterator[str]:
-    """What is said of machine and method above the tables."""
+    """Yield the lines above the tables: the command, the machine and the method."""
     machine, settings = document["machine"], document["settings"]
     yield f"# comm-core {document['comm_core']}: {' '.join(document['command'])}"
     yield f"# {heading(document)}"
@@ -81,38 +81,38 @@ def preamble(document: Mapping[str, Any]) -> Iterator[str]:
             f"# NVLinks {machine['nvlinks']}; L2 {machine['l2_nbytes'] >> 20} MiB, {machine['l2']}; dependent launch: "
             f"{machine['dependent_launch']}"
         )
-        for rank, found in enumerate(document["clocks"]["before"]):
-            yield f"# clocks of rank {rank}: " + ", ".join(f"{name} {value}" for name, value in found.items())
-    yield "# Every call reads what the one before it wrote; copies that start a chain anew are subtracted."
+        for rank, clocks in enumerate(document["clocks"]["before"]):
+            yield f"# clocks of rank {rank}: " + ", ".join(f"{name} {value}" for name, value in clocks.items())
+    yield "# Every call reads the previous call's output; the time of copies that restart a chain is subtracted."
     yield (
-        f"# Medians of {settings['repetitions']} repetitions in turns, each the slowest rank's; GB is 1e9; brackets: a "
-        f"confidence interval of {settings['confidence']:.1%}."
+        f"# Times are medians of {settings['repetitions']} repetitions of the slowest rank's time, contenders in turn. "
+        f"GB is 1e9. Brackets: {settings['confidence']:.1%} confidence interval."
     )
     for name, reason in document["absent"].items():
-        yield f"# without {name}: {reason}"
+        yield f"# not measured: {name}: {reason}"
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """The rows as text, a header above each table."""
-    above = ""
+    """Yield the rows as text, with a header above each table."""
+    current = ""
     for row in rows:
         name = title(row.case.op, row.case.mode, row.case.place)
-        if name != above:
+        if name != current:
             yield from ("", f"# {name}", header())
-            above = name
-        yield line(row)
+            current = name
+        yield format_row(row)
 
 
 def footer(document: Mapping[str, Any]) -> Iterator[str]:
-    """What follows from the rows, below the tables."""
+    """Yield the lines below the tables: summaries and the number of wrong elements."""
     yield ""
     for data in document["summaries"]:
-        each = Summary(**{**data, "table": tuple(data["table"][field] for field in _TABLE)})
+        each = Summary(**{**data, "table": tuple(data["table"][field] for field in _TABLE_FIELDS)})
         op, mode, place, dtype = each.table
         yield (
-            f"# {each.name}, {title(op, mode, place)}, {dtype}: {each.mean:.3f} times as fast as the best other one of "
-            f"each size, {each.sizes} in all (geometric mean)"
+            f"# {each.name}, {title(op, mode, place)}, {dtype}: {each.mean:.3f} times as fast as the fastest of "
+            f"torch.distributed and the peers (geometric mean of {each.sizes} sizes)"
         )
-        yield f"#   its interval's lower end is lowest at {each.lowest} B: {each.low:.3f}"
+        yield f"#   lowest end of a confidence interval: {each.low:.3f}, at {each.lowest} B"
     checked = "" if document["settings"]["checks"] else " (nothing was compared: -c 0)"
     yield f"# Wrong elements: {document['wrong']}{checked}"

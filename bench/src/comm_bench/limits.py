@@ -1,7 +1,7 @@
-"""What no all-reduce can beat on this machine, measured beside it: launches, a message's way, bandwidths.
+"""The machine's limits, measured beside the contenders: launch, hop between two ranks, and bandwidths.
 
-Over W ranks an all-reduce has to move 2(W-1)/W of its bytes out of every rank, and as much in (Patarasuk and Yuan,
-"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009); at W 2 that is the message itself.
+Over W ranks an all-reduce must move 2(W-1)/W of the message out of every rank, and as much in (Patarasuk and Yuan,
+"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009); for W = 2 that is the whole message.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from comm_bench.symmetric import Symmetric, allocate
 
 __all__ = ["limits"]
 
-# Ways to and fro that are timed together.
+# Round trips timed together.
 _ROUNDS = 100
 
 _library = kernels.Library("comm_bench")
 
 
 class _Limit(Contender):
-    """A limit that is one call of a function."""
+    """A limit measured by calling a function."""
 
     kind = "limit"
 
@@ -37,16 +37,16 @@ class _Limit(Contender):
         self._function = function
         self.unit = unit
 
-    def takes(self, case: BenchCase) -> bool:
+    def supports(self, case: BenchCase) -> bool:
         return case.device_type == self._device.type
 
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - it has no place
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - the same in and out of place
         self._function(state[0])
         return state
 
 
 class _Launch(_Limit):
-    """A kernel that does nothing, and as many new outputs as the operation has; the binding allocates the first."""
+    """An empty kernel, and an allocation for each output of the operation; the binding allocates the first."""
 
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
         for tensor in state[1:]:
@@ -55,11 +55,11 @@ class _Launch(_Limit):
 
 
 def limits(job: Job, capacity: int) -> list[tuple[str, Callable[[], Contender]]]:
-    """Names, and what makes each limit on every rank together or raises `Absent`.
+    """Return the limits' names, each with a collective factory that makes the limit or raises `Absent`.
 
     Args:
         job: the ranks.
-        capacity: bytes of the largest message.
+        capacity: the largest message, in bytes.
     """
     if job.device.type != "cuda":
         return [("limit:copy", lambda: _local_copy(job, capacity))]
@@ -74,8 +74,8 @@ def limits(job: Job, capacity: int) -> list[tuple[str, Callable[[], Contender]]]
     def symmetric() -> Symmetric:
         if "symmetric" not in shared:
             shared["symmetric"] = allocate(job, _share(job, capacity) * (job.world_size - 1) + 256)
-        found: Symmetric = shared["symmetric"]
-        return found
+        memory: Symmetric = shared["symmetric"]
+        return memory
 
     return [
         (LAUNCH, lambda: _Launch(LAUNCH, job, module().launch)),
@@ -87,14 +87,14 @@ def limits(job: Job, capacity: int) -> list[tuple[str, Callable[[], Contender]]]
 
 
 def _share(job: Job, nbytes: int) -> int:
-    """Bytes that a rank sends to each other one in an all-reduce of `nbytes`, whole vectors."""
+    """Return the bytes that a rank sends to each other rank in an all-reduce of `nbytes`, in whole vectors."""
     return -(-2 * nbytes // job.world_size // 16) * 16
 
 
 def _hop(job: Job, module: Any, symmetric: Symmetric) -> Contender:
-    """A store by one rank until a poll by another sees it; between the first two ranks."""
+    """Make the limit "hop": the time from a store on one of the first two ranks until a poll on the other sees it."""
     sent = torch.zeros(1, dtype=torch.int32, device=job.device)
-    # Behind what the transfers use.
+    # The part of the buffer behind the transfers' part.
     offset = symmetric.own.nbytes - 256
     if job.rank > 1:
         return _Limit(HOP, job, lambda _: None, 2 * _ROUNDS)
@@ -104,7 +104,7 @@ def _hop(job: Job, module: Any, symmetric: Symmetric) -> Contender:
 
 
 def _transfer(kind: str, job: Job, module: Any, symmetric: Symmetric, capacity: int) -> Contender:
-    """The bytes that an all-reduce must move, to or from every peer at once by kernels of this rank."""
+    """Make a limit that moves an all-reduce's least bytes to or from every peer, with this rank's kernels."""
     local = torch.zeros(_share(job, capacity), dtype=torch.uint8, device=job.device)
     room = _share(job, capacity)
     peers = [(job.rank + step) % job.world_size for step in range(1, job.world_size)]
@@ -112,7 +112,7 @@ def _transfer(kind: str, job: Job, module: Any, symmetric: Symmetric, capacity: 
     def move(tensor: torch.Tensor) -> None:
         share = _share(job, tensor.nbytes)
         for peer in peers:
-            # A place of this rank's own in each peer's buffer.
+            # Each rank uses a part of its own in each peer's buffer.
             remote = symmetric.addresses[peer] + room * ((job.rank - peer) % job.world_size - 1)
             to, source = (remote, local.data_ptr()) if kind == "push" else (local.data_ptr(), remote)
             module.transfer(local, to, source, share)
@@ -121,14 +121,14 @@ def _transfer(kind: str, job: Job, module: Any, symmetric: Symmetric, capacity: 
 
 
 def _copy_engine(job: Job, symmetric: Symmetric, capacity: int) -> Contender:
-    """The same bytes by copies to the first peers' memory, which the device's copy engines do."""
+    """Make a limit that moves an all-reduce's least bytes to every peer, with the device's copy engines."""
     local = torch.zeros(_share(job, capacity), dtype=torch.uint8, device=job.device)
     peers = [(job.rank + step) % job.world_size for step in range(1, job.world_size)]
 
     @functools.cache
     def parts(nbytes: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         share = _share(job, nbytes)
-        return tuple((symmetric.of(peer, share), local[:share]) for peer in peers)
+        return tuple((symmetric.buffer(peer, share), local[:share]) for peer in peers)
 
     def move(tensor: torch.Tensor) -> None:
         for remote, mine in parts(tensor.nbytes):
@@ -138,7 +138,7 @@ def _copy_engine(job: Job, symmetric: Symmetric, capacity: int) -> Contender:
 
 
 def _local_copy(job: Job, capacity: int) -> Contender:
-    """The bytes that an all-reduce must take in, copied within this process; memory is shared, and so is its speed."""
+    """Make a limit that copies an all-reduce's least bytes in this process; all ranks share the memory's bandwidth."""
     source = torch.zeros(_share(job, capacity) * (job.world_size - 1), dtype=torch.uint8)
     target = torch.zeros_like(source)
 

@@ -1,4 +1,4 @@
-"""Peers that FlashInfer ships: its copy of vLLM's first custom all-reduce, and its fused kernels of TensorRT-LLM's."""
+"""Peers from FlashInfer: its copy of vLLM's first custom all-reduce, and its fused kernels from TensorRT-LLM."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["peers"]
 _DTYPES = ("bfloat16", "float16", "float32")
 _VECTOR_NBYTES = 16
 _V1_WORLD_SIZES = (2, 4, 6, 8)
-# What vLLM gives it: blocks at most, and bytes of the table of registered addresses.
+# vLLM's settings: the greatest number of blocks, and the bytes for the table of registered addresses.
 _V1_BLOCKS = 36
 _V1_TABLE_NBYTES = 8 << 20
 _FUSED_DTYPES = ("bfloat16", "float16")
-# Its pattern of an all-reduce with residual and norm.
+# FlashInfer's code for the pattern all-reduce, residual, norm.
 _AR_RESIDUAL_RMS_NORM = 1
 
 
 def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list[tuple[str, Callable[[], Contender]]]:
-    """Names, and what makes each on every rank together or raises `Absent`; see `comm_bench.roster`."""
+    """Return the peers' names and factories; see `comm_bench.roster`."""
     if job.device.type != "cuda":
         return []
     found: list[tuple[str, Callable[[], Contender]]] = []
@@ -53,16 +53,16 @@ def _package() -> Any:
     try:
         return importlib.import_module("flashinfer.comm")
     except ImportError as error:
-        raise Absent(f"flashinfer isn't there: {error}") from error
+        raise Absent(f"flashinfer can't be imported: {error}") from error
 
 
 class _V1(Contender):
-    """Pulls over CUDA IPC: from a staging buffer in eager mode, from the inputs themselves in a graph."""
+    """vLLM's kernel, which reads over CUDA IPC: a staging buffer in eager mode, the inputs themselves in a graph."""
 
     def __init__(self, job: Job, capacity: int) -> None:
         super().__init__("vllm_v1")
         if job.world_size not in _V1_WORLD_SIZES:
-            raise Absent(f"it is for 2, 4, 6 or 8 ranks, not {job.world_size}")
+            raise Absent(f"it supports 2, 4, 6 or 8 ranks, and there are {job.world_size}")
         self._api = _package()
         self._job = job
         self._capacity = capacity
@@ -76,7 +76,7 @@ class _V1(Contender):
         self._session = self._api.vllm_init_custom_ar(self._shared[0], table, job.rank, True)
         self._api.vllm_register_buffer(self._session, self._shared[1])
 
-    def takes(self, case: BenchCase) -> bool:
+    def supports(self, case: BenchCase) -> bool:
         return (
             case.op == "all_reduce"
             and case.device_type == "cuda"
@@ -86,7 +86,7 @@ class _V1(Contender):
             and case.nbytes <= self._capacity
         )
 
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - as `takes` says
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - plain and out of place only
         out = torch.empty_like(state[0])
         staging, nbytes = self._shared[1][self._job.rank], self._capacity
         if torch.cuda.is_current_stream_capturing():
@@ -98,7 +98,7 @@ class _V1(Contender):
     def _registered(self) -> Iterator[None]:
         yield
         handles, offsets = self._api.vllm_get_graph_buffer_ipc_meta(self._session)
-        everyone = self._job.gather((list(handles), list(offsets)))
+        everyone = self._job.all_gather((list(handles), list(offsets)))
         self._api.vllm_register_graph_buffers(
             self._session, [theirs for theirs, _ in everyone], [theirs for _, theirs in everyone]
         )
@@ -113,7 +113,7 @@ class _V1(Contender):
 
 
 class _Workspace:
-    """The memory of its fused kernels."""
+    """The memory of FlashInfer's fused kernels."""
 
     def __init__(self, job: Job, capacity: int, hidden_size: int) -> None:
         self.api = _package()
@@ -140,14 +140,14 @@ class _Fused(Contender):
         self._workspace = workspace
         self._one_shot = one_shot
 
-    def takes(self, case: BenchCase) -> bool:
+    def supports(self, case: BenchCase) -> bool:
         workspace = self._workspace
         return (
             case.fused
             and case.device_type == "cuda"
             and case.dtype in _FUSED_DTYPES
             and case.nbytes <= workspace.capacity
-            # Two shots give each rank tokens to sum.
+            # The two-shot kernel distributes the tokens over the ranks.
             and (self._one_shot or case.shape[0] > workspace.world_size)
         )
 

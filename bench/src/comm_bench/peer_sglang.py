@@ -1,4 +1,4 @@
-"""A peer: SGLang's all-reduce kernels of its second version, and its fused one, called as its own code calls them."""
+"""Peers from SGLang: its second version of custom all-reduce, and its fused kernel, called as SGLang calls them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _MODULE = "sglang.kernels.ops.communication.all_reduce"
 _FUSED_MODULE = "sglang.kernels.ops.communication.all_reduce_fusion"
 _DTYPES = ("bfloat16", "float16", "float32")
 _VECTOR_NBYTES = 16
-# Its own default for the largest message of a push at two ranks on Hopper, eager; larger ones it gives to a pull.
-_MOST_PUSHED_NBYTES = 32 << 20
-# Bytes of a block's semaphores and of its counter; blocks of a pull on Hopper; rows of its table of graph inputs.
+# SGLang's default for the largest eager push between two ranks on Hopper; it sends larger messages by pull.
+_MAX_PUSH_NBYTES = 32 << 20
+# Bytes of a block's semaphores and of its counter; blocks of a pull on Hopper; rows of the table of graph inputs.
 _SEMAPHORE_NBYTES = 128
 _COUNTER_NBYTES = 4
 _PULL_BLOCKS = 64
 _GRAPH_INPUTS = 131072
 
 
-def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list[tuple[str, Callable[[], Contender]]]:  # noqa: ARG001 - as its siblings
-    """Names, and what makes each on every rank together or raises `Absent`; see `comm_bench.roster`."""
+def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list[tuple[str, Callable[[], Contender]]]:  # noqa: ARG001 - the same in every peer's module
+    """Return the peers' names and factories; see `comm_bench.roster`."""
     if job.device.type != "cuda":
         return []
     shared: list[_Planes] = []
@@ -54,22 +54,22 @@ def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list
 
 
 class _Planes:
-    """Its symmetric memory and counters, for all its algorithms; sized for the largest message."""
+    """The symmetric memory and counters of SGLang's algorithms, sized for the largest message."""
 
     def __init__(self, job: Job, capacity: int) -> None:
         try:
             api = self.api = importlib.import_module(_MODULE)
         except ImportError as error:
-            raise Absent(f"sglang isn't there: {error}") from error
+            raise Absent(f"sglang can't be imported: {error}") from error
         self.job = job
         self.capacity = -(-capacity // 1024) * 1024
         world_size = job.world_size
-        self.slot = min(self.capacity, _MOST_PUSHED_NBYTES)
+        self.slot = min(self.capacity, _MAX_PUSH_NBYTES)
         pushed = 2 * world_size * self.slot
         blocks = torch.cuda.get_device_properties(job.device).multi_processor_count
         self._memory = allocate(job, pushed + self.capacity + _SEMAPHORE_NBYTES * _PULL_BLOCKS)
         job.barrier()  # a peer's first push must find zeros
-        slabs = [self._memory.of(rank, self._memory.own.nbytes) for rank in range(world_size)]
+        slabs = [self._memory.buffer(rank, self._memory.own.nbytes) for rank in range(world_size)]
 
         def part(offset: int, *shape: int) -> list[torch.Tensor]:
             length = shape[0] * (shape[1] if len(shape) > 1 else 1)
@@ -88,12 +88,12 @@ class _Planes:
         job.barrier()
 
     def module(self, dtype: str) -> Any:
-        """Its compiled kernels; compiles at first."""
+        """Return SGLang's kernels for a dtype; the first call compiles them."""
         return self.api.get_all_reduce_module(getattr(torch, dtype), self.job.world_size)
 
 
 class _GraphInputs:
-    """The addresses of a graph's inputs on all ranks, exchanged once it is recorded."""
+    """The addresses of a graph's inputs on all ranks, exchanged after its capture."""
 
     def __init__(self, job: Job, api: Any) -> None:
         self._job = job
@@ -103,18 +103,18 @@ class _GraphInputs:
         self._new: list[int] = []
 
     def row(self, address: int) -> torch.Tensor:
-        """The row of the table that a recorded call reads."""
+        """Return the row of the table that the next recorded call reads."""
         self._new.append(address)
         return self._table[self._used + len(self._new) - 1]
 
     @contextlib.contextmanager
     def registered(self) -> Iterator[None]:
-        """Around a capture: afterwards every row is filled. Collective."""
+        """Fill the new rows after a capture. Collective."""
         yield
         handles = [(list(handle), int(offset)) for handle, offset in self._manager.batch_get_handles(self._new)]
         addresses = [
             self._new if rank == self._job.rank else list(self._manager.batch_open_handles(theirs))
-            for rank, theirs in enumerate(self._job.gather(handles))
+            for rank, theirs in enumerate(self._job.all_gather(handles))
         ]
         if self._new:
             rows = torch.tensor(list(zip(*addresses, strict=True)), dtype=torch.uint64, device=self._job.device)
@@ -125,7 +125,7 @@ class _GraphInputs:
 
 
 class _Push(Contender):
-    """Pushes, out of place. Eager calls do what SGLang does for each: judge the tensor, and look its launch up."""
+    """Pushes, out of place. As in SGLang, an eager call validates the tensor and looks up its launch plan."""
 
     def __init__(self, planes: _Planes, algorithm: str) -> None:
         super().__init__(f"sglang_{algorithm}")
@@ -135,31 +135,31 @@ class _Push(Contender):
         self._plans: dict[tuple[int, torch.dtype], tuple[Any, str, bool]] = {}
         planes.module("bfloat16")
 
-    def takes(self, case: BenchCase) -> bool:
-        # A slot of two shots holds a part of the message and a part of the sum.
-        most = self._planes.slot
-        return _fits(case, most) and case.place == "out"
+    def supports(self, case: BenchCase) -> bool:
+        return _fits(case, self._planes.slot) and case.place == "out"
 
     def inputs(self, case: BenchCase) -> State:
         plan = self._planes.module(case.dtype), self._algorithm, False
         self._plans[case.nbytes, getattr(torch, case.dtype)] = plan
         return super().inputs(case)
 
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - as `takes` says
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - plain and out of place only
         module, algorithm, multicast = self._plan(state[0])
         return (module.all_reduce(self._planes.communicator, state[0], algorithm, None, multicast),)
 
     def _plan(self, tensor: torch.Tensor) -> tuple[Any, str, bool]:
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes % _VECTOR_NBYTES or not tensor.is_contiguous():
-            raise ValueError(f"SGLang doesn't take {nbytes} bytes, or not with these strides")
+            raise ValueError(
+                f"SGLang needs a contiguous tensor of a multiple of {_VECTOR_NBYTES} bytes; got {nbytes} bytes"
+            )
         return self._plans[nbytes, tensor.dtype]
 
 
 class _Pull(_Push):
-    """Pulls: from its staging buffer in eager mode, from the inputs themselves in a graph; two shots then in place."""
+    """Pulls from a staging buffer in eager mode, from the inputs themselves in a graph; two-shot is then in place."""
 
-    def takes(self, case: BenchCase) -> bool:
+    def supports(self, case: BenchCase) -> bool:
         place = "in" if case.mode == "graph" and self._algorithm == "2shot_pull" else "out"
         return _fits(case, self._planes.capacity) and case.place == place
 
@@ -167,7 +167,7 @@ class _Pull(_Push):
         if not torch.cuda.is_current_stream_capturing():
             if not in_place:
                 return super().call(state, weight, in_place=in_place)
-            # A warm-up of the graph's plan: that has no eager form.
+            # A warm-up call. The in-place plan exists in graphs only.
             return (state[0].copy_(super().call(state, weight, in_place=False)[0]),)
         row = self._planes.inputs.row(state[0].data_ptr())
         module, algorithm, multicast = self._plan(state[0])
@@ -179,19 +179,19 @@ class _Pull(_Push):
 
 
 class _Fused(Contender):
-    """All-reduce, residual and norm in one kernel; bfloat16, up to a token a block."""
+    """All-reduce, residual and norm in one kernel; bfloat16, at most one token per block."""
 
     def __init__(self, planes: _Planes) -> None:
         super().__init__("sglang_fused")
         try:
             self._api: Any = importlib.import_module(_FUSED_MODULE)
         except ImportError as error:
-            raise Absent(f"sglang isn't there: {error}") from error
+            raise Absent(f"sglang can't be imported: {error}") from error
         self._planes = planes
         self._api.register_comm(planes.communicator)
         self._tokens = torch.cuda.get_device_properties(planes.job.device).multi_processor_count
 
-    def takes(self, case: BenchCase) -> bool:
+    def supports(self, case: BenchCase) -> bool:
         return (
             case.fused
             and case.device_type == "cuda"
@@ -210,11 +210,11 @@ class _Fused(Contender):
         return normed, summed
 
 
-def _fits(case: BenchCase, most: int) -> bool:
+def _fits(case: BenchCase, max_nbytes: int) -> bool:
     return (
         case.op == "all_reduce"
         and case.device_type == "cuda"
         and case.dtype in _DTYPES
         and case.nbytes % _VECTOR_NBYTES == 0
-        and case.nbytes <= most
+        and case.nbytes <= max_nbytes
     )

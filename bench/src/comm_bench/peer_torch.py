@@ -1,4 +1,4 @@
-"""A peer: torch's own all-reduces over symmetric memory."""
+"""Peers from torch: its all-reduces over symmetric memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from comm_bench.symmetric import Symmetric, allocate
 
 __all__ = ["peers"]
 
-# As the operators check; bytes have to be whole vectors.
+# The operators' own requirements; the size must be a multiple of the vector.
 _DTYPES = ("bfloat16", "float32")
 _VECTOR_NBYTES = 16
 
 
-def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list[tuple[str, Callable[[], Contender]]]:  # noqa: ARG001 - as its siblings
-    """Names, and what makes each on every rank together or raises `Absent`; see `comm_bench.roster`."""
+def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list[tuple[str, Callable[[], Contender]]]:  # noqa: ARG001 - the same in every peer's module
+    """Return the peers' names and factories; see `comm_bench.roster`."""
     if job.device.type != "cuda":
         return []
     return [
@@ -29,7 +29,7 @@ def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list
 
 
 class _Symmetric(Contender):
-    """Both work on symmetric memory alone, so their chains live in it: the best that they can do."""
+    """Base of both. They need symmetric memory, so a chain's buffers are there, which is their fastest setting."""
 
     place = "out"
 
@@ -41,7 +41,7 @@ class _Symmetric(Contender):
         self._views: tuple[torch.Tensor, ...] = ()
         self._ops: Any = torch.ops.symm_mem
 
-    def takes(self, case: BenchCase) -> bool:
+    def supports(self, case: BenchCase) -> bool:
         return (
             case.op == "all_reduce"
             and case.device_type == "cuda"
@@ -62,25 +62,25 @@ class _Symmetric(Contender):
 
 
 class _OneShot(_Symmetric):
-    """Each rank reads all inputs; from one symmetric buffer into another and back."""
+    """Each rank reads all inputs; a chain alternates between two symmetric buffers."""
 
     def __init__(self, job: Job, capacity: int) -> None:
         super().__init__("torch_symm_1shot", job, capacity, 2)
 
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - as `takes` says
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - plain, in one place only
         out = self._views[1] if state[0] is self._views[0] else self._views[0]
         self._ops.one_shot_all_reduce_out(state[0], "sum", self._group_name, out)
         return (out,)
 
 
 class _TwoShot(_Symmetric):
-    """Each rank sums a part and writes it to all; in place."""
+    """Each rank sums a part and writes it to all ranks; in place."""
 
     place = "in"
 
     def __init__(self, job: Job, capacity: int) -> None:
         super().__init__("torch_symm_2shot", job, capacity, 1)
 
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - as `takes` says
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - plain, in one place only
         self._ops.two_shot_all_reduce_(state[0], "sum", self._group_name)
         return state

@@ -1,4 +1,4 @@
-"""Draws what was measured: latency and bus bandwidth over bytes. Needs matplotlib, the extra `plot`."""
+"""Draw latency and bus bandwidth over bytes. Needs matplotlib, the extra `plot`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from comm_bench.results import HOP, LAUNCH, Row, title
 
 __all__ = ["draw"]
 
-# Of one panel, in inches.
+# A panel's size in inches.
 _WIDTH, _HEIGHT = 8.0, 5.0
 _MARKS = "os^vD<>pPX*h"
 
 
 def draw(rows: Sequence[Row], path: Path, heading: str) -> None:
-    """Write a picture: a row of two panels for each table and dtype.
+    """Write a picture with a row of two panels for each table and dtype.
 
     Args:
-        rows: what was measured.
-        path: where to, in the format of its suffix.
-        heading: above everything.
+        rows: the measured rows.
+        path: the file to write, in the format of its suffix.
+        heading: the line above all panels.
 
     Raises:
-        ImportError: matplotlib isn't there.
-        OSError, ValueError: the picture can't be written.
+        ImportError: matplotlib isn't installed.
+        OSError: the file can't be written.
+        ValueError: matplotlib can't write this format.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ def draw(rows: Sequence[Row], path: Path, heading: str) -> None:
         key = title(row.case.op, row.case.mode, row.case.place), row.case.dtype
         tables.setdefault(key, []).append(row)
     names = list(dict.fromkeys(row.name for row in rows if row.kind != "limit"))
-    # Ten strong colours, each followed by its pale sibling.
+    # tab20 has ten strong colours, each followed by a pale one; use the strong ones first.
     palette = [colormaps["tab20"](number) for number in range(20)]
     colors = palette[::2] + palette[1::2]
     styles = {
@@ -53,7 +54,7 @@ def draw(rows: Sequence[Row], path: Path, heading: str) -> None:
         _panel(bandwidth, found, styles, "busbw")
         latency.set_title(f"{name}, {dtype}: latency")
         bandwidth.set_title(f"{name}, {dtype}: bus bandwidth")
-        latency.set_ylabel("us a call, the slowest rank's median; p10 to p90 shaded")
+        latency.set_ylabel("us per call, median of the slowest rank; p10 to p90 shaded")
         bandwidth.set_ylabel("GB/s")
         latency.legend(fontsize="x-small", ncols=2)
     figure.savefig(path, dpi=110)
@@ -90,9 +91,10 @@ def _panel(panel: Any, rows: Sequence[Row], styles: dict[str, dict[str, Any]], w
 
 
 def _limit(rows: Sequence[Row]) -> dict[int, float]:
-    """By size, the least time that any all-reduce takes, in microseconds.
+    """Return a lower bound for the time of an all-reduce, in microseconds by size.
 
-    Between GPUs a message's way, and the bytes at the greatest bandwidth seen; elsewhere the bytes as they were moved.
+    On GPUs the bound is the longer of one hop and of the message at the highest bandwidth measured; on CPUs it is the
+    time of the copy.
     """
     moves = [row for row in rows if row.kind == "limit" and row.algbw is not None]
     hops = {row.case.nbytes: row.time.median for row in rows if row.name == HOP}
@@ -102,6 +104,6 @@ def _limit(rows: Sequence[Row]) -> dict[int, float]:
         found[nbytes] = min(row.time.median, found.get(nbytes, row.time.median))
     if hops and found:
         fastest = max(nbytes / time_us for nbytes, time_us in found.items())
-        # Any of them may have dropped out of a case.
+        # A limit may be missing in a case.
         found = {nbytes: max(hops.get(nbytes, 0.0), nbytes / fastest) for nbytes in found}
     return found

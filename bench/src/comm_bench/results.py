@@ -1,4 +1,4 @@
-"""Rows of what was measured, as text and as JSON, and what follows from them. Pure, without torch."""
+"""The measured rows as text and as JSON, and their summaries. Pure, without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from comm_core.types import TERMINAL
 from comm_bench import stats
 from comm_bench.cases import BenchCase, bus_factor
 
-__all__ = ["HOP", "LAUNCH", "Row", "Summary", "header", "line", "rows_of", "summaries", "title"]
+__all__ = ["HOP", "LAUNCH", "Row", "Summary", "format_row", "header", "summaries", "title", "with_ratios"]
 
 _COLUMNS = (
     ("size", "(B)", 11),
@@ -27,9 +27,9 @@ _COLUMNS = (
     ("#wrong", "", 7),
     ("times as fast", f"as {TERMINAL}", 24),
 )
-#: The limits that move no bytes worth the name.
+#: The limits without a bandwidth.
 HOP, LAUNCH = "limit:hop", "limit:launch"
-# Of a time in the JSON, in decimals of a microsecond: a tenth of a nanosecond.
+# Decimals of the microseconds in the JSON: a tenth of a nanosecond.
 _DECIMALS = 4
 _LEAST_US = 10**-_DECIMALS
 _LEFT = ("type", "backend", "times as fast")
@@ -40,17 +40,17 @@ class Row:
     """One contender on one case.
 
     Attributes:
-        name: the contender.
+        name: the contender's name.
         kind: "terminal", "backend", "peer" or "limit".
-        case: what was measured.
-        world_size: ranks.
-        calls: in a chain.
-        restarts: of a chain.
-        copy_us: what one restart took, and was subtracted for it.
-        spacer_us: what a kernel between the calls took, and was subtracted for each; 0 where there was none.
-        times_us: of one call, the slowest rank's, by repetition.
-        wrong: wrong elements; None where nothing was compared.
-        ratio: how many times as fast as the terminal fallback; None for a limit, and where that dropped out.
+        case: the measured case.
+        world_size: the number of ranks.
+        calls: the number of calls in a chain.
+        restarts: the number of restarts in a chain.
+        copy_us: the time of one restart, already subtracted; 0 without restarts.
+        spacer_us: the time of one spacer, already subtracted; 0 without spacers.
+        times_us: the slowest rank's time of one call, by repetition.
+        wrong: the number of wrong elements; None if nothing was compared.
+        ratio: the terminal fallback's time over this one's; None for a limit, or if the fallback has no row.
     """
 
     name: str
@@ -66,27 +66,27 @@ class Row:
     ratio: stats.Ratio | None = None
 
     def __post_init__(self) -> None:
-        # What is subtracted was timed at other moments: of a call that does next to nothing it may leave less yet.
+        # Copies and spacers are timed separately, so subtracting them can make the time of a very short call negative.
         times_us = tuple(max(time_us, _LEAST_US) for time_us in self.times_us)
         object.__setattr__(self, "times_us", times_us)
 
     @functools.cached_property
     def time(self) -> stats.Spread:
-        """In microseconds."""
+        """The median and spread of `times_us`."""
         return stats.spread(self.times_us)
 
     @property
     def algbw(self) -> float | None:
-        """Bytes over time, in GB/s (1e9); None for a limit that moves none."""
+        """Bytes over time, in GB/s (1e9); None for a limit without a bandwidth."""
         return None if self.name in {HOP, LAUNCH} else self.case.nbytes / self.time.median / 1e3
 
     @property
     def busbw(self) -> float | None:
-        """As nccl-tests define it, in GB/s (1e9); None as `algbw`."""
+        """Bus bandwidth as nccl-tests define it, in GB/s (1e9); None if `algbw` is None."""
         return None if self.algbw is None else self.algbw * bus_factor(self.world_size)
 
     def to_json(self) -> dict[str, Any]:
-        """All that is known of it, and what follows."""
+        """Return the row as JSON, including derived values."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -114,7 +114,7 @@ class Row:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], device_type: str, world_size: int) -> Row:
-        """The inverse of `to_json`; the device type and the world size are the document's."""
+        """Read a row that `to_json` wrote; the device type and the world size are the document's."""
         case = BenchCase(data["op"], data["mode"], data["place"], data["dtype"], device_type, tuple(data["shape"]))
         return cls(
             **{name: data[name] for name in ("name", "kind", "calls", "restarts", "copy_us", "spacer_us", "wrong")},
@@ -127,15 +127,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a backend did against the best of all that isn't a backend, size by size, in one table.
+    """A backend compared with the fastest peer or torch.distributed at each size, in one table.
 
     Attributes:
-        name: the backend.
+        name: the backend's name.
         table: (op, mode, place, dtype).
-        sizes: how many sizes it served.
-        mean: geometric mean of how many times as fast it was as the best other one of each size.
-        low: the lowest lower end of the sizes' confidence intervals.
-        lowest: the size, in bytes, where that was.
+        sizes: the number of sizes that the backend served.
+        mean: the geometric mean over the sizes of the ratio of times, above 1 if the backend is faster.
+        low: the lowest of the lower ends of the ratios' confidence intervals.
+        lowest: the size of that interval, in bytes.
     """
 
     name: str
@@ -146,8 +146,8 @@ class Summary:
     lowest: int
 
 
-def rows_of(rows: Iterable[Row]) -> list[Row]:
-    """The rows of one case, with how each compares to the terminal fallback's."""
+def with_ratios(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of one case with their ratios to the terminal fallback."""
     found = list(rows)
     reference = next((row for row in found if row.kind == "terminal"), None)
     if reference is None:
@@ -159,7 +159,7 @@ def rows_of(rows: Iterable[Row]) -> list[Row]:
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
-    """Every backend against the best other one of each size."""
+    """Summarise each backend in each table."""
     tables: dict[tuple[str, tuple[str, str, str, str]], list[tuple[stats.Ratio, int]]] = {}
     for row in rows:
         if row.kind == "backend":
@@ -178,19 +178,19 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
 
 
 def title(op: str, mode: str, place: str) -> str:
-    """Names a table."""
+    """Return a table's title."""
     return f"{op}, {mode}, {'out of place' if place == 'out' else 'in place'}"
 
 
 def header() -> str:
-    """The two lines above a table, as nccl-tests print them."""
+    """Return the two lines above a table, in the manner of nccl-tests."""
     names = "#" + _joined([name for name, _, _ in _COLUMNS])[1:]
     units = "#" + _joined([unit for _, unit, _ in _COLUMNS])[1:]
     return f"{names}\n{units}"
 
 
-def line(row: Row) -> str:
-    """A row as text."""
+def format_row(row: Row) -> str:
+    """Format a row as text."""
     time = row.time
     compared = "" if row.ratio is None else f"{row.ratio.median:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]"
     limit = row.kind == "limit"

@@ -1,4 +1,4 @@
-"""Who takes part: the terminal fallback, this group's backends, peers whose packages are installed, and limits."""
+"""The contenders of a run: the terminal fallback, this group's backends, the installed peers, and the limits."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from comm_bench.limits import limits
 __all__ = ["Roster", "assemble"]
 
 _log = logging.getLogger("comm_bench")
-# Each has a function `peers(job, ops, capacity, hidden_size)`: names, and what makes a contender.
+# Each has a function `peers(job, ops, capacity, hidden_size)`, which returns names and factories. All ranks call a
+# factory together; it returns a contender or raises `Absent`.
 _PEERS = (peer_nccl, peer_torch, peer_sglang, peer_flashinfer)
 
 
 @dataclasses.dataclass
 class Roster:
-    """The contenders, and who isn't among them and why; equal on every rank.
+    """The contenders, and the reasons that others are absent; equal on every rank.
 
     Attributes:
         contenders: the terminal fallback first, limits last.
-        absent: reasons by name.
-        topology: of the group.
+        absent: the reasons, by name.
+        topology: the group's topology.
     """
 
     contenders: list[Contender]
@@ -35,45 +36,45 @@ class Roster:
     topology: comm.Topology
 
     def prepare(self, shapes: comm.Shapes) -> None:
-        """Have the backends do what `comm.pre_capture_init` has them do; who can't is absent from then on. Collective.
+        """Call `comm.pre_capture_init`, and move each backend that fails from `contenders` to `absent`. Collective.
 
         Args:
-            shapes: the largest of the fused operation.
+            shapes: the fused operation's largest shapes.
         """
         try:
             comm.pre_capture_init(**dataclasses.asdict(shapes))
         except comm.BackendUnavailableError:
-            lost = {contender: contender.lost() for contender in self.contenders if contender.lost()}
-            if not lost:
+            failed = {each: reason for each in self.contenders if (reason := each.failure_reason())}
+            if not failed:
                 raise
-            for contender, reason in lost.items():
+            for contender, reason in failed.items():
                 self.absent[contender.name] = reason
                 self.contenders.remove(contender)
                 contender.close()
-            # It tells of one failure alone.
+            # The call reports one failure at a time: try again without this backend.
             self.prepare(shapes)
 
     def close(self) -> None:
-        """Give everything back. Collective."""
+        """Close all contenders. Collective."""
         for contender in reversed(self.contenders):
-            contender.forget()
+            contender.release()
             try:
                 contender.close()
-            except Exception:  # noqa: BLE001 - a contender's border: everything is measured, and is to be told
+            except Exception:  # noqa: BLE001 - other libraries' code; the results are complete and still to be reported
                 _log.warning("comm-core bench: %s can't be closed", contender.name, exc_info=True)
         self.contenders.clear()
 
 
 def assemble(job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only: Sequence[str]) -> Roster:
-    """Find and connect everybody. Collective.
+    """Find and connect all contenders. Collective.
 
     Args:
         job: the ranks.
-        ops: what is measured.
-        capacity: bytes of the largest message.
-        hidden_size: the largest; 0 without the fused operation.
-        only: names of the backends and peers that are wanted; empty for all. The terminal fallback is always there, and
-            so are the limits.
+        ops: the measured operations.
+        capacity: the largest message, in bytes.
+        hidden_size: the largest hidden size; 0 without the fused operation.
+        only: names of the backends and peers to measure; empty for all. The terminal fallback and the limits are always
+            measured.
     """
     handle = comm.get_backend()
     roster = Roster([terminal(job)], {}, handle.topology)
@@ -84,13 +85,13 @@ def assemble(job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only
             roster.absent[found[0]] = found[1]
     makers = [each for peer in _PEERS for each in peer.peers(job, ops, capacity, hidden_size)]
     known = {name for name, _ in makers} | {candidate.name for candidate in handle.decision.candidates}
-    roster.absent |= {name: "no backend that is installed, and no peer" for name in only if name not in known}
+    roster.absent |= {name: "no installed backend or peer has this name" for name in only if name not in known}
     makers = [each for each in makers if not only or each[0] in only]
     deadline_s = env.Settings.read().connect_timeout_s
     for name, make in [*makers, *limits(job, capacity)]:
         try:
-            with job.watch.step(f"{name}, while it is set up", deadline_s):
-                roster.contenders.append(job.together(make))
-        except Absent as reason:  # noqa: PERF203 - one that can't doesn't keep the others out
+            with job.watchdog.step(f"set-up of {name}", deadline_s):
+                roster.contenders.append(job.run_collectively(make))
+        except Absent as reason:  # noqa: PERF203 - the other contenders still follow
             roster.absent[name] = str(reason)
     return roster

@@ -1,4 +1,4 @@
-"""One run of the benchmark on one rank: who takes part, every case in turn, and the record of it."""
+"""One run of the benchmark on one rank: connect the contenders, measure every case, return the record."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from comm_bench import stats
 from comm_bench.cases import BenchCase
 from comm_bench.conditions import clocks, machine
 from comm_bench.contenders import Job
-from comm_bench.document import SCHEMA, Listener, closed
+from comm_bench.document import SCHEMA, Listener, with_results
 from comm_bench.measure import Measured, Procedure, measure
-from comm_bench.results import Row, rows_of, title
+from comm_bench.results import Row, title, with_ratios
 from comm_bench.roster import assemble
 
 __all__ = ["measure_all"]
@@ -30,26 +30,26 @@ def measure_all(
     only: Sequence[str],
     listener: Listener,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Measure every case with everybody who takes it. Collective in the world group.
+    """Measure every case with each contender that supports it. Collective in the world group.
 
     Args:
-        cases: what to measure, for tensors of a device type.
-        command: for the record.
-        procedure: how to measure.
-        only: names of backends and peers; empty for all.
-        listener: hears how it goes on, on this rank.
+        cases: returns the cases to measure on a device type.
+        command: the command line, for the record.
+        procedure: the settings.
+        only: names of the backends and peers to measure; empty for all.
+        listener: gets this rank's progress.
 
     Returns:
-        The document, which `comm_bench.document` describes, and its rows; equal on all ranks.
+        The document, see `comm_bench.document`, and its rows; equal on all ranks.
 
     Raises:
-        ValueError: no case is left.
+        ValueError: there is no case to measure.
     """
     started = dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds")
     job = Job(comm.get_backend().device)
     todo = cases(job.device.type)
     if not todo:
-        raise ValueError("no size is left to measure: see -b, -e, --tokens and --hidden")
+        raise ValueError("there is no size to measure; check -b, -e, --tokens and --hidden")
     widest = max((case.shape[1] for case in todo if case.fused), default=0)
     ops = dict.fromkeys(case.op for case in todo)
     roster = assemble(job, tuple(ops), max(case.nbytes for case in todo), widest, only)
@@ -62,36 +62,37 @@ def measure_all(
         "started": started,
         "command": list(command),
         "machine": machine(roster.topology),
-        "clocks": {"before": job.gather(clocks(job))},
+        "clocks": {"before": job.all_gather(clocks(job))},
         "settings": {**dataclasses.asdict(procedure), "confidence": stats.interval(procedure.repetitions)[1]},
         "absent": roster.absent,
         "dropped": dropped,
     }
-    listener.begins(document)
-    # Torch collects garbage before every capture, and this process has much that is none: seconds a case.
+    listener.on_start(document)
+    # Torch collects garbage before every capture. Without the freeze, this process's many live objects make that take
+    # seconds per case.
     gc.collect()
     gc.freeze()
     rows: list[Row] = []
     for number, case in enumerate(todo, 1):
-        listener.measures(number, len(todo), case)
+        listener.on_case_start(number, len(todo), case)
 
         def drop(name: str, reason: str, case: BenchCase = case) -> None:
             where = f"{title(case.op, case.mode, case.place)}, {case.dtype}, {case.nbytes} B"
             dropped.append({"name": name, "where": where, "reason": reason})
-            listener.drops(name, where, reason)
+            listener.on_drop(name, where, reason)
 
-        found = rows_of(_row(each, job) for each in measure(job, case, roster.contenders, procedure, drop))
-        listener.measured(found)
+        found = with_ratios(_row(each, job) for each in measure(job, case, roster.contenders, procedure, drop))
+        listener.on_case_end(found)
         rows += found
     gc.unfreeze()
-    document["clocks"]["after"] = job.gather(clocks(job))
+    document["clocks"]["after"] = job.all_gather(clocks(job))
     roster.close()
     job.close()
-    return closed(document, rows), rows
+    return with_results(document, rows), rows
 
 
 def _largest(todo: Sequence[BenchCase]) -> dict[tuple[int, str], int]:
-    """By hidden size and dtype, the most tokens of the fused operation's cases."""
+    """Return the largest number of tokens among the fused cases, by hidden size and dtype."""
     found: dict[tuple[int, str], int] = {}
     for case in todo:
         if case.fused:

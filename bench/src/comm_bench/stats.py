@@ -1,8 +1,8 @@
-"""Medians and their uncertainty. Pure.
+"""Medians and their confidence intervals. Pure.
 
-Intervals come from order statistics: the median of the distribution lies between the k-th smallest and the k-th largest
-of n samples unless fewer than k of them fell on one side, which the binomial distribution of a fair coin gives the
-probability of, whatever the samples' own distribution (Conover, Practical Nonparametric Statistics, section 3.2).
+The intervals come from order statistics. The distribution's median lies between the k-th smallest and the k-th largest
+of n samples, unless fewer than k samples lie on one side of it. The binomial distribution of a fair coin gives the
+probability of that, for any distribution of the samples (Conover, Practical Nonparametric Statistics, section 3.2).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-__all__ = ["CONFIDENCE", "FEWEST", "Ratio", "Spread", "geometric_mean", "interval", "ratio", "spread"]
+__all__ = ["CONFIDENCE", "MIN_SAMPLES", "Ratio", "Spread", "geometric_mean", "interval", "ratio", "spread"]
 
-#: Samples below which no interval of `CONFIDENCE` exists with one sample to spare.
-FEWEST = 7
-#: The least probability with which an interval holds the median.
+#: The least number of samples: one more than an interval of `CONFIDENCE` needs.
+MIN_SAMPLES = 7
+#: The least probability that an interval contains the median.
 CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Samples in three numbers, in their unit."""
+    """The median and two percentiles of samples, in the samples' unit."""
 
     median: float
     p10: float
@@ -31,13 +31,13 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as fast one thing is as another.
+    """A speed-up: the reference's time over the measured time.
 
     Attributes:
-        median: of the ratios of the repetitions.
+        median: the median of the repetitions' ratios.
         low: the lower end of the median's confidence interval.
         high: the upper end.
-        confidence: the probability with which the interval holds the median.
+        confidence: the probability that the interval contains the median.
     """
 
     median: float
@@ -47,7 +47,7 @@ class Ratio:
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """Median, tenth and ninetieth percentile, interpolated."""
+    """Return the median and the tenth and ninetieth percentiles, interpolated."""
     if len(samples) < 2:
         return Spread(samples[0], samples[0], samples[0])
     deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -55,9 +55,9 @@ def spread(samples: Sequence[float]) -> Spread:
 
 
 def interval(count: int) -> tuple[int, float]:
-    """Of `count` ordered samples, which lies at an interval's lower end, from 0, and the interval's confidence.
+    """Return the index of the sample at the interval's lower end, among `count` sorted samples, and the confidence.
 
-    The narrowest one of at least `CONFIDENCE`; of too few samples all that there is.
+    The interval is the narrowest with at least `CONFIDENCE`; with too few samples, it spans all of them.
     """
     outside, best = 0.0, (0, 1 - 2 * 0.5**count)
     for below in range(count // 2):
@@ -69,12 +69,12 @@ def interval(count: int) -> tuple[int, float]:
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """How many times as fast as the reference, from times of the same repetitions, pair by pair."""
-    pairs = sorted(theirs / ours for ours, theirs in zip(times, reference, strict=True))
+    """Compare times with the reference's times of the same repetitions, pair by pair."""
+    pairs = sorted(other / own for own, other in zip(times, reference, strict=True))
     low, confidence = interval(len(pairs))
     return Ratio(statistics.median(pairs), pairs[low], pairs[-1 - low], confidence)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers."""
+    """Return the geometric mean of positive numbers."""
     return math.exp(statistics.fmean(map(math.log, values)))

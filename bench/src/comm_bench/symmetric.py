@@ -1,4 +1,4 @@
-"""Symmetric memory: a buffer on each rank's GPU that the others' kernels can address, by torch."""
+"""Torch's symmetric memory: a buffer on each rank's GPU that kernels of the other ranks can address."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ __all__ = ["Symmetric", "allocate"]
 
 @dataclasses.dataclass(frozen=True)
 class Symmetric:
-    """A buffer of one size on every rank.
+    """A buffer of the same size on every rank.
 
     Attributes:
-        own: this rank's, uint8.
-        addresses: of every rank's, as this process addresses it, by rank.
-        handle: torch's.
+        own: this rank's buffer, uint8.
+        addresses: each rank's buffer's address in this process, by rank.
+        handle: torch's handle.
     """
 
     own: torch.Tensor
     addresses: tuple[int, ...]
     handle: Any
 
-    def of(self, rank: int, nbytes: int) -> torch.Tensor:
-        """The first bytes of a rank's buffer, as a uint8 tensor."""
+    def buffer(self, rank: int, nbytes: int) -> torch.Tensor:
+        """Return the first bytes of a rank's buffer, as a uint8 tensor."""
         view: torch.Tensor = self.handle.get_buffer(rank, (nbytes,), torch.uint8)
         return view
 
 
 def allocate(job: Job, nbytes: int) -> Symmetric:
-    """Allocate and exchange. Collective.
+    """Allocate a buffer on every rank and exchange the addresses. Collective.
 
     Raises:
-        Absent: this torch has none, or not between these devices.
+        Absent: this release of torch, or the devices, don't support symmetric memory.
     """
     if job.device.type != "cuda":
-        raise Absent("symmetric memory is for GPUs")
+        raise Absent("symmetric memory needs GPUs")
     try:
-        # Private, and the one way to it: the public functions of later releases are this module's.
+        # A private module, but the only one in all releases; the public functions of later releases come from it.
         import torch.distributed._symmetric_memory as symmetric_memory
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # from torch 2.9 on this is deprecated, since it isn't needed
+            warnings.simplefilter("ignore")  # deprecated, because not needed, from torch 2.9 on
             symmetric_memory.enable_symm_mem_for_group(job.world.group_name)
         own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=job.device)
         handle = symmetric_memory.rendezvous(own, job.world.group_name)
