@@ -16,7 +16,7 @@ import comm_core as comm
 import faulty_plugins as faulty
 import torch
 import torch.distributed as dist
-from comm_core._group import handles
+from comm_core._group import states
 from harness import side_store
 
 #: ("ok", who serves) or (an error's type, its text).
@@ -167,7 +167,7 @@ def get_while_another_thread_closes() -> dict[str, Any]:
     """Close a handle while another thread waits for the lock of its state."""
     faulty.LOG.clear()
     first = comm.get_backend()
-    (state,) = handles.all_states()
+    (state,) = states.all_states()
     new: list[comm.Backend] = []
     thread = threading.Thread(target=lambda: new.append(comm.get_backend()))
     with state.lock:

@@ -25,7 +25,7 @@ from comm_core._control.deadline import describe
 from comm_core._control.guard import refuse_capture
 from comm_core._control.stage import Stage, StageTimeoutError
 from comm_core._control.store import Control
-from comm_core._group.handles import GroupState
+from comm_core._group.states import GroupState
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
 from comm_core.errors import CaptureError, CommTimeoutError

@@ -8,7 +8,7 @@ import logging
 import torch
 
 from comm_core._control.stage import Stage
-from comm_core._group.handles import GroupState, is_alive, remove
+from comm_core._group.states import GroupState, is_alive, remove
 from comm_core.errors import CommError
 
 __all__ = ["close_group"]

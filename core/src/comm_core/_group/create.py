@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from comm_core._control.guard import refuse_capture
 from comm_core._control.store import Control, store_of
-from comm_core._group.handles import GroupState, translate_stage_errors, used_incarnations
 from comm_core._group.local_inputs import gather_local_inputs, topology_of_one
 from comm_core._group.negotiation import negotiate
+from comm_core._group.states import GroupState, translate_stage_errors, used_incarnations
 from comm_core._handle import fallback
 from comm_core._handle.serving import Serving
 from comm_core._plan.decide import Slate

@@ -15,7 +15,6 @@ from typing import Any
 
 from comm_core._control.deadline import describe, run_with_deadline
 from comm_core._plugins import validation
-from comm_core._plugins.compat import metadata
 from comm_core._plugins.installed import (
     GROUP,
     InstalledPlugin,
@@ -26,6 +25,7 @@ from comm_core._plugins.installed import (
     failed,
     listing,
 )
+from comm_core._plugins.metadata_backport import metadata
 from comm_core._version import __version__
 from comm_core.errors import PluginLoadError
 

@@ -13,7 +13,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from comm_core._control.deadline import describe
-from comm_core._plugins.compat import metadata
+from comm_core._plugins.metadata_backport import metadata
 from comm_core.types import TERMINAL
 
 __all__ = [

@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _installed_commands() -> Iterator[tuple[InstalledPlugin | LoadFailure, str]]:
     """What registers in the entry-point group, each name once, with a line of help; imports none of it."""
     try:
-        from comm_core._plugins.compat import metadata
         from comm_core._plugins.installed import InstalledPlugin, listing
+        from comm_core._plugins.metadata_backport import metadata
 
         by_name = {item.name: item for item in listing(GROUP)}
         summaries = [
@@ -80,8 +80,8 @@ def _installed_commands() -> Iterator[tuple[InstalledPlugin | LoadFailure, str]]
 
 def _load(item: InstalledPlugin | LoadFailure, subparsers: Any) -> str:
     """Import a command and let it add its parser; why it can't be used, "" where it can."""
-    from comm_core._plugins.compat import metadata
     from comm_core._plugins.installed import LoadFailure, Refused, check_requirements
+    from comm_core._plugins.metadata_backport import metadata
     from comm_core._version import __version__
 
     if isinstance(item, LoadFailure):
