@@ -67,7 +67,7 @@ __all__ = [
     "pre_capture_init",
 ]
 
-# These need torch, whose import takes a second, and which may be broken on a host that `comm-core doctor` looks at.
+# These need torch: its import takes a second, and it may be broken on a host that `comm-core doctor` examines.
 _WITH_TORCH = {
     "Backend": "comm_core._handle.backend",
     "capture": "comm_core._group.api",
