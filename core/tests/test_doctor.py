@@ -81,7 +81,7 @@ GLOO = {"cuda": False, "process_groups": ["gloo"]}
         ({"versions": CPU_TORCH, "torch": GLOO}, "without CUDA", "CUDA build"),
         ({"torch": GLOO, "unknown": {"torch.cuda": "RuntimeError: driver too old"}}, "too old", "driver (580)"),
         ({"torch": GLOO, "environment": {"CUDA_VISIBLE_DEVICES": ""}}, "hides all 2 GPUs", "Unset"),
-        ({"devices": (), "unknown": {"nvml": "NVML: Not Found"}}, "NVML can't be asked", "nvidia-ml-py"),
+        ({"devices": (), "unknown": {"nvml": "NVML: Not Found"}}, "NVML can't be used", "nvidia-ml-py"),
         ({"torch": {"cuda": True, "process_groups": ["gloo"]}}, "without NCCL", "NCCL"),
         ({"unknown": {"NVML's device 1": "NVML: GPU is lost"}}, "GPU is lost", "nvidia-smi"),
         ({"unknown": {"host.boot_id": "OSError: x"}}, "host of its own", "/proc"),

@@ -24,7 +24,7 @@ def admit(
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
     try:
         step = f"{member.purpose}admit {session.plugin.name} {count}"
-        with session.channel.opened(member.control, step, member.step_timeout_s) as stage:
+        with session.channel.open_stage(member.control, step, member.step_timeout_s) as stage:
             test = functools.partial(
                 admission.run,
                 session.plugin.hooks,

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from comm_core._control.deadline import describe
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 from comm_core._control.stage import Stage, StageTimeoutError
 from comm_core._control.store import Control
 from comm_core._group.handles import GroupState
@@ -88,7 +88,7 @@ class Seat:
         context, self._context = self._context, None
         failed = f"the capture of {self._who} failed, its graphs must not be replayed. Capture anew"
         try:
-            with self.session.channel.opened(self.control, self._stage_name) as stage:
+            with self.session.channel.open_stage(self.control, self._stage_name) as stage:
                 context.__exit__(None, None, None)
                 if stage.begun:  # also if the plugin has swallowed an abort: then this raises it
                     stage.all_gather(None, "vote")
@@ -133,11 +133,13 @@ def entered(seats: Sequence[Seat]) -> Iterator[None]:
         seat.skip_missed()
     waiting = list(seats)
     try:
-        refuse_capture("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
+        raise_if_capturing("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
         for seat in seats:
             seat.enter()
         yield
-        refuse_capture("comm.capture() can't be left", "End the capture within it: torch.cuda.graph is the inner block")
+        raise_if_capturing(
+            "comm.capture() can't be left", "End the capture within it: torch.cuda.graph is the inner block"
+        )
         while waiting:
             waiting.pop().leave()
     except BaseException as error:
@@ -249,4 +251,4 @@ def refuse_in_capture(what: str) -> None:
     """Raise `CaptureError` inside `comm.capture()`, or while a stream captures."""
     if _open:
         raise CaptureError(f"{what} can't be called inside comm.capture(). Call it before, or after")
-    refuse_capture(f"{what} can't wait for other ranks", "Call it before the capture, or after")
+    raise_if_capturing(f"{what} can't wait for other ranks", "Call it before the capture, or after")

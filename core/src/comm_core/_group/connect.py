@@ -116,7 +116,9 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
     hook = plugin.hooks.get("connect")
     session: Session | None = None
     try:
-        with channel.opened(member.control, f"{member.purpose}connect {plugin.name}", member.step_timeout_s) as stage:
+        with channel.open_stage(
+            member.control, f"{member.purpose}connect {plugin.name}", member.step_timeout_s
+        ) as stage:
             try:
                 value: Any = context
                 if hook is not None:

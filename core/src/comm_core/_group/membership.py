@@ -118,6 +118,6 @@ def _failure_reason(error: BaseException) -> str:
 
 def abort_stage(stage: Stage, member: Membership, error: Exception) -> StageAbortedError:
     """Abort a step in which a plugin failed; a hook that is late since it waits for other ranks says for which."""
-    awaited = stage.awaited() if isinstance(error, TimeoutError) else ()
+    awaited = stage.pending_ranks() if isinstance(error, TimeoutError) else ()
     waits = f": it waits for {member.control.label(*awaited)}" if awaited else ""
     return stage.abort(_failure_reason(error) + waits)

@@ -98,7 +98,7 @@ def _prepare_one(
     hook = functools.partial(session.plugin.hooks["pre_capture_init"], session.value, shapes)
     step = f"{member.purpose}pre_capture_init {name}"
     try:
-        with session.channel.opened(member.control, step, member.step_timeout_s) as stage:
+        with session.channel.open_stage(member.control, step, member.step_timeout_s) as stage:
             try:
                 ranges = in_worker(hook, member, f"pre_capture_init of {name}")
                 memory_nbytes = session.own_memory_nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 from comm_core._handle import norm
 
 __all__ = ["Terminal", "add_rms_norm", "copy_of_one", "torch_distributed"]
@@ -32,7 +32,7 @@ class Terminal:
             CaptureError: a stream captures the group's first CUDA tensor.
         """
         if not self._ready and tensor.is_cuda:
-            refuse_capture(
+            raise_if_capturing(
                 f"torch.distributed has no communicator for {self._title} yet, and can't make one",
                 "Call comm.pre_capture_init, or reduce a CUDA tensor of any size, before the capture",
             )
