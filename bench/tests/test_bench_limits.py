@@ -12,9 +12,9 @@ from comm_core._native import toolchain
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on PATH")
 def test_the_kernels_are_compiled_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sources = toolchain.sources_of(Path(comm_bench.__file__).parent)
+    sources = toolchain.find_sources(Path(comm_bench.__file__).parent)
     assert "limits.cu" in {source.name for source in sources}
-    recipe = toolchain.plan("comm_bench", sources, toolchain.find_tools(sources), capabilities=(80, 90, 100))
+    recipe = toolchain.make_recipe("comm_bench", sources, toolchain.find_tools(sources), capabilities=(80, 90, 100))
     for number in (80, 90, 100):
         assert f"-gencode=arch=compute_{number},code=sm_{number}" in recipe.flags
     built = recipe.build(tmp_path)

@@ -97,13 +97,13 @@ def test_a_link_is_refused_though_it_leads_to_a_private_folder(where: str, tmp_p
     private_folder(tmp_path / "cache", "key")
     (tmp_path / where).rename(tmp_path / "elsewhere")
     (tmp_path / where).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PluginLoadError, match=f"{tmp_path / where}: it isn't a folder of its own, but a link"):
+    with pytest.raises(PluginLoadError, match=f"{tmp_path / where}: it isn't a folder, but a link"):
         private_folder(tmp_path / "cache", "key")
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").touch(mode=0o600)
-    with pytest.raises(PluginLoadError, match="it isn't a folder of its own"):
+    with pytest.raises(PluginLoadError, match="it isn't a folder, but a link or a file"):
         private_folder(tmp_path / "cache", "key")
 
 

@@ -136,7 +136,7 @@ def test_after_a_refused_message_the_exchange_still_works(store: dist.Store) -> 
     longest = "x" * (MESSAGE_NBYTES - 2)
 
     def talk(stage: Stage) -> Any:
-        with pytest.raises(ValueError, match=r"65537 bytes: the limit is 65536"):
+        with pytest.raises(ValueError, match=r"65537 bytes; the limit is 65536"):
             stage.all_gather(longest + "x")
         return stage.all_gather(longest)
 
@@ -344,14 +344,14 @@ def test_a_missed_deadline_names_the_absent_also_to_themselves(store: dist.Store
 def test_a_stage_tells_whom_another_thread_waits_for(store: dist.Store) -> None:
     members = group_of(store, 3)
     with Stage(members[0], "step") as stage:
-        assert stage.awaited() == ()
+        assert stage.pending_ranks() == ()
         waiting = [start(lambda stage=stage: stage.barrier()), start(lambda: barriers(1, members[2], "step"))]
         while not store.check([f"{members[0].prefix}/step/0/{rank}" for rank in (0, 2)]):
             time.sleep(0.001)
-        assert stage.awaited() == (1,)
+        assert stage.pending_ranks() == (1,)
         assert outcome(start(lambda: barriers(1, members[1], "step"))) is None
         assert [outcome(one) for one in waiting] == [None, None]
-        assert stage.awaited() == ()
+        assert stage.pending_ranks() == ()
 
 
 def test_the_deadline_of_a_stage_covers_all_its_exchanges(store: dist.Store) -> None:

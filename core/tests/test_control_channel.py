@@ -37,7 +37,7 @@ def test_no_later_stage_gets_a_message_of_a_thread_that_was_left_behind(make: Ca
     def talk(member: Control) -> list[Any]:
         return [in_stage(member, f"step {n}", lambda stage: stage.all_gather(member.rank)) for n in range(30)]
 
-    with channel.opened(members[0], "connect") as stage:
+    with channel.open_stage(members[0], "connect") as stage:
         late = start(left_behind)
         stage.abort("no time left")
     assert in_threads(members, talk) == [[[0, 1]] * 30] * 2
@@ -55,7 +55,7 @@ def test_the_channel_is_closed_outside_of_collective_hooks() -> None:
 def test_the_channel_waits_for_nobody_while_a_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     (member,) = group_of(dist.HashStore(), 1)
     channel = SessionChannel()
-    with channel.opened(member, "connect") as stage:
+    with channel.open_stage(member, "connect") as stage:
         with monkeypatch.context() as patched:
             patched.setattr(torch.cuda, "is_available", lambda: True)
             patched.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

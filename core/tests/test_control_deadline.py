@@ -53,7 +53,7 @@ def test_a_late_value_goes_to_on_late_in_its_own_thread() -> None:
     def on_late(value: str) -> None:
         arrived.set_result((value, threading.current_thread().name))
 
-    with pytest.raises(TimeoutError, match=r"the slow one isn't back after 0\.05 s"):
+    with pytest.raises(TimeoutError, match=r"the slow one hasn't returned after 0\.05 s"):
         run_with_deadline(slow, SHORT_S, name="the slow one", on_late=on_late)
     assert not arrived.done()
     gate.set()

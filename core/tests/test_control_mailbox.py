@@ -41,7 +41,7 @@ def test_every_file_comes_to_every_peer_and_none_stays_open() -> None:
     with boxes(3) as mine:
         received: list[dict[tuple[int, str], bytes]] = [{} for _ in mine]
 
-        def swap(rank: int) -> None:
+        def exchange(rank: int) -> None:
             def take(source: int, key: str, file: int) -> None:
                 received[rank][source, key] = os.pread(file, 100, 0)
                 os.close(file)
@@ -49,9 +49,9 @@ def test_every_file_comes_to_every_peer_and_none_stays_open() -> None:
             outgoing = {key: opens(f"{key} of {rank}") for key in keys[rank]}
             others = [box.path for other, box in enumerate(mine) if other != rank]
             expected = [(other, key) for other in keys if other != rank for key in keys[other]]
-            mine[rank].swap(rank, others, outgoing, expected, take, PATIENCE_S)
+            mine[rank].exchange_files(rank, others, outgoing, expected, take, PATIENCE_S)
 
-        for future in [start(lambda rank=rank: swap(rank)) for rank in range(3)]:
+        for future in [start(lambda rank=rank: exchange(rank)) for rank in range(3)]:
             assert outcome(future) is None
     for rank in range(3):
         assert received[rank] == {
@@ -74,31 +74,33 @@ def test_a_file_that_cant_be_opened_is_told_to_those_who_wait_for_it() -> None:
 
     with boxes(2) as mine:
 
-        def swap(rank: int) -> None:
+        def exchange(rank: int) -> None:
             outgoing = {"a": export} if rank == 0 else {"b": opens("b")}
             expected = [(1, "b")] if rank == 0 else [(0, "a")]
-            mine[rank].swap(
+            mine[rank].exchange_files(
                 rank, [mine[1 - rank].path], outgoing, expected, lambda _source, _key, file: os.close(file), PATIENCE_S
             )
 
-        errors = [outcome(future) for future in [start(lambda rank=rank: swap(rank)) for rank in range(2)]]
+        errors = [outcome(future) for future in [start(lambda rank=rank: exchange(rank)) for rank in range(2)]]
     assert [str(error) for error in errors] == ["no handle of this kind"] * 2
 
 
 def test_what_doesnt_come_ends_the_wait() -> None:
     with boxes(2) as mine, pytest.raises(TimeoutError, match=r"\(1, 'b'\)"):
-        mine[0].swap(0, [mine[1].path], {}, [(1, "b")], lambda _source, _key, _file: None, 0.2)
+        mine[0].exchange_files(0, [mine[1].path], {}, [(1, "b")], lambda _source, _key, _file: None, 0.2)
 
 
 def test_a_peer_that_is_gone_is_an_error() -> None:
     with boxes(2) as mine:
         mine[1].close()
         with pytest.raises(OSError):  # noqa: PT011 - what the system calls it is its own affair
-            mine[0].swap(0, [mine[1].path], {"a": opens("a")}, [], lambda _source, _key, _file: None, PATIENCE_S)
+            mine[0].exchange_files(
+                0, [mine[1].path], {"a": opens("a")}, [], lambda _source, _key, _file: None, PATIENCE_S
+            )
 
 
 def test_what_nobody_asked_for_is_refused() -> None:
     with boxes(2) as mine:
-        mine[1].swap(1, [mine[0].path], {"a": opens("a")}, [], lambda _source, _key, _file: None, PATIENCE_S)
-        with pytest.raises(RuntimeError, match="rank 1 sent what it shouldn't"):
-            mine[0].swap(0, [], {}, [(1, "b")], lambda _source, _key, _file: None, PATIENCE_S)
+        mine[1].exchange_files(1, [mine[0].path], {"a": opens("a")}, [], lambda _source, _key, _file: None, PATIENCE_S)
+        with pytest.raises(RuntimeError, match="rank 1 sent an unexpected message"):
+            mine[0].exchange_files(0, [], {}, [(1, "b")], lambda _source, _key, _file: None, PATIENCE_S)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from comm_core._plugins import discovery
 from comm_core._plugins.discovery import InstalledPlugin, LoadFailure
-from comm_core._plugins.installed import Refused, check_requirements
+from comm_core._plugins.installed import PluginRejectedError, check_requirements
 from comm_core.errors import PluginLoadError
 
 PATIENCE_S = 60.0
@@ -68,7 +68,7 @@ class Site:
         return discovery.discover(self.names.__contains__, PATIENCE_S)
 
     def listed(self) -> dict[str, InstalledPlugin | LoadFailure]:
-        return {item.name: item for item in discovery.installed()}
+        return {item.name: item for item in discovery.installed_plugins()}
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def load(entry: discovery.InstalledPlugin, timeout_s: float) -> discovery.Plugin:
-    verdict = discovery._verdict(entry, timeout_s)
+    verdict = discovery._load_once(entry, timeout_s)
     if isinstance(verdict, discovery.LoadFailure):
         raise PluginLoadError(str(verdict))
     return verdict
@@ -219,7 +219,7 @@ def test_an_import_that_hangs_is_a_failure_also_once_it_is_done(site: Site, monk
     site.install("plugin-good", {"good": "plugin_good"}, modules={"plugin_good": GOOD})
     entry = site.listed()["broken"]
     assert isinstance(entry, InstalledPlugin)
-    with pytest.raises(PluginLoadError, match=r"isn't back after 0\.1 s.*COMM_CORE_IMPORT_TIMEOUT_S"):
+    with pytest.raises(PluginLoadError, match=r"hasn't returned after 0\.1 s.*COMM_CORE_IMPORT_TIMEOUT_S"):
         load(entry, 0.1)
     assert set(site.discover().plugins) == {"good"}
     gate.open.set()
@@ -372,5 +372,5 @@ def test_requirements_on_core(requirement: str, running: str, fits: bool) -> Non
     if fits:
         check_requirements(entry, running)
     else:
-        with pytest.raises(Refused, match=r"requires|can't be read"):
+        with pytest.raises(PluginRejectedError, match=r"requires|can't be read"):
             check_requirements(entry, running)

@@ -81,7 +81,7 @@ GLOO = {"cuda": False, "process_groups": ["gloo"]}
         ({"versions": CPU_TORCH, "torch": GLOO}, "without CUDA", "CUDA build"),
         ({"torch": GLOO, "unknown": {"torch.cuda": "RuntimeError: driver too old"}}, "too old", "driver (580)"),
         ({"torch": GLOO, "environment": {"CUDA_VISIBLE_DEVICES": ""}}, "hides all 2 GPUs", "Unset"),
-        ({"devices": (), "unknown": {"nvml": "NVML: Not Found"}}, "NVML can't be asked", "nvidia-ml-py"),
+        ({"devices": (), "unknown": {"nvml": "NVML: Not Found"}}, "NVML can't be used", "nvidia-ml-py"),
         ({"torch": {"cuda": True, "process_groups": ["gloo"]}}, "without NCCL", "NCCL"),
         ({"unknown": {"NVML's device 1": "NVML: GPU is lost"}}, "GPU is lost", "nvidia-smi"),
         ({"unknown": {"host.boot_id": "OSError: x"}}, "host of its own", "/proc"),
@@ -245,3 +245,20 @@ def test_usage() -> None:
 def test_importing_it_imports_no_torch() -> None:
     code = "import sys, comm_core.cli.doctor; sys.exit('torch' in sys.modules or 'pynvml' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_a_reader_that_ends_early_ends_the_report_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does once it has enough
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "comm_core", "doctor"],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -207,7 +207,7 @@ def test_a_compiler_that_hangs_is_ended_with_its_family(package: Package) -> Non
     process = package.start_add(COMM_CORE_CONNECT_TIMEOUT_S="1")
     said, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
-    assert "PluginLoadError: counting-c++ isn't done in time" in said
+    assert "PluginLoadError: counting-c++ hasn't finished in time" in said
     (compiler,) = package.compiled
     with pytest.raises(ProcessLookupError):
         os.kill(compiler, 0)
@@ -275,7 +275,7 @@ def without_sources(package: Package, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def without_the_package(package: Package, monkeypatch: pytest.MonkeyPatch) -> str:
     shutil.rmtree(package.csrc.parent)
-    return f"'{package.name}' isn't a package"
+    return f"'{package.name}' isn't an installed package"
 
 
 @pytest.mark.parametrize("remove", [without_a_compiler, without_bindings, without_sources, without_the_package])
@@ -302,8 +302,8 @@ def test_a_name_of_no_package_is_said(name: str) -> None:
 
 
 def test_a_ready_made_library_takes_no_compiler(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = toolchain.sources_of(package.csrc.parent)
-    recipe = toolchain.plan(package.name, sources, toolchain.find_tools(sources))
+    sources = toolchain.find_sources(package.csrc.parent)
+    recipe = toolchain.make_recipe(package.name, sources, toolchain.find_tools(sources))
     (scratch := package.folder / "scratch").mkdir()
     (package.csrc.parent / "_lib").mkdir()
     recipe.build(scratch).rename(package.csrc.parent / "_lib" / f"{package.name}.so")

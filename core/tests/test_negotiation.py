@@ -238,7 +238,7 @@ def test_a_late_session_is_closed_and_never_used(
         if raises:
             assert "no route to the peer" in candidate(life, "first")["reason"]
         else:
-            assert f"isn't back after {SHORT_TIMEOUT_S} s" in candidate(life, "first")["reason"]
+            assert f"hasn't returned after {SHORT_TIMEOUT_S} s" in candidate(life, "first")["reason"]
         if kind is faulty.ConnectHangs:
             assert candidate(life, "first")["rank"] == 1
         if kind is faulty.ConnectHangsInExchange and candidate(life, "first")["rank"] == 0:
@@ -257,7 +257,7 @@ def test_a_late_session_is_closed_and_never_used(
 def test_an_admission_test_that_hangs(ranks: Ranks, members: tuple[int, ...], path: Any) -> None:
     for life in run_lives(ranks, members, path(faulty.SumHangs), SHORT_TIMEOUT_S):
         assert candidate(life, "first")["verdict"] == "failed"
-        assert "the admission test of first isn't back" in candidate(life, "first")["reason"]
+        assert "the admission test of first hasn't returned" in candidate(life, "first")["reason"]
         assert served_by(life) == ["second", "torch_distributed"]
         assert served_by(life, turn=1) == ["first", "torch_distributed"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from comm_core import hookspecs, kernels
 from comm_core._native import toolchain
-from comm_core._native.toolchain import Recipe, Tools, find_tools, gencode, plan, sources_of
+from comm_core._native.toolchain import Recipe, Tools, find_sources, find_tools, gencode, make_recipe
 from comm_core.errors import PluginLoadError
 
 PTX_100 = "compute_100,code=compute_100"
@@ -41,8 +41,8 @@ def package(folder: Path, **files: str) -> Path:
 
 
 def recipe(folder: Path) -> Recipe:
-    sources = sources_of(folder)
-    return plan(folder.name, sources, find_tools(sources))
+    sources = find_sources(folder)
+    return make_recipe(folder.name, sources, find_tools(sources))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_compiler_that_doesnt_run_is_named(tmp_path: Path, monkeypatch: pytest
 def test_only_sources_directly_in_the_folder_are_compiled(tmp_path: Path) -> None:
     folder = package(tmp_path / "mine", b_cpp="", a_cu="", c_h="", d_cc="")
     package(folder / "csrc", e_cpp="")
-    assert [path.name for path in sources_of(folder)] == ["a.cu", "b.cpp"]
+    assert [path.name for path in find_sources(folder)] == ["a.cu", "b.cpp"]
 
 
 def test_the_headers_say_the_version_of_the_hooks() -> None:

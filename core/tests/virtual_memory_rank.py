@@ -33,7 +33,7 @@ def main(rank: int, folder: Path) -> None:
     with contextlib.closing(Mailbox()) as box:
         store.set(str(rank), box.path)
         peer = store.get(str(1 - rank)).decode()
-        box.swap(rank, [peer], {"buffer": lambda: export_file(number)}, [(1 - rank, "buffer")], take, 60.0)
+        box.exchange_files(rank, [peer], {"buffer": lambda: export_file(number)}, [(1 - rank, "buffer")], take, 60.0)
         # A box stays until the peer has sent everything to it.
         store.set(f"swapped by {rank}", "")
         store.wait([f"swapped by {1 - rank}"])

@@ -139,7 +139,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_says_so(
     wheel = build("build_wheel", **no_compiler)
     assert wheel.name == "comm_plugin_native-1-py3-none-any.whl"
     assert files(wheel) == SOURCES
-    assert "comm-plugin-native: this wheel holds sources alone: " in (tmp_path / "stderr").read_text()
+    assert "comm-plugin-native: this wheel has only sources: " in (tmp_path / "stderr").read_text()
     assert "the C++ compiler 'c++' isn't on PATH" in (tmp_path / "stderr").read_text()
 
 
@@ -172,7 +172,7 @@ def test_the_package_can_be_named_and_lie_beside_the_project_file(
     (project / "pyproject.toml").write_text(text)
     done = run("-c", BUILD, "build_wheel", tmp_path / "dist", cwd=project)
     assert "there is no package 'other_name'" in done.stderr
-    assert "[tool.hatch.build.hooks.comm-core] as package" in done.stderr
+    assert "Set package in [tool.hatch.build.hooks.comm-core] to its name" in done.stderr
 
     shutil.move(project / "src" / "comm_plugin_native", project / "comm_plugin_native")
     wheel = '\n[tool.hatch.build.targets.wheel]\npackages = ["comm_plugin_native"]\n'

@@ -67,7 +67,7 @@ __all__ = [
     "pre_capture_init",
 ]
 
-# Imported at first use: they import torch, which takes a second and may be broken on a host that `doctor` examines.
+# These need torch: its import takes a second, and it may be broken on a host that `comm-core doctor` examines.
 _WITH_TORCH = {
     "Backend": "comm_core._handle.backend",
     "capture": "comm_core._group.api",

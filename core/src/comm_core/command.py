@@ -1,4 +1,4 @@
-"""For authors of subcommands of `comm-core`: start or join a job, and print tables.
+"""Helpers for authors of subcommands of `comm-core`: start or join a job, and print tables.
 
 A distribution adds a subcommand by an entry point in the group `comm_core.commands`. The entry's name is the
 subcommand, its value a module, or an object, with a function `add_parser`:
@@ -22,10 +22,10 @@ def run(args):
     return 0
 ```
 
-`run` returns the exit status: 0 fine, 1 a problem found; 2 is argparse's, for a usage error. `args.arguments` holds all
-arguments of `comm-core`, so that a command can start itself again in other processes. `comm-core` lists commands by
-their distribution's summary, and imports only the one that is called; one that can't be imported stops no other. Its
-own commands keep their names.
+`run` returns the exit status: 0 fine, 1 a problem found; argparse exits with 2 for a usage error. `args.arguments` has
+all arguments of `comm-core`, so that a command can start itself again in other processes. `comm-core` describes each
+command by its distribution's summary and imports only the called one, so a broken command doesn't affect the others.
+The names of core's own commands can't be taken.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from comm_core._plan.explain import size, table
 
 __all__ = ["GROUP", "describe", "enough_gpus", "joined", "launch", "size", "table", "under_torchrun"]
 
-#: The entry-point group of commands.
 GROUP = "comm_core.commands"
+"""The entry-point group of commands."""
 
 
 def under_torchrun() -> bool:
-    """Whether this process is a rank of a job: torchrun, or a launcher like it, has set RANK and WORLD_SIZE."""
+    """Return whether this process is a rank of a job: torchrun or a similar launcher has set RANK and WORLD_SIZE."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -55,17 +55,18 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
     """Run `comm-core` with these arguments in a job of `nproc` processes on this host, as torchrun does.
 
     Args:
-        nproc: how many processes.
-        arguments: of `comm-core`, the subcommand first.
+        nproc: the number of processes.
+        arguments: the arguments of `comm-core`, the subcommand first.
 
     Returns:
-        0; 1 where a process failed, which has printed why; 128 and its number where a signal ended the job.
+        0; 1 if a process failed, after that process printed the reason; 128 plus the signal's number if a signal ended
+        the job.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # torchrun warns where this isn't set, and takes one thread a process then.
+    # Without it torchrun warns, and sets one thread per process.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         min_nodes=1,
@@ -86,7 +87,7 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
 
 
 def enough_gpus(nproc: int) -> bool:
-    """Whether each of so many processes on this host can have a GPU of its own."""
+    """Return whether this host has a GPU for each of `nproc` processes."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.device_count() >= nproc
@@ -94,13 +95,13 @@ def enough_gpus(nproc: int) -> bool:
 
 @contextlib.contextmanager
 def joined() -> Iterator[int]:
-    """Be a rank of the job that torchrun started: with a GPU of its own where there are enough, else all on CPUs.
+    """Join the job that torchrun started: each rank with a GPU of its own if there are enough, else all on CPUs.
 
-    Initialises the world group, and at the end closes every handle and destroys the group. An exception inside ends the
-    process with status 1 and its traceback, without waiting for the other ranks.
+    Initialises the world group, and at the end closes every handle and destroys the group. An exception inside prints
+    its traceback and ends the process with status 1, without waiting for the other ranks.
 
     Yields:
-        The rank.
+        This process's rank in the job.
     """
     import torch
     import torch.distributed as dist
@@ -121,8 +122,8 @@ def joined() -> Iterator[int]:
     try:
         yield dist.get_rank()
         comm.close()
-    except Exception:  # noqa: BLE001 - told, and the process ends with it
-        # To leave in order would wait for peers, and for a GPU that may never answer again; torchrun ends the others.
+    except Exception:  # noqa: BLE001 - printed, and the process ends with it
+        # An orderly end would wait for peers, and for a GPU that may never respond; torchrun ends the other ranks.
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()

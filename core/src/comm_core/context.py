@@ -19,8 +19,8 @@ class Agreement:
     """The result of a vote, equal on every rank.
 
     Attributes:
-        ok: whether every rank voted yes.
-        reasons: by group rank, the reasons of those that voted no.
+        ok: True if every rank voted yes.
+        reasons: the reasons of the ranks that voted no, by group rank.
     """
 
     ok: bool
@@ -31,33 +31,39 @@ class ControlChannel(Protocol):
     """Exchanges between the ranks of a group inside a Collective hook: over the job's store, without collectives.
 
     Use it only inside a Collective hook, in one thread at a time, and in the same order on every rank. Each call has a
-    deadline. Once a rank has failed, every call in this hook raises the same `CommError` on all ranks, also if an
-    earlier one was caught.
+    deadline. Once a rank has failed, every call in this hook raises the same `CommError` on all ranks, even if the hook
+    caught an earlier one.
     """
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return every rank's `value`, by group rank: JSON, at most 64 KiB as text. Send bytes as hex or base64."""
+        """Return the values of all ranks, by group rank.
+
+        A value is JSON, at most 64 KiB as text. Send bytes as hex or base64.
+        """
 
     def barrier(self) -> None:
-        """Return once every rank has called it."""
+        """Wait until every rank has called it."""
 
     def agree(self, ok: bool, reason: str = "") -> Agreement:
-        """Vote; return whether every rank is `ok`, and the reasons of those that aren't."""
+        """Vote, and return the result of the vote.
+
+        `reason` counts only if this rank isn't `ok`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupContext:
-    """A group as one of its ranks sees it; without `connect`, also a plugin's session.
+    """A group from the view of one rank; also the session of a plugin without `connect`.
 
     Attributes:
         group: the process group for every call of torch.distributed in this session.
         rank: this rank's place in the group.
         world_size: ranks in the group.
-        device: where the group's tensors live, with its index: `torch.device("cuda", 3)`.
+        device: the device of the group's tensors, with its index: `torch.device("cuda", 3)`.
         global_ranks: the job's rank of each group rank.
-        control: talks to the other ranks inside Collective hooks.
+        control: the channel to the other ranks, for Collective hooks.
         memory_budget_nbytes: device memory that this session may take for its buffers, in bytes.
-        wait_timeout_s: how long a call of the hot path may wait for a peer, in seconds.
+        wait_timeout_s: the longest that a hot-path call may wait for a peer, in seconds.
     """
 
     group: torch.distributed.ProcessGroup
@@ -75,9 +81,9 @@ class Shapes:
     """The calls that `comm.pre_capture_init` prepares for: up to `[max_tokens, hidden_size]` of `dtype`.
 
     Attributes:
-        max_tokens: the most rows.
-        hidden_size: elements a row.
-        dtype: of the tensors.
+        max_tokens: the largest number of rows.
+        hidden_size: elements per row.
+        dtype: the dtype of the tensors.
     """
 
     max_tokens: int

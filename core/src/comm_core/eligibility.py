@@ -1,7 +1,7 @@
-"""Reasons why a backend can't serve a group: pure, from the group's topology alone.
+"""Requirements that several backends share: pure functions of the group's topology.
 
-Each function checks one requirement that several backends share. It returns "" if the group meets the requirement,
-otherwise the reason: one sentence without a full stop, for `Unavailable`. A backend joins the checks that it needs:
+Each function returns "" if the group meets one requirement, otherwise the reason: one sentence without a full stop, for
+`Unavailable`. A backend combines the checks that it needs:
 
 ```python
 reason = eligibility.no_cuda(topology) or eligibility.missing_dependency(topology, "mine")
@@ -37,7 +37,7 @@ def no_cuda(topology: Topology) -> str:
 
 
 def unfit_world_size(topology: Topology, sizes: Sequence[int]) -> str:
-    """Require one of these world sizes, two or more, ascending: a range, or a list of them."""
+    """Require a world size from `sizes`: a range or a list of at least two sizes, ascending."""
     if topology.world_size in sizes:
         return ""
     middle = " to " if isinstance(sizes, range) else " or "
@@ -46,12 +46,12 @@ def unfit_world_size(topology: Topology, sizes: Sequence[int]) -> str:
 
 
 def missing_dependency(topology: Topology, name: str, dependency: str = "the native code") -> str:
-    """Require that every rank's `probe` reported, as the fact "missing", that nothing is missing.
+    """Require that the fact "missing", which each rank's `probe` reports, is empty on every rank.
 
     Args:
         topology: the group.
         name: the backend's name.
-        dependency: what the fact is about.
+        dependency: the dependency's name in the reason.
     """
     for rank, info in enumerate(topology.ranks):
         facts = info.facts.get(name)
@@ -66,10 +66,10 @@ def differing_fact(topology: Topology, name: str, key: str, label: str) -> str:
     """Require that a fact has the same value on every rank.
 
     Args:
-        topology: a group whose ranks all report the fact.
+        topology: a group in which every rank reports the fact.
         name: the backend's name.
-        key: the fact's key in what the backend's `probe` returned.
-        label: what the reason calls the fact, in the singular.
+        key: the fact's key in the result of the backend's `probe`.
+        label: the fact's name in the reason, in the singular.
     """
     values = [info.facts[name][key] for info in topology.ranks]
     for rank, value in enumerate(values):
@@ -87,7 +87,7 @@ def several_hosts(topology: Topology) -> str:
 
 
 def shared_device(topology: Topology) -> str:
-    """Require that every rank has a device of its own; all ranks must have one."""
+    """Require that no two ranks share a device; call it only if every rank has one."""
     uuids = [info.device.uuid for info in topology.ranks if info.device is not None]
     for rank, uuid in enumerate(uuids):
         if uuid in uuids[:rank]:
@@ -96,12 +96,12 @@ def shared_device(topology: Topology) -> str:
 
 
 def unfit_devices(topology: Topology, oldest: tuple[int, int], below: tuple[int, int] | None = None) -> str:
-    """Require that the ranks' devices are distinct, of one compute capability, and within the supported ones.
+    """Require that the ranks' devices are distinct and have one common, supported compute capability.
 
     Args:
-        topology: a group whose ranks all have a device.
-        oldest: the lowest compute capability that is supported.
-        below: the lowest later one that isn't; None: all later ones are.
+        topology: a group in which every rank has a device.
+        oldest: the lowest supported compute capability.
+        below: the lowest later one without support; None: all later ones are supported.
     """
     shared = shared_device(topology)
     if shared:
@@ -117,7 +117,7 @@ def unfit_devices(topology: Topology, oldest: tuple[int, int], below: tuple[int,
 
 
 def missing_links(topology: Topology, *, nvlink: bool = True) -> str:
-    """Require peer access, and NVLink unless `nvlink` is False, between the devices of every two ranks."""
+    """Require peer access between the devices of every two ranks, and NVLink unless `nvlink` is False."""
     for rank in range(topology.world_size):
         for peer in range(rank):
             link = topology.link(peer, rank)

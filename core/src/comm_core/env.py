@@ -1,7 +1,7 @@
 """Every environment variable that core reads, in one place.
 
-They are read when a group negotiates, not at import. The ranks of a group compare their values, except those that are
-each host's own, and settings that differ raise `NegotiationError`.
+Core reads them when a group negotiates, not at import. The ranks of a group compare all values except host-local ones;
+values that differ raise `NegotiationError`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["PREFIX", "Settings"]
 
 PREFIX = "COMM_CORE_"
-"""What the name of every variable begins with."""
+"""The prefix of every variable's name."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -56,19 +56,19 @@ class Settings:
     backends: tuple[str, ...] | None = _field(
         None,
         _names,
-        "Comma-separated names: no other backends are tried, in the whole job. A group that can't have one of them "
-        "warns once and falls back. By default all installed backends are tried.",
+        "Comma-separated names of the only backends that are tried, in the whole job. If one of them can't serve a "
+        "group, the group warns once and falls back. By default all installed backends are tried.",
     )
     disable: tuple[str, ...] = _field(
         (),
         _names,
-        "Comma-separated names of backends that are never tried, nor imported; a name that isn't installed is reported "
-        "in one warning a process. The terminal fallback, `torch_distributed`, can't be disabled.",
+        "Comma-separated names of backends that are neither tried nor imported; each process warns once of names that "
+        "aren't installed. The terminal fallback, `torch_distributed`, can't be disabled.",
     )
     control_timeout_s: float = _field(
         300.0,
         _positive,
-        "Seconds that one rank waits for the others in an exchange: ranks may enter `get_backend` this far apart.",
+        "Seconds that a rank waits for the others in an exchange: ranks may enter `get_backend` this far apart.",
     )
     connect_timeout_s: float = _field(
         600.0, _positive, "Seconds for a backend's `connect`, builds included, and again for its admission test."
@@ -89,25 +89,25 @@ class Settings:
     cache_dir: str | None = _field(
         None,
         _folder,
-        "The absolute path of the cache of compiled code; folders in it are private to the user, and one that another "
-        "user could write or exchange is refused. Each host's own: the ranks don't compare it. By default "
+        "The absolute path of the cache of compiled code. Its folders are private to the user; core refuses a folder "
+        "that another user could write or replace. Host-local: the ranks don't compare it. By default "
         "`$XDG_CACHE_HOME/comm_core`, else `~/.cache/comm_core`.",
         local=True,
     )
 
     @classmethod
     def variables(cls) -> dict[str, str]:
-        """Every variable's name and meaning."""
+        """Return the meanings of all variables, by name."""
         return {PREFIX + field.name.upper(): field.metadata["doc"] for field in dataclasses.fields(cls)}
 
     def shared(self) -> dict[str, Any]:
-        """The values that the ranks of a group compare: all except each host's own."""
+        """Return the values that the ranks of a group compare: all except host-local ones."""
         fields = (field for field in dataclasses.fields(self) if not field.metadata["local"])
         return {PREFIX + field.name.upper(): getattr(self, field.name) for field in fields}
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the settings of an environment, by default this process's. An empty value counts as unset.
+        """Read the settings from an environment, by default this process's. An empty value counts as unset.
 
         Raises:
             ValueError: a variable's value can't be read; the text names the variable.
@@ -127,7 +127,7 @@ class Settings:
 
     @classmethod
     def unknown(cls, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-        """Variables with core's prefix that core doesn't know: misspelt ones, and those of plugins."""
+        """Return the variables with core's prefix that core doesn't read: misspelt ones, and those of plugins."""
         environ = os.environ if environ is None else environ
         known = cls.variables()
         return tuple(sorted(name for name in environ if name.startswith(PREFIX) and name not in known))

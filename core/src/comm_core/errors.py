@@ -1,7 +1,7 @@
 """The errors that this package raises. All are importable from `comm_core`.
 
 ```text
-CommError                    anything below, and a failure of a backend in use
+CommError                    the base of all below; also a failure of a backend in use
 ├── BackendUnavailableError  a backend named by argument can't serve the group
 ├── NegotiationError         the ranks of a group can't agree on one plan
 ├── CaptureError             a CUDA graph capture asked for what can't be captured
@@ -9,7 +9,7 @@ CommError                    anything below, and a failure of a backend in use
 └── PluginLoadError          a plugin's distribution or its hooks are broken
 ```
 
-Each text says what failed, on what evidence, what happens now, and what to do. A wrong argument (a tensor of another
+Each text names the failure, the evidence, the consequence and the remedy. A wrong argument (a tensor of another
 shape, a rank outside the group) raises the built-in `TypeError` or `ValueError`, on the calling rank, before anything
 is sent.
 """
@@ -40,9 +40,9 @@ class CommError(RuntimeError):
 class BackendUnavailableError(CommError):
     """A backend that `get_backend(backends=...)` names can't serve the group; raised on all its ranks.
 
-    The text gives the reason of the rank that failed. Leave the argument out to let the ranks choose, or mend the named
-    fault; `comm-core doctor` shows every installed backend and why it isn't used. `comm.pre_capture_init` raises this
-    error if it has to drop such a backend.
+    The text gives the reason of the rank that failed. Leave the argument out to let the ranks choose, or fix the named
+    fault; `comm-core doctor` shows the faults of the installed backends. `comm.pre_capture_init` raises this error if
+    it has to drop such a backend.
     """
 
 
@@ -56,11 +56,11 @@ class NegotiationError(CommError):
 class CaptureError(CommError):
     """A call can't be captured into a CUDA graph, or the capture failed on some rank.
 
-    A call that would build code, allocate for good or wait for other ranks can't be captured. The text names the call
-    to make before the capture, usually `comm.get_backend` or `comm.pre_capture_init`.
+    A call that would build code, allocate permanent memory or wait for other ranks can't be captured. The text names
+    the call to make before the capture, usually `comm.get_backend` or `comm.pre_capture_init`.
 
-    At the end of `comm.capture()`: another rank's capture failed, or the ranks recorded different calls. The text names
-    the rank and its reason. Don't replay graphs of a capture that raised; the next capture works.
+    At the end of `comm.capture()` it means that another rank's capture failed, or the ranks recorded different calls.
+    The text names the rank and its reason. Don't replay graphs of a capture that raised; the next capture works.
     """
 
 
@@ -71,7 +71,7 @@ class CommTimeoutError(CommError, TimeoutError):
     raise the deadline (`comm_core.env`).
 
     Attributes:
-        ranks: group ranks that were waited for, ascending; empty if unknown.
+        ranks: the group ranks that didn't answer, ascending; empty if unknown.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The operations that core falls back to, for plugins that serve only a part of them, and for comparisons."""
+"""Core's fallback operations, for plugins that delegate some messages to them, and for comparisons."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 
 ```python
 library = kernels.Library("comm_plugin_mine")  # at import: touches nothing
-library.missing()                              # in `probe()`: why it can't work here, or None
+library.missing()                              # in `probe()`: the reason why it can't work here, or None
 library.load().my_function(x)                  # in `connect`: a `tvm_ffi.Module`
 ```
 
-A wheel may contain the shared object ready made; otherwise it is compiled once into the user's cache. It is bound by
-apache-tvm-ffi, whose calling convention depends on neither Python's version nor torch's: one binary serves them all.
-Needs the extra `kernels` of comm-core.
+A wheel may contain a prebuilt shared object; otherwise it is compiled once into the user's cache. apache-tvm-ffi binds
+it: its calling convention is independent of the versions of Python and torch, so one binary serves them all. Requires
+the extra `kernels` of comm-core.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comm_core._control.deadline import describe
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 from comm_core._native import cache, toolchain
 from comm_core._native.toolchain import include_dir
 from comm_core.env import PREFIX, Settings
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 __all__ = ["Library", "include_dir"]
 
 
-class _Slot:
-    """What one process has of one package's library."""
+class _LibraryState:
+    """The state of one package's library in this process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.module: Module | None = None
 
 
-_slots: dict[str, _Slot] = {}
-# A lock for each package, so that a slow build of one keeps no other waiting; one for the import that all share.
+_states: dict[str, _LibraryState] = {}
+# Each package has a lock, so that a slow build of one doesn't block another; the shared import has one more.
 _import_lock = threading.Lock()
 
 
@@ -53,7 +53,7 @@ _import_lock = threading.Lock()
 class Library:
     """The native code of one package: every `*.cpp` and `*.cu` directly in its `csrc/`, as one shared object.
 
-    Headers in `csrc/`, those of `include_dir()` and those of apache-tvm-ffi are on the include path.
+    The include path has `csrc/`, `include_dir()` and the headers of apache-tvm-ffi.
 
     Attributes:
         package: the import name of the package that has the folder `csrc/`.
@@ -62,9 +62,9 @@ class Library:
     package: str
 
     def missing(self) -> str | None:
-        """Return why `load` can't work on this machine; None if nothing is known to be missing.
+        """Return the reason why `load` can't work on this machine; None if nothing is known to be missing.
 
-        Local and cheap: looks at files and at PATH; never builds and never raises. Meant for a plugin's `probe()`.
+        Local and cheap: reads files and PATH, never builds and never raises. Meant for a plugin's `probe()`.
 
         Returns:
             One sentence without a full stop, or None.
@@ -72,67 +72,67 @@ class Library:
         try:
             folder = self._folder()
             if _prebuilt(folder).is_file():
-                return toolchain.no_bindings()
-            toolchain.find_tools(toolchain.sources_of(folder))
+                return toolchain.missing_bindings()
+            toolchain.find_tools(toolchain.find_sources(folder))
         except (PluginLoadError, OSError, ValueError) as error:
             return str(error).rstrip(".")
         return None
 
     def load(self) -> Module:
-        """Return the bound library: ready made in the wheel, else cached, else built now. Any thread may call it.
+        """Return the bound library: prebuilt in the wheel, else from the cache, else built now. Thread-safe.
 
-        Local, but a build takes seconds to minutes, once for all processes of a host: call it in `connect`, whose
-        deadline allows for that.
+        Local, but a build takes seconds to minutes, once for all processes of a host: call it in `connect`, since the
+        deadline of `connect` allows for a build.
 
         Returns:
-            A module whose attributes are the functions that the sources export with `TVM_FFI_DLL_EXPORT_TYPED_FUNC`.
+            A module with the functions that the sources export with `TVM_FFI_DLL_EXPORT_TYPED_FUNC` as attributes.
 
         Raises:
-            CaptureError: a CUDA stream captures, and this process hasn't loaded the library yet. Also if the library is
-                in this rank's cache, since another rank's may lack it.
+            CaptureError: a CUDA stream is capturing, and this process hasn't loaded the library yet, even if it is in
+                the cache: another rank's cache may lack it.
             CommTimeoutError: another process has been building it for longer than `COMM_CORE_CONNECT_TIMEOUT_S`.
-            PluginLoadError: something is missing, the build fails, or the cache can't be trusted.
+            PluginLoadError: a requirement is missing, the build fails, or another user could write to the cache.
             ValueError: an environment variable can't be read.
         """
-        slot = _slots.setdefault(self.package, _Slot())
-        if slot.module is not None:
-            return slot.module
-        refuse_capture(
+        state = _states.setdefault(self.package, _LibraryState())
+        if state.module is not None:
+            return state.module
+        raise_if_capturing(
             f"the native code of {self.package!r}, which may have to be built first, can't be loaded",
             f"Call comm_core.kernels.Library({self.package!r}).load() before the capture; a backend does "
             "so in connect, which comm_core.get_backend(group) runs",
         )
-        with slot.lock:
-            if slot.module is None:
-                slot.module = self._load()
-            return slot.module
+        with state.lock:
+            if state.module is None:
+                state.module = self._load()
+            return state.module
 
     def _load(self) -> Module:
         path = _prebuilt(self._folder())
         if not path.is_file():
-            path = self._built()
-        with _import_lock, _no_torch_extension():
+            path = self._build_cached()
+        with _import_lock, _torch_extension_disabled():
             try:
                 import tvm_ffi
             except ImportError as error:
                 raise PluginLoadError(
-                    f"the native code of {self.package!r} can't be bound: {describe(error)}. It takes apache-tvm-ffi: "
+                    f"the native code of {self.package!r} can't be bound: {describe(error)}. It needs apache-tvm-ffi: "
                     "pip install 'comm-core[kernels]'"
                 ) from error
         try:
             return tvm_ffi.load_module(path)
         except (OSError, RuntimeError, ValueError) as error:
             raise PluginLoadError(
-                f"{path} can't be loaded: {describe(error)}. Built elsewhere, or for another apache-tvm-ffi? Without "
-                "that file it is built anew"
+                f"{path} can't be loaded: {describe(error)}. It may be built on another machine or for another "
+                "apache-tvm-ffi. Remove the file to have it built again"
             ) from error
 
-    def _built(self) -> Path:
+    def _build_cached(self) -> Path:
         settings = Settings.read()
         top, timeout_s = cache.root(settings.cache_dir), settings.connect_timeout_s
-        sources = toolchain.sources_of(self._folder())
+        sources = toolchain.find_sources(self._folder())
         tools = toolchain.find_tools(sources)
-        recipe = toolchain.plan(self.package, sources, tools, _capabilities() if tools.cuda else ())
+        recipe = toolchain.make_recipe(self.package, sources, tools, _capabilities() if tools.cuda else ())
         try:
             folder = cache.private_folder(top, f"{self.package}-{recipe.key()}")
             return cache.build_once(
@@ -143,7 +143,7 @@ class Library:
         except (OSError, RuntimeError) as error:  # a loop of links is the latter before Python 3.13
             raise PluginLoadError(
                 f"the native code of {self.package!r} can't be built in the cache {top}: {describe(error)}. Set "
-                f"{PREFIX}CACHE_DIR to a folder that can be written"
+                f"{PREFIX}CACHE_DIR to a writable folder"
             ) from error
 
     def _folder(self) -> Path:
@@ -152,17 +152,17 @@ class Library:
         except (ImportError, ValueError) as error:
             raise PluginLoadError(f"the package {self.package!r} can't be found: {describe(error)}") from error
         if spec is None or not spec.submodule_search_locations:
-            raise PluginLoadError(f"{self.package!r} isn't a package with a folder of its own that is installed here")
+            raise PluginLoadError(f"{self.package!r} isn't an installed package with a folder")
         return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _prebuilt(folder: Path) -> Path:
-    """Where the wheel of the package in `folder` has its shared object, if it has one."""
-    return folder / toolchain.BUILT / f"{folder.name}.so"
+    """Return the path of the prebuilt shared object in the package's folder; the file may not exist."""
+    return folder / toolchain.BUILT_FOLDER / f"{folder.name}.so"
 
 
 def _capabilities() -> tuple[int, ...]:
-    """The compute capabilities of the devices that torch sees here, ascending, such as 90 for 9.0."""
+    """Return the compute capabilities of the devices visible to torch, ascending, such as 90 for 9.0."""
     import torch
 
     if not torch.cuda.is_available():
@@ -172,14 +172,15 @@ def _capabilities() -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def _no_torch_extension() -> Iterator[None]:
-    """Keep the import of tvm_ffi from compiling an extension of torch, for the import alone.
+def _torch_extension_disabled() -> Iterator[None]:
+    """Stop tvm_ffi from compiling an extension of torch during its import.
 
-    It does so where torch is too old (before 2.10) to exchange tensors through DLPack's C interface: half a minute of
-    work, into a cache of its own that nobody guards. Without it tensors pass through Python, some microseconds slower.
+    tvm_ffi compiles one if torch is too old (before 2.10) to exchange tensors through DLPack's C interface: half a
+    minute of work, into an unprotected cache of its own. Without the extension, tensors pass through Python, some
+    microseconds slower.
     """
     switch = "TVM_FFI_DISABLE_TORCH_C_DLPACK"
-    if "tvm_ffi" in sys.modules or switch in os.environ or not _torch_extension_wanted():
+    if "tvm_ffi" in sys.modules or switch in os.environ or not _would_compile_torch_extension():
         yield
         return
     os.environ[switch] = "1"
@@ -189,7 +190,7 @@ def _no_torch_extension() -> Iterator[None]:
         del os.environ[switch]
 
 
-def _torch_extension_wanted() -> bool:
+def _would_compile_torch_extension() -> bool:
     try:
         import torch
     except ImportError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +26,14 @@ def local_num_tokens_non_padded(num_tokens: Count, bucket: int, rank: int, world
     Local, without synchronisation. Over all ranks the shares add up to `num_tokens`.
 
     Args:
-        num_tokens: real tokens in the batch, 0 to `bucket`: a number, or an integer tensor of any shape and device,
-            whose values aren't checked.
+        num_tokens: real tokens in the batch, 0 to `bucket`: a number, or an integer tensor of any shape and device. A
+            tensor's values aren't checked.
         bucket: rows of the padded batch, a multiple of `world_size`.
-        rank: of the group, 0 to `world_size - 1`.
+        rank: this rank within the group, 0 to `world_size - 1`.
         world_size: ranks in the group.
 
     Returns:
-        A number; for a tensor one of the same shape, dtype and device, which may be computed inside a captured graph.
+        A number; for a tensor, a tensor of the same shape, dtype and device. A captured graph may compute it.
 
     Raises:
         ValueError: the bucket doesn't divide among the ranks, or a number is out of its range.
@@ -51,7 +51,7 @@ def local_num_tokens_non_padded(num_tokens: Count, bucket: int, rank: int, world
 
 
 class TokenCounts:
-    """The counts that the kernels of one captured graph read, at addresses that stay.
+    """The token counts that the kernels of one captured graph read, at fixed addresses.
 
     Create it before the capture and pass `total` and `local` to the kernels. Call `fill` before the capture and before
     each replay.
@@ -59,13 +59,13 @@ class TokenCounts:
     Attributes:
         bucket: rows of the padded batch.
         total: the batch's real tokens: int32, `[1]`, on the device.
-        local: of those, the rank's: int32, `[1]`, on the device.
+        local: this rank's share of them: int32, `[1]`, on the device.
     """
 
     def __init__(self, bucket: int, rank: int, world_size: int, device: torch.device | str) -> None:
         import torch
 
-        # What can't be right is refused here rather than at the first batch.
+        # Invalid arguments raise here rather than at the first batch.
         local_num_tokens_non_padded(0, bucket, rank, world_size)
         self.bucket = bucket
         self.total = torch.zeros(1, dtype=torch.int32, device=device)
@@ -80,15 +80,14 @@ class TokenCounts:
             num_tokens: real tokens in the batch, 0 to `bucket`: a number, or an integer tensor of one element.
 
         Raises:
-            CaptureError: a number, while a stream captures: the graph would keep it for ever. A tensor on the device is
-                read anew at each replay.
-            ValueError: as `local_num_tokens_non_padded`.
+            CaptureError: `num_tokens` is a number and a stream is capturing: every replay would use that number. A
+                tensor on the device is read again at each replay.
+            ValueError: as in `local_num_tokens_non_padded`.
         """
         if isinstance(num_tokens, int):
-            # The graph would keep it for ever.
-            refuse_capture(
-                "a number of tokens, which every replay would read again, can't be filled in",
-                "Call fill before the capture, or give it a tensor on the device",
+            raise_if_capturing(
+                "a number of tokens, which every replay would use again, can't be filled in",
+                "Call fill before the capture, or pass a tensor on the device",
             )
             local = local_num_tokens_non_padded(num_tokens, self.bucket, self._rank, self._world_size)
             self.total.fill_(num_tokens)

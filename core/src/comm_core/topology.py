@@ -1,4 +1,4 @@
-"""A group's ranks, hosts, devices and links, as every rank reported them: frozen, the same on every rank.
+"""A group's ranks, hosts, devices and links, as the ranks reported them: frozen, the same on every rank.
 
 Pure data, filled in by core's probe. Everything here converts to JSON and back, so a topology can be recorded on one
 machine and explained on another.
@@ -18,14 +18,14 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Where a rank runs.
+    """The host of a rank.
 
     Attributes:
-        name: the host name; for people, since containers and clones share names.
+        name: the host name, for messages only: containers and clones share names.
         id: equal for two ranks exactly if they share a running kernel, an IPC namespace and a /dev/shm, as CUDA IPC
             and POSIX shared memory require. Opaque.
-        boot_id: of the running kernel; equal for the containers of one machine, also where `id` differs.
-        shm_nbytes: bytes free in /dev/shm when it was probed; None where unknown.
+        boot_id: the boot ID of the running kernel; equal in all containers of one machine, even if `id` differs.
+        shm_nbytes: bytes free in /dev/shm at the time of the probe; None if unknown.
     """
 
     name: str
@@ -39,9 +39,9 @@ class Link:
     """The connection of a rank's device to another device of its host, according to NVML.
 
     Attributes:
-        nvlinks: active NVLinks on the way, directly or through a switch; 0 for none, None where unknown.
-        p2p: whether the driver allows peer reads and writes; None where unknown.
-        reason: the driver's words where `p2p` isn't True, `nvlinks` is 0 or something is unknown, such as
+        nvlinks: active NVLinks to the other device, direct or through a switch; 0 for none, None if unknown.
+        p2p: whether the driver allows peer reads and writes; None if unknown.
+        reason: the driver's explanation if `p2p` isn't True, `nvlinks` is 0 or something is unknown, such as
             "NVML: P2P_STATUS_CHIPSET_NOT_SUPPORTED".
     """
 
@@ -51,7 +51,7 @@ class Link:
 
 
 UNKNOWN_LINK = Link(reason="neither rank's driver reported the other's device")
-"""What `Topology.link` returns where neither device reported the other."""
+"""The result of `Topology.link` if neither device reported the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Device:
 
     Attributes:
         type: "cuda".
-        uuid: such as "GPU-…" or "MIG-…"; the same whatever `CUDA_VISIBLE_DEVICES` says.
-        name: as the driver names it.
-        capability: compute capability, (9, 0) for Hopper.
+        uuid: such as "GPU-…" or "MIG-…"; independent of `CUDA_VISIBLE_DEVICES`.
+        name: the driver's name for it.
+        capability: compute capability, such as (9, 0) for Hopper.
         memory_nbytes: total device memory.
-        fabric: "cluster UUID/clique id" of the NVLink fabric that it has joined; None where there is none.
-        links: by the UUID of each other device that this rank's driver sees.
+        fabric: "cluster UUID/clique id" of its NVLink fabric; None if it is in no fabric.
+        links: its links to the other devices that this rank's driver sees, by their UUIDs.
     """
 
     type: str
@@ -79,18 +79,18 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class RankInfo:
-    """What one rank of a group reported.
+    """The report of one rank of a group.
 
     Attributes:
         global_rank: its rank in the job.
-        host: where it runs.
+        host: its host.
         device: its accelerator in this group; None for a group on CPUs.
         allocator: torch's CUDA allocator: "native", "expandable_segments", "cudaMallocAsync" or another's name; None
             without an accelerator.
-        versions: of "comm_core", "torch", "python" and, where there, "cuda", "nccl", "driver".
+        versions: of "comm_core", "torch", "python" and, if present, "cuda", "nccl", "driver".
         plugins: version of each installed plugin's distribution, by backend name.
         facts: each plugin's result of `probe()`, by backend name.
-        unknown: why a field's value is unknown, by the field's name.
+        unknown: the reason for each field of unknown value, by the field's name.
     """
 
     global_rank: int
@@ -103,13 +103,13 @@ class RankInfo:
     unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that differ from their default, as JSON; the inverse is `from_json`."""
+        """Return the fields that differ from their defaults, as JSON."""
         data: dict[str, Any] = _compact(self)
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RankInfo:
-        """The inverse of `to_json`."""
+        """Build a report from the output of `to_json`."""
         fields = dict(data)
         fields["host"] = Host(**fields["host"])
         if fields.get("device") is not None:
@@ -122,11 +122,11 @@ class RankInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A process group as its ranks reported it.
+    """A process group, described by the reports of its ranks.
 
     Attributes:
-        ranks: by group rank.
-        device_types: of the tensors that the group can reduce, such as ("cuda", "cpu"), the main one first.
+        ranks: the reports, by group rank.
+        device_types: the device types that the group can reduce on, such as ("cuda", "cpu"), the main one first.
     """
 
     ranks: tuple[RankInfo, ...]
@@ -139,11 +139,11 @@ class Topology:
 
     @property
     def one_host(self) -> bool:
-        """Whether all ranks share a kernel, an IPC namespace and a /dev/shm."""
+        """True if all ranks share a kernel, an IPC namespace and a /dev/shm."""
         return len({info.host.id for info in self.ranks}) == 1
 
     def link(self, rank: int, peer: int) -> Link:
-        """Return the link between the devices of two group ranks, as the first of them reported it, else the second.
+        """Return the link between the devices of two group ranks, as reported by `rank`, else by `peer`.
 
         Ranks on two hosts, or without devices, have an unknown link: `p2p` and `nvlinks` are None.
         """
@@ -155,7 +155,7 @@ class Topology:
         return one.links.get(other.uuid) or other.links.get(one.uuid) or UNKNOWN_LINK
 
     def to_json(self) -> dict[str, Any]:
-        """The topology as JSON, with its schema's number."""
+        """Return the topology as JSON, with its schema number."""
         return {
             "schema": SCHEMA,
             "device_types": list(self.device_types),
@@ -164,10 +164,10 @@ class Topology:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Topology:
-        """The inverse of `to_json`.
+        """Build a topology from the output of `to_json`.
 
         Raises:
-            ValueError: the schema's number isn't this release's.
+            ValueError: the schema number isn't this release's.
         """
         if data.get("schema") != SCHEMA:
             raise ValueError(f"this topology has schema {data.get('schema')!r}; this release reads {SCHEMA}")
@@ -175,12 +175,12 @@ class Topology:
 
     @classmethod
     def of(cls, ranks: Iterable[RankInfo], device_types: tuple[str, ...] = ("cpu",)) -> Topology:
-        """A topology from what each rank reported, by group rank."""
+        """Build a topology from the ranks' reports, by group rank."""
         return cls(tuple(ranks), device_types)
 
 
 def _compact(value: Any) -> Any:
-    """JSON of a value, in which a dataclass is the fields that differ from their default."""
+    """Return a value as JSON, each dataclass reduced to the fields that differ from their defaults."""
     if dataclasses.is_dataclass(value):
         fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         return {field.name: _compact(item) for field, item in fields if item != _default(field)}

@@ -1,6 +1,6 @@
-"""The frozen values that ranks exchange and decide on: what a backend serves, and what was decided.
+"""Frozen values for the negotiation: the messages that a backend serves, and the decision of a group.
 
-Nothing here imports torch: a decision can be computed, stored and read where torch is broken or absent.
+Nothing here imports torch: a decision can be computed, stored and read even if torch is broken or absent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 OPS = ("all_reduce", "all_reduce_add_rms_norm")
 """The operations that a backend may serve."""
 MODES = ("eager", "graph")
-"""How a call runs: at once, or recorded into a CUDA graph inside `comm.capture()`."""
+"""The modes of a call: run at once, or recorded into a CUDA graph inside `comm.capture()`."""
 DTYPES = {
     "float32": 4,
     "float16": 2,
@@ -40,27 +40,27 @@ DTYPES = {
     "int8": 1,
     "uint8": 1,
 }
-"""The dtypes that are routed, by torch's names, with their size in bytes; the fused operation takes only floats."""
+"""The supported dtypes, by torch's names, with their sizes in bytes; the fused operation takes only floats."""
 TERMINAL = "torch_distributed"
 """The backend at the end of every route; it can't be disabled."""
 
 
 def rank_label(rank: int, job_rank: int) -> str:
-    """A group rank for people, with the job's rank where that differs: "1", "1 (3 in the job)"."""
+    """Format a group rank for a message, with the job's rank if that differs: "1", "1 (3 in the job)"."""
     return str(rank) if rank == job_rank else f"{rank} ({job_rank} in the job)"
 
 
-def _names(values: Iterable[Any] | None, prefix: str = "") -> tuple[str, ...] | None:
+def _unique_names(values: Iterable[Any] | None, prefix: str = "") -> tuple[str, ...] | None:
     if values is None:
         return None
     if isinstance(values, str):
-        raise TypeError(f"a sequence of names is needed, not the string {values!r}")
+        raise TypeError(f"expected a sequence of names, got the string {values!r}")
     return tuple(dict.fromkeys(str(value).removeprefix(prefix) for value in values))
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """A set of messages that a backend serves: every condition holds at once.
+    """A set of messages that a backend serves: those that meet every condition.
 
     A range is at least as strict as its kernel. Several ranges of one backend add up.
 
@@ -71,13 +71,13 @@ class Range:
         device_types: such as ("cuda",); None means any.
         min_nbytes: the smallest message, in bytes of the tensor to be reduced.
         max_nbytes: the largest message, in bytes; None means any.
-        multiple_nbytes: the message's bytes are a multiple of it.
-        max_tokens: the most rows of `[num_tokens, hidden_size]`, fused operation alone; None means any.
-        hidden_multiple: `hidden_size` is a multiple of it, fused operation alone.
+        multiple_nbytes: the message's size in bytes is a multiple of this number.
+        max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, fused operation only; None means any.
+        hidden_multiple: `hidden_size` is a multiple of this number, fused operation only.
         prepared: served only once `pre_capture_init` has returned it.
 
     Raises:
-        TypeError, ValueError: a field that no message could satisfy or that has the wrong type.
+        TypeError, ValueError: a field has the wrong type, or no message could satisfy it.
     """
 
     op: str
@@ -92,9 +92,9 @@ class Range:
     prepared: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modes", _names(self.modes))
-        object.__setattr__(self, "dtypes", _names(self.dtypes, "torch."))
-        object.__setattr__(self, "device_types", _names(self.device_types))
+        object.__setattr__(self, "modes", _unique_names(self.modes))
+        object.__setattr__(self, "dtypes", _unique_names(self.dtypes, "torch."))
+        object.__setattr__(self, "device_types", _unique_names(self.device_types))
         if self.op not in OPS:
             raise ValueError(f"op={self.op!r} isn't one of {', '.join(OPS)}")
         for field, known in (("modes", MODES), ("dtypes", tuple(DTYPES))):
@@ -112,7 +112,7 @@ class Range:
             _check_int("max_tokens", self.max_tokens, 1)
 
     def serves(self, mode: str, device_type: str, dtype: str) -> bool:
-        """Whether the range takes this mode, device type and dtype at some size."""
+        """Return whether the range takes this mode, device type and dtype at some size."""
         return (
             (self.modes is None or mode in self.modes)
             and (self.device_types is None or device_type in self.device_types)
@@ -120,7 +120,7 @@ class Range:
         )
 
     def intersect(self, other: Range) -> Range | None:
-        """The messages that both ranges take, or None where there are none."""
+        """Return the range of messages that both ranges take, or None if there are none."""
         if self.op != other.op:
             return None
         sets: dict[str, tuple[str, ...] | None] = {}
@@ -131,7 +131,7 @@ class Range:
                 return None
             sets[field] = both
         low = max(self.min_nbytes, other.min_nbytes)
-        high = _smaller(self.max_nbytes, other.max_nbytes)
+        high = _smaller_bound(self.max_nbytes, other.max_nbytes)
         multiple = math.lcm(self.multiple_nbytes, other.multiple_nbytes)
         if high is not None and high // multiple * multiple < low:
             return None
@@ -140,14 +140,14 @@ class Range:
             min_nbytes=low,
             max_nbytes=high,
             multiple_nbytes=multiple,
-            max_tokens=_smaller(self.max_tokens, other.max_tokens),
+            max_tokens=_smaller_bound(self.max_tokens, other.max_tokens),
             hidden_multiple=math.lcm(self.hidden_multiple, other.hidden_multiple),
             prepared=self.prepared or other.prepared,
             **sets,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that differ from their default, as JSON."""
+        """Return the fields that differ from their defaults, as JSON."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -156,7 +156,7 @@ class Range:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Range:
-        """The inverse of `to_json`."""
+        """Build a range from the output of `to_json`."""
         return cls(**data)
 
 
@@ -167,20 +167,20 @@ def _check_int(field: str, value: object, lowest: int) -> None:
         raise ValueError(f"{field}={value} is below {lowest}")
 
 
-def _smaller(one: int | None, other: int | None) -> int | None:
+def _smaller_bound(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
 
 
 @dataclasses.dataclass(frozen=True)
 class Available:
-    """A backend can serve the group.
+    """The answer of a backend that can serve the group.
 
     Attributes:
-        priority: the higher is tried first. 0 the terminal fallback, 100 a vendor's library, 200 a generic
-            custom kernel, 300 one made for this topology, 500 a third party's default, 900 a user's own.
-        ranges: the messages it serves; empty means all that its hooks can be called with.
+        priority: higher ones are tried first. Bands: 0 the terminal fallback, 100 a vendor's library, 200 a generic
+            custom kernel, 300 a kernel for this topology, 500 a third party's default, 900 a user's own.
+        ranges: the messages it serves; empty means every message that its hooks can take.
         checks_operands: whether `all_reduce_add_rms_norm` may be called with operands that core hasn't validated; see
-            the hook. It then checks them itself, in native code faster than core can.
+            the hook. The backend then checks them itself, in native code that is faster than core's checks.
     """
 
     priority: int
@@ -197,7 +197,7 @@ class Available:
 
 @dataclasses.dataclass(frozen=True)
 class Unavailable:
-    """A backend can't serve the group.
+    """The answer of a backend that can't serve the group.
 
     Attributes:
         reason: one sentence without a full stop; `explain` prints it.
@@ -217,12 +217,12 @@ class Candidate:
     Attributes:
         name: the backend's name.
         verdict: "serves" (owns a route), "standby" (could serve, but others come first everywhere), "unavailable"
-            (said no, or isn't there on every rank), "failed" (in `connect` or in its admission test), or "blocked"
-            (by an argument or the environment).
-        reason: of the verdict, as the rank in `rank` gave it.
+            (its `is_available` said so, or some rank lacks it), "failed" (in `connect` or in its admission test), or
+            "blocked" (by an argument or the environment).
+        reason: the reason for the verdict, as the rank in `rank` gave it.
         rank: the group rank that gave the reason; None if all did.
-        priority: the lowest that a rank gave; None if it never said yes.
-        version: its distribution's version; None if ranks differ or it isn't known.
+        priority: the lowest of the ranks' priorities; None if no rank gave one.
+        version: its distribution's version; None if the ranks' versions differ or it is unknown.
     """
 
     name: str
@@ -248,12 +248,12 @@ class Rule:
     hidden_multiple: int = 1
 
     def takes(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> bool:
-        """Whether a message of `nbytes` bytes falls under this rule.
+        """Return whether this rule applies to a message of `nbytes` bytes.
 
         Args:
             nbytes: bytes of the tensor to be reduced.
-            num_tokens: rows of `[num_tokens, hidden_size]`, fused operation alone.
-            hidden_size: elements a row, fused operation alone.
+            num_tokens: rows of `[num_tokens, hidden_size]`, fused operation only.
+            hidden_size: elements per row, fused operation only.
         """
         return (
             self.min_nbytes <= nbytes
@@ -266,7 +266,9 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """The backends that serve one kind of message, by size: the first rule that takes it; the last takes every size.
+    """The backends that serve one operation, mode, device type and dtype, by message size.
+
+    The first rule that takes a message decides; the last one takes every size.
 
     Attributes:
         op: one of `OPS`.
@@ -283,7 +285,7 @@ class Route:
     rules: tuple[Rule, ...]
 
     def backend_for(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> str:
-        """The name of the backend that serves a message of `nbytes` bytes; see `Rule.takes`."""
+        """Return the name of the backend that serves a message of `nbytes` bytes; see `Rule.takes`."""
         return next(rule.backend for rule in self.rules if rule.takes(nbytes, num_tokens, hidden_size))
 
 
@@ -292,8 +294,7 @@ class Decision:
     """The plan of a group: its candidates and routes, equal on every rank.
 
     Attributes:
-        candidates: every backend that some rank knows, in the order in which they were considered; the terminal
-            fallback last.
+        candidates: every backend that some rank knows, in the order of their consideration; the terminal fallback last.
         routes: one for each operation, mode, device type and dtype of the group.
     """
 
@@ -305,10 +306,10 @@ class Decision:
         return next((candidate for candidate in self.candidates if candidate.name == name), None)
 
     def route(self, op: str, mode: str, device_type: str, dtype: str) -> Route:
-        """The route of one kind of message.
+        """Return the route of one operation, mode, device type and dtype.
 
         Raises:
-            LookupError: the group has none for these, say for CPU tensors where it has no CPU backend.
+            LookupError: the group has no such route, for example for CPU tensors if it has no CPU backend.
         """
         for route in self.routes:
             if (route.op, route.mode, route.device_type, route.dtype) == (op, mode, device_type, dtype):
@@ -316,5 +317,5 @@ class Decision:
         raise LookupError(f"no route for {op}, {mode}, {device_type}, {dtype}")
 
     def to_json(self) -> dict[str, Any]:
-        """The decision as JSON."""
+        """Return the decision as JSON."""
         return dataclasses.asdict(self)

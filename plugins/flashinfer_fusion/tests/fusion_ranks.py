@@ -45,7 +45,7 @@ class Member:
         """Returns the hook's result; ("failed", the reason, the rank) if it failed on any rank."""
         self.steps += 1
         try:
-            with self.channel.opened(self.control, f"step {self.steps}", 60.0) as stage:
+            with self.channel.open_stage(self.control, f"step {self.steps}", 60.0) as stage:
                 try:
                     value = call()
                 except StageAbortedError:

@@ -1,1 +1,1 @@
-"""How the ranks of a group talk around the hot path, and what bounds every wait."""
+"""Exchanges between the ranks of a group outside the hot path, and the deadlines of all waits."""

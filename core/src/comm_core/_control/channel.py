@@ -1,4 +1,4 @@
-"""How a plugin's Collective hooks talk to the other ranks: `context.control`."""
+"""`context.control`: the exchanges of a plugin's Collective hooks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 from comm_core._control.stage import Stage
 from comm_core._control.store import Control
 from comm_core.context import Agreement
@@ -16,21 +16,21 @@ __all__ = ["SessionChannel"]
 
 
 class SessionChannel:
-    """What a plugin holds as `context.control`: the stage that its Collective hook runs in, and none outside.
+    """The `context.control` of a plugin: passes calls to the stage of the running Collective hook, else raises.
 
-    A thread that a deadline left behind keeps its own, aborted stage: it never reaches a later one.
+    A thread that outlives its deadline keeps its own, aborted stage: it never reaches a later one.
     """
 
     def __init__(self) -> None:
         self._stage: Stage | None = None
 
     @contextlib.contextmanager
-    def opened(self, control: Control, name: str, timeout_s: float | None = None) -> Iterator[Stage]:
-        """Open a stage in which the plugin may talk; see `Stage`."""
+    def open_stage(self, control: Control, name: str, timeout_s: float | None = None) -> Iterator[Stage]:
+        """Open a stage for the plugin's exchanges; see `Stage`."""
         with Stage(control, name, timeout_s) as stage:
             self._stage = stage
             yield stage
-        # Only after a good end: a thread that was left behind keeps the aborted stage, where every call raises.
+        # Only after success: a thread that outlives its deadline keeps the aborted stage, in which every call raises.
         if stage.aborted is None:
             self._stage = None
 
@@ -47,7 +47,9 @@ class SessionChannel:
         return self._open().agree(ok, reason)
 
     def _open(self) -> Stage:
-        refuse_capture("no rank can wait for the others", "Talk in connect, pre_capture_init or capture_ctx's exit")
+        raise_if_capturing(
+            "no rank can wait for the others", "Exchange in connect, pre_capture_init or capture_ctx's exit"
+        )
         if self._stage is None:
-            raise CommError("context.control is open inside Collective hooks alone (see docs/hooks.md)")
+            raise CommError("context.control works only inside Collective hooks (see docs/hooks.md)")
         return self._stage

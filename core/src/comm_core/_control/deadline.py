@@ -1,4 +1,4 @@
-"""Runs code that may never come back: a plugin's import, its `connect`, its admission test."""
+"""Run code that may never return: a plugin's import, its `connect`, its admission test."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _log = logging.getLogger(__name__)
 
 
 def describe(error: BaseException) -> str:
-    """The type and the text of an exception on one line, also where its `__str__` raises."""
+    """Return the type and the text of an exception on one line, even if its `__str__` raises."""
     return " ".join(" ".join(traceback.format_exception_only(type(error), error)).split())
 
 
 def run_with_deadline(
     function: Callable[[], T], timeout_s: float, *, name: str, on_late: Callable[[T], object] | None = None
 ) -> T:
-    """Call `function` in a daemon thread and wait for it.
+    """Call `function` in a daemon thread and wait for its result until the deadline.
 
-    A call that misses its deadline can't be stopped: its thread goes on, and it keeps what it holds. The caller's
-    thread-local state, such as torch's current device, isn't taken along.
+    A call that misses its deadline can't be stopped: its thread continues and keeps its resources. The caller's
+    thread-local state, such as torch's current device, doesn't apply in the thread.
 
     Args:
         function: called once, without arguments.
-        timeout_s: how long to wait, in seconds.
-        name: what runs, for the thread and for errors: "import of customar_v2".
-        on_late: called in that thread with what `function` returned after nobody waited any more; whatever it raises is
-            logged. Either the caller gets the value or `on_late` does, never both.
+        timeout_s: the longest wait, in seconds.
+        name: the call's name in the thread's name and in errors: "import of customar_v2".
+        on_late: called in that thread with a result that comes after the wait has ended; its exceptions are logged.
+            Either the caller gets the result or `on_late` does, never both.
 
     Returns:
-        What `function` returned.
+        The result of `function`.
 
     Raises:
-        TimeoutError: it isn't back within `timeout_s`.
-        RuntimeError: it raised what isn't an `Exception`, such as `SystemExit`; that is the cause.
-        Exception, KeyboardInterrupt: what it raised otherwise.
+        TimeoutError: `function` hasn't returned within `timeout_s`.
+        RuntimeError: `function` raised a `BaseException` such as `SystemExit`, which is the cause.
+        Exception, KeyboardInterrupt: `function` raised it.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     thread = threading.Thread(
@@ -52,11 +52,11 @@ def run_with_deadline(
     try:
         concurrent.futures.wait([future], min(timeout_s, threading.TIMEOUT_MAX))
     finally:
-        # The future's lock decides: cancelled here or set there, whichever is first; the other learns of it. Also where
-        # the wait itself is interrupted, since then nobody takes the value.
+        # The future's lock decides between cancelling here and setting the result in the thread: the first one wins. An
+        # interrupted wait cancels too, since this caller won't take the result.
         late = future.cancel()
     if late:
-        raise TimeoutError(f"{name} isn't back after {timeout_s:g} s")
+        raise TimeoutError(f"{name} hasn't returned after {timeout_s:g} s")
     try:
         return future.result()
     except (Exception, KeyboardInterrupt):
@@ -64,7 +64,7 @@ def run_with_deadline(
     except BaseException as error:
         raise RuntimeError(f"{name} raised {describe(error)}") from error
     finally:
-        # The future holds the error, whose traceback holds this frame: a cycle that would keep tensors alive.
+        # The future holds the error, and the error's traceback holds this frame: a cycle that would keep tensors alive.
         del future
 
 
@@ -76,7 +76,7 @@ def _run(
 ) -> None:
     try:
         value = function()
-    except BaseException as error:  # noqa: BLE001 - a thread's exception reaches nobody unless it is carried over
+    except BaseException as error:  # noqa: BLE001 - the future carries it to the caller
         try:
             future.set_exception(error)
         except concurrent.futures.InvalidStateError:
@@ -85,16 +85,16 @@ def _run(
         try:
             future.set_result(value)
         except concurrent.futures.InvalidStateError:
-            _hand_over(value, on_late, name)
+            _deliver_late(value, on_late, name)
     finally:
-        # As above.
+        # A cycle too; see run_with_deadline.
         del future
 
 
-def _hand_over(value: T, on_late: Callable[[T], object] | None, name: str) -> None:
+def _deliver_late(value: T, on_late: Callable[[T], object] | None, name: str) -> None:
     if on_late is None:
         return
     try:
         on_late(value)
-    except Exception:  # noqa: BLE001 - it may be a plugin's `close`, and no caller is left to tell
-        _log.warning("what %s returned after its deadline can't be given back", name, exc_info=True)
+    except Exception:  # noqa: BLE001 - it may be a plugin's `close`, and no caller is left to raise to
+        _log.warning("can't free the result that %s returned after its deadline", name, exc_info=True)

@@ -1,16 +1,16 @@
-"""How the ranks of one group talk around the hot path: through the job's key-value store, never through collectives.
+"""The exchanges of one group's ranks outside the hot path: through the job's key-value store, not through collectives.
 
-A collective of the user's group is no way to agree on a failure: after one missed deadline a Gloo group is dead, and a
-rank that raises early would have its next message taken for this one. In the store every message has a key of its own:
+A collective of the user's group can't agree on a failure: after one missed deadline a Gloo group is dead, and if a rank
+raises early, its peers take its next message for this one. In the store every message has a key of its own:
 
-    incarnation / stage / sequence / group rank      what one rank says
-    incarnation / stage / sequence / arrived         how many said something
-    incarnation / stage / sequence / verdict         how it ended: everybody waits on this key alone
+    incarnation / stage / sequence / group rank      the message of one rank
+    incarnation / stage / sequence / arrived         the number of messages
+    incarnation / stage / sequence / verdict         the outcome: every rank waits on this key alone
 
-The last rank to arrive gathers what all said and publishes it as the verdict. A rank that fails, or whose deadline
-ends, publishes an abort under the same key. Both by `compare_set`, so the first verdict wins, and everybody follows it,
-who comes late too. A rank enters exchange n + 1 only with the verdict of n in its hands, so an abort always meets the
-exchange that the others are in.
+The last rank to arrive gathers all messages and publishes them as the verdict. A rank that fails, or that misses its
+deadline, publishes an abort under the same key. Both use `compare_set`, so the first verdict wins, and every rank
+follows it, including a late one. A rank enters exchange n + 1 only after it has read the verdict of n, so an abort
+always reaches the exchange that the others are in.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = ["Stage", "StageAbortedError", "StageTimeoutError"]
 
 #: The longest message of one rank, as JSON text in bytes.
 MESSAGE_NBYTES = 64 * 1024
-# The longest reason that is carried; a traceback's tail fits, a core dump doesn't.
+# The longest reason, in characters: enough for a traceback's tail, too few for a core dump.
 _REASON_CHARS = 4000
-# The most that a verdict may unpack to, so that a corrupt one can't take the host's memory: 64 KiB from 4,096 ranks.
+# The limit of an unpacked verdict, so that a corrupt one can't fill the host's memory: 64 KiB from each of 4,096 ranks.
 _VERDICT_NBYTES = 4096 * MESSAGE_NBYTES
 
 
@@ -46,8 +46,8 @@ class StageAbortedError(CommError):
     """A stage of the control channel ended by an abort; every rank of the group sees the same one.
 
     Attributes:
-        reason: the words of the rank that aborted it.
-        rank: that rank, by group rank.
+        reason: the reason that the aborting rank gave.
+        rank: the group rank of the aborting rank.
     """
 
     def __init__(self, message: str, reason: str, rank: int) -> None:
@@ -60,7 +60,7 @@ class StageTimeoutError(StageAbortedError, CommTimeoutError):
     """A stage ended because ranks were absent at the deadline.
 
     Attributes:
-        ranks: their group ranks.
+        ranks: the group ranks of the absent ranks.
     """
 
     def __init__(self, message: str, reason: str, rank: int, ranks: tuple[int, ...]) -> None:
@@ -72,16 +72,16 @@ class StageTimeoutError(StageAbortedError, CommTimeoutError):
 class Stage:
     """A Collective step: a sequence of exchanges that ends for all ranks alike. Implements `ControlChannel`.
 
-    As a context manager it is what all ranks do together until the block's end: an exception that leaves the block
-    aborts the stage for all of them.
+    As a context manager it lasts until the end of the block; an exception that leaves the block aborts the stage for
+    all ranks.
 
     Args:
-        control: this rank's end of the channel.
-        name: the same on every rank, and used once in an incarnation.
+        control: this rank's access to the store.
+        name: equal on every rank, and used once per incarnation.
         timeout_s: the deadline of the whole stage, from now, in seconds; None: each exchange has its own.
 
     Attributes:
-        aborted: what every call in this stage raises; None while nothing failed.
+        aborted: the error that every call in this stage raises; None before an abort.
     """
 
     def __init__(self, control: Control, name: str, timeout_s: float | None = None) -> None:
@@ -90,7 +90,7 @@ class Stage:
         self._name = name
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._next = 0
-        self._entered: str | None = None  # the exchange that a thread of this rank is in
+        self._current: str | None = None  # the exchange that a thread of this rank is in
         self._lock = threading.Lock()
 
     def __enter__(self) -> Stage:
@@ -102,11 +102,11 @@ class Stage:
 
     @property
     def begun(self) -> bool:
-        """Whether this rank has entered an exchange."""
+        """True once this rank has entered an exchange."""
         return self._next > 0
 
     def all_gather(self, value: Any, kind: str = "all_gather") -> list[Any]:
-        """Every rank's `value`, by group rank; see `ControlChannel.all_gather`. Kinds that differ abort the stage.
+        """Return the values of all ranks; see `ControlChannel.all_gather`. Kinds that differ abort the stage.
 
         Raises:
             ValueError, TypeError: `value` isn't JSON or is too long; before anything is sent.
@@ -115,30 +115,30 @@ class Stage:
         """
         text = json.dumps(value, allow_nan=False, separators=(",", ":"))
         if len(text.encode()) > MESSAGE_NBYTES:
-            raise ValueError(f"a message of {len(text.encode())} bytes: the limit is {MESSAGE_NBYTES}")
+            raise ValueError(f"the message has {len(text.encode())} bytes; the limit is {MESSAGE_NBYTES}")
         with self._lock:
             if self.aborted is not None:
                 raise self.aborted
             key = self._key(self._next)
             self._next += 1
-            self._entered = key
-            done = self._control.leftover
+            self._current = key
+            previous = self._control.last_success
         left_s = self._control.timeout_s if self._deadline is None else max(self._deadline - time.monotonic(), 0)
-        exchange = functools.partial(self._exchange, key, f'["{kind}",{text}]', done, left_s)
-        verdict = self._control.ask(self._name, exchange, left_s)
+        exchange = functools.partial(self._exchange, key, f'["{kind}",{text}]', previous, left_s)
+        verdict = self._control.call_store(self._name, exchange, left_s)
         with self._lock:
-            self._entered = None
+            self._current = None
             if "abort" in verdict:
                 self._control.note_abort(key)
                 self.aborted = self.aborted or self._error(verdict["abort"])
                 raise self.aborted
-            # Where another thread aborted the stage meanwhile, this rank may be in a later one: `abort` noted the key.
+            # If another thread aborted the stage meanwhile, this rank may be in a later one, and `abort` noted the key.
             if self.aborted is None:
                 self._control.note_success(key)
         return list(verdict["values"])
 
     def barrier(self) -> None:
-        """Return once every rank has called it."""
+        """Wait until every rank has called it."""
         self.all_gather(None, "barrier")
 
     def agree(self, ok: bool, reason: str = "") -> Agreement:
@@ -148,78 +148,78 @@ class Stage:
         return Agreement(not reasons, reasons)
 
     def abort(self, reason: str) -> StageAbortedError:
-        """End the stage for all ranks, also while another thread of this rank is in one of its exchanges.
+        """Abort the stage for all ranks, even while another thread of this rank is in one of its exchanges.
 
         Returns:
-            What this and every other rank's calls in the stage raise: the first abort's, where there were several.
+            The error that every rank's calls in this stage raise: that of the first abort.
         """
-        # Kept until the verdict is known: no thread of this rank begins another exchange, nor raises anything else than
-        # the other ranks will.
+        # Held until the verdict is known: no thread of this rank begins another exchange, or raises another error than
+        # the other ranks.
         with self._lock:
             if self.aborted is None:
                 self.aborted = self._post_abort(self._abort(reason[:_REASON_CHARS], self._control.rank))
             return self.aborted
 
     def peek(self) -> StageAbortedError | None:
-        """Read, without waiting, how others have ended this stage; for a rank that has entered no exchange of it."""
-        # The first exchange can't succeed without this rank, so that a verdict is an abort, whose keys stay.
+        """Return the abort that another rank has posted, without waiting; for a rank that has entered no exchange."""
+        # The first exchange can't succeed without this rank, so a verdict is an abort, and an abort's keys stay.
         key = f"{self._key(0)}/verdict"
         with contextlib.suppress(CommError):  # without its store a group can't abort anything either
-            verdict = self._control.ask(self._name, lambda store: store.get(key) if store.check([key]) else None)
+            verdict = self._control.call_store(self._name, lambda store: store.get(key) if store.check([key]) else None)
             return None if verdict is None else self._error(_unpack(verdict)["abort"])
         return None
 
-    def awaited(self) -> tuple[int, ...]:
-        """The ranks that another thread of this rank waits for in an exchange, by group rank."""
+    def pending_ranks(self) -> tuple[int, ...]:
+        """Return the group ranks that another thread of this rank waits for in an exchange."""
         with self._lock:
-            key = self._entered
+            key = self._current
         if key is None:
             return ()
         ranks = range(self._control.world_size)
-        with contextlib.suppress(CommError):  # then nobody can tell
-            return self._control.ask(
+        with contextlib.suppress(CommError):  # without its store a group can't know
+            return self._control.call_store(
                 self._name, lambda store: tuple(rank for rank in ranks if not store.check([f"{key}/{rank}"]))
             )
         return ()
 
-    def _exchange(self, key: str, text: str, done: str, timeout_s: float, store: Store) -> dict[str, Any]:
+    def _exchange(self, key: str, text: str, previous: str, timeout_s: float, store: Store) -> dict[str, Any]:
         control = self._control
         messages = [f"{key}/{rank}" for rank in range(control.world_size)]
         store.set(messages[control.rank], text)
         if store.add(f"{key}/arrived", 1) < control.world_size:
             return self._await_verdict(key, messages, timeout_s, store)
         kinds, values = zip(*map(json.loads, store.multi_get(messages)), strict=True)
-        odd = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
-        lost = self._abort(f"exchanges don't match: {kinds[odd]} here, not as elsewhere", odd)
-        verdict = _publish(key, {"values": values} if len(set(kinds)) == 1 else {"abort": lost}, store)
-        if done:
-            # Every rank has come here, so every rank has left the exchange before.
-            control.delete(done, store)
+        outlier = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
+        mismatch = self._abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)
+        verdict = _publish(key, {"values": values} if len(set(kinds)) == 1 else {"abort": mismatch}, store)
+        if previous:
+            # Every rank has arrived here, so every rank has left the previous exchange.
+            control.delete(previous, store)
         return verdict
 
     def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
         try:
-            # Zero would mean "for ever" to some stores.
+            # Zero means no deadline to some stores.
             store.wait([f"{key}/verdict"], timedelta(seconds=max(timeout_s, 0.001)))
         except dist.DistNetworkError:
             raise
         except RuntimeError:
-            # Not every store has its own error for a wait that ended. Publishing tells whether there is a verdict.
+            # Some stores have no separate error for a timed-out wait. Publishing shows if there is a verdict already.
             absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
-            who = self._control.label(*absent) if absent else "the rank that came last"
-            abort = self._abort(f"{who} didn't come in time", self._control.rank)
+            late = self._control.label(*absent) if absent else "the rank that came last"
+            abort = self._abort(f"{late} didn't come in time", self._control.rank)
             return _publish(key, {"abort": abort | {"absent": absent}}, store)
         return _unpack(store.get(f"{key}/verdict"))
 
     def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
-        # The exchange that another thread is in may have succeeded meanwhile. Then the other ranks are bound for the
-        # next one, which can't succeed without this rank, and meet the abort there.
+        # The exchange of another thread may have succeeded meanwhile. Then the other ranks go on to the next one, which
+        # can't succeed without this rank, and read the abort there.
         for sequence in range(max(self._next - 1, 0), self._next + 1):
             key = self._key(sequence)
             self._control.note_abort(key)
             try:
-                verdict = self._control.ask(self._name, functools.partial(_publish, key, {"abort": abort}))
-            except CommError:  # whoever is cut off from the store finds that out alone
+                verdict = self._control.call_store(self._name, functools.partial(_publish, key, {"abort": abort}))
+            except CommError:  # a rank that is cut off from the store finds that out alone
                 break
             if "abort" in verdict:
                 return self._error(verdict["abort"])
@@ -241,9 +241,9 @@ class Stage:
 
 
 def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:
-    """Make `verdict` the exchange's, unless it has one; returns the one it has."""
+    """Publish `verdict` unless the exchange has one already; return the exchange's verdict."""
     packed = zlib.compress(json.dumps(verdict, separators=(",", ":")).encode(), 1)
-    # As text, since a store's Python binding promises nothing else.
+    # As text: the Python bindings of stores promise to carry nothing else.
     return _unpack(compare_set(f"{key}/verdict", "", base64.b64encode(packed).decode(), store))
 
 
@@ -251,5 +251,7 @@ def _unpack(packed: bytes | str) -> dict[str, Any]:
     inflate = zlib.decompressobj()
     text = inflate.decompress(base64.b64decode(packed), _VERDICT_NBYTES)
     if inflate.unconsumed_tail:
-        raise CommError(f"a verdict of more than {_VERDICT_NBYTES} bytes: the job's store holds something else")
+        raise CommError(
+            f"the job's store has a verdict of more than {_VERDICT_NBYTES} bytes; other software may use its keys"
+        )
     return dict(json.loads(text))

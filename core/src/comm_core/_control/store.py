@@ -1,7 +1,6 @@
 """One rank's access to the job's key-value store: clones of it, the group's incarnation, and the keys to delete.
 
-This file alone knows torch's store and translates group ranks to the job's. `stage.py` has the protocol that the ranks
-follow over it.
+Only this module knows torch's store and translates group ranks to the job's. `stage.py` has the protocol of the ranks.
 """
 
 from __future__ import annotations
@@ -22,133 +21,138 @@ from comm_core.types import rank_label
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# torch.distributed.Store: torch's stubs leave out its name, and `clone`.
+# torch.distributed.Store: torch's stubs lack its name and `clone`.
 Store = Any
 
 __all__ = ["Control", "Store", "compare_set", "store_of"]
 
 T = TypeVar("T")
 
-# How long the store itself may take, in seconds: far more than it needs under load, far less than anybody's patience.
+# The deadline of the store itself, in seconds: far above its response time under load, far below the default control
+# timeout.
 _STORE_S = 20.0
 
 
 def store_of(group: dist.ProcessGroup) -> Store:
-    """The key-value store under which torch made `group`, with the group's own prefix.
+    """Return the key-value store with which torch created `group`, with the group's own prefix.
 
-    torch has no public way to it; this is the one place that reaches for it, and a test holds it to every torch release
-    that we support.
+    torch has no public function for it. Only this function uses the private one, and a test pins it on every supported
+    torch release.
     """
     store: Store = distributed_c10d._get_process_group_store(group)  # noqa: SLF001 - see above
     return store
 
 
 def compare_set(key: str, expected: str, value: str, store: Store) -> str:
-    """Set `key` where it holds `expected`, or nothing where that is empty; returns what it holds afterwards."""
+    """Set `key` if its value is `expected`, or if `expected` is "" and it has none; return its value afterwards."""
     return str(store.compare_set(key, expected, value), "ascii")
 
 
 class Control:
-    """One rank's end of its group's control channel. It works in stages, each a Collective step of core's: see `Stage`.
+    """One rank's access to its group's control channel. Its exchanges belong to stages: see `Stage`.
 
     Args:
-        store: the group's store; whoever talks to it does so on a clone, since a blocked read holds the client's lock.
+        store: the group's store; each call uses a clone, since a blocked read holds the client's lock.
         rank: this rank's group rank.
         global_ranks: the job's rank of each group rank.
-        timeout_s: how long an exchange waits for the others where its stage has no deadline, in seconds.
+        timeout_s: how long an exchange waits for the others if its stage has no deadline, in seconds.
 
     Attributes:
-        leftover: the last exchange that succeeded, "" for none. Every rank has left it once all have come to the next.
+        last_success: the last exchange that succeeded, "" for none. Every rank has left it once all are in the next.
     """
 
     def __init__(self, store: Store, rank: int, global_ranks: tuple[int, ...], timeout_s: float) -> None:
         self.rank = rank
         self.global_ranks = global_ranks
         self.timeout_s = timeout_s
-        self.leftover = ""
+        self.last_success = ""
         self._store = store
-        self._idle: list[Store] = []  # clones that nobody is using
-        self._lost = ""  # why the store is given up
+        self._idle_clones: list[Store] = []  # clones that no thread uses
+        self._failure = ""  # the reason why the store is given up
         self._incarnation = ""
-        # Exchanges that were aborted: a thread that a deadline left behind may still be reading their keys.
+        # Aborted exchanges: a thread that outlives its deadline may still read their keys.
         self._aborted: list[str] = []
 
     @property
     def world_size(self) -> int:
-        """Ranks in the group."""
+        """The number of ranks in the group."""
         return len(self.global_ranks)
 
     @property
     def prefix(self) -> str:
-        """What the keys of this incarnation begin with."""
+        """The prefix of this incarnation's keys."""
         return f"comm_core/{self._incarnation}"
 
     def label(self, *ranks: int) -> str:
-        """Group ranks for people, with the job's rank where that differs: "rank 1 (3 in the job)"."""
+        """Format group ranks for a message, with the job's rank if that differs: "rank 1 (3 in the job)"."""
         names = [rank_label(rank, self.global_ranks[rank]) for rank in ranks]
         return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
     def join(self, seen: set[str]) -> None:
-        """Enter the group's newest incarnation, or found one where this process has used that up.
+        """Join the group's newest incarnation, or create one if this process has been in that one.
 
-        Every `get_backend` that negotiates is an incarnation with keys of its own, so that no message of an earlier try
-        is ever read. A rank that comes late finds the incarnation that the others founded and reads how it ended.
+        Every negotiation is an incarnation with keys of its own, so that no message of an earlier one is ever read. A
+        late rank joins the incarnation that the others created and reads its verdicts.
 
         Args:
-            seen: incarnations of this group that this process has been in; the one that is joined is added.
+            seen: the incarnations of this group that this process has been in; gains the joined one.
 
         Raises:
             CommError: the store is gone.
         """
         key, mine, current = "comm_core/incarnation", uuid.uuid4().hex, ""
         while True:
-            newest = self.ask("joining the group", functools.partial(compare_set, key, current, mine))
+            newest = self.call_store("joining the group", functools.partial(compare_set, key, current, mine))
             if newest not in seen:
                 break
             current = newest
         seen.add(newest)
         self._incarnation = newest
 
-    def ask(self, what: str, operation: Callable[[Store], T], waits_s: float = 0.0) -> T:
-        """Do `operation` with a clone of the store, in a thread: a store whose host is cut off never answers.
+    def call_store(self, what: str, operation: Callable[[Store], T], waits_s: float = 0.0) -> T:
+        """Run `operation` on a clone of the store, in a thread: a store on an unreachable host never answers.
 
         Args:
-            what: who asks, for errors.
+            what: the caller's name in errors.
             operation: called once, with the clone.
-            waits_s: how long it waits for other ranks, in seconds; the store's own time comes on top.
+            waits_s: how long it may wait for other ranks, in seconds; the store's own deadline is added.
 
         Raises:
             CommError: the store is gone, now or in an earlier call; as `CommTimeoutError`, it doesn't answer.
         """
-        if self._lost:
-            raise CommError(f"{what}: {self._lost}")
+        if self._failure:
+            raise CommError(f"{what}: {self._failure}")
         timeout_s = waits_s + _STORE_S
         try:
-            return run_with_deadline(functools.partial(self._lend, operation), timeout_s, name="the job's store")
+            return run_with_deadline(
+                functools.partial(self._run_on_clone, operation), timeout_s, name="the job's store"
+            )
         except CommError:
             raise
         except TimeoutError as error:
-            self._lost = f"the job's store gave no answer in {timeout_s:g} s: it is frozen, or its host cut off"
-            raise CommTimeoutError(f"{what}: {self._lost}") from error
+            self._failure = (
+                f"the job's store gave no answer in {timeout_s:g} s: it is frozen, or its host is unreachable"
+            )
+            raise CommTimeoutError(f"{what}: {self._failure}") from error
         except RuntimeError as error:
-            self._lost = f"the job's store can't be reached any more: {error}"
-            raise CommError(f"{what}: {self._lost}") from error
+            self._failure = f"the job's store can't be reached any more: {error}"
+            raise CommError(f"{what}: {self._failure}") from error
 
-    def _lend(self, operation: Callable[[Store], T]) -> T:
+    def _run_on_clone(self, operation: Callable[[Store], T]) -> T:
         try:
-            client = self._idle.pop()
+            client = self._idle_clones.pop()
         except IndexError:
             client = self._store.clone()
         value = operation(client)
-        self._idle.append(client)
+        self._idle_clones.append(client)
         return value
 
     def note_success(self, exchange: str) -> None:
-        """Remember an exchange whose keys can be deleted once every rank has come to the next one."""
-        self.leftover = exchange
+        """Remember a successful exchange: its keys can be deleted once every rank has arrived at the next one."""
+        self.last_success = exchange
 
     def note_abort(self, exchange: str) -> None:
-        """Remember an exchange whose keys can be deleted only once every rank has left the incarnation."""
+        """Remember an aborted exchange: its keys can be deleted once every rank has left the incarnation."""
         self._aborted.append(exchange)
 
     def delete(self, exchange: str, store: Store) -> None:
@@ -157,20 +161,20 @@ class Control:
             store.delete_key(key)
 
     def finish(self) -> None:
-        """Leave the incarnation. Waits for nobody; the last rank to leave deletes what is left of its keys."""
+        """Leave the incarnation without waiting; the last rank to leave deletes its remaining keys."""
         with contextlib.suppress(CommError):  # a store that is gone has no keys to delete
-            self.ask("leaving the group", self._leave)
-        self.leftover, self._aborted = "", []
+            self.call_store("leaving the group", self._leave)
+        self.last_success, self._aborted = "", []
 
     def _leave(self, store: Store) -> None:
         left = f"{self.prefix}/left"
         notes = [f"{left}/{rank}" for rank in range(self.world_size)]
         if self._aborted:
-            # Others needn't have met these: a rank may fail where they have left the stage already.
+            # The others may not know of these: a rank may fail after they have left the stage.
             store.set(notes[self.rank], json.dumps(list(dict.fromkeys(self._aborted))))
         if store.add(left, 1) < self.world_size:
             return
-        exchanges = {self.leftover} - {""}
+        exchanges = {self.last_success} - {""}
         for note in notes:
             if store.check([note]):
                 exchanges.update(json.loads(store.get(note)))

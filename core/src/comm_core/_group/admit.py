@@ -28,7 +28,7 @@ def admit(
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
     try:
         name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
-        with session.channel.opened(member.control, name, member.stage_timeout_s) as stage:
+        with session.channel.open_stage(member.control, name, member.stage_timeout_s) as stage:
             test = functools.partial(
                 admission.run,
                 session.plugin.hooks,

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from comm_core._control.deadline import describe
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 from comm_core._control.stage import Stage, StageTimeoutError
 from comm_core._control.store import Control
 from comm_core._group.states import GroupState
@@ -87,7 +87,7 @@ class SessionCapture:
             raise failed
         context, self._context = self._context, None
         try:
-            with self.session.channel.opened(self.control, self._stage_name) as stage:
+            with self.session.channel.open_stage(self.control, self._stage_name) as stage:
                 context.__exit__(None, None, None)
                 if stage.begun:  # raises an abort that the plugin has swallowed
                     stage.all_gather(None, "vote")
@@ -135,11 +135,13 @@ def _entered(captures: Sequence[SessionCapture]) -> Iterator[None]:
         capture.skip_missed()
     remaining = list(captures)
     try:
-        refuse_capture("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
+        raise_if_capturing("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
         for capture in captures:
             capture.enter()
         yield
-        refuse_capture("comm.capture() can't be left", "End the capture within it: torch.cuda.graph is the inner block")
+        raise_if_capturing(
+            "comm.capture() can't be left", "End the capture within it: torch.cuda.graph is the inner block"
+        )
         while remaining:
             remaining.pop().leave()
     except BaseException as error:
@@ -255,4 +257,4 @@ def refuse_in_capture(function: str) -> None:
     """
     if _open_count:
         raise CaptureError(f"{function} can't be called inside comm.capture(). Call it before the capture, or after")
-    refuse_capture(f"{function} can't wait for other ranks", "Call it before the capture, or after")
+    raise_if_capturing(f"{function} can't wait for other ranks", "Call it before the capture, or after")

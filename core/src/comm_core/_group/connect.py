@@ -118,7 +118,7 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
     session: Session | None = None
     try:
         stage_name = f"{member.stage_prefix}connect {plugin.name}"
-        with channel.opened(member.control, stage_name, member.stage_timeout_s) as stage:
+        with channel.open_stage(member.control, stage_name, member.stage_timeout_s) as stage:
             try:
                 value: Any = context
                 if hook is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 from comm_core._control.store import Control, store_of
 from comm_core._group.local_inputs import gather_local_inputs, topology_of_one
 from comm_core._group.negotiation import negotiate
@@ -31,7 +31,7 @@ def create_serving(state: GroupState) -> Serving:
 
 
 def _create_negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
-    refuse_capture(
+    raise_if_capturing(
         f"{state.title} has no handle yet, and its ranks can't negotiate one",
         "Call comm.get_backend(group) before the capture",
     )

@@ -121,6 +121,6 @@ def _failure_reason(error: BaseException) -> str:
 
 def abort_stage(stage: Stage, member: Membership, error: Exception) -> StageAbortedError:
     """Abort a stage in which a plugin failed; if its hook timed out on other ranks, the reason names them."""
-    awaited = stage.awaited() if isinstance(error, TimeoutError) else ()
+    awaited = stage.pending_ranks() if isinstance(error, TimeoutError) else ()
     waits = f": it waits for {member.control.label(*awaited)}" if awaited else ""
     return stage.abort(_failure_reason(error) + waits)

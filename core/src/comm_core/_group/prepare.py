@@ -98,7 +98,7 @@ def _prepare_one(
     hook = functools.partial(session.plugin.hooks["pre_capture_init"], session.value, shapes)
     vote_name = f"{member.stage_prefix}pre_capture_init {name}"
     try:
-        with session.channel.opened(member.control, vote_name, member.stage_timeout_s) as stage:
+        with session.channel.open_stage(member.control, vote_name, member.stage_timeout_s) as stage:
             try:
                 ranges = run_in_worker(hook, member, f"pre_capture_init of {name}")
                 memory_nbytes = session.reported_memory_nbytes

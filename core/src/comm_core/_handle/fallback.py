@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 from comm_core._handle import norm
 
 __all__ = ["TerminalFallback", "add_rms_norm", "single_rank_all_reduce", "torch_distributed"]
@@ -34,7 +34,7 @@ class TerminalFallback:
             CaptureError: a stream captures, and the group has no communicator yet.
         """
         if not self._has_communicator and tensor.is_cuda:
-            refuse_capture(
+            raise_if_capturing(
                 f"torch.distributed has no communicator for {self._title} yet, and can't create one",
                 "Call comm.pre_capture_init, or reduce a CUDA tensor of any size, before the capture",
             )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from comm_core._control.deadline import describe
-from comm_core._control.guard import refuse_capture
+from comm_core._control.guard import raise_if_capturing
 from comm_core._handle.operands import copy_to_out, disjoint, is_kernel_ready, to_kernel_ready
 
 __all__ = ["add_rms_norm", "prepare"]
@@ -51,7 +51,7 @@ def prepare(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str:
         device = torch.device("cuda", torch.cuda.current_device())
     key = (device, dtype, hidden_size)
     if key not in _kernels:
-        refuse_capture(
+        raise_if_capturing(
             f"the kernel that adds and normalises {dtype} rows of {hidden_size} on {device} can't be compiled",
             "Call comm.pre_capture_init before the capture",
         )

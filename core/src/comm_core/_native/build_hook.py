@@ -1,4 +1,4 @@
-"""hatchling's build hook `comm-core`: a plugin's `csrc/`, compiled into its wheel.
+"""hatchling's build hook `comm-core`: compiles a plugin's `csrc/` into its wheel.
 
 ```toml
 [build-system]
@@ -28,9 +28,9 @@ __all__ = ["KernelsBuildHook", "hatch_register_build_hook"]
 
 
 class KernelsBuildHook(BuildHookInterface[Any]):
-    """Compiles where there is a compiler; elsewhere the wheel is pure, and the code is compiled where it is used.
+    """A build hook that compiles if there is a compiler; otherwise the wheel is pure, and users compile the code.
 
-    The one option, `package`, is the import name, by default the project's name with underscores.
+    Its only option, `package`, is the import name, by default the project's name with underscores.
     """
 
     PLUGIN_NAME = "comm-core"
@@ -38,34 +38,34 @@ class KernelsBuildHook(BuildHookInterface[Any]):
     _scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and name the platform that the wheel is then for. Nothing to do for an editable one.
+        """Compile, and tag the wheel with its platform; do nothing for an editable wheel.
 
         Args:
             version: hatchling's name for the kind of wheel.
-            build_data: hatchling's, changed in place.
+            build_data: hatchling's build data, changed in place.
 
         Raises:
             FileNotFoundError: the project has no such package.
-            PluginLoadError: there is nothing to compile, or the compiler fails.
+            PluginLoadError: there are no sources, or the compiler fails.
         """
         if self.target_name != "wheel" or version != "standard":
             return
         package = self.config.get("package", self.metadata.name.replace("-", "_"))
-        sources = toolchain.sources_of(self._folder(package))
+        sources = toolchain.find_sources(self._folder(package))
         try:
             tools = toolchain.find_tools(sources)
         except PluginLoadError as error:
-            self.app.display_warning(f"{self.metadata.name}: this wheel holds sources alone: {error}")
+            self.app.display_warning(f"{self.metadata.name}: this wheel has only sources: {error}")
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="comm-core-")
-        built = toolchain.plan(package, sources, tools).build(Path(self._scratch.name))
-        build_data["force_include"][str(built)] = f"{package}/{toolchain.BUILT}/{built.name}"
+        built = toolchain.make_recipe(package, sources, tools).build(Path(self._scratch.name))
+        build_data["force_include"][str(built)] = f"{package}/{toolchain.BUILT_FOLDER}/{built.name}"
         build_data["pure_python"] = False
-        # Of this machine, and no manylinux: nobody checked what else the binary asks of a system.
+        # This machine's platform, not manylinux: the binary's other requirements are unchecked.
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002 - hatchling's
-        """Remove what was compiled: it is in the wheel."""
+        """Remove the compiled files: the wheel has copies."""
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -75,12 +75,12 @@ class KernelsBuildHook(BuildHookInterface[Any]):
             if place.is_dir():
                 return place
         raise FileNotFoundError(
-            f"there is no package {package!r}: neither {places[0]} nor {places[1]} is a folder. Its name goes into "
-            f"[tool.hatch.build.hooks.{self.PLUGIN_NAME}] as package"
+            f"there is no package {package!r}: neither {places[0]} nor {places[1]} is a folder. Set package in "
+            f"[tool.hatch.build.hooks.{self.PLUGIN_NAME}] to its name"
         )
 
 
 @hookimpl
 def hatch_register_build_hook() -> type[BuildHookInterface[Any]]:
-    """Called by hatchling."""
+    """Return the hook's class to hatchling."""
     return KernelsBuildHook

@@ -1,4 +1,4 @@
-"""The user's cache of compiled code: folders that nobody else can write, and one builder at a time."""
+"""The user's cache of compiled code: folders that no other user can write, and one builder at a time."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from comm_core.errors import CommTimeoutError, PluginLoadError
 
 __all__ = ["build_once", "private_folder", "root"]
 
-# How often a waiting process looks, in seconds: short against a build, long against a look.
+# The polling interval of a waiting process, in seconds: short against a build, long against a poll.
 _POLL_S = 0.05
 
 
 def root(configured: str | None) -> Path:
-    """Where the cache is: as configured, else where the XDG base directory specification puts it.
+    """Return the cache's folder: as configured, else by the XDG base directory specification.
 
     Raises:
-        PluginLoadError: nothing says where this user's files are.
+        PluginLoadError: this user's home folder is unknown.
     """
     if configured is not None:
         return Path(configured)
@@ -34,44 +34,46 @@ def root(configured: str | None) -> Path:
         try:
             base = Path.home() / ".cache"
         except RuntimeError as error:
-            raise PluginLoadError(f"no place for a cache: {error}. Set {PREFIX}CACHE_DIR to a folder") from error
+            raise PluginLoadError(
+                f"there is no folder for the cache of compiled code: {error}. Set {PREFIX}CACHE_DIR to a folder"
+            ) from error
     return base / "comm_core"
 
 
 def private_folder(top: Path, name: str) -> Path:
-    """The folder `name` in the cache at `top`, both made where they aren't there.
+    """Return the folder `name` in the cache at `top`; create both if they are missing.
 
     Raises:
-        PluginLoadError: another user could put a file there or exchange the folder.
-        OSError: one can't be made.
+        PluginLoadError: another user could write to the folder or replace it.
+        OSError: a folder can't be created.
     """
-    return _private(_private(top) / name)
+    return _ensure_private(_ensure_private(top) / name)
 
 
 def build_once(folder: Path, name: str, build: Callable[[Path], Path], timeout_s: float) -> Path:
-    """The file `name` in a private folder; where it isn't there, one process builds it and the others wait.
+    """Return the file `name` in a private folder; if it is missing, one process builds it and the others wait.
 
-    Built in a folder beside it and moved into place when complete: what a killed builder leaves is never taken for it,
-    and its lock ends with its process.
+    The build runs in a folder beside it, and the complete file is moved into place: leftovers of a killed builder never
+    count as the file, and its lock ends with its process.
 
     Args:
         folder: from `private_folder`.
-        name: the file's.
-        build: makes the file in the empty folder that it is given; returns where.
-        timeout_s: how long to wait for another process, in seconds.
+        name: the file's name.
+        build: builds the file in the given empty folder and returns its path.
+        timeout_s: the longest wait for another process, in seconds.
 
     Raises:
-        CommTimeoutError: another process isn't done in time.
+        CommTimeoutError: another process hasn't finished in time.
         PluginLoadError: from `build`, here or in the process that this one waited for; or others can write the file.
         OSError: the folder can't be written or locked.
     """
     built, failure = folder / name, folder / "failure.txt"
     if not built.exists():
-        before = _written(failure)
+        before = _mtime_ns(failure)
         with _locked(folder / "lock", timeout_s):
             if not built.exists():
-                # Ranks that start together fail together: each trying in turn what can't be built would take minutes.
-                if _written(failure) != before:
+                # Ranks that start together fail together: a failing build by each in turn would take minutes.
+                if _mtime_ns(failure) != before:
                     raise PluginLoadError(failure.read_text())
                 _build(folder, built, build, failure)
     status = built.lstat()
@@ -81,8 +83,8 @@ def build_once(folder: Path, name: str, build: Callable[[Path], Path], timeout_s
     return built
 
 
-def _written(path: Path) -> int | None:
-    """When a file was last written, in nanoseconds; None where there is none."""
+def _mtime_ns(path: Path) -> int | None:
+    """Return a file's modification time in nanoseconds; None if there is no file."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -90,7 +92,7 @@ def _written(path: Path) -> int | None:
 
 
 def _build(folder: Path, built: Path, build: Callable[[Path], Path], failure: Path) -> None:
-    """Called under the lock: any other such folder is a dead process's."""
+    """Build the file and move it into place. Needs the lock: other build folders are then dead processes' leftovers."""
     for left in folder.glob("build-*"):
         shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
@@ -98,7 +100,7 @@ def _build(folder: Path, built: Path, build: Callable[[Path], Path], failure: Pa
         made = build(scratch)
         made.chmod(0o700)
         with made.open("rb") as file:
-            os.fsync(file.fileno())  # before the name: after a power cut there is the whole file or none
+            os.fsync(file.fileno())  # before the move: after a power cut there is the whole file or none
         made.replace(built)
     except PluginLoadError as error:
         failure.write_text(str(error))
@@ -131,37 +133,37 @@ def _locked(path: Path, timeout_s: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _private(folder: Path) -> Path:
-    """Make or check one folder.
+def _ensure_private(folder: Path) -> Path:
+    """Create or check one folder.
 
-    Its parents may be links, which are followed once and for all, and may be root's; the folder itself may not.
+    Its parents may be links, which are resolved here once, and may belong to root; the folder itself may not.
     """
     folder = folder.parent.resolve() / folder.name
     for path in reversed([path for path in (folder, *folder.parents) if not os.path.lexists(path)]):
-        with contextlib.suppress(FileExistsError):  # another process made it meanwhile
+        with contextlib.suppress(FileExistsError):  # another process created it meanwhile
             path.mkdir(mode=0o700)
     for path in folder.parents:
         _check_owner(path, path.stat(), (0, os.geteuid()), shared=stat.S_ISVTX)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise PluginLoadError(
-            f"compiled code isn't kept in {folder}: it isn't a folder of its own, but a link or a file. Set "
-            f"{PREFIX}CACHE_DIR to where it leads"
+            f"compiled code isn't kept in {folder}: it isn't a folder, but a link or a file. Set "
+            f"{PREFIX}CACHE_DIR to the folder itself"
         )
     _check_owner(folder, status, (os.geteuid(),))
     return folder
 
 
 def _check_owner(path: Path, status: os.stat_result, owners: tuple[int, ...], *, shared: int = 0) -> None:
-    """Refuse what another user can write or exchange.
+    """Raise `PluginLoadError` if another user can write or replace a path.
 
     Args:
-        path: for the error.
-        status: of it.
+        path: the path, for the error.
+        status: the path's status.
         owners: the user ids that may own it.
-        shared: a mode bit that makes a folder fit for many users: in a sticky one each keeps what is his.
+        shared: a mode bit that makes a writable folder safe: in a sticky one users can replace only their own files.
     """
-    remedy = f"or set {PREFIX}CACHE_DIR to a folder that is yours alone"
+    remedy = f"or set {PREFIX}CACHE_DIR to a private folder of yours"
     if status.st_uid not in owners:
         raise PluginLoadError(
             f"compiled code isn't loaded from the cache: {path} belongs to user id {status.st_uid}, not to "

@@ -1,4 +1,4 @@
-"""Compiles a package's `csrc/` into one shared object. Knows nothing of torch: wheels are built without it."""
+"""Compile a package's `csrc/` into one shared object, without torch: wheels are built without it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,26 @@ from pathlib import Path
 
 from comm_core.errors import PluginLoadError
 
-__all__ = ["BUILT", "Recipe", "Tools", "find_tools", "gencode", "include_dir", "no_bindings", "plan", "sources_of"]
+__all__ = [
+    "BUILT_FOLDER",
+    "Recipe",
+    "Tools",
+    "find_sources",
+    "find_tools",
+    "gencode",
+    "include_dir",
+    "make_recipe",
+    "missing_bindings",
+]
 
 _log = logging.getLogger("comm_core")
-#: The folder inside a package that has its shared object, in a wheel for one platform.
-BUILT = "_lib"
-# What a wheel is compiled for: Ampere's, Hopper's and Blackwell's data-centre parts; the newest also as PTX, which the
-# driver compiles for what comes later.
+#: The folder of the shared object inside a package, in a wheel for one platform.
+BUILT_FOLDER = "_lib"
+# The compute capabilities in a wheel: data-centre GPUs of Ampere, Hopper and Blackwell; the newest also as PTX, which
+# the driver compiles for later GPUs.
 _WHEEL_ARCHS = (80, 90, 100)
 _HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-# Other inputs of a build, part of a binary's key: all that the compilers themselves read from the environment.
+# Environment variables that the compilers read; they are part of a binary's key.
 _READ_BY_COMPILERS = (
     "CPATH",
     "CPLUS_INCLUDE_PATH",
@@ -39,7 +49,7 @@ _READ_BY_COMPILERS = (
     "NVCC_CCBIN",
     "NVCC_PREPEND_FLAGS",
 )
-# Enough for a template's error with where it was instantiated.
+# Lines of a compiler's output in an error: enough for a template's error with its points of instantiation.
 _LAST_LINES = 30
 
 
@@ -49,7 +59,7 @@ class Tools:
 
     Attributes:
         cxx: the C++ compiler's command.
-        nvcc: CUDA's compiler, which then compiles and links everything; None without CUDA sources.
+        nvcc: the CUDA compiler, which then compiles and links everything; None without CUDA sources.
     """
 
     cxx: tuple[str, ...]
@@ -57,25 +67,25 @@ class Tools:
 
     @property
     def cuda(self) -> bool:
-        """Whether there is CUDA to compile."""
+        """True if there are CUDA sources."""
         return self.nvcc is not None
 
     def versions(self) -> tuple[str, ...]:
-        """What each compiler says that it is."""
+        """Return the version text of each compiler."""
         commands = [self.cxx] if self.nvcc is None else [self.cxx, (self.nvcc,)]
         return tuple(_output((*command, "--version")) for command in commands)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one shared object is made.
+    """The complete input of one shared object's build.
 
     Attributes:
         package: the package's import name, and the shared object's.
-        sources: files in one folder; what else is in it may be included by them.
+        sources: files in one folder; they may include the other files of the folder.
         tools: the compilers.
-        flags: for compiling; nothing in them depends on where the package lies.
-        link_flags: for linking.
+        flags: the flags for compiling, independent of the package's location.
+        link_flags: the flags for linking.
     """
 
     package: str
@@ -85,7 +95,7 @@ class Recipe:
     link_flags: tuple[str, ...]
 
     def key(self) -> str:
-        """Names the binary: a digest of everything that goes into it. Runs each compiler for its version."""
+        """Return the binary's key: a digest of all inputs of the build. Runs each compiler for its version."""
         parts = [
             json.dumps([self.tools.cxx, self.tools.nvcc, self.flags, self.link_flags]),
             json.dumps({name: os.environ.get(name) for name in _READ_BY_COMPILERS}),
@@ -102,21 +112,21 @@ class Recipe:
         """Compile and link.
 
         Args:
-            folder: an empty one for the result and all by-products.
-            timeout_s: for the whole, in seconds; None for no limit.
+            folder: an empty folder for the result and all by-products.
+            timeout_s: the deadline of the whole build, in seconds; None: no deadline.
 
         Returns:
-            The shared object.
+            The path of the shared object.
 
         Raises:
-            PluginLoadError: a compiler fails, or isn't done in time; with its last lines.
+            PluginLoadError: a compiler fails or misses the deadline; the text has its last lines.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         compiler = self.tools.cxx if self.tools.nvcc is None else (self.tools.nvcc,)
         bindings = _bindings()
         includes = [f"-I{self.sources[0].parent}", f"-I{include_dir()}"]
         for path in dict.fromkeys(bindings[:2]):
-            includes += ["-isystem", path]  # warnings are for the package's own code
+            includes += ["-isystem", path]  # only the package's own code gives warnings
         objects = [f"{source.name}.o" for source in self.sources]
         compiles = [
             [*compiler, *self.flags, *includes, "-c", str(source), "-o", name]
@@ -131,15 +141,15 @@ class Recipe:
 
 
 def include_dir() -> Path:
-    """The folder of the headers that core ships, included as `<comm_core/...>`."""
+    """Return the folder of core's headers, included as `<comm_core/...>`."""
     return Path(__file__).parents[1] / "include"
 
 
-def sources_of(package: Path) -> tuple[Path, ...]:
-    """What is compiled of the package in that folder, by name.
+def find_sources(package: Path) -> tuple[Path, ...]:
+    """Return the sources of the package in that folder, sorted by name.
 
     Raises:
-        PluginLoadError: there is nothing.
+        PluginLoadError: there are none.
     """
     folder = package / "csrc"
     found = tuple(sorted(path for pattern in ("*.cpp", "*.cu") for path in folder.glob(pattern)))
@@ -148,20 +158,20 @@ def sources_of(package: Path) -> tuple[Path, ...]:
     return found
 
 
-def no_bindings() -> str | None:
-    """Why nothing can be bound here, in a sentence without a full stop; None where it can."""
+def missing_bindings() -> str | None:
+    """Return why native code can't be bound here, a sentence without a full stop; None if it can."""
     if importlib.util.find_spec("tvm_ffi") is not None:
         return None
     return "apache-tvm-ffi isn't installed; it comes with the extra kernels of comm-core"
 
 
 def find_tools(sources: Collection[Path], environ: Mapping[str, str] = os.environ) -> Tools:
-    """The compilers that `sources` take. Looks at PATH, runs nothing.
+    """Return the compilers for `sources`. Searches PATH, runs nothing.
 
     Raises:
-        PluginLoadError: one isn't there, nor what binds their output, in a sentence without a full stop.
+        PluginLoadError: a compiler or apache-tvm-ffi is missing; the text is a sentence without a full stop.
     """
-    reason = no_bindings()
+    reason = missing_bindings()
     if reason is not None:
         raise PluginLoadError(reason)
     try:
@@ -186,17 +196,17 @@ def find_tools(sources: Collection[Path], environ: Mapping[str, str] = os.enviro
     return dataclasses.replace(tools, nvcc=nvcc)
 
 
-def plan(package: str, sources: tuple[Path, ...], tools: Tools, capabilities: Collection[int] = ()) -> Recipe:
-    """Settle every flag.
+def make_recipe(package: str, sources: tuple[Path, ...], tools: Tools, capabilities: Collection[int] = ()) -> Recipe:
+    """Choose the flags of a build.
 
     Args:
         package: the package's import name.
-        sources: what to compile, all in one folder.
-        tools: what to compile it with.
-        capabilities: compute capabilities to compile CUDA for, such as 90 for 9.0; none: a wheel's.
+        sources: the sources, all in one folder.
+        tools: the compilers.
+        capabilities: the compute capabilities to compile CUDA for, such as 90 for 9.0; none: a wheel's.
 
     Raises:
-        PluginLoadError: this nvcc compiles for none of them.
+        PluginLoadError: this nvcc can't compile for one of them.
     """
     if tools.nvcc is None:
         return Recipe(
@@ -208,7 +218,7 @@ def plan(package: str, sources: tuple[Path, ...], tools: Tools, capabilities: Co
         )
     listed = _output((tools.nvcc, "--list-gpu-arch")).split()
     supported = [int(number) for _, _, number in (line.partition("_") for line in listed) if number.isdecimal()]
-    # One CUDA runtime inside each binary: torch's own may be of another major version.
+    # Each binary links the CUDA runtime statically: torch's own may be of another major version.
     common = ("-cudart=static", *_host_compiler(tools), *gencode(capabilities, supported))
     return Recipe(
         package,
@@ -220,17 +230,17 @@ def plan(package: str, sources: tuple[Path, ...], tools: Tools, capabilities: Co
 
 
 def gencode(capabilities: Collection[int], supported: Collection[int]) -> tuple[str, ...]:
-    """What nvcc generates code for.
+    """Return nvcc's flags for code generation.
 
     Args:
-        capabilities: of the devices that the code is for, such as 90 for 9.0; none: those of a wheel.
-        supported: what this nvcc knows.
+        capabilities: the devices' compute capabilities, such as 90 for 9.0; none: those of a wheel.
+        supported: the compute capabilities that this nvcc supports.
 
     Returns:
-        A flag for each: machine code where nvcc knows the device, else PTX of the newest that is older.
+        A flag for each: machine code if nvcc supports the device, else PTX of the newest older one.
 
     Raises:
-        PluginLoadError: this nvcc knows a device neither itself nor by an older one.
+        PluginLoadError: this nvcc supports neither a device nor an older one.
     """
     wanted = set(capabilities) or set(_WHEEL_ARCHS) & set(supported) or {max(supported, default=0)}
     as_ptx = {max((known for known in supported if known <= one), default=0) for one in wanted - set(supported)}
@@ -245,16 +255,16 @@ def gencode(capabilities: Collection[int], supported: Collection[int]) -> tuple[
 
 
 def _host_compiler(tools: Tools) -> tuple[str, ...]:
-    """CXX goes for what nvcc hands on, too, unless its own variable says otherwise, or it isn't a mere program."""
+    """Return the flag that makes CXX nvcc's host compiler, unless NVCC_CCBIN is set or CXX has arguments."""
     if "CXX" in os.environ and "NVCC_CCBIN" not in os.environ and len(tools.cxx) == 1:
         return (f"-ccbin={tools.cxx[0]}",)
     return ()
 
 
 def _bindings() -> tuple[str, str, str]:
-    """The folders of apache-tvm-ffi: its headers, DLPack's headers, its library.
+    """Return the folders of apache-tvm-ffi: its headers, DLPack's headers, its library.
 
-    Its own command tells, in a process of its own: to import it would import torch.
+    Runs its command in a separate process: importing it would import torch.
     """
     options = ("--includedir", "--dlpack-includedir", "--libdir")
     include, dlpack, library = _output((sys.executable, "-m", "tvm_ffi.config", *options)).splitlines()
@@ -262,21 +272,21 @@ def _bindings() -> tuple[str, str, str]:
 
 
 def _output(command: Sequence[str]) -> str:
-    """What a command prints that ends at once.
+    """Return the output of a short command.
 
     Raises:
-        PluginLoadError: it fails.
+        PluginLoadError: the command fails.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603 - a compiler
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or ""
-        raise PluginLoadError(f"{shlex.join(command)} fails: {error} {said}".strip()) from error
+        stderr = getattr(error, "stderr", None) or ""
+        raise PluginLoadError(f"{shlex.join(command)} fails: {error} {stderr}".strip()) from error
     return done.stdout
 
 
 def _run(commands: Sequence[Sequence[str]], folder: Path, deadline: float | None) -> None:
-    """Run commands side by side in `folder`, which also gets their temporary files; the first failure ends them all."""
+    """Run commands in parallel in `folder`, which also gets their temporary files; the first failure kills them all."""
     running: list[tuple[Sequence[str], Path, subprocess.Popen[bytes]]] = []
     try:
         for number, command in enumerate(commands):
@@ -295,19 +305,19 @@ def _run(commands: Sequence[Sequence[str]], folder: Path, deadline: float | None
         for command, log, process in running:
             status = process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
             if status:
-                raise PluginLoadError(_report(command, log, f"exits with {status}"))
+                raise PluginLoadError(_failure_text(command, log, f"exits with {status}"))
             if log.stat().st_size:
-                _log.warning("%s", _report(command, log, "has warnings"))
+                _log.warning("%s", _failure_text(command, log, "has warnings"))
     except subprocess.TimeoutExpired:
-        raise PluginLoadError(_report(command, log, "isn't done in time")) from None
+        raise PluginLoadError(_failure_text(command, log, "hasn't finished in time")) from None
     finally:
         for _, _, process in running:
             if process.poll() is None:
-                # The compiler is a family of processes, in a session of its own.
+                # The compiler starts subprocesses; the whole process group is killed.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
-def _report(command: Sequence[str], log: Path, what: str) -> str:
+def _failure_text(command: Sequence[str], log: Path, what: str) -> str:
     lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
     return "\n".join([f"{Path(command[0]).name} {what}:", *lines, f"in: {shlex.join(command)}"])

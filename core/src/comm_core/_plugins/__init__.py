@@ -1,1 +1,1 @@
-"""The installed backends: found by metadata, validated against the hook specs, loaded one by one."""
+"""Installed backends: found by their metadata, loaded one by one, validated against the hook specs."""

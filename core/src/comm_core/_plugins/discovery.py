@@ -1,7 +1,7 @@
-"""Finds the installed backends and loads them, each on its own: one that is broken stops nobody.
+"""Find the installed backends and load each on its own, so that a broken one doesn't affect the others.
 
-A verdict is reached once a process and kept: a module is imported once anyway, and a rank that changed its mind between
-two groups would disagree with the others.
+Each process keeps the result of each load: a module is imported once anyway, and a rank with a new result for a second
+group would disagree with the others.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from comm_core._plugins.installed import (
     GROUP,
     InstalledPlugin,
     LoadFailure,
-    Refused,
+    PluginRejectedError,
     check_name,
     check_requirements,
-    failed,
-    listing,
+    list_installed,
+    load_failure,
 )
 from comm_core._plugins.metadata_backport import metadata
 from comm_core._version import __version__
@@ -36,7 +36,7 @@ __all__ = [
     "LoadFailure",
     "Plugin",
     "discover",
-    "installed",
+    "installed_plugins",
     "load_object",
     "reset",
 ]
@@ -46,13 +46,13 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plugin:
-    """A backend that was loaded and whose hooks keep the rules.
+    """A loaded backend with valid hooks.
 
     Attributes:
         name: the backend's name.
-        distribution: what brings it; None where unknown.
-        version: of the distribution; None where unknown.
-        hooks: its hooks as plain callables, by name, to be called by position.
+        distribution: its distribution's name; None if unknown.
+        version: its distribution's version; None if unknown.
+        hooks: its hooks as plain callables, by name; call them by position.
     """
 
     name: str
@@ -61,19 +61,18 @@ class Plugin:
     hooks: Mapping[str, Callable[..., Any]]
 
     def has(self, hook: str) -> bool:
-        """Whether the plugin implements `hook`."""
+        """Return whether the plugin implements `hook`."""
         return hook in self.hooks
 
 
 @dataclasses.dataclass(frozen=True)
 class Discovery:
-    """What is installed, and what became of it.
+    """The installed backends, and the results of their loading.
 
     Attributes:
-        plugins: those that were wanted and loaded, by name.
-        failures: those that were wanted and can't be used, by name.
-        listed: the version of everything installed, also of what wasn't wanted, by name; "unknown" where metadata
-            don't say.
+        plugins: the wanted backends that loaded, by name.
+        failures: the wanted backends that can't be used, by name.
+        listed: the versions of all installed backends, wanted or not, by name; "unknown" if the metadata lacks one.
     """
 
     plugins: dict[str, Plugin]
@@ -81,96 +80,99 @@ class Discovery:
     listed: dict[str, str]
 
 
-_verdicts: dict[InstalledPlugin, Plugin | LoadFailure] = {}
+_results: dict[InstalledPlugin, Plugin | LoadFailure] = {}
 _lock = threading.RLock()
 
 
 def reset() -> None:
-    """Forget the list and every verdict. For tests: modules that were imported stay imported."""
+    """Forget the list and every result, for tests. Imported modules stay imported."""
     with _lock:
-        _verdicts.clear()
-        installed.cache_clear()
+        _results.clear()
+        installed_plugins.cache_clear()
 
 
 @functools.cache
-def installed() -> tuple[InstalledPlugin | LoadFailure, ...]:
-    """Everything that registers in the entry-point group, sorted by name; imports nothing, looks once a process.
+def installed_plugins() -> tuple[InstalledPlugin | LoadFailure, ...]:
+    """List the backends in the entry-point group, sorted by name; imports nothing, reads metadata once per process.
 
     Returns:
-        For each an `InstalledPlugin`, or a `LoadFailure` if metadata alone rule it out: a name that isn't allowed, or
-        that several register. A plugin that takes the terminal fallback's name is listed as "distribution:name".
+        For each an `InstalledPlugin`, or a `LoadFailure` if its metadata rules it out: a name that isn't allowed, or
+        that several distributions register. A plugin under the terminal fallback's name is listed as
+        "distribution:name".
     """
-    return listing()
+    return list_installed()
 
 
 def load_object(name: str, plugin: object, version: str | None = None, distribution: str | None = None) -> Plugin:
-    """Make a plugin of a module or an object at hand, under the rules for installed ones. Nothing is kept.
+    """Make a plugin of a module or an object, under the rules for installed ones; the result isn't kept.
 
     Raises:
-        PluginLoadError: its name or its hooks break a rule; the text says which, and what to do.
+        PluginLoadError: its name or its hooks break a rule; the text has the rule and the remedy.
     """
     try:
         check_name(name)
         return _build(name, plugin, distribution, version)
-    except Refused as refusal:
-        failure = LoadFailure(name, distribution, version, refusal.reason, refusal.remedy)
-        raise PluginLoadError(str(failure)) from refusal
+    except PluginRejectedError as rejection:
+        failure = LoadFailure(name, distribution, version, rejection.reason, rejection.remedy)
+        raise PluginLoadError(str(failure)) from rejection
 
 
 def discover(wanted: Callable[[str], bool], timeout_s: float) -> Discovery:
-    """Load every installed backend that is wanted; the others are listed, not imported.
+    """Load the wanted backends among the installed ones; the others are listed, not imported.
 
     Args:
-        wanted: whether a backend of this name may be used.
-        timeout_s: how long the import of one plugin may take, in seconds.
+        wanted: returns whether a backend of this name may be used.
+        timeout_s: the longest that the import of one plugin may take, in seconds.
     """
     plugins: dict[str, Plugin] = {}
     failures: dict[str, LoadFailure] = {}
-    for item in filter(lambda item: wanted(item.name), installed()):
-        verdict = _verdict(item, timeout_s) if isinstance(item, InstalledPlugin) else item
-        if isinstance(verdict, Plugin):
-            plugins[item.name] = verdict
+    for entry in filter(lambda entry: wanted(entry.name), installed_plugins()):
+        result = _load_once(entry, timeout_s) if isinstance(entry, InstalledPlugin) else entry
+        if isinstance(result, Plugin):
+            plugins[entry.name] = result
         else:
-            failures[item.name] = verdict
-    return Discovery(plugins, failures, {item.name: item.version or "unknown" for item in installed()})
+            failures[entry.name] = result
+    return Discovery(plugins, failures, {entry.name: entry.version or "unknown" for entry in installed_plugins()})
 
 
-def _verdict(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure:
+def _load_once(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure:
     with _lock:
-        if entry not in _verdicts:
-            _verdicts[entry] = _attempt(entry, timeout_s)
-        return _verdicts[entry]
+        if entry not in _results:
+            _results[entry] = _load(entry, timeout_s)
+        return _results[entry]
 
 
-def _attempt(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure:
+def _load(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure:
     try:
         check_requirements(entry, __version__)
-        return run_with_deadline(functools.partial(_import, entry), timeout_s, name=f"the import of {entry.name}")
-    except Refused as refusal:
-        failure = failed(entry, refusal)
-        _log.debug("how plugin '%s' failed", entry.name, exc_info=True)
+        return run_with_deadline(
+            functools.partial(_import_plugin, entry), timeout_s, name=f"the import of {entry.name}"
+        )
+    except PluginRejectedError as rejection:
+        failure = load_failure(entry, rejection)
+        _log.debug("traceback of plugin '%s'", entry.name, exc_info=True)
     except TimeoutError:
         remedy = (
-            f"See where it hangs: python -X importtime -c 'import {_module(entry)}'. If it only needs longer, raise "
-            f"COMM_CORE_IMPORT_TIMEOUT_S; to go without it, set COMM_CORE_DISABLE={entry.name}."
+            f"See where it hangs: python -X importtime -c 'import {_module_name(entry)}'. If it only needs longer, "
+            f"raise COMM_CORE_IMPORT_TIMEOUT_S; to skip the plugin, set COMM_CORE_DISABLE={entry.name}."
         )
-        failure = failed(entry, Refused(f"its import isn't back after {timeout_s:g} s", remedy))
-    # Every rank and process finds it: who negotiates or is asked says it once, see `agreement` and `comm-core doctor`.
+        failure = load_failure(entry, PluginRejectedError(f"its import hasn't returned after {timeout_s:g} s", remedy))
+    # Debug level, since every process finds this failure; the negotiation and `comm-core doctor` report it once.
     _log.debug("%s", failure)
     return failure
 
 
-def _import(entry: InstalledPlugin) -> Plugin:
+def _import_plugin(entry: InstalledPlugin) -> Plugin:
     try:
         plugin = metadata.EntryPoint(entry.name, entry.value, GROUP).load()
         return _build(entry.name, plugin, entry.distribution, entry.version)
-    except (Refused, KeyboardInterrupt):
+    except (PluginRejectedError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # the plugin border: an import may raise anything, also SystemExit
-        raise Refused(
+    except BaseException as error:  # the plugin boundary: an import may raise anything, also SystemExit
+        raise PluginRejectedError(
             f"its import raised {describe(error)}",
-            f"See the traceback: python -c 'import {_module(entry)}'. Mend or reinstall the plugin, uninstall it, or "
-            f"set COMM_CORE_DISABLE={entry.name}.",
+            f"See the traceback: python -c 'import {_module_name(entry)}'. Fix, reinstall or uninstall the plugin, "
+            f"or set COMM_CORE_DISABLE={entry.name}.",
         ) from error
 
 
@@ -178,5 +180,5 @@ def _build(name: str, plugin: object, distribution: str | None, version: str | N
     return Plugin(name, distribution, version, validation.register(name, plugin))
 
 
-def _module(entry: InstalledPlugin) -> str:
+def _module_name(entry: InstalledPlugin) -> str:
     return entry.value.partition(":")[0].partition("[")[0].strip()

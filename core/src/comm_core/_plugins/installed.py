@@ -1,4 +1,4 @@
-"""Lists installed backends and commands from metadata alone, and says which of them can't be used."""
+"""List installed backends and commands from metadata alone, and reject invalid ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = [
     "GROUP",
     "InstalledPlugin",
     "LoadFailure",
-    "Refused",
+    "PluginRejectedError",
     "check_name",
     "check_requirements",
-    "failed",
-    "listing",
+    "list_installed",
+    "load_failure",
 ]
 
 #: The entry-point group that plugins register under.
@@ -37,12 +37,12 @@ _REQUIREMENT_NAME = re.compile(r"\s*([A-Za-z0-9._-]+)")
 _log = logging.getLogger(__name__)
 
 
-class Refused(Exception):  # noqa: N818 - a verdict, on its way to becoming a LoadFailure
+class PluginRejectedError(Exception):
     """A plugin can't be used.
 
     Attributes:
-        reason: what is wrong, without a full stop.
-        remedy: what to do, one or more sentences.
+        reason: the fault, without a full stop.
+        remedy: the remedy, one or more sentences.
     """
 
     def __init__(self, reason: str, remedy: str) -> None:
@@ -53,14 +53,14 @@ class Refused(Exception):  # noqa: N818 - a verdict, on its way to becoming a Lo
 
 @dataclasses.dataclass(frozen=True)
 class InstalledPlugin:
-    """An installed backend that nobody has imported yet.
+    """An installed backend or command that isn't imported yet.
 
     Attributes:
-        name: the backend's name.
-        value: where it is, "module" or "module:object".
-        distribution: what brings it; None where its metadata doesn't say.
-        version: of the distribution; None where its metadata doesn't say.
-        requires: the distribution's requirements, as its metadata has them.
+        name: its entry point's name.
+        value: its entry point's value, "module" or "module:object".
+        distribution: its distribution's name; None if the metadata lacks it.
+        version: its distribution's version; None if the metadata lacks it.
+        requires: its distribution's requirements, verbatim.
     """
 
     name: str
@@ -72,14 +72,14 @@ class InstalledPlugin:
 
 @dataclasses.dataclass(frozen=True)
 class LoadFailure:
-    """Why an installed backend can't be used.
+    """The fault of an installed backend or command that can't be used.
 
     Attributes:
-        name: the backend's name.
-        distribution: what brings it; None where unknown.
-        version: of the distribution; None where unknown.
-        reason: what is wrong, without a full stop.
-        remedy: what to do about it, one or more sentences.
+        name: its entry point's name.
+        distribution: its distribution's name; None if unknown.
+        version: its distribution's version; None if unknown.
+        reason: the fault, without a full stop.
+        remedy: the remedy, one or more sentences.
     """
 
     name: str
@@ -96,44 +96,46 @@ class LoadFailure:
         )
 
 
-def listing(group: str = GROUP) -> tuple[InstalledPlugin | LoadFailure, ...]:
-    """Everything that registers in an entry-point group, by default the backends', sorted by name; imports nothing."""
+def list_installed(group: str = GROUP) -> tuple[InstalledPlugin | LoadFailure, ...]:
+    """List the entries of an entry-point group, by default the backends', sorted by name; imports nothing."""
     by_name: dict[str, list[InstalledPlugin]] = {}
     found: list[InstalledPlugin | LoadFailure] = []
-    for item in _walk(group):
+    for item in _all_entries(group):
         if isinstance(item, InstalledPlugin):
             by_name.setdefault(item.name, []).append(item)
         else:
             found.append(item)
     for entries in by_name.values():
-        item = _one(entries)
-        found.append(_backend(item) if group == GROUP and isinstance(item, InstalledPlugin) else item)
+        item = _reject_duplicates(entries)
+        found.append(_check_backend_name(item) if group == GROUP and isinstance(item, InstalledPlugin) else item)
     return tuple(sorted(found, key=lambda item: item.name))
 
 
 def check_name(name: str) -> None:
-    """Whether a backend may have this name.
+    """Check that a backend may have this name.
 
     Raises:
-        Refused: it may not.
+        PluginRejectedError: the name is reserved or malformed.
     """
     if name == TERMINAL:
-        raise Refused(f"'{name}' is the name of comm-core's own fallback", "Give the entry point another name.")
+        raise PluginRejectedError(
+            f"'{name}' is the name of comm-core's own fallback", "Give the entry point another name."
+        )
     if not _NAME.fullmatch(name):
-        raise Refused(
+        raise PluginRejectedError(
             f"'{name}' isn't a valid backend name", "Name the entry point with a-z, 0-9 and _, beginning with a letter."
         )
 
 
 def check_requirements(entry: InstalledPlugin, running: str) -> None:
-    """Whether the entry's distribution takes this comm-core: pip installs what conflicts with no more than a warning.
+    """Check that the entry's distribution accepts this comm-core: pip installs conflicts with no more than a warning.
 
     Args:
-        entry: what is installed.
-        running: the version of comm-core.
+        entry: the installed entry.
+        running: the running version of comm-core.
 
     Raises:
-        Refused: it doesn't, or its requirement can't be read.
+        PluginRejectedError: the requirement conflicts with it, or can't be read.
     """
     extras = ("", *(extra.strip() for extra in entry.value.partition("[")[2].rstrip("] ").split(",")))
     for text in entry.requires:
@@ -143,9 +145,11 @@ def check_requirements(entry: InstalledPlugin, running: str) -> None:
         try:
             conflicts = _conflicts(Requirement(text), extras, running)
         except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName) as error:
-            raise Refused(f"its requirement '{text}' can't be read: {describe(error)}", _reinstall(entry)) from error
+            raise PluginRejectedError(
+                f"its requirement '{text}' can't be read: {describe(error)}", _reinstall_remedy(entry)
+            ) from error
         if conflicts:
-            raise Refused(
+            raise PluginRejectedError(
                 f"it requires '{text}', and comm-core {running} is running",
                 f"Install releases that fit each other: pip install --upgrade {entry.distribution} comm-core",
             )
@@ -155,54 +159,56 @@ def _conflicts(requirement: Requirement, extras: tuple[str, ...], running: str) 
     marker = requirement.marker
     if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras):
         return False
-    # A pre-release counts as what it is: 0.2rc1 comes before 0.2, so it satisfies >=0.1 but not >=0.2.
+    # Pre-releases count: 0.2rc1 comes before 0.2, so it satisfies >=0.1 but not >=0.2.
     return not requirement.specifier.contains(running, prereleases=True)
 
 
-def _walk(group: str) -> Iterator[InstalledPlugin | LoadFailure]:
-    """The entries of every distribution, but only of the first on the path where several have its name."""
+def _all_entries(group: str) -> Iterator[InstalledPlugin | LoadFailure]:
+    """Yield the entries of every distribution; of several with one name, only those of the first on the path."""
     seen: set[str] = set()
     for distribution in metadata.distributions():
         try:
-            # Most distributions have nothing to do with this group: what is broken in their files isn't its business.
+            # Most distributions don't use this group; ignore faults in their files.
             if group not in (distribution.read_text("entry_points.txt") or ""):
                 continue
-        except Exception as error:  # noqa: BLE001 - finders are foreign code, and one unreadable file must hide no others
+        except Exception as error:  # noqa: BLE001 - finders are foreign code; an unreadable file must hide no others
             _log.debug("a distribution's entry points can't be read: %s", describe(error))
             continue
-        name = _name(distribution)
+        name = _distribution_name(distribution)
         if name is None:
-            yield from _entries(distribution, None, group)
+            yield from _entries_of(distribution, None, group)
         elif name not in seen:
             seen.add(name)
-            # The first that pip would see, remains without metadata left aside; it may have no entry any more.
-            same = (other for other in metadata.distributions(name=name) if _name(other) == name)
-            yield from _entries(next(same, distribution), name, group)
+            # The first that pip would see, apart from leftovers without metadata; it may have no entry any more.
+            same = (other for other in metadata.distributions(name=name) if _distribution_name(other) == name)
+            yield from _entries_of(next(same, distribution), name, group)
 
 
-def _name(distribution: Any) -> str | None:
+def _distribution_name(distribution: Any) -> str | None:
     try:
         return canonicalize_name(distribution.metadata["Name"])
-    except Exception:  # noqa: BLE001 - without METADATA each Python version raises something else
+    except Exception:  # noqa: BLE001 - without METADATA each Python version raises another error
         return None
 
 
-def _entries(distribution: Any, name: str | None, group: str) -> Iterator[InstalledPlugin | LoadFailure]:
+def _entries_of(distribution: Any, name: str | None, group: str) -> Iterator[InstalledPlugin | LoadFailure]:
     version: str | None = None
     try:
         version = distribution.version if name else None
         requires = tuple(distribution.requires or ()) if name else ()
         points = [(point.name, point.value) for point in distribution.entry_points if point.group == group]
-    except Exception as error:  # noqa: BLE001 - a malformed file raises whatever its parser happens to trip over
+    except Exception as error:  # noqa: BLE001 - parsers raise many kinds of errors for malformed files
         unread = InstalledPlugin(name or group, "", name, version)
-        yield failed(unread, Refused(f"its metadata can't be read: {describe(error)}", _reinstall(unread)))
+        yield load_failure(
+            unread, PluginRejectedError(f"its metadata can't be read: {describe(error)}", _reinstall_remedy(unread))
+        )
         return
     for point_name, value in points:
         yield InstalledPlugin(point_name, value, name, version, requires)
 
 
-def _one(entries: list[InstalledPlugin]) -> InstalledPlugin | LoadFailure:
-    # Remains of a half-removed distribution don't count where an intact one has the name.
+def _reject_duplicates(entries: list[InstalledPlugin]) -> InstalledPlugin | LoadFailure:
+    # Leftovers of a removed distribution don't count if an intact one has the name.
     entries = [entry for entry in entries if entry.distribution is not None] or entries
     first = entries[0]
     if len(entries) > 1:
@@ -216,28 +222,28 @@ def _one(entries: list[InstalledPlugin]) -> InstalledPlugin | LoadFailure:
         )
     if first.distribution is None:
         reason = "its distribution has no metadata, as after an interrupted removal"
-        return failed(first, Refused(reason, _reinstall(first)))
+        return load_failure(first, PluginRejectedError(reason, _reinstall_remedy(first)))
     return first
 
 
-def _backend(entry: InstalledPlugin) -> InstalledPlugin | LoadFailure:
-    """The entry, if a backend may have its name."""
+def _check_backend_name(entry: InstalledPlugin) -> InstalledPlugin | LoadFailure:
+    """Return the entry if a backend may have its name, else its failure."""
     try:
         check_name(entry.name)
-    except Refused as refusal:
+    except PluginRejectedError as rejection:
         if entry.name == TERMINAL:
-            # Never under the fallback's own name, which others look up.
+            # Never under the fallback's own name, by which callers look up the fallback.
             entry = dataclasses.replace(entry, name=f"{entry.distribution}:{entry.name}")
-        return failed(entry, refusal)
+        return load_failure(entry, rejection)
     return entry
 
 
-def failed(entry: InstalledPlugin, refusal: Refused) -> LoadFailure:
-    """The failure of an entry that was refused."""
-    return LoadFailure(entry.name, entry.distribution, entry.version, refusal.reason, refusal.remedy)
+def load_failure(entry: InstalledPlugin, rejection: PluginRejectedError) -> LoadFailure:
+    """Make the failure of a rejected entry."""
+    return LoadFailure(entry.name, entry.distribution, entry.version, rejection.reason, rejection.remedy)
 
 
-def _reinstall(entry: InstalledPlugin) -> str:
+def _reinstall_remedy(entry: InstalledPlugin) -> str:
     if entry.distribution is None:
-        return "Look for a *.dist-info folder without METADATA beside the installed packages, and remove it."
+        return "Find the *.dist-info folder without METADATA beside the installed packages, and remove it."
     return f"Install it again: pip install --force-reinstall --no-deps {entry.distribution}"

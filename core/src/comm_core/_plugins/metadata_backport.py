@@ -1,7 +1,4 @@
-"""The one place that picks between the standard library's metadata and its backport.
-
-The interface settled with Python 3.12; the backport gives older Pythons the same one.
-"""
+"""`importlib.metadata` with the interface of Python 3.12, from the backport on older versions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Checks a plugin object against the hook specs, before and beyond what pluggy checks.
+"""Validate a plugin object against the hook specs, more strictly than pluggy.
 
-pluggy lets an implementation leave arguments out, reorder them or give them defaults, which it then never fills. Core
-calls hooks by position, where each of these would hand over the wrong tensor.
+pluggy lets an implementation omit arguments, reorder them or give them defaults, which it then never fills. Core calls
+hooks by position, so each of these would pass the wrong tensor.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, NamedTuple, TypeAlias
 import pluggy
 
 from comm_core import hookspecs
-from comm_core._plugins.installed import Refused
+from comm_core._plugins.installed import PluginRejectedError
 
 __all__ = ["HOOKS", "register"]
 
 _API = "COMM_HOOK_API"
 _REQUIRED = "all_reduce"
 
-#: By attribute name: the function, and the options of its marker.
+#: Functions with the options of their markers, by attribute name.
 _Marked: TypeAlias = dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]
 
-#: Every hook's parameters, by name.
+#: The parameters of every hook, by the hook's name.
 HOOKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         name: tuple(inspect.signature(spec).parameters)
@@ -35,10 +35,10 @@ HOOKS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-class _Hooks:
-    """What pluggy sees of a plugin: functions alone.
+class _FunctionNamespace:
+    """An object with only the functions of a plugin, for pluggy.
 
-    pluggy 1.6 evaluates every attribute of what it registers, properties and lazy imports among them; 1.7 doesn't.
+    pluggy 1.6 evaluates every attribute of a registered object, including properties and lazy imports; 1.7 doesn't.
     """
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
@@ -61,13 +61,13 @@ def register(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
         The hooks as plain callables, by name.
 
     Raises:
-        Refused: the plugin breaks rules; the reason holds all that were found.
+        PluginRejectedError: the plugin breaks rules; the reason lists all faults of the first failing check.
     """
-    _raise_if(_api_problems(plugin))
+    _reject_if(_api_problems(plugin))
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     marked, unmarked = _functions(plugin, manager)
-    _raise_if(_absences(marked, unmarked))
+    _reject_if(_unmarked_problems(marked, unmarked))
     hooks: dict[str, Callable[..., Any]] = {}
     problems: list[_Problem] = []
     for attribute, (function, options) in marked.items():
@@ -77,28 +77,28 @@ def register(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
             problems.append(_Problem(f"two functions implement {hook}", f"Keep one implementation of {hook}."))
         hooks[hook] = function
     if _REQUIRED not in hooks:
-        problems.append(_Problem(f"{_REQUIRED} is missing", f"Implement {_definition(_REQUIRED)}; it is required."))
-    _raise_if(problems)
+        problems.append(_Problem(f"{_REQUIRED} is missing", f"Implement {_signature_text(_REQUIRED)}; it is required."))
+    _reject_if(problems)
     try:
-        manager.register(_Hooks(hooks), name)
+        manager.register(_FunctionNamespace(hooks), name)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise Refused(f"pluggy refuses it: {error}", "Mend what pluggy names.") from error
-    _raise_if(_misread(manager, hooks))
+        raise PluginRejectedError(f"pluggy refuses it: {error}", "Fix the fault that pluggy names.") from error
+    _reject_if(_pluggy_mismatches(manager, hooks))
     return hooks
 
 
-def _raise_if(problems: Iterator[_Problem] | list[_Problem]) -> None:
+def _reject_if(problems: Iterator[_Problem] | list[_Problem]) -> None:
     found = list(problems)
     if found:
         remedies = dict.fromkeys(problem.remedy for problem in found)
-        raise Refused("; ".join(problem.reason for problem in found), " ".join(remedies))
+        raise PluginRejectedError("; ".join(problem.reason for problem in found), " ".join(remedies))
 
 
 def _api_problems(plugin: object) -> Iterator[_Problem]:
     value = getattr(plugin, _API, None)
     ours = ".".join(map(str, hookspecs.API))
-    write = f"Set {_API} = {hookspecs.API} in what the entry point names."
+    write = f"Set {_API} = {hookspecs.API} in the module or object that the entry point names."
     if value is None:
         yield _Problem(f"it has no {_API}", write)
     elif not isinstance(value, tuple) or [type(number) for number in value] != [int, int]:
@@ -116,18 +116,18 @@ def _api_problems(plugin: object) -> Iterator[_Problem]:
 
 
 def _functions(plugin: object, manager: pluggy.PluginManager) -> tuple[_Marked, dict[str, object]]:
-    """The functions that carry the marker, with its options, and what else has a hook's name and can be called."""
+    """Return the marked functions with their markers' options, and the other callables that have a hook's name."""
     marked: _Marked = {}
     unmarked: dict[str, object] = {}
     for name in dir(plugin):
         static = inspect.getattr_static(plugin, name, None)
-        # Nothing else is touched: getattr would run properties, and a module's own __getattr__ may import.
+        # Other attributes aren't read: getattr would run properties, and a module's own __getattr__ may import.
         if not (inspect.isroutine(static) or isinstance(static, (staticmethod, classmethod))):
             if name in HOOKS and callable(static):
                 unmarked[name] = static
             continue
         function = getattr(plugin, name)
-        options = manager.parse_hookimpl_opts(_Hooks({name: function}), name)
+        options = manager.parse_hookimpl_opts(_FunctionNamespace({name: function}), name)
         if options is not None:
             marked[name] = function, dict(options)
         elif name in HOOKS:
@@ -135,7 +135,7 @@ def _functions(plugin: object, manager: pluggy.PluginManager) -> tuple[_Marked, 
     return marked, unmarked
 
 
-def _absences(marked: Mapping[str, object], unmarked: Mapping[str, object]) -> Iterator[_Problem]:
+def _unmarked_problems(marked: Mapping[str, object], unmarked: Mapping[str, object]) -> Iterator[_Problem]:
     for name, value in unmarked.items():
         if inspect.isroutine(value):
             yield _Problem(
@@ -145,12 +145,12 @@ def _absences(marked: Mapping[str, object], unmarked: Mapping[str, object]) -> I
         else:
             yield _Problem(
                 f"{name} has a hook's name but is a {type(value).__name__}, not a function",
-                f"Write {_definition(name)}, or rename it.",
+                f"Write {_signature_text(name)}, or rename it.",
             )
     if not marked and not unmarked:
         yield _Problem(
             "it has no hooks at all",
-            f"Let the entry point name what has @comm_core.hookimpl above {_definition(_REQUIRED)}.",
+            f"Let the entry point name a module or object with @comm_core.hookimpl above {_signature_text(_REQUIRED)}.",
         )
 
 
@@ -171,7 +171,7 @@ def _hook_problems(
     if options.get("optionalhook"):
         yield _Problem(f"{hook} is marked optionalhook=True, which would hide a misspelt name", plain)
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        yield _Problem(f"{hook} is async, and nothing awaits it", f"Write {_definition(hook)}.")
+        yield _Problem(f"{hook} is async, and nothing awaits it", f"Write {_signature_text(hook)}.")
     elif inspect.isgeneratorfunction(function):
         context = " Put @contextlib.contextmanager between @comm_core.hookimpl and it." if hook == "capture_ctx" else ""
         yield _Problem(f"{hook} is a generator function", f"Return from {hook} instead of yielding.{context}")
@@ -188,7 +188,7 @@ def _signature_problems(hook: str, function: Callable[..., Any]) -> Iterator[_Pr
         parameters=[parameter.replace(annotation=parameter.empty) for parameter in parameters],
         return_annotation=signature.empty,
     )
-    remedy = f"Write {_definition(hook)}: the spec's parameters, in its order, and nothing else."
+    remedy = f"Write {_signature_text(hook)}: the spec's parameters, in its order, and nothing else."
     if parameters and parameters[0].name == "self":
         remedy += " If the entry point names a class, let it name an instance."
     yield _Problem(f"{hook}{bare} {', '.join(faults)}", remedy)
@@ -217,16 +217,16 @@ def _name_faults(expected: tuple[str, ...], found: tuple[str, ...]) -> Iterator[
         yield "has the parameters in another order than the spec"
 
 
-def _misread(manager: pluggy.PluginManager, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[_Problem]:
-    # A decorator may show one signature to inspect and another to pluggy, which would then drop arguments silently.
+def _pluggy_mismatches(manager: pluggy.PluginManager, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[_Problem]:
+    # A decorator may show one signature to inspect and another to pluggy, and pluggy then drops arguments silently.
     for hook in hooks:
         for implementation in getattr(manager.hook, hook).get_hookimpls():
             if tuple(implementation.argnames) != HOOKS[hook]:
                 yield _Problem(
                     f"pluggy reads the parameters of {hook} as ({', '.join(implementation.argnames)})",
-                    f"Use functools.wraps in what decorates {hook}, or leave the decorator out.",
+                    f"Use functools.wraps in the decorator of {hook}, or remove the decorator.",
                 )
 
 
-def _definition(hook: str) -> str:
+def _signature_text(hook: str) -> str:
     return f"def {hook}({', '.join(HOOKS[hook])})"

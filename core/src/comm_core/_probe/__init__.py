@@ -1,1 +1,1 @@
-"""What this process, host and driver are like: asks, and never raises."""
+"""Probes of this process, its host and its driver; they never raise."""

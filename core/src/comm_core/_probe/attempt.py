@@ -1,4 +1,4 @@
-"""Asks what may fail in any way, and keeps the reason instead of the exception."""
+"""Run queries that may fail in any way, and keep the reason instead of the exception."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import TypeVar
 
 from comm_core._control.deadline import describe
 
-__all__ = ["attempt"]
+__all__ = ["try_query"]
 
 T = TypeVar("T")
 
-#: Characters of a reason: the ranks exchange it, and one driver's page of advice would fill the message.
+#: The longest reason, in characters: the ranks exchange reasons, and a driver's page of advice would fill the message.
 _REASON_CHARS = 160
 
 
-def attempt(unknown: dict[str, str], field: str, ask: Callable[[], T]) -> T | None:
-    """What `ask` returns; where it raises, None, and the reason on one line under `unknown[field]`."""
+def try_query(unknown: dict[str, str], field: str, query: Callable[[], T]) -> T | None:
+    """Return the result of `query`; if it raises, return None and set `unknown[field]` to the reason, on one line."""
     try:
-        return ask()
+        return query()
     except KeyboardInterrupt:
         raise
-    # A driver, its binding or a broken torch fails in every way there is, by `SystemExit` or a compiled module's panic
-    # too, and what it can't say is evidence as well.
+    # A driver, its binding or a broken torch may raise anything, `SystemExit` and a compiled module's panic included,
+    # and the reason is evidence too.
     except BaseException as error:  # noqa: BLE001
-        words = f"NVML: {error}" if type(error).__name__.startswith("NVMLError") else describe(error)
-        unknown[field] = words if len(words) <= _REASON_CHARS else words[: _REASON_CHARS - 3] + "..."
+        reason = f"NVML: {error}" if type(error).__name__.startswith("NVMLError") else describe(error)
+        unknown[field] = reason if len(reason) <= _REASON_CHARS else reason[: _REASON_CHARS - 3] + "..."
         return None

@@ -1,4 +1,4 @@
-"""Which host this process runs on, as far as shared memory and CUDA IPC are concerned."""
+"""The identity of this process's host, for shared memory and CUDA IPC."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ import socket
 import uuid
 from pathlib import Path
 
-from comm_core._probe.attempt import attempt
+from comm_core._probe.attempt import try_query
 from comm_core.topology import Host
 
 __all__ = ["PROC", "SHM", "probe_host"]
 
-#: Where procfs is mounted.
+#: The mount point of procfs.
 PROC = Path("/proc")
-#: Where POSIX shared memory lives.
-SHM = Path("/dev/shm")  # noqa: S108 - the system's mount, asked about and not written to
+#: The folder of POSIX shared memory.
+SHM = Path("/dev/shm")  # noqa: S108 - the system's mount, read only
 
 
 def probe_host(unknown: dict[str, str], *, proc: Path = PROC, shm: Path = SHM, name: str | None = None) -> Host:
     """Identify the host by its running kernel, IPC namespace and /dev/shm; never raises.
 
-    Containers of one machine share the first and differ in the others. The host name decides nothing by itself, since
-    clones share it, and containers that share all memory may differ in it. It stands in for a namespace or a mount that
-    can't be read; for an unreadable kernel, a value does that no other process has. Rather is one host taken for two
-    than two for one.
+    Containers of one machine share the kernel and differ in the namespace or the mount. The host name isn't used by
+    itself, since clones share it, and containers that share all memory may differ in it. It replaces a namespace or a
+    mount that can't be read; a unique value replaces an unreadable kernel's. So one host may count as two, but two
+    never count as one.
 
     Args:
         unknown: gains the reason of each part that can't be read, under "host.boot_id", "host.id", "host.shm_nbytes".
-        proc: where procfs is mounted.
-        shm: where POSIX shared memory lives.
-        name: the host name; None asks the system.
+        proc: the mount point of procfs.
+        shm: the folder of POSIX shared memory.
+        name: the host name; None: the system's.
     """
     if name is None:
-        name = attempt(unknown, "host.name", socket.gethostname) or "unknown"
-    boot_id = attempt(unknown, "host.boot_id", lambda: _boot_id(proc))
-    namespace = attempt(unknown, "host.id", lambda: _inode(proc / "self/ns/ipc"))
-    mount = attempt(unknown, "host.id", lambda: _inode(shm))
+        name = try_query(unknown, "host.name", socket.gethostname) or "unknown"
+    boot_id = try_query(unknown, "host.boot_id", lambda: _boot_id(proc))
+    namespace = try_query(unknown, "host.id", lambda: _inode(proc / "self/ns/ipc"))
+    mount = try_query(unknown, "host.id", lambda: _inode(shm))
     return Host(
         name=name,
         id=f"{boot_id or f'{name}-{uuid.uuid4()}'} ipc {namespace or name} shm {mount or name}",
         boot_id=boot_id,
-        shm_nbytes=attempt(unknown, "host.shm_nbytes", lambda: _free_nbytes(shm)),
+        shm_nbytes=try_query(unknown, "host.shm_nbytes", lambda: _free_nbytes(shm)),
     )
 
 
@@ -51,7 +51,7 @@ def _boot_id(proc: Path) -> str:
 
 
 def _inode(path: Path) -> str:
-    # The device tells two mounts apart, the inode two folders of one mount.
+    # The device distinguishes two mounts, the inode two folders of one mount.
     status = path.stat()
     return f"{status.st_dev}:{status.st_ino}"
 

@@ -1,7 +1,7 @@
-"""What NVML says about the devices of this host, by UUID.
+"""NVML's description of this host's devices, by UUID.
 
-NVML is asked through `pynvml`, handed in as an argument. It needs no CUDA context and sees devices that
-`CUDA_VISIBLE_DEVICES` hides too, so that a process with one visible device knows its way to the peers.
+Each function gets `pynvml` as an argument. NVML needs no CUDA context and sees devices that `CUDA_VISIBLE_DEVICES`
+hides too, so that a process with one visible device knows its links to the peers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from comm_core._probe.attempt import attempt
+from comm_core._probe.attempt import try_query
 from comm_core.topology import Device, Link
 
-__all__ = ["View", "list_devices", "look", "named_instance", "opened"]
+__all__ = ["NvmlDevice", "initialised", "list_devices", "query_device", "visible_mig_uuid"]
 
-# NVML's numbers, written out since pynvml's NVML_P2P_CAPS_INDEX_READ is the tuple (0,), which no call takes.
+# NVML's numbers. pynvml's own NVML_P2P_CAPS_INDEX_READ is the tuple (0,), which no call takes.
 _READ, _WRITE, _NVLINK = 0, 1, 2
 _P2P_STATUS = (
     "OK",
@@ -30,16 +30,16 @@ _P2P_STATUS = (
     "NOT_SUPPORTED",
     "UNKNOWN",
 )
-#: The most NVLinks of a device where pynvml doesn't say; those that aren't there answer with an error.
+#: The maximum of a device's NVLinks, if pynvml doesn't define it; absent links answer with an error.
 _MAX_LINKS = 18
 
-#: Where an active NVLink ends: (PCI domain, bus, device) of a GPU, or None for a switch.
+#: The remote end of an active NVLink: (PCI domain, bus, device) of a GPU, or None for a switch.
 _Remote = tuple[int, int, int] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """What NVML knows of one device beyond what torch does; fields as in `comm_core.Device`."""
+class NvmlDevice:
+    """The facts of one device that only NVML knows; fields as in `comm_core.Device`."""
 
     uuid: str
     driver: str | None
@@ -48,8 +48,8 @@ class View:
 
 
 @contextlib.contextmanager
-def opened(nvml: Any) -> Iterator[None]:
-    """Keep NVML initialised; it counts its users, so others in this process aren't disturbed."""
+def initialised(nvml: Any) -> Iterator[None]:
+    """Keep NVML initialised. NVML counts its users, so other users in this process aren't affected."""
     nvml.nvmlInit()
     try:
         yield
@@ -57,35 +57,35 @@ def opened(nvml: Any) -> Iterator[None]:
         nvml.nvmlShutdown()
 
 
-def look(nvml: Any, bare_uuid: str, visible: str, unknown: dict[str, str]) -> View:
-    """Describe the device with this UUID.
+def query_device(nvml: Any, bare_uuid: str, visible: str, unknown: dict[str, str]) -> NvmlDevice:
+    """Query the device with this UUID.
 
     Args:
         nvml: the module `pynvml`, initialised.
-        bare_uuid: as the CUDA runtime has it, without "GPU-" or "MIG-".
-        visible: the value of `CUDA_VISIBLE_DEVICES`: it names the MIG instance where the runtime gives the whole GPU's
-            UUID.
+        bare_uuid: the UUID from the CUDA runtime, without "GPU-" or "MIG-".
+        visible: the value of `CUDA_VISIBLE_DEVICES`, which names the MIG instance if the runtime gives the UUID of the
+            whole GPU.
         unknown: gains the reason of each field that NVML can't fill.
 
     Raises:
-        Exception: NVML doesn't know the device.
+        Exception: NVML can't find the device.
     """
-    handle, full_uuid = _find(nvml, bare_uuid, visible)
+    handle, full_uuid = _find_handle(nvml, bare_uuid, visible)
     if full_uuid.startswith("MIG-"):
         unknown["device.links"] = "a MIG instance has neither NVLink nor peer access"
         links: Mapping[str, Link] = {}
     else:
         links = _links(nvml, handle, full_uuid, unknown)
-    return View(
+    return NvmlDevice(
         uuid=full_uuid,
-        driver=attempt(unknown, "versions.driver", nvml.nvmlSystemGetDriverVersion),
-        fabric=attempt(unknown, "device.fabric", lambda: _fabric(nvml, handle)),
+        driver=try_query(unknown, "versions.driver", nvml.nvmlSystemGetDriverVersion),
+        fabric=try_query(unknown, "device.fabric", lambda: _fabric(nvml, handle)),
         links=links,
     )
 
 
 def list_devices(nvml: Any, unknown: dict[str, str]) -> tuple[Device, ...]:
-    """Every GPU that NVML sees, in its order, whatever `CUDA_VISIBLE_DEVICES` says.
+    """Return every GPU that NVML sees, in its order, independent of `CUDA_VISIBLE_DEVICES`.
 
     Args:
         nvml: the module `pynvml`, initialised.
@@ -95,14 +95,14 @@ def list_devices(nvml: Any, unknown: dict[str, str]) -> tuple[Device, ...]:
         Exception: NVML can't count its devices.
     """
     found = [
-        attempt(unknown, f"device {full_uuid}", functools.partial(_describe, nvml, handle, full_uuid, unknown))
+        try_query(unknown, f"device {full_uuid}", functools.partial(_describe, nvml, handle, full_uuid, unknown))
         for full_uuid, handle in _handles(nvml, unknown).items()
     ]
     return tuple(device for device in found if device is not None)
 
 
-def named_instance(visible: str) -> str | None:
-    """The MIG instance that a value of `CUDA_VISIBLE_DEVICES` names; None where it names none."""
+def visible_mig_uuid(visible: str) -> str | None:
+    """Return the MIG instance that a value of `CUDA_VISIBLE_DEVICES` names, or None."""
     return next((part.strip() for part in visible.split(",") if part.strip().startswith("MIG-")), None)
 
 
@@ -114,7 +114,7 @@ def _describe(nvml: Any, handle: Any, full_uuid: str, unknown: dict[str, str]) -
         name=nvml.nvmlDeviceGetName(handle),
         capability=(major, minor),
         memory_nbytes=nvml.nvmlDeviceGetMemoryInfo(handle).total,
-        fabric=attempt(unknown, f"device {full_uuid}.fabric", lambda: _fabric(nvml, handle)),
+        fabric=try_query(unknown, f"device {full_uuid}.fabric", lambda: _fabric(nvml, handle)),
         links=_links(nvml, handle, full_uuid, unknown),
     )
 
@@ -122,24 +122,24 @@ def _describe(nvml: Any, handle: Any, full_uuid: str, unknown: dict[str, str]) -
 def _handles(nvml: Any, unknown: dict[str, str]) -> dict[str, Any]:
     handles = {}
     for index in range(nvml.nvmlDeviceGetCount()):
-        # One that fell off its bus mustn't hide the others.
-        handle = attempt(unknown, f"NVML's device {index}", functools.partial(nvml.nvmlDeviceGetHandleByIndex, index))
+        # A device that fell off its bus mustn't hide the others.
+        handle = try_query(unknown, f"NVML's device {index}", functools.partial(nvml.nvmlDeviceGetHandleByIndex, index))
         if handle is not None:
             handles[nvml.nvmlDeviceGetUUID(handle)] = handle
     return handles
 
 
-def _find(nvml: Any, bare_uuid: str, visible: str) -> tuple[Any, str]:
-    instance = attempt({}, "", lambda: nvml.nvmlDeviceGetHandleByUUID(f"MIG-{bare_uuid}"))
+def _find_handle(nvml: Any, bare_uuid: str, visible: str) -> tuple[Any, str]:
+    instance = try_query({}, "", lambda: nvml.nvmlDeviceGetHandleByUUID(f"MIG-{bare_uuid}"))
     if instance is not None:
         return instance, f"MIG-{bare_uuid}"
     handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{bare_uuid}")
-    # A device that can't be split answers with an error.
-    mode = attempt({}, "", lambda: nvml.nvmlDeviceGetMigMode(handle))
+    # A device without MIG answers with an error.
+    mode = try_query({}, "", lambda: nvml.nvmlDeviceGetMigMode(handle))
     if not mode or not mode[0]:
         return handle, f"GPU-{bare_uuid}"
-    # A process runs on one MIG instance: the one it names, else the first of its GPU.
-    named = named_instance(visible)
+    # A process runs on one MIG instance: the one that it names, else the first of its GPU.
+    named = visible_mig_uuid(visible)
     if named is None:
         instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0)
     else:
@@ -177,13 +177,13 @@ def _link(nvml: Any, handle: Any, peer: Any, remotes: Callable[[], tuple[_Remote
     p2p = False if read is False or write is False else True if read and write else None
     nvlinks: int | None = None if nvlink is None else 0
     if nvlink:
-        nvlinks, nvlink_reason = _count(remotes(), _pci(nvml.nvmlDeviceGetPciInfo(peer)))
+        nvlinks, nvlink_reason = _count_nvlinks(remotes(), _pci(nvml.nvmlDeviceGetPciInfo(peer)))
     return Link(nvlinks=nvlinks, p2p=p2p, reason=read_reason or write_reason or nvlink_reason)
 
 
 def _p2p(nvml: Any, handle: Any, peer: Any, capability: int) -> tuple[bool | None, str]:
     failure: dict[str, str] = {}
-    status = attempt(failure, "status", lambda: nvml.nvmlDeviceGetP2PStatus(handle, peer, capability))
+    status = try_query(failure, "status", lambda: nvml.nvmlDeviceGetP2PStatus(handle, peer, capability))
     if status is None:
         return None, failure["status"]
     if status == 0:
@@ -192,8 +192,8 @@ def _p2p(nvml: Any, handle: Any, peer: Any, capability: int) -> tuple[bool | Non
     return False, f"NVML: P2P_STATUS_{name}"
 
 
-def _count(remotes: tuple[_Remote, ...] | None, peer: _Remote) -> tuple[int, str]:
-    """How many active NVLinks lead to `peer`, given that NVML says that some do."""
+def _count_nvlinks(remotes: tuple[_Remote, ...] | None, peer: _Remote) -> tuple[int, str]:
+    """Count the active NVLinks to `peer`, after NVML has reported that there are some."""
     if remotes is None:
         return 1, "NVML: the NVLinks can't be counted"
     count = sum(remote is None or remote == peer for remote in remotes)
@@ -201,20 +201,22 @@ def _count(remotes: tuple[_Remote, ...] | None, peer: _Remote) -> tuple[int, str
 
 
 def _nvlink_remotes(nvml: Any, handle: Any) -> tuple[_Remote, ...] | None:
-    """Where each active NVLink of a device ends; None where no link says whether it is active."""
-    most = getattr(nvml, "NVML_NVLINK_MAX_LINKS", _MAX_LINKS)
-    states = [attempt({}, "", functools.partial(nvml.nvmlDeviceGetNvLinkState, handle, link)) for link in range(most)]
+    """Return the remote end of each active NVLink of a device; None if no link reports its state."""
+    max_links = getattr(nvml, "NVML_NVLINK_MAX_LINKS", _MAX_LINKS)
+    states = [
+        try_query({}, "", functools.partial(nvml.nvmlDeviceGetNvLinkState, handle, link)) for link in range(max_links)
+    ]
     if all(state is None for state in states):
         return None
     return tuple(_remote(nvml, handle, link) for link, state in enumerate(states) if state)
 
 
 def _remote(nvml: Any, handle: Any, link: int) -> _Remote:
-    kind = attempt({}, "", lambda: nvml.nvmlDeviceGetNvLinkRemoteDeviceType(handle, link))
+    kind = try_query({}, "", lambda: nvml.nvmlDeviceGetNvLinkRemoteDeviceType(handle, link))
     if kind != nvml.NVML_NVLINK_DEVICE_TYPE_GPU:
-        # A virtual machine may see a switch's links without the switch, which makes the kind unknown.
+        # A virtual machine may see a switch's links without the switch; the kind is then unknown.
         return None
-    return attempt({}, "", lambda: _pci(nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link)))
+    return try_query({}, "", lambda: _pci(nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link)))
 
 
 def _pci(info: Any) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
-"""What a rank learns about itself, for its group's `Topology`: local, and never raising.
+"""The probe of a rank, for its group's `Topology`: local; it never raises.
 
-What can't be learnt is left out, with the reason in `RankInfo.unknown`.
+A fact that can't be read is left out, with the reason in `RankInfo.unknown`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comm_core._probe import host, nvml
-from comm_core._probe.attempt import attempt
+from comm_core._probe.attempt import try_query
 from comm_core._version import __version__
 from comm_core.topology import Device, Host, Link, RankInfo
 
@@ -34,14 +34,14 @@ def _import_nvml() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Where the probe looks.
+    """The probe's sources of facts.
 
     Attributes:
         torch: imports torch.
         nvml: imports NVML's binding, `pynvml`.
         environ: the environment.
-        proc: where procfs is mounted.
-        shm: where POSIX shared memory lives.
+        proc: the mount point of procfs.
+        shm: the folder of POSIX shared memory.
     """
 
     torch: Callable[[], Any] = _import_torch
@@ -65,8 +65,8 @@ def probe_rank(
         global_rank: its rank in the job.
         device: the accelerator that it uses in the group; None, or one of type "cpu", for a group on CPUs.
         plugins: version of each installed plugin's distribution, by backend name.
-        facts: what each plugin's `probe()` returned, by backend name.
-        sources: where to look; None: this process and host.
+        facts: the result of each plugin's `probe()`, by backend name.
+        sources: the sources of facts; None: this process and host.
     """
     sources = sources or Sources()
     unknown: dict[str, str] = {}
@@ -75,11 +75,11 @@ def probe_rank(
     found: Device | None = None
     allocator: str | None = None
     if device is not None and device.type != "cpu":
-        looked = attempt(unknown, "device", lambda: _probe_device(device, sources, unknown))
-        if looked is not None:
-            found, driver = looked
+        result = try_query(unknown, "device", lambda: _probe_device(device, sources, unknown))
+        if result is not None:
+            found, driver = result
             versions |= {"driver": driver} if driver else {}
-        allocator = attempt(unknown, "allocator", lambda: _allocator(sources, unknown))
+        allocator = try_query(unknown, "allocator", lambda: _allocator(sources, unknown))
     return RankInfo(
         global_rank=global_rank,
         host=host,
@@ -93,37 +93,37 @@ def probe_rank(
 
 
 def probe_host(sources: Sources, unknown: dict[str, str]) -> Host:
-    """This process's host; `unknown` gains the reason of each part that can't be read."""
+    """Describe this process's host; `unknown` gains the reason of each part that can't be read."""
     return host.probe_host(unknown, proc=sources.proc, shm=sources.shm)
 
 
 def probe_versions(sources: Sources, unknown: dict[str, str]) -> dict[str, str]:
-    """Versions of "comm_core", "python", "torch", and of "cuda" and "nccl" where torch was built with them."""
+    """Return the versions of "comm_core", "python", "torch", and of "cuda" and "nccl" if torch was built with them."""
     versions = {"comm_core": __version__, "python": platform.python_version()}
-    torch = attempt(unknown, "versions.torch", sources.torch)
+    torch = try_query(unknown, "versions.torch", sources.torch)
     if torch is None:
         return versions
-    release = attempt(unknown, "versions.torch", lambda: str(torch.__version__))
-    cuda = attempt(unknown, "versions.cuda", lambda: torch.version.cuda)
+    release = try_query(unknown, "versions.torch", lambda: str(torch.__version__))
+    cuda = try_query(unknown, "versions.cuda", lambda: torch.version.cuda)
     if release:
         versions["torch"] = release
     if cuda:
         versions["cuda"] = str(cuda)
-        nccl = attempt(unknown, "versions.nccl", lambda: ".".join(map(str, torch.cuda.nccl.version())))
+        nccl = try_query(unknown, "versions.nccl", lambda: ".".join(map(str, torch.cuda.nccl.version())))
         versions |= {"nccl": nccl} if nccl else {}
     return versions
 
 
 def probe_devices(sources: Sources, unknown: dict[str, str]) -> tuple[tuple[Device, ...], str | None]:
-    """Every GPU that NVML sees, and the driver's version; without NVML none, and `unknown["nvml"]` says why."""
+    """Return NVML's GPUs and the driver's version; without NVML none, and the reason in `unknown["nvml"]`."""
 
     def ask() -> tuple[tuple[Device, ...], str | None]:
         binding = sources.nvml()
-        with nvml.opened(binding):
-            driver = attempt(unknown, "versions.driver", binding.nvmlSystemGetDriverVersion)
+        with nvml.initialised(binding):
+            driver = try_query(unknown, "versions.driver", binding.nvmlSystemGetDriverVersion)
             return nvml.list_devices(binding, unknown), driver
 
-    return attempt(unknown, "nvml", ask) or ((), None)
+    return try_query(unknown, "nvml", ask) or ((), None)
 
 
 def _probe_device(device: torch.device, sources: Sources, unknown: dict[str, str]) -> tuple[Device, str | None]:
@@ -135,26 +135,26 @@ def _probe_device(device: torch.device, sources: Sources, unknown: dict[str, str
     bare_uuid = _bare_uuid(properties)
     visible = sources.environ.get("CUDA_VISIBLE_DEVICES", "")
 
-    def ask_nvml() -> nvml.View:
+    def ask_nvml() -> nvml.NvmlDevice:
         binding = sources.nvml()
-        with nvml.opened(binding):
-            return nvml.look(binding, bare_uuid, visible, unknown)
+        with nvml.initialised(binding):
+            return nvml.query_device(binding, bare_uuid, visible, unknown)
 
-    view = attempt(unknown, "device.links", ask_nvml)
-    if view is None:
-        links = attempt(unknown, "device.links", lambda: _peer_access(cuda, index)) or {}
-        own_uuid = nvml.named_instance(visible) or f"GPU-{bare_uuid}"
-        view = nvml.View(uuid=own_uuid, driver=None, fabric=None, links=links)
+    described = try_query(unknown, "device.links", ask_nvml)
+    if described is None:
+        links = try_query(unknown, "device.links", lambda: _peer_access(cuda, index)) or {}
+        own_uuid = nvml.visible_mig_uuid(visible) or f"GPU-{bare_uuid}"
+        described = nvml.NvmlDevice(uuid=own_uuid, driver=None, fabric=None, links=links)
     found = Device(
         type=device.type,
-        uuid=view.uuid,
+        uuid=described.uuid,
         name=str(properties.name),
         capability=(int(properties.major), int(properties.minor)),
         memory_nbytes=int(properties.total_memory),
-        fabric=view.fabric,
-        links=view.links,
+        fabric=described.fabric,
+        links=described.links,
     )
-    return found, view.driver
+    return found, described.driver
 
 
 def _bare_uuid(properties: Any) -> str:
@@ -162,7 +162,7 @@ def _bare_uuid(properties: Any) -> str:
 
 
 def _peer_access(cuda: Any, index: int) -> dict[str, Link]:
-    """What CUDA itself says about the way to each other visible device, without NVML."""
+    """Return the links to the other visible devices, as reported by CUDA without NVML."""
     links = {}
     for other in range(cuda.device_count()):
         if other != index:
@@ -177,11 +177,11 @@ def _allocator(sources: Sources, unknown: dict[str, str]) -> str:
     backend = str(cuda.get_allocator_backend())
     if backend != "native":
         return backend
-    # The environment says only how the process began: `expandable_segments` can be switched while it runs, and what was
-    # allocated meanwhile stays. torch has no public question for that; its snapshot has answered it since before 2.8.
-    expandable = attempt(unknown, "allocator", lambda: _has_expandable_segments(cuda.memory._snapshot()))  # noqa: SLF001
+    # The environment has only the initial setting: `expandable_segments` can be switched at run time, and segments
+    # allocated meanwhile stay. torch has no public function for that; its snapshot has shown it since before 2.8.
+    expandable = try_query(unknown, "allocator", lambda: _has_expandable_segments(cuda.memory._snapshot()))  # noqa: SLF001
     if expandable is None:
-        expandable = _asks_for_expandable_segments(sources.environ)
+        expandable = _configures_expandable_segments(sources.environ)
     return "expandable_segments" if expandable else backend
 
 
@@ -190,7 +190,7 @@ def _has_expandable_segments(snapshot: Mapping[str, Any]) -> bool:
     return bool(settings) or any(segment.get("is_expandable") for segment in snapshot["segments"])
 
 
-def _asks_for_expandable_segments(environ: Mapping[str, str]) -> bool:
-    # Releases of torch differ in which of the two wins.
+def _configures_expandable_segments(environ: Mapping[str, str]) -> bool:
+    # Releases of torch differ in the precedence of the two.
     values = (environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return any("expandable_segments:true" in value.replace(" ", "").lower() for value in values)

@@ -1,9 +1,10 @@
-"""The command `comm-core`: its own subcommands, and those that other distributions add; see `comm_core.command`."""
+"""The command `comm-core`: its own subcommands, and those of other distributions; see `comm_core.command`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _COMMANDS = ("demo", "doctor", "explain")
-#: This project's subcommands that have a distribution of their own.
-_SEPARATE = {"bench": "comm-bench"}
+#: This project's subcommands in other distributions, with the distributions' names.
+_SEPARATE_DISTRIBUTIONS = {"bench": "comm-bench"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,47 +41,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     called = next((argument for argument in arguments if not argument.startswith("-")), "")
     for item, summary in _installed_commands():
         if item.name in _COMMANDS:
-            if not under_torchrun():  # else every rank would say it
-                _complain(f"the command '{item.name}' of {_source(item)} isn't used: comm-core has one of that name")
+            if not under_torchrun():  # else every rank would print it
+                _print_error(f"the command '{item.name}' of {_origin(item)} isn't used: comm-core has one of that name")
         elif item.name != called:
             subparsers.add_parser(item.name, help=summary)
-        elif reason := _load(item, subparsers):
-            _complain(f"the command '{called}' of {_source(item)} can't be used: {reason}")
+        elif reason := _load_command(item, subparsers):
+            _print_error(f"the command '{called}' of {_origin(item)} can't be used: {reason}")
             return 1
-    for name, distribution in _SEPARATE.items():
+    for name, distribution in _SEPARATE_DISTRIBUTIONS.items():
         if name not in subparsers.choices:
             subparsers.add_parser(name, help=f"not installed: pip install {distribution}")
             if name == called:
                 parser.error(f"'{name}' isn't installed: pip install {distribution}")
     args = parser.parse_args(arguments)
     args.arguments = arguments  # for a command that starts itself again in other processes
-    status: int = args.run(args)
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the chosen command; return 1 if the reader of stdout, such as `head`, ends before it."""
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout again at exit; let that succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 
 def _installed_commands() -> Iterator[tuple[InstalledPlugin | LoadFailure, str]]:
-    """What registers in the entry-point group, each name once, with a line of help; imports none of it."""
+    """Yield the installed commands, each name once, with a line of help; imports none of them."""
     try:
-        from comm_core._plugins.installed import InstalledPlugin, listing
+        from comm_core._plugins.installed import InstalledPlugin, list_installed
         from comm_core._plugins.metadata_backport import metadata
 
-        by_name = {item.name: item for item in listing(GROUP)}
+        by_name = {item.name: item for item in list_installed(GROUP)}
         summaries = [
-            metadata.metadata(item.distribution).get("Summary") or f"from {_source(item)}"
+            metadata.metadata(item.distribution).get("Summary") or f"from {_origin(item)}"
             if isinstance(item, InstalledPlugin) and item.distribution
             else f"can't be used: {getattr(item, 'reason', '')}"
             for item in by_name.values()
         ]
-    except Exception as error:  # noqa: BLE001 - `doctor` has to print whatever is broken in an installation
-        _complain(f"commands of other distributions can't be listed: {describe(error)}")
+    except Exception as error:  # noqa: BLE001 - `doctor` has to print even with a broken installation
+        _print_error(f"commands of other distributions can't be listed: {describe(error)}")
         return
-    # argparse formats a line of help by %.
+    # argparse interprets % in a line of help.
     yield from zip(by_name.values(), (summary.replace("%", "%%") for summary in summaries), strict=True)
 
 
-def _load(item: InstalledPlugin | LoadFailure, subparsers: Any) -> str:
-    """Import a command and let it add its parser; why it can't be used, "" where it can."""
-    from comm_core._plugins.installed import LoadFailure, Refused, check_requirements
+def _load_command(item: InstalledPlugin | LoadFailure, subparsers: Any) -> str:
+    """Import a command and let it add its parser; return the reason why it can't be used, or ""."""
+    from comm_core._plugins.installed import LoadFailure, PluginRejectedError, check_requirements
     from comm_core._plugins.metadata_backport import metadata
     from comm_core._version import __version__
 
@@ -91,21 +103,21 @@ def _load(item: InstalledPlugin | LoadFailure, subparsers: Any) -> str:
         metadata.EntryPoint(item.name, item.value, GROUP).load().add_parser(subparsers)
     except KeyboardInterrupt:
         raise
-    except Refused as refusal:
-        return f"{refusal.reason}. {refusal.remedy}"
+    except PluginRejectedError as rejection:
+        return f"{rejection.reason}. {rejection.remedy}"
     except BaseException as error:  # noqa: BLE001 - another distribution's code may raise anything, also SystemExit
         module = item.value.partition(":")[0].strip()
-        return f"{describe(error)}. See the traceback: python -c 'import {module}'. Mend or uninstall it"
+        return f"{describe(error)}. See the traceback: python -c 'import {module}'. Fix or uninstall it"
     added = subparsers.choices.get(item.name)
     if added is None or not callable(added.get_default("run")):
-        return f"its add_parser has to add a parser '{item.name}' with a function as default of 'run'"
+        return f"its add_parser must add a parser '{item.name}' with set_defaults(run=function)"
     return ""
 
 
-def _source(item: InstalledPlugin | LoadFailure) -> str:
-    """What brings a command, and its version."""
+def _origin(item: InstalledPlugin | LoadFailure) -> str:
+    """Return the distribution of a command, and its version."""
     return " ".join(filter(None, (item.distribution, item.version))) or "an unknown distribution"
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"comm-core: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The report of `comm-core doctor`: what was found, what is wrong with it, and how it looks. Pure."""
+"""The report of `comm-core doctor`: its data, its problems and its text. Pure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["PluginLine", "Problem", "Report", "diagnose", "render", "to_json"]
 
 #: The version of the JSON.
 SCHEMA = 1
-#: The oldest torch that core supports, as in its requirements.
+#: The oldest supported torch, as in core's requirements.
 _OLDEST_TORCH = "2.8"
-#: Bytes of /dev/shm that container runtimes give where nobody asks for more, which a data loader alone can fill.
+#: The default size of /dev/shm in containers, in bytes; one data loader can fill it.
 _SMALL_SHM_NBYTES = 64 << 20
 
 
@@ -30,12 +30,12 @@ class PluginLine:
 
     Attributes:
         name: the backend's name.
-        distribution: what brings it; None where unknown.
-        version: of the distribution; None where unknown.
-        usable: whether it loaded; None where nobody wanted it to.
-        reason: why it isn't usable.
-        remedy: what to do about that.
-        facts: what its `probe()` returned; None where it has none.
+        distribution: its distribution's name; None if unknown.
+        version: its distribution's version; None if unknown.
+        usable: whether it loaded; None if the environment excludes it.
+        reason: the reason why it isn't usable.
+        remedy: the remedy.
+        facts: the result of its `probe()`; None if it has none.
     """
 
     name: str
@@ -49,7 +49,7 @@ class PluginLine:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that is wrong, and the way to mend it."""
+    """A problem and its fix."""
 
     what: str
     fix: str
@@ -57,19 +57,19 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The facts that `comm-core doctor` found.
 
     Attributes:
         versions: as in `comm_core.RankInfo`.
-        torch: "cuda": whether it can use a GPU; "process_groups": the backends that it was built with. Empty where it
+        torch: "cuda": whether it can use a GPU; "process_groups": the backends that it was built with. Empty if it
             can't be imported.
-        host: where this runs.
+        host: this host.
         devices: every GPU of the host that NVML sees.
-        environment: the variables that matter here.
-        settings: what core reads from them; None where that fails.
-        misspelt: variables with core's prefix that core doesn't know.
-        plugins: by name.
-        unknown: what could not be learnt, and why.
+        environment: the relevant variables.
+        settings: core's settings from them; None if one can't be read.
+        misspelt: variables with core's prefix that core doesn't read.
+        plugins: the installed plugins, sorted by name.
+        unknown: the reason for each unknown fact, by its field's name.
     """
 
     versions: Mapping[str, str]
@@ -84,7 +84,7 @@ class Report:
 
 
 def diagnose(report: Report) -> tuple[Problem, ...]:
-    """What is wrong, the causes of others first."""
+    """Return the problems, causes before their effects."""
     return (
         *_torch_problems(report),
         *_gpu_problems(report),
@@ -95,18 +95,18 @@ def diagnose(report: Report) -> tuple[Problem, ...]:
 
 
 def _torch_problems(report: Report) -> Iterator[Problem]:
-    reinstall = f'Install it anew: python -m pip install --force-reinstall "torch>={_OLDEST_TORCH}"'
+    reinstall = f'Reinstall it: python -m pip install --force-reinstall "torch>={_OLDEST_TORCH}"'
     if "torch" not in report.versions:
         yield Problem(f"torch can't be imported: {report.unknown.get('versions.torch', 'no reason given')}", reinstall)
         return
-    if _older(report.versions["torch"], _OLDEST_TORCH):
+    if _is_older(report.versions["torch"], _OLDEST_TORCH):
         yield Problem(f"torch {report.versions['torch']} is older than {_OLDEST_TORCH}", reinstall)
     if not report.torch.get("process_groups"):
         reason = report.unknown.get("torch.distributed", "it was built without them")
         yield Problem(f"torch has no process groups: {reason}", "Install a build of torch with torch.distributed.")
 
 
-def _older(version: str, oldest: str) -> bool:
+def _is_older(version: str, oldest: str) -> bool:
     try:
         return Version(version).release < Version(oldest).release
     except InvalidVersion:
@@ -139,13 +139,13 @@ def _gpu_problems(report: Report) -> Iterator[Problem]:
             )
     if usable and "nvml" in report.unknown:
         yield Problem(
-            f"NVML can't be asked ({report.unknown['nvml']}), so NVLinks stay unknown",
+            f"NVML can't be used ({report.unknown['nvml']}), so NVLinks stay unknown",
             "python -m pip install nvidia-ml-py; in a container, have the driver's libnvidia-ml.so.1 mounted "
             "(NVIDIA_DRIVER_CAPABILITIES=compute,utility).",
         )
     if usable and "nccl" not in report.torch.get("process_groups", ()):
         yield Problem(
-            "torch can use GPUs but was built without NCCL, where every group's plan ends",
+            "torch can use GPUs but was built without NCCL, the end of every group's plan",
             "Install a build of torch with NCCL.",
         )
 
@@ -154,7 +154,7 @@ def _host_problems(report: Report) -> Iterator[Problem]:
     if "host.boot_id" in report.unknown:
         yield Problem(
             f"the running kernel's identity can't be read ({report.unknown['host.boot_id']}), so every rank counts as "
-            "a host of its own and none shares memory",
+            "a host of its own and no two share memory",
             "Mount procfs at /proc.",
         )
     if "host.id" in report.unknown:
@@ -189,27 +189,27 @@ def _setting_problems(report: Report) -> Iterator[Problem]:
                 if name not in installed:
                     yield Problem(
                         f"{variable} names '{name}', which isn't installed",
-                        f"Install its plugin, or take the name out; installed are {', '.join(sorted(installed))}.",
+                        f"Install its plugin, or remove the name; installed are {', '.join(sorted(installed))}.",
                     )
 
 
 def _plugin_problems(report: Report) -> Iterator[Problem]:
     if "plugins" in report.unknown:
-        yield Problem(f"plugins can't be listed: {report.unknown['plugins']}", "Install comm-core anew.")
+        yield Problem(f"plugins can't be listed: {report.unknown['plugins']}", "Reinstall comm-core.")
     for plugin in report.plugins:
         if plugin.usable is False:
             yield Problem(f"plugin '{plugin.name}' can't be used: {plugin.reason}", plugin.remedy)
-        # As `eligibility.missing_dependency` reads it. A host without GPUs may lack what plugins for GPUs need.
+        # The fact for `eligibility.missing_dependency`. A host without GPUs may lack the dependencies of GPU plugins.
         missing = plugin.facts.get("missing") if isinstance(plugin.facts, dict) else None
         if missing and report.devices:
             yield Problem(
                 f"plugin '{plugin.name}' can't serve on this host: {missing}",
-                f"Mend that, or go without it: COMM_CORE_DISABLE={plugin.name}.",
+                f"Fix that, or disable the plugin: COMM_CORE_DISABLE={plugin.name}.",
             )
 
 
 def to_json(report: Report, problems: Sequence[Problem]) -> dict[str, Any]:
-    """The report as JSON, with its schema's number."""
+    """Return the report as JSON, with its schema number."""
     return {
         "schema": SCHEMA,
         "versions": dict(report.versions),
@@ -225,15 +225,15 @@ def to_json(report: Report, problems: Sequence[Problem]) -> dict[str, Any]:
 
 
 def render(report: Report, problems: Sequence[Problem]) -> str:
-    """The report as text, ending with the numbered fixes."""
+    """Return the report as text, ending with the numbered fixes."""
     sections = {
         "Versions": [f"{name}: {version}" for name, version in report.versions.items()],
-        "torch": [f"{name}: {_plain(value)}" for name, value in report.torch.items()] or ["can't be imported"],
+        "torch": [f"{name}: {_format_value(value)}" for name, value in report.torch.items()] or ["can't be imported"],
         "Host": _host_lines(report.host),
         "GPUs, as NVML sees them": [_device_line(i, device) for i, device in enumerate(report.devices)] or ["none"],
         "Links": list(_link_lines(report.devices)),
         "Environment": [_variable_line(name, value, report) for name, value in report.environment.items()]
-        or ["nothing that matters here is set"],
+        or ["no relevant variable is set"],
         "Plugins": [_plugin_line(plugin) for plugin in report.plugins]
         or [f"none: every group uses {TERMINAL}" if "plugins" not in report.unknown else "can't be listed"],
         "Unknown": [f"{field}: {reason}" for field, reason in report.unknown.items()],
@@ -266,7 +266,7 @@ def _link_lines(devices: Sequence[Device]) -> Iterator[str]:
         cells = []
         for peer_name, peer in zip(names, devices, strict=True):
             link = device.links.get(peer.uuid, Link(reason="NVML reports no link"))
-            cells.append("X" if peer is device else _cell(link))
+            cells.append("X" if peer is device else _link_cell(link))
             if peer is not device and link.reason:
                 reasons.setdefault(link.reason, []).append(f"{name}-{peer_name}")
         yield _row(name, cells)
@@ -279,7 +279,7 @@ def _row(head: str, cells: Iterable[str]) -> str:
     return "".join(f"{cell:<7}" for cell in (head, *cells)).rstrip()
 
 
-def _cell(link: Link) -> str:
+def _link_cell(link: Link) -> str:
     if link.nvlinks:
         return f"NV{link.nvlinks}"
     return {True: "P2P", False: "no", None: "?"}[link.p2p]
@@ -306,7 +306,7 @@ def _fix_lines(problems: Sequence[Problem]) -> Iterator[str]:
         yield f"     {problem.fix}"
 
 
-def _plain(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(value) or "none" if isinstance(value, list) else str(value)

@@ -21,7 +21,7 @@ __all__ = ["add_parser", "run"]
 
 _NBYTES = (1 << 10, 8 << 10, 64 << 10, 1 << 20, 16 << 20)
 _DTYPES = ("bfloat16", "float32", "int32")
-# A block of calls is timed as one; about this many bytes a block, between 3 and 200 calls, and this many blocks.
+# Each block of 3 to 200 calls, about this many bytes in total, is timed as one; and the number of timed blocks.
 _BLOCK_NBYTES = 8 << 20
 _BLOCKS = 7
 
@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "demo",
-        help="all-reduce real tensors through whatever this host's backends agree on",
+        help="all-reduce real tensors through this host's backends",
         description="Joins the job that torchrun started, else starts processes on this host; prints the decision, "
         "sums tensors of several sizes and dtypes, checks every element and times each beside torch.distributed.",
     )
@@ -39,10 +39,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 1 where an element was wrong or a process failed."""
+    """Run the demo; return 1 if an element was wrong or a process failed, else 0."""
     if not under_torchrun():
         if args.nproc < 1:
-            args.fail(f"--nproc {args.nproc}: at least one process is needed")
+            args.fail(f"--nproc {args.nproc}: expected at least one process")
         return launch(args.nproc, ["demo"])
     with joined() as rank:
         return _demo(rank)
@@ -62,8 +62,8 @@ def _demo(rank: int) -> int:
     rows = [("size", "dtype", "served by", "us", "torch.distributed us", "times as fast", "#wrong")]
     failures = 0
     for dtype, nbytes in itertools.product(_DTYPES, _NBYTES):
-        tensor = _pattern(rank, world_size, nbytes, dtype, backend.device)
-        total = sum(_pattern(r, world_size, nbytes, dtype, backend.device).double() for r in range(world_size))
+        tensor = _test_tensor(rank, world_size, nbytes, dtype, backend.device)
+        total = sum(_test_tensor(r, world_size, nbytes, dtype, backend.device).double() for r in range(world_size))
         wrong = (backend.all_reduce(tensor).double() != total).sum()
         dist.all_reduce(wrong)
         failures += int(wrong)
@@ -80,19 +80,19 @@ def _demo(rank: int) -> int:
         print(f"\n{world_size} ranks, out of place, eager, the slowest rank's median of {_BLOCKS} blocks")
         for name, bounds in limits.items():
             for what, latency_us in bounds.items():
-                print(f"{name}, what bounds it here: {what}, {latency_us:.2f} us")
+                print(f"{name}, lower bound here: {what}, {latency_us:.2f} us")
     return 1 if failures else 0
 
 
-def _pattern(rank: int, world_size: int, nbytes: int, dtype: str, device: torch.device) -> torch.Tensor:
-    """Small integers that differ between ranks and elements; their sum is exact in every dtype, up to 256 ranks."""
+def _test_tensor(rank: int, world_size: int, nbytes: int, dtype: str, device: torch.device) -> torch.Tensor:
+    """Make small integers that differ by rank and element; their sum is exact in every dtype, up to 256 ranks."""
     import torch
 
     kind = getattr(torch, dtype)
-    # bfloat16 holds every integer up to 256, of whatever part of the ranks the sum is.
-    most = max(256 // world_size, 1)
+    # bfloat16 is exact for integers up to 256, so every partial sum over ranks is exact.
+    largest = max(256 // world_size, 1)
     numbers = (torch.arange(nbytes // kind.itemsize, device=device) * 7 + rank * 5) % 31
-    return (numbers % (most + 1)).to(kind)
+    return (numbers % (largest + 1)).to(kind)
 
 
 def _reference(tensor: torch.Tensor, group: Any) -> torch.Tensor:
@@ -104,11 +104,11 @@ def _reference(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def _time(calls: Sequence[Callable[[], Any]], nbytes: int, backend: Backend) -> list[float]:
-    """Microseconds of each call, taken in turns, as the median over blocks."""
+    """Return the median time of each call over the blocks, in microseconds; the calls alternate."""
     import torch
     import torch.distributed as dist
 
-    def settle() -> None:
+    def synchronize() -> None:
         if backend.device.type == "cuda":
             torch.cuda.synchronize(backend.device)
 
@@ -117,11 +117,11 @@ def _time(calls: Sequence[Callable[[], Any]], nbytes: int, backend: Backend) -> 
     for block in range(_BLOCKS + 1):
         for call, times in zip(calls, taken, strict=True):
             dist.barrier()
-            settle()
+            synchronize()
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
-            settle()
+            synchronize()
             if block:  # the first block warms up
                 times.append((time.perf_counter() - start) / repeats * 1e6)
     return [statistics.median(times) for times in taken]

@@ -1,7 +1,7 @@
-"""`comm-core doctor`: what this host, torch and the plugins look like, and what to mend.
+"""`comm-core doctor`: the state of this host, torch and the plugins, and the problems to fix.
 
-Imports no torch at its top, and asks in such a way that a failure becomes a line of the report: it prints also where
-torch is broken or there is no GPU.
+Doesn't import torch at its top, and turns each failure into a line of the report: it prints even if torch is broken or
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from comm_core._control.deadline import run_with_deadline
-from comm_core._probe.attempt import attempt
+from comm_core._probe.attempt import try_query
 from comm_core._probe.rank import Sources, probe_devices, probe_host, probe_versions
 from comm_core.cli._report import PluginLine, Report, diagnose, render, to_json
 from comm_core.env import PREFIX, Settings
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "collect", "run"]
 
-#: Other software's variables that decide what a group can use.
+#: Other software's variables that affect the choice of backends.
 _RELEVANT = ("CUDA_VISIBLE_DEVICES", "NCCL_", "NVIDIA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -32,45 +32,45 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the subcommand `doctor`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="show what this host, torch and the plugins look like, and what to mend",
+        help="show the state of this host, torch and the plugins, and the problems to fix",
         description="Show versions, the host's identity, GPUs and their links, settings and plugins, and end with "
-        "numbered fixes. Exits 0 where there is nothing to fix, else 1.",
+        "numbered fixes. Exits with 0 if there is nothing to fix, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 where something is to be fixed, else 0."""
+    """Print the report; return 1 if there is a problem to fix, else 0."""
     report = collect(Sources())
     problems = diagnose(report)
     text = json.dumps(to_json(report, problems), indent=2) if args.json else render(report, problems)
-    # A reason quotes others' words, which the terminal's encoding may lack.
+    # A reason quotes other software's text, which the terminal's encoding may lack.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
     return 1 if problems else 0
 
 
 def collect(sources: Sources) -> Report:
-    """Ask everything; never raises."""
+    """Collect the facts of the report; never raises."""
     unknown: dict[str, str] = {}
     devices, driver = probe_devices(sources, unknown)
     versions = probe_versions(sources, unknown)
-    settings = attempt(unknown, "settings", lambda: Settings.read(sources.environ))
+    settings = try_query(unknown, "settings", lambda: Settings.read(sources.environ))
     return Report(
         versions=versions | ({"driver": driver} if driver else {}),
         torch=_torch(sources, unknown) if "torch" in versions else {},
         host=probe_host(sources, unknown),
         devices=devices,
-        environment=_relevant(sources.environ),
+        environment=_relevant_variables(sources.environ),
         settings=settings,
         misspelt=Settings.unknown(sources.environ),
-        plugins=attempt(unknown, "plugins", lambda: _plugins(settings or Settings())) or (),
+        plugins=try_query(unknown, "plugins", lambda: _plugins(settings or Settings())) or (),
         unknown=unknown,
     )
 
 
-def _relevant(environ: Mapping[str, str]) -> dict[str, str]:
+def _relevant_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in sorted(environ) if name.startswith((PREFIX, *_RELEVANT))}
 
 
@@ -83,36 +83,36 @@ def _torch(sources: Sources, unknown: dict[str, str]) -> dict[str, Any]:
             return []
         return [name for name in ("gloo", "nccl") if getattr(distributed, f"is_{name}_available")()]
 
-    usable = attempt(unknown, "torch.cuda", lambda: bool(torch.cuda.is_available())) or False
+    usable = try_query(unknown, "torch.cuda", lambda: bool(torch.cuda.is_available())) or False
     if not usable:
-        # Unlike the question, the start says what is wrong.
-        attempt(unknown, "torch.cuda", lambda: torch.cuda.init())  # noqa: PLW0108 - a broken torch may lack either name
-    return {"cuda": usable, "process_groups": attempt(unknown, "torch.distributed", groups) or []}
+        # Unlike is_available(), init() gives the reason.
+        try_query(unknown, "torch.cuda", lambda: torch.cuda.init())  # noqa: PLW0108 - a broken torch may lack either name
+    return {"cuda": usable, "process_groups": try_query(unknown, "torch.distributed", groups) or []}
 
 
 def _plugins(settings: Settings) -> tuple[PluginLine, ...]:
-    # Late, since whatever breaks in discovery mustn't keep the rest from being printed.
+    # Imported here, so that a broken discovery doesn't hide the rest of the report.
     from comm_core._plugins.discovery import discover
 
     def wanted(name: str) -> bool:
         return name not in settings.disable and (settings.backends is None or name in settings.backends)
 
     found = discover(wanted, settings.import_timeout_s)
-    lines = [_loaded(plugin, settings.import_timeout_s) for plugin in found.plugins.values()]
+    lines = [_probed_line(plugin, settings.import_timeout_s) for plugin in found.plugins.values()]
     lines += [
         PluginLine(item.name, item.distribution, item.version, usable=False, reason=item.reason, remedy=item.remedy)
         for item in found.failures.values()
     ]
     lines += [
-        PluginLine(name, None, version, usable=None, reason="kept out by the environment")
+        PluginLine(name, None, version, usable=None, reason="excluded by the environment")
         for name, version in found.listed.items()
         if not wanted(name)
     ]
     return tuple(sorted(lines, key=lambda line: line.name))
 
 
-def _loaded(plugin: Plugin, timeout_s: float) -> PluginLine:
-    """A plugin that loaded, with its facts; usable unless asking for them fails."""
+def _probed_line(plugin: Plugin, timeout_s: float) -> PluginLine:
+    """Describe a loaded plugin, with its facts; it is usable unless its probe() fails."""
 
     def ask() -> dict[str, Any]:
         facts = run_with_deadline(plugin.hooks["probe"], timeout_s, name=f"{plugin.name}.probe()")
@@ -123,12 +123,12 @@ def _loaded(plugin: Plugin, timeout_s: float) -> PluginLine:
     if not plugin.has("probe"):
         return line
     failure: dict[str, str] = {}
-    facts = attempt(failure, "probe", ask)
+    facts = try_query(failure, "probe", ask)
     if not failure:
         return dataclasses.replace(line, facts=facts)
     return dataclasses.replace(
         line,
         usable=False,
         reason=f"its probe() failed: {failure['probe']}",
-        remedy=f"Mend it, or go without it: COMM_CORE_DISABLE={plugin.name}.",
+        remedy=f"Fix it, or disable it: COMM_CORE_DISABLE={plugin.name}.",
     )

@@ -1,4 +1,4 @@
-"""`comm-core explain`: who would serve what in a group, and why the others don't."""
+"""`comm-core explain`: the backends that serve a group's messages, and why the others don't."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "run"]
 
-#: The version of what `--json` prints.
+#: The version of the JSON.
 SCHEMA = 1
 
 
@@ -24,10 +24,10 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "explain",
-        help="say which backend serves what in this job, or in a recorded topology, and why",
+        help="show the backends that serve this job or a recorded topology, and why the others don't",
         description="Under torchrun: negotiates for the job's world group and explains the decision. With --topology: "
-        "asks the backends installed here about a topology recorded elsewhere; nothing is connected, so a backend that "
-        "would fail there isn't found out.",
+        "asks the backends installed here about a topology recorded elsewhere, without connecting them, so failures to "
+        "connect don't show.",
     )
     parser.add_argument("--topology", type=pathlib.Path, metavar="FILE", help="JSON that `explain --json` printed")
     parser.add_argument("--json", action="store_true", help="print JSON, the topology included")
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Explain; 1 where the topology can't be read."""
+    """Print the explanation; return 1 if the topology can't be read, else 0."""
     if args.topology is not None:
         return _offline(args.topology, as_json=args.json)
     if not under_torchrun():
@@ -61,7 +61,7 @@ def _offline(path: pathlib.Path, *, as_json: bool) -> int:
         print(f"comm-core: {path} isn't a recorded topology: {error}", file=sys.stderr)
         return 1
     decision = decide_offline(topology)
-    text = explain.explain(f"{path.name}, asked of the backends installed here", topology, decision)
+    text = explain.explain(f"{path.name}, with the backends installed here", topology, decision)
     _print(text, topology, decision, as_json=as_json)
     return 0
 
