@@ -345,3 +345,20 @@ def test_what_a_hook_that_looks_raises_is_told_by_name(who_looks: str) -> None:
     with pytest.raises(comm.CommError, match=r"'fast' of group .* failed in all_reduce_add_rms_norm: illegal address"):
         backend.all_reduce_add_rms_norm(x, x.clone(), weight)
     assert fast.declined == 0
+
+
+def test_a_hook_that_implements_nothing_of_a_call_leaves_it_to_the_composition() -> None:
+    asked = []
+
+    def declines(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return NotImplemented
+
+    backend, fast, _ = one_backend(**{FUSED: declines})
+    x, residual, weight, *_ = fused_inputs().values()
+    for odd in (residual, torch.empty(8, 4).t().copy_(residual)):
+        results = backend.all_reduce_add_rms_norm(x, odd, weight, 1e-5, 1.0)
+        for result, due in zip(results, expected_norm(x, residual, weight), strict=True):
+            assert torch.equal(result, due)
+    assert len(fast.calls) == 2  # the sums of both compositions
+    assert all(map(torch.Tensor.is_contiguous, asked[-1][1:4]))

@@ -237,6 +237,13 @@ def test_answers_merge_to_the_lowest_priority_and_what_every_rank_takes(
         assert (serves(turned.offers, message) == "a") == expected
 
 
+def test_operands_go_unvalidated_to_a_backend_that_checks_them_on_every_rank() -> None:
+    yes, no = (Available(300, (Range("all_reduce"),), checks_operands=checks) for checks in (True, False))
+    for answers, expected in (((yes, yes), True), ((yes, no), False), ((no, yes), False), ((no, no), False)):
+        (offer,) = initial_slate({"a": "1"}, answers_of(*answers)).offers
+        assert offer.checks_operands is expected
+
+
 def test_answers_without_ranges_are_made_explicit() -> None:
     assert with_explicit_ranges(Available(500), ["all_reduce", "close"]) == Available(500, (Range("all_reduce"),))
     assert with_explicit_ranges(Available(500), ["all_reduce", OPS[1]]) == Available(500, tuple(map(Range, OPS)))
