@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import capture_ranks
 import faulty_plugins
+import prepare_ranks
 import pytest
 import recording_plugins as recording
 import torch
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from harness import Ranks
 
-SHAPES = capture_ranks.SHAPES  # 128 bytes
-# Bytes of the messages whose backend `capture_ranks.prepare` looks up: 8 are served at once, 256 by 'second' too.
+SHAPES = prepare_ranks.SHAPES  # 128 bytes
+# Bytes of the messages whose backend `prepare_ranks.prepare` looks up: 8 are served at once, 256 by 'second' too.
 LAST = "torch_distributed"
 BEFORE = ["first", "second", "second", LAST]
 
@@ -29,7 +29,7 @@ def install(tmp_path: Path, kind: type[recording.Prepares], on: tuple[int, ...] 
 
 def prepare(ranks: Ranks, path: list[Path], *steps: dict[str, Any], world_size: int = 2) -> list[dict[str, Any]]:
     """What each rank found; of decisions, that they are equal."""
-    everybody = ranks.run(capture_ranks.prepare, steps, world_size=world_size, path=[path] * world_size)
+    everybody = ranks.run(prepare_ranks.prepare, steps, world_size=world_size, path=[path] * world_size)
     for found in everybody:
         assert found["candidates"] == everybody[0]["candidates"]
         assert found["served"] == everybody[0]["served"]
@@ -109,7 +109,7 @@ def test_the_next_candidate_is_prepared_where_one_fails(ranks: Ranks, tmp_path: 
 
 def test_a_backend_that_the_caller_named_isnt_dropped_silently(ranks: Ranks, tmp_path: Path) -> None:
     path = [install(tmp_path, recording.PrepareRaises, (1,))] * 2
-    for kind, text in ranks.run(capture_ranks.prepare_a_named_one, path=path):
+    for kind, text in ranks.run(prepare_ranks.prepare_a_named_one, path=path):
         assert kind == "BackendUnavailableError"
         assert "rank 1: pre_capture_init: MemoryError: no room for the workspace" in text
 
@@ -129,7 +129,7 @@ def test_nothing_changes_where_a_backend_says_so(ranks: Ranks, tmp_path: Path) -
 def test_ranks_with_other_shapes_are_told(ranks: Ranks, tmp_path: Path) -> None:
     shapes = [SHAPES, SHAPES, SHAPES | {"dtype": torch.bfloat16}]
     path = [install(tmp_path, recording.Prepares)] * 3
-    for first, log, then, served in ranks.run(capture_ranks.prepare_differently, shapes, world_size=3, path=path):
+    for first, log, then, served in ranks.run(prepare_ranks.prepare_differently, shapes, world_size=3, path=path):
         assert first[0] == "NegotiationError"
         assert "{2: [4, 8, 'torch.bfloat16'], others: [4, 8, 'torch.float32']}" in first[1]
         assert log == []
@@ -140,7 +140,7 @@ def test_ranks_with_other_shapes_are_told(ranks: Ranks, tmp_path: Path) -> None:
 def test_all_groups_are_prepared_and_those_made_later_by_the_next_call(ranks: Ranks, tmp_path: Path) -> None:
     groups = [[0, 1], [2, 3], [1, 3]]
     path = [install(tmp_path, recording.Prepares)] * 4
-    for rank, found in enumerate(ranks.run(capture_ranks.prepare_groups, groups, world_size=4, path=path)):
+    for rank, found in enumerate(ranks.run(prepare_ranks.prepare_groups, groups, world_size=4, path=path)):
         *served, (_, world) = found
         assert served == [(group, ["first"]) for group in groups if rank in group]
         assert world == ["second", "first"]
@@ -148,7 +148,7 @@ def test_all_groups_are_prepared_and_those_made_later_by_the_next_call(ranks: Ra
 
 def test_a_rank_that_doesnt_come_is_named(ranks: Ranks, tmp_path: Path) -> None:
     path = [install(tmp_path, recording.Prepares)] * 2
-    (first, *after), (_, *too) = ranks.run(capture_ranks.prepare_late, 1, path=path)
+    (first, *after), (_, *too) = ranks.run(prepare_ranks.prepare_late, 1, path=path)
     assert first[0] == "CommTimeoutError"
     assert "rank 1 didn't come in time" in first[1]
     assert after == too == [("ok", "['first', 'second']"), ("ok", "['first', 'first']")]
