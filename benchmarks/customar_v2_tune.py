@@ -143,7 +143,7 @@ class Chain:
 
     def time_us(self, row: policy.Row, replays: int) -> tuple[float, bool]:
         """Microseconds a call, this rank's median over the replays, and whether the sums are right."""
-        self.own.use([row])
+        self.own.set_rows([row])
         self.own.all_reduce_out(self.start, self.buffers[1])  # eager once: an error here needs no graph to be seen
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
@@ -154,7 +154,7 @@ class Chain:
             graph.capture_end()
         meet = policy.Row(1 << 40, "oneshot_push", threads=32)
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays + 1)]
-        self.own.use([meet])
+        self.own.set_rows([meet])
         for before, after in pairs:
             self.buffers[0].copy_(self.start)
             self.own.all_reduce_out(self.meeting, self.meeting)
@@ -287,7 +287,7 @@ def main() -> int:
 
 def eager(own: session.Session) -> None:
     """What a call of 8 KiB costs the host, out of place and in place; printed by the first rank."""
-    own.use([policy.Row(1 << 40, "oneshot_push", threads=128)])
+    own.set_rows([policy.Row(1 << 40, "oneshot_push", threads=128)])
     x = torch.zeros(4096, device="cuda", dtype=torch.bfloat16)
 
     def each_us(call: Any) -> float:

@@ -105,9 +105,9 @@ class Chain:
     def time_us(self, row: norm_policy.NormRow | None, rows: list[policy.Row], replays: int) -> tuple[float, str]:
         """Microseconds a call, this rank's median over the replays, and what is wrong; `row` None: plain calls."""
         call, wrong = (self.call, "") if row else (self.plain, "")
-        self.own.use(rows)
+        self.own.set_rows(rows)
         if row:
-            self.own.use_norm([row])
+            self.own.set_norm_rows([row])
             self.call(self.start, self.buffers[1])
             wrong = self._judge()
         else:
@@ -121,7 +121,7 @@ class Chain:
         finally:
             graph.capture_end()
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays + 1)]
-        self.own.use([policy.Row(_ANY_SIZE, "oneshot_push", threads=32)])
+        self.own.set_rows([policy.Row(_ANY_SIZE, "oneshot_push", threads=32)])
         for before, after in pairs:
             for buffer, values in zip(self.buffers[0], self.start, strict=True):
                 buffer.copy_(values)
@@ -184,8 +184,8 @@ def numbers(text: str) -> list[int]:
 
 def eager(own: session.Session, rows: list[policy.Row]) -> None:
     """What a call of 1 x 4096 costs the host, with new outputs and in place; printed by the first rank."""
-    own.use(rows)
-    own.use_norm([norm_policy.NormRow(_ANY_SIZE, "oneshot_push_norm", vecs=2)])
+    own.set_rows(rows)
+    own.set_norm_rows([norm_policy.NormRow(_ANY_SIZE, "oneshot_push_norm", vecs=2)])
     x = torch.zeros(1, 4096, device="cuda", dtype=torch.bfloat16)
     weight, residual, spare = torch.zeros_like(x[0]), torch.zeros_like(x), torch.zeros_like(x)
 
