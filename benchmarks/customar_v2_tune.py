@@ -144,7 +144,7 @@ class Chain:
 
     def time_us(self, row: policy.Row, replays: int) -> tuple[float, bool]:
         """Return microseconds per call, as this rank's median over the replays, and whether the sums are correct."""
-        self.own.use([row])
+        self.own.set_rows([row])
         self.own.all_reduce_out(self.start, self.buffers[1])  # eager first, because errors are clearer outside a graph
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
@@ -155,7 +155,7 @@ class Chain:
             graph.capture_end()
         barrier_row = policy.Row(1 << 40, "oneshot_push", threads=32)
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays + 1)]
-        self.own.use([barrier_row])
+        self.own.set_rows([barrier_row])
         for before, after in pairs:
             self.buffers[0].copy_(self.start)
             self.own.all_reduce_out(self.barrier, self.barrier)
@@ -290,7 +290,7 @@ def main() -> int:
 
 def time_eager(own: session.Session) -> None:
     """Time a call of 8 KiB on the host, out of place and in place; the first rank prints it."""
-    own.use([policy.Row(1 << 40, "oneshot_push", threads=128)])
+    own.set_rows([policy.Row(1 << 40, "oneshot_push", threads=128)])
     x = torch.zeros(4096, device="cuda", dtype=torch.bfloat16)
 
     def each_us(call: Any) -> float:

@@ -108,9 +108,9 @@ class Chain:
         Times plain calls if `row` is None.
         """
         call, wrong = (self.call, "") if row else (self.plain, "")
-        self.own.use(rows)
+        self.own.set_rows(rows)
         if row:
-            self.own.use_norm([row])
+            self.own.set_norm_rows([row])
             self.call(self.start, self.buffers[1])
             wrong = self._check_first_call()
         else:
@@ -124,7 +124,7 @@ class Chain:
         finally:
             graph.capture_end()
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays + 1)]
-        self.own.use([policy.Row(_ANY_SIZE, "oneshot_push", threads=32)])
+        self.own.set_rows([policy.Row(_ANY_SIZE, "oneshot_push", threads=32)])
         for before, after in pairs:
             for buffer, values in zip(self.buffers[0], self.start, strict=True):
                 buffer.copy_(values)
@@ -187,8 +187,8 @@ def numbers(text: str) -> list[int]:
 
 def time_eager(own: session.Session, rows: list[policy.Row]) -> None:
     """Time a call of 1 x 4096 on the host, with new outputs and in place; the first rank prints it."""
-    own.use(rows)
-    own.use_norm([norm_policy.NormRow(_ANY_SIZE, "oneshot_push_norm", vecs=2)])
+    own.set_rows(rows)
+    own.set_norm_rows([norm_policy.NormRow(_ANY_SIZE, "oneshot_push_norm", vecs=2)])
     x = torch.zeros(1, 4096, device="cuda", dtype=torch.bfloat16)
     weight, residual, spare = torch.zeros_like(x[0]), torch.zeros_like(x), torch.zeros_like(x)
 

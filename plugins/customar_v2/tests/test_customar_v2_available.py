@@ -117,7 +117,7 @@ def test_a_forced_algorithm_is_the_same_for_every_size() -> None:
     forced = [0, policy.ALGORITHMS["twoshot_push"], 2, 128, 64, 1]
     topology = group(facts={0: {"forced": forced}, 1: {"forced": forced}})
     assert isinstance(customar_v2.is_available(topology), comm.Available)
-    row = customar_v2._forced(topology)
+    row = policy.forced_row(topology)
     assert row == policy.Row(0, "twoshot_push", 2, 128, 64, 1)
     rows = policy.rows_for(9, 2, row)
     assert [(item.algorithm, item.up_to_nbytes) for item in rows] == [("twoshot_push", 64 << 20)]

@@ -97,7 +97,7 @@ def fused(messages: tuple[tuple[int, int], ...], rows: tuple[NormRow, ...]) -> i
         for row, offset in itertools.product(rows, OFFSETS):
             if row.cluster > 1 and not newer:
                 continue
-            own.use_norm([row])
+            own.set_norm_rows([row])
             # The longest rows go the separate way, whatever the row of the table says.
             apart = row.algorithm == "separate" or shape[1] * dtype.itemsize > longest
             sums = ((total.to(dtype).float() if apart else total) + residual.float()).to(dtype)
@@ -186,7 +186,7 @@ def replays(messages: tuple[tuple[int, int], ...], rows: tuple[NormRow, ...], co
     handle, newer = backend(NAME), torch.cuda.get_device_capability()[0] >= 9
     for shape, row in itertools.product(messages, rows):
         if row.cluster == 1 or newer:
-            session_of(handle).use_norm([row])
+            session_of(handle).set_norm_rows([row])
             replay(handle, shape, count)
     handle.check()
     comm.close()

@@ -30,8 +30,8 @@ def test_every_table_can_be_launched(major: int, count: int) -> None:
 def test_every_fused_table_can_be_launched(major: int, count: int) -> None:
     rows = norm_policy.rows_for(major, count)
     assert all(one.up_to_nbytes < other.up_to_nbytes for one, other in pairwise(rows))
-    # Where no fused kernel takes a row, the plain table is asked for a message of that size.
-    assert rows[-1].up_to_nbytes <= policy.rows_for(major, count)[-1].up_to_nbytes
+    # `policy.ranges` gives both operations one limit.
+    assert rows[-1].up_to_nbytes == policy.rows_for(major, count)[-1].up_to_nbytes
     for row in rows:
         assert row.algorithm in norm_policy.ALGORITHMS
         # `min_norm_vecs` and `max_norm_vecs` in csrc/norm.cuh.
@@ -45,7 +45,7 @@ def test_every_fused_table_can_be_launched(major: int, count: int) -> None:
 def test_a_forced_algorithm_leaves_the_fused_calls_their_slots(major: int, count: int) -> None:
     rows = policy.rows_for(major, count, policy.parse_row("twoshot_push"))
     fused = norm_policy.rows_for(major, count)
-    plan = layout.plan(count, [*rows, *norm_policy.needs(fused)], 1 << 30)
+    plan = layout.plan(count, [*rows, *norm_policy.slot_rows(fused)], 1 << 30)
     # A row of a model's in each half of a slot.
     assert plan.cells_nbytes >= 2 * 16384 * 4
 
@@ -72,7 +72,7 @@ def test_the_buffers_hold_the_table_and_no_more_than_the_budget(major: int, coun
 
 
 def test_the_memory_that_the_readme_names() -> None:
-    rows = [*policy.rows_for(9, 2), *norm_policy.needs(norm_policy.rows_for(9, 2))]
+    rows = [*policy.rows_for(9, 2), *norm_policy.slot_rows(norm_policy.rows_for(9, 2))]
     plan = layout.plan(2, rows, 1 << 30)
     assert 2 * plan.cells_nbytes == 64 << 20
     assert plan.nbytes < 65 << 20

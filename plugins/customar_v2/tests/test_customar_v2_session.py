@@ -29,7 +29,7 @@ class Native:
 
         def all_reduce_out(tensor: torch.Tensor, out: torch.Tensor) -> None:
             if self.missing:
-                raise RuntimeError("a kernel gave up")
+                raise RuntimeError("a kernel timed out")
             out.copy_(tensor * 2)
 
         def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Native:
             weight_offset: float,
         ) -> bool:
             if self.missing:
-                raise RuntimeError("a kernel gave up")
+                raise RuntimeError("a kernel timed out")
             if not tensor.is_contiguous():
                 return False
             assert not weight.requires_grad
@@ -152,7 +152,7 @@ def test_a_fused_call_that_the_native_code_declines(context: comm.GroupContext) 
     assert torch.equal(residual_out, residual)
 
 
-def test_a_kernel_that_gave_up_names_the_rank(context: comm.GroupContext) -> None:
+def test_a_kernel_that_timed_out_names_the_rank(context: comm.GroupContext) -> None:
     native = Native()
     own = session.connect(native, 9, None, context)
     customar_v2.check(own)
@@ -171,14 +171,14 @@ def test_a_kernel_that_gave_up_names_the_rank(context: comm.GroupContext) -> Non
 def test_close_is_idempotent_and_frees_nothing_under_running_kernels(
     context: comm.GroupContext, orderly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    abandoned: list[Any] = []
-    monkeypatch.setattr(session, "_abandoned", abandoned)
+    kept: list[Any] = []
+    monkeypatch.setattr(session, "_kept_until_exit", kept)
     native = Native()
     own = session.connect(native, 9, None, context)
     customar_v2.close(own, orderly)
     customar_v2.close(own, orderly)
     assert ("abort" in native.calls) is not orderly
-    assert len(abandoned) == (0 if orderly else 1)
+    assert len(kept) == (0 if orderly else 1)
     customar_v2.check(own)
 
 

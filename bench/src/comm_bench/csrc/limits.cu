@@ -1,4 +1,4 @@
-// What an all-reduce can't be faster than: an empty kernel, a store's way to a peer, and the bandwidth of the links.
+// Lower bounds of an all-reduce's time: an empty kernel, a store to a peer, and a transfer over the links.
 
 #include <cuda_runtime.h>
 #include <tvm/ffi/extra/c_env_api.h>
@@ -12,11 +12,10 @@ namespace {
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
-// The most that a store's way and back may take before the kernel gives up, in nanoseconds: a rank that isn't there
-// must not hang the GPU.
-constexpr uint64_t kPatienceNs = 2'000'000'000;
-// 264 blocks of 256 threads with eight 16-byte vectors in flight each: two blocks a multiprocessor of an H200, where
-// this many reached the most bandwidth of remote stores among 64 to 528 blocks.
+// How long the kernel waits for its peer's stores, in nanoseconds: an absent rank must not hang the GPU.
+constexpr uint64_t kTimeoutNs = 2'000'000'000;
+// 264 blocks of 256 threads, each thread with eight 16-byte vectors in flight. This is two blocks for each
+// multiprocessor of an H200, on which 264 blocks gave the highest bandwidth of remote stores among 64 to 528 blocks.
 constexpr int kBlocks = 264;
 constexpr int kThreads = 256;
 constexpr int kVectors = 8;
@@ -36,7 +35,7 @@ __device__ uint64_t now_ns() {
     return ns;
 }
 
-// Relaxed is enough in all of these: no other data is published by the flag, and nothing is read by its peer.
+// Relaxed is enough for both: the flag publishes no other data, and its reader reads nothing else of its peer's.
 __device__ void store(uint32_t* address, uint32_t value) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
@@ -49,23 +48,23 @@ __device__ uint32_t load(const uint32_t* address) {
 
 __global__ void nothing() {}
 
-// Two ranks in turns: the first one sends a number and awaits it back. `mine` and `theirs` hold the last number that
-// was sent to each; `sent`, in this rank's memory alone, tells where the next launch goes on, also when a graph is
-// replayed.
+// Plays ping-pong between two ranks: the first sends a number and waits until it comes back. `mine` and `theirs` hold
+// the last number that was sent to this rank and to its peer. `sent`, in this rank's memory alone, is the last number
+// of the launch before, from which the next launch continues, also in a replayed graph.
 __global__ void bounce(uint32_t* mine, uint32_t* theirs, uint32_t* sent, bool first, int rounds) {
     const uint32_t before = *sent;
     const uint64_t start = now_ns();
     for (uint32_t round = before + 1; round <= before + rounds; ++round) {
         if (first) store(theirs, round);
         for (uint32_t polls = 1; load(mine) != round; ++polls) {
-            if (polls % 1024 == 0 && now_ns() - start > kPatienceNs) return;
+            if (polls % 1024 == 0 && now_ns() - start > kTimeoutNs) return;
         }
         if (!first) store(theirs, round);
     }
     *sent = before + rounds;
 }
 
-// Vectors from one place to another, one of which is a peer's memory.
+// Copies vectors to or from a peer's memory.
 __global__ void __launch_bounds__(kThreads)
     move(uint4* __restrict__ to, const uint4* __restrict__ from, int64_t count) {
     const int64_t stride = int64_t(gridDim.x) * kThreads;
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// The least that an out-of-place call does: an output, and a kernel.
+// Allocates an output and launches an empty kernel: the least work of an out-of-place call.
 Tensor launch(TensorView like) {
     Tensor out = Tensor::FromEnvAlloc(TVMFFIEnvTensorAlloc, like.shape(), like.dtype(), like.device());
     nothing<<<1, 32, 0, stream_of(like)>>>();
@@ -99,7 +98,7 @@ void hop(TensorView sent, int64_t mine, int64_t theirs, bool first, int64_t roun
     check(cudaGetLastError());
 }
 
-// `like` only tells the device, and with it the stream.
+// `like` gives only the device, and with it the stream.
 void transfer(TensorView like, int64_t to, int64_t from, int64_t nbytes) {
     const int64_t count = (nbytes + 15) / 16;
     const int64_t needed = (count + kThreads - 1) / kThreads;

@@ -1,4 +1,4 @@
-"""How a rank's buffer is divided; csrc/params.cuh says what each region is for."""
+"""How a rank's buffer is divided into regions; csrc/params.cuh describes each. Pure."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from comm_plugin_customar_v2.policy import Row
 
 __all__ = ["Layout", "plan"]
 
-#: Regions begin at multiples of it, in bytes: a page of device memory's second-level cache line and more.
+# Regions begin at multiples of it, in bytes.
 _ALIGN = 4096
-#: The largest slot, in bytes. Larger messages go in several launches, whose hand-over costs some 2 µs of 90.
+#: The largest slot, in bytes. A larger message takes several launches, and going from one to
+#: the next costs some 2 µs of a launch's 90.
 SLOT_NBYTES = 32 << 20
-#: Of the launch counter, with which a buffer begins, in bytes.
+# The size of the launch counter at the beginning of a buffer, in bytes.
 _COUNTER_NBYTES = 8
-#: A tail's slot, in bytes: one vector.
+# The size of a tail's slot, in bytes: one vector.
 _TAIL_NBYTES = 16
 _PHASES = 2
-_LEAST_NBYTES = 64 << 10
+_MIN_SLOT_NBYTES = 64 << 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Layout:
     """Offsets and sizes in a rank's buffer, in bytes.
 
     Attributes:
-        tails_at: where the region begins.
-        cells_at, cells_nbytes: where the region begins, and the size of one slot.
-        nbytes: of the whole buffer.
+        tails_at: where the tails' slots begin.
+        cells_at, cells_nbytes: where the cells' slots begin, and the size of one slot. Larger messages take several
+            launches.
+        nbytes: the size of the whole buffer.
     """
 
     tails_at: int
@@ -37,20 +39,20 @@ class Layout:
     nbytes: int
 
     def numbers(self) -> list[int]:
-        """As `Session` in csrc/session.cuh takes them."""
+        """Return the fields as `Session` in csrc/session.cuh takes them."""
         return list(dataclasses.astuple(self))[:-1]
 
 
 def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int) -> Layout:
-    """Lay out a buffer for what the rows' algorithms need.
+    """Lay out a buffer with slots for the largest message of any row, or for as much as fits the budget.
 
     Args:
-        world_size: ranks in the group.
-        rows: the table, or all that the session may use.
-        budget_nbytes: the most that the buffer may take.
+        world_size: the number of ranks.
+        rows: all rows that the session may use.
+        budget_nbytes: the largest size of the buffer.
 
     Raises:
-        MemoryError: the budget doesn't hold even slots of 64 KiB.
+        MemoryError: not even slots of 64 KiB fit the budget.
     """
     cells = min(SLOT_NBYTES, max(_slot_nbytes(row, world_size) for row in rows))
     while True:
@@ -58,16 +60,17 @@ def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int) -> Layout:
         if layout.nbytes <= budget_nbytes:
             return layout
         cells //= 2
-        if cells < _LEAST_NBYTES:
+        if cells < _MIN_SLOT_NBYTES:
             raise MemoryError(
-                f"{layout.nbytes} bytes of buffers are needed for {world_size} ranks, and the budget is {budget_nbytes}"
+                f"a buffer of at least {layout.nbytes} bytes is needed for {world_size} ranks, and the budget is "
+                f"{budget_nbytes} (COMM_CORE_MEMORY_BUDGET_NBYTES)"
             )
 
 
 def _slot_nbytes(row: Row, world_size: int) -> int:
-    """Bytes of a peer's slot for the largest message of a row in one launch."""
+    """Return the size of a peer's slot that takes the largest message of a row in one launch."""
     if row.algorithm == "twoshot_push":
-        # Two halves of a part each, rounded up to a vector; small messages go one-shot.
+        # A half for the shares of a part and a half for its sums, each with room for rounding up to a vector.
         part = -(-row.up_to_nbytes // world_size)
         return 2 * (part + 32)
     return row.up_to_nbytes

@@ -1,4 +1,4 @@
-"""Memory that all ranks of a group have mapped: torch's symmetric memory, behind one function."""
+"""Buffers that all ranks of a group map: torch's symmetric memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import torch.distributed as dist
 
 __all__ = ["Symmetric", "allocate"]
 
-# Torch binds a multicast object to each buffer where there are such. Nothing here uses one, and NVSwitch has few.
+# If the hardware has multicast, torch binds a multicast object to each buffer. Nothing here uses one, and an NVSwitch
+# has few.
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
-_environment = threading.Lock()
+_environment_lock = threading.Lock()
 
 
 class Symmetric:
-    """A buffer of this rank's, and its peers' as this device sees them.
+    """This rank's buffer, and its peers' buffers as mapped on this device.
 
     Attributes:
-        tensor: this rank's, of bytes.
-        addresses: by rank; known once `exchange` has returned.
+        tensor: this rank's buffer, as bytes.
+        addresses: the address of each rank's buffer, by rank; empty until `exchange` has returned.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -35,15 +36,15 @@ class Symmetric:
         """Map every rank's buffer. Collective over the group's store.
 
         Raises:
-            RuntimeError: the driver or torch refuses, or torch's interface isn't the one that is known.
+            RuntimeError: the driver or torch refuses, or torch maps the buffers differently from what is expected here.
         """
         from torch.distributed import _symmetric_memory as symmetric
 
-        with _environment, _multicast_off():
+        with _environment_lock, _multicast_off():
             handle = symmetric.rendezvous(self.tensor, group)
         if handle is None:
-            raise RuntimeError("torch's symmetric memory gave no handle for the buffer")
-        # Of whole allocations, which `allocate` made these buffers.
+            raise RuntimeError("torch's symmetric memory returned no handle for the buffer")
+        # `buffer_ptrs` are the addresses of whole allocations, and `allocate` makes a buffer a whole allocation.
         addresses = tuple(handle.buffer_ptrs)
         rank = dist.get_rank(group)
         if len(addresses) != dist.get_world_size(group) or addresses[rank] != self.tensor.data_ptr():
@@ -54,9 +55,9 @@ class Symmetric:
 
 
 def allocate(nbytes: int, device: torch.device) -> Symmetric:
-    """A buffer of CUDA virtual memory that can be shared with other processes. Local.
+    """Allocate a buffer of CUDA virtual memory that other processes can map. Local.
 
-    Not `torch.distributed._symmetric_memory.empty`: from torch 2.10 on it may take a part of a pool.
+    Not by `torch.distributed._symmetric_memory.empty`: from torch 2.10 on it may return a part of a pool.
     """
     from torch._C._distributed_c10d import _SymmetricMemory
 

@@ -1,6 +1,6 @@
-"""Which algorithm, in which shape of launch, serves which size: the table, and the option that overrides it.
+"""Which groups are served, and which algorithm and launch shape serve which size.
 
-Pure: what it returns depends on its arguments alone, so that every rank has the same table.
+Pure: results depend only on arguments, so every rank decides the same. `parse` reads the environment by default.
 """
 
 from __future__ import annotations
@@ -9,37 +9,58 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
-from comm_core import Topology, eligibility
+import comm_core as comm
+from comm_core import eligibility
 
-__all__ = ["ALGORITHMS", "OPTION", "Row", "parse", "rows_for", "unavailable_reason"]
-
+__all__ = [
+    "ALGORITHMS",
+    "DTYPES",
+    "OPTION",
+    "PRIORITY",
+    "Row",
+    "flat",
+    "forced_row",
+    "major",
+    "parse",
+    "parse_row",
+    "ranges",
+    "rows_for",
+    "unavailable_reason",
+]
 
 _NAME = "customar_v2"
+#: Of this backend among all: made for this topology.
+PRIORITY = 300
+DTYPES = ("float32", "float16", "bfloat16")
+#: `kVecNbytes` in comm_core/vec.cuh.
+VEC_NBYTES = 16
 #: `kMaxRanks` in csrc/params.cuh.
 MAX_RANKS = 8
-#: The oldest compute capability that there are kernels for.
+#: The oldest compute capability that has kernels.
 OLDEST = (8, 0)
 #: `Algorithm` in csrc/params.cuh.
 ALGORITHMS = {"oneshot_push": 0, "oneshot_stream": 1, "twoshot_push": 2}
-#: The variable that forces one algorithm and, after a colon, its shape: "twoshot_push:vecs=4,threads=256,blocks=264".
+#: The environment variable that forces one algorithm for all sizes and, after a colon, its launch shape:
+#: "twoshot_push:vecs=4,threads=256,blocks=264,pipeline_depth=1".
 OPTION = "COMM_CORE_CUSTOMAR_V2_ALGORITHM"
 
 _KIB, _MIB = 1 << 10, 1 << 20
-# Of each number in the option; a shape that some device may have is far below.
-_MOST = 1 << 16
+# The largest number in the option, far above any launch shape.
+_MAX_NUMBER = 1 << 16
+_SHAPE = ("vecs", "threads", "blocks", "pipeline_depth")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How messages up to a size are served.
+    """The algorithm and launch shape that serve messages up to a size.
 
     Attributes:
         up_to_nbytes: the largest message, in bytes.
         algorithm: one of `ALGORITHMS`.
-        vecs: vectors of 16 bytes that a thread has in flight: 1, 2 or 4; beyond two ranks 1.
-        threads: of a block, a multiple of 32.
-        blocks: the most of a grid, which is otherwise as large as the message needs, and the device can hold at once.
-        pipeline_depth: rounds that pushes are ahead of sums, where the algorithm has rounds.
+        vecs: the vectors of 16 bytes that a thread has in flight: 1, 2 or 4 for two ranks, 1 for more.
+        threads: the threads of a block, a multiple of 32.
+        blocks: the largest grid. A grid is never larger than the message needs, or than the device holds at once.
+        pipeline_depth: the number of rounds by which pushes run ahead of sums, if the algorithm works in rounds.
     """
 
     up_to_nbytes: int
@@ -50,15 +71,15 @@ class Row:
     pipeline_depth: int = 0
 
     def numbers(self) -> tuple[int, ...]:
-        """As `Shape` in csrc/session.cuh has them."""
+        """Return the fields as `Shape` in csrc/session.cuh orders them."""
         code = ALGORITHMS[self.algorithm]
         return (self.up_to_nbytes, code, self.vecs, self.threads, self.blocks, self.pipeline_depth)
 
 
-# Two ranks on Hopper. Every row was measured on two H200 that NVLink joins by 18 links (torch 2.11, CUDA 13.0,
-# 2026-11-22; bfloat16, graphs of dependent calls, benchmarks/customar_v2_tune.py), at the powers of two beside it;
-# there it was slower than the fastest of all shapes by no more than what stands after them. One-shot rows end where
-# the grid is full: one round is what they are good at.
+# Two ranks on Hopper, measured on two H200 joined by 18 NVLinks (torch 2.11, CUDA 13.0, 2026-11-22; bfloat16, graphs of
+# dependent calls, benchmarks/customar_v2_tune.py). Beside each row stand the measured sizes and how much slower the row
+# was, at most, than the fastest of all shapes. One-shot rows end at the size that fills the grid, because one-shot is
+# fastest in a single round.
 _HOPPER_2 = (
     Row(4 * _KIB, "oneshot_push", threads=256),  # 1 to 4 KiB: 0.6 %
     Row(64 * _KIB, "oneshot_push", threads=64),  # 8 to 64 KiB: 0.6 %
@@ -68,10 +89,10 @@ _HOPPER_2 = (
     Row(24 * _MIB, "twoshot_push", threads=512, pipeline_depth=2),  # 4 to 16 MiB: 1.1 %
     Row(64 * _MIB, "oneshot_stream", vecs=2, threads=512, pipeline_depth=2),  # 32 and 64 MiB: 0.0 %
 )
-# Three and four, likewise, on four H200 that a switch joins by 18 links each, up to 8 MiB. Beyond that NCCL may let the
-# switch sum (NVLS), which wasn't measured: there the vendor's library is next.
+# Three and four ranks likewise, on four H200 joined to a switch by 18 NVLinks each, up to 8 MiB. NCCL serves larger
+# messages: it may let the switch sum (NVLS), which wasn't measured.
 _HOPPER_3 = (
-    Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.2 %
+    Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.3 %
     Row(384 * _KIB, "oneshot_push", threads=128),  # 128 to 384 KiB: 0.5 %
     Row(768 * _KIB, "twoshot_push", threads=64),  # 512 and 768 KiB: 0.0 %
     Row(2 * _MIB, "twoshot_push", threads=512, pipeline_depth=1),  # 1 and 2 MiB: 0.2 %
@@ -80,27 +101,82 @@ _HOPPER_3 = (
 _HOPPER_4 = (
     Row(64 * _KIB, "oneshot_push", threads=64),  # 1 to 64 KiB: 1.2 %
     Row(256 * _KIB, "oneshot_push", threads=128),  # 128 and 256 KiB: 0.0 %
-    Row(768 * _KIB, "twoshot_push", threads=64),  # 384 to 768 KiB: 0.0 %
-    Row(1 * _MIB, "twoshot_push", threads=128),  # 1 MiB: 0.4 %
+    Row(768 * _KIB, "twoshot_push", threads=64),  # 384 to 768 KiB: 0.1 %
+    Row(1 * _MIB, "twoshot_push", threads=128),  # 1 MiB: 0.5 %
     Row(2 * _MIB, "twoshot_push", threads=512),  # 2 MiB: 0.0 %
     Row(8 * _MIB, "twoshot_push", threads=512, pipeline_depth=1),  # 4 and 8 MiB: 0.0 %
 )
-# Everything else: unmeasured. One shot up to where two take as long: on H200 some 450 KiB for three ranks and 320 for
-# four, beyond that the less the more bytes one shot sends than two, (W - 1) - 2 (W - 1) / W of the message; then two,
-# and beyond 8 MiB the vendor's library.
+# All other groups are unmeasured: one-shot up to the size at which two-shot takes as long, then two-shot up to 8 MiB;
+# NCCL serves larger messages. On H200 that size is some 450 KiB for three ranks and 320 KiB for four. With more ranks
+# it shrinks, as one-shot sends more bytes than two-shot by (W - 1) - 2 (W - 1) / W of the message.
 _ONE_SHOT_NBYTES = {2: _MIB, 3: 384 * _KIB, 4: 256 * _KIB, 5: 192 * _KIB}
 
 # By compute capability's major number and world size; graphs and eager calls alike.
 _TABLES: dict[tuple[int, int], tuple[Row, ...]] = {(9, 2): _HOPPER_2, (9, 3): _HOPPER_3, (9, 4): _HOPPER_4}
 
 
+def unavailable_reason(topology: comm.Topology) -> str:
+    """Say why the group can't be served; "" if it can."""
+    return (
+        eligibility.no_cuda(topology)
+        or eligibility.unfit_world_size(topology, range(2, MAX_RANKS + 1))
+        or eligibility.missing_dependency(topology, _NAME)
+        or eligibility.differing_fact(topology, _NAME, "forced", OPTION)
+        or eligibility.unfit_devices(topology, OLDEST)
+        or _unfit_links(topology)
+    )
+
+
+def _unfit_links(topology: comm.Topology) -> str:
+    """Require NVLink and peer access between every two ranks: on one host, or in one NVLink clique of several hosts."""
+    several = eligibility.several_hosts(topology)
+    if not several:
+        return eligibility.missing_links(topology)
+    fabrics = {info.device.fabric for info in topology.ranks if info.device is not None}
+    clique = len(fabrics) == 1 and None not in fabrics
+    return "" if clique else f"{several}, and they share no NVLink clique"
+
+
+def ranges(topology: comm.Topology) -> tuple[comm.Range, ...]:
+    """Say what is served: plain messages of any number of elements, and fused ones with rows of whole vectors."""
+    # The fused tables go as far as the plain ones. No plain kernel reads or writes beyond the last element.
+    largest = rows_for(major(topology), topology.world_size)[-1].up_to_nbytes
+    plain = comm.Range("all_reduce", dtypes=DTYPES, device_types=("cuda",), max_nbytes=largest)
+    fused = (
+        comm.Range(
+            "all_reduce_add_rms_norm",
+            dtypes=dtypes,
+            device_types=("cuda",),
+            max_nbytes=largest,
+            hidden_multiple=VEC_NBYTES // itemsize,
+        )
+        for dtypes, itemsize in ((DTYPES[:1], 4), (DTYPES[1:], 2))
+    )
+    return (plain, *fused)
+
+
+def major(topology: comm.Topology) -> int:
+    """Return the major version of the devices' compute capability; 0 without a device."""
+    device = topology.ranks[0].device
+    return 0 if device is None else device.capability[0]
+
+
+def forced_row(topology: comm.Topology) -> Row | None:
+    """Return the row that the option forces, as rank 0's `probe` reported it; None: the table decides."""
+    numbers = topology.ranks[0].facts[_NAME]["forced"]
+    if numbers is None:
+        return None
+    names = {code: name for name, code in ALGORITHMS.items()}
+    return Row(numbers[0], names[numbers[1]], *numbers[2:])
+
+
 def rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Row, ...]:
-    """The table of one kind of group, sizes ascending; messages beyond its last row aren't served.
+    """Return the table of a group, sizes ascending; messages larger than its last row aren't served.
 
     Args:
-        major: of the devices' compute capability.
-        world_size: ranks in the group.
-        forced: what `parse` read; None: the table decides.
+        major: the major version of the devices' compute capability.
+        world_size: the number of ranks.
+        forced: the row that the option forces; None: the table decides.
     """
     rows = _TABLES.get((major, world_size)) or _conservative(world_size)
     return rows if forced is None else (dataclasses.replace(forced, up_to_nbytes=rows[-1].up_to_nbytes),)
@@ -114,60 +190,39 @@ def _conservative(world_size: int) -> tuple[Row, ...]:
 
 
 def parse(environ: Mapping[str, str] | None = None) -> Row | None:
-    """What `OPTION` says; None where it is unset or empty.
+    """Read `OPTION`; None if it is unset or empty.
 
     Raises:
-        ValueError: it can't be read.
+        ValueError: it can't be parsed, or no block has that shape.
     """
     text = (os.environ if environ is None else environ).get(OPTION, "").strip()
     return parse_row(text) if text else None
 
 
 def parse_row(text: str) -> Row:
-    """A row from its text, "algorithm" or "algorithm:vecs=..,threads=..,blocks=..,pipeline_depth=..".
+    """Parse a row's text, "algorithm" or "algorithm:vecs=..,threads=..,blocks=..,pipeline_depth=..".
 
     Raises:
-        ValueError: it can't be read.
+        ValueError: it can't be parsed, or no block has that shape.
     """
     algorithm, _, shape = text.partition(":")
     if algorithm not in ALGORITHMS:
-        raise ValueError(f"{OPTION}={text!r}: {algorithm!r} is none of {', '.join(ALGORITHMS)}")
+        raise ValueError(f"{OPTION}={text!r}: {algorithm!r} isn't one of {', '.join(ALGORITHMS)}")
     values: dict[str, int] = {}
     for item in filter(None, shape.split(",")):
         name, _, number = item.partition("=")
-        if name not in ("vecs", "threads", "blocks", "pipeline_depth") or not number.isdecimal():
-            raise ValueError(
-                f"{OPTION}={text!r}: {item!r} isn't vecs=, threads=, blocks= or pipeline_depth= with a number"
-            )
-        values[name] = min(int(number), _MOST)
+        if name not in _SHAPE or not number.isdecimal():
+            known = ", ".join(f"{name}=" for name in _SHAPE)
+            raise ValueError(f"{OPTION}={text!r}: {item!r} isn't a number for one of {known}")
+        values[name] = min(int(number), _MAX_NUMBER)
     row = Row(0, algorithm, **values)
     if row.threads % 32 or not 32 <= row.threads <= 1024 or row.blocks < 1 or row.vecs not in (1, 2, 4):
-        raise ValueError(f"{OPTION}={text!r}: no block has that shape")
+        raise ValueError(
+            f"{OPTION}={text!r}: vecs is 1, 2 or 4, threads a multiple of 32 up to 1024, and blocks at least 1"
+        )
     return row
 
 
 def flat(rows: Sequence[Row]) -> list[int]:
-    """The rows' numbers, one after the other, as the native code takes them."""
+    """Return the rows' numbers one after another, as the native code takes them."""
     return [number for row in rows for number in row.numbers()]
-
-
-def unavailable_reason(topology: Topology) -> str:
-    """Say why the group can't be served; "" if it can."""
-    return (
-        eligibility.no_cuda(topology)
-        or eligibility.unfit_world_size(topology, range(2, MAX_RANKS + 1))
-        or eligibility.missing_dependency(topology, _NAME)
-        or eligibility.differing_fact(topology, _NAME, "forced", OPTION)
-        or eligibility.unfit_devices(topology, OLDEST)
-        or _unfit_links(topology)
-    )
-
-
-def _unfit_links(topology: Topology) -> str:
-    """Require NVLink and peer access between every two ranks: on one host, or in one NVLink clique of several hosts."""
-    several = eligibility.several_hosts(topology)
-    if not several:
-        return eligibility.missing_links(topology)
-    fabrics = {info.device.fabric for info in topology.ranks if info.device is not None}
-    clique = len(fabrics) == 1 and None not in fabrics
-    return "" if clique else f"{several}, and in no NVLink clique in common"

@@ -1,4 +1,4 @@
-"""A group's session: its buffer, its launches, and what becomes of it when a peer doesn't come."""
+"""A group's session: its buffer, its launches, and its end when a peer times out."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from comm_plugin_customar_v2 import layout, memory, norm_policy, policy
 
 __all__ = ["Native", "Session", "connect"]
 
-# Of sessions that ended in disorder: their kernels may still run and their peers' still write, so nothing is freed
-# before the process ends.
-_abandoned: list[Any] = []
+# Native functions and buffers of sessions that were closed after a failure. Their kernels may still run and peers may
+# still write, so nothing is freed until the process ends.
+_kept_until_exit: list[Any] = []
 
 
 class Native(NamedTuple):
-    """A session's functions in the native code; csrc/customar_v2.cu says what each does."""
+    """A session's native functions; csrc/customar_v2.cu describes them."""
 
     all_reduce: Any
     all_reduce_out: Any
@@ -34,16 +34,16 @@ class Native(NamedTuple):
 
 
 class Session:
-    """What the hooks work with.
+    """This rank's part of the group.
 
     Attributes:
         all_reduce: (tensor) -> the sum, in a tensor from torch's allocator.
         all_reduce_out: (tensor, out) sums into `out`, which may be `tensor`.
         all_reduce_add_rms_norm_out: (tensor, residual, weight, out, residual_out, eps, weight_offset) sums, adds and
-            normalises; `out` may be `tensor`, and `residual_out` the residual. False, with nothing done, where they
-            aren't as the hook has them.
-        set_early: (early) lets kernels start, or not, while the one before still runs; for comparisons.
-        memory_nbytes: of this rank's buffer.
+            normalises; `out` may be `tensor`, and `residual_out` may be `residual`. Returns False, and does nothing, if
+            the operands break the hook's preconditions.
+        set_early: (early) chooses whether a kernel may start while the one before it still runs; for comparisons.
+        memory_nbytes: the size of this rank's buffer.
     """
 
     def __init__(self, native: Native, buffer: memory.Symmetric, context: comm.GroupContext) -> None:
@@ -52,77 +52,84 @@ class Session:
         self.all_reduce_add_rms_norm_out = native.all_reduce_add_rms_norm_out
         self.set_early = native.set_early
         self.memory_nbytes = buffer.tensor.nbytes
-        self._native: Any = native  # a `Native`; None once it is closed
+        self._native: Any = native  # a `Native`; None once the session is closed
         self._buffer: memory.Symmetric | None = buffer
         self._context = context
 
-    def use(self, rows: Sequence[policy.Row]) -> None:
-        """Serve by these rows from now on; the same on every rank."""
+    def set_rows(self, rows: Sequence[policy.Row]) -> None:
+        """Serve by these rows from now on; they must be the same on every rank."""
         self._native.set_shapes(policy.flat(rows))
 
-    def use_norm(self, rows: Sequence[norm_policy.NormRow]) -> None:
-        """Serve fused calls by these rows from now on; the same on every rank."""
+    def set_norm_rows(self, rows: Sequence[norm_policy.NormRow]) -> None:
+        """Serve fused calls by these rows from now on; they must be the same on every rank."""
         self._native.set_norm_shapes(norm_policy.flat(rows))
 
     def algorithm_of(self, nbytes: int) -> str:
-        """The name of the algorithm that serves a message of `nbytes` bytes."""
+        """Return the name of the algorithm that serves a message of `nbytes` bytes."""
         code = self._native.algorithm_of(nbytes)
         return next(name for name, number in policy.ALGORITHMS.items() if number == code)
 
     def check(self) -> None:
-        """Raise where a kernel gave up; reads one word of the host's memory."""
-        missing = 0 if self._native is None else self._native.error()
-        if missing:
-            rank = rank_label(missing - 1, self._context.global_ranks[missing - 1])
-            raise comm.CommTimeoutError(
-                f"rank {rank} didn't come within {self._context.wait_timeout_s:g} s", (missing - 1,)
-            )
+        """Raise if a kernel timed out; reads one word of host memory.
+
+        Raises:
+            CommTimeoutError: a kernel timed out waiting for a peer.
+        """
+        late = 0 if self._native is None else self._native.error()
+        if late:
+            rank = rank_label(late - 1, self._context.global_ranks[late - 1])
+            timeout_s = self._context.wait_timeout_s
+            raise comm.CommTimeoutError(f"rank {rank} didn't come within {timeout_s:g} s", (late - 1,))
 
     def close(self, orderly: bool) -> None:
-        """Let go of everything; after a failure without waiting, and without taking memory from kernels that run."""
+        """Free the buffer or, if not `orderly`, keep it until the process ends. Idempotent; waits for no peer."""
         if self._native is None:
             return
         if not orderly:
-            self._native.abort()  # kernels that wait for a peer give up within milliseconds
-            _abandoned.append((self._native, self._buffer))
+            self._native.abort()  # kernels that wait for a peer end within milliseconds
+            _kept_until_exit.append((self._native, self._buffer))
         self._native = self._buffer = None
         self.all_reduce = self.all_reduce_out = self.all_reduce_add_rms_norm_out = self.set_early = None
 
 
 def connect(module: Any, major: int, forced: policy.Row | None, context: comm.GroupContext) -> Session:
-    """Allocate, exchange, empty the cells. Collective.
+    """Allocate a buffer, empty its cells and exchange it with the peers'. Collective.
 
     Args:
         module: the native code.
-        major: of the devices' compute capability.
-        forced: what the option says.
+        major: the major version of the devices' compute capability.
+        forced: the row that the option forces, if any.
         context: the group.
+
+    Raises:
+        MemoryError: the budget is too small.
+        RuntimeError: the driver or torch refuses, or the native code has another version.
+        ValueError: no kernel has the shape of the forced row.
     """
     algorithms, known = list(module.constants()), [len(policy.ALGORITHMS), len(norm_policy.ALGORITHMS)]
     if algorithms != known:
-        raise RuntimeError(f"the native code has {algorithms} algorithms, not {known}: it is another version's")
+        raise RuntimeError(f"the native code has {algorithms} algorithms, not {known}: it belongs to another version")
     rows = policy.rows_for(major, context.world_size, forced)
     norm_rows = norm_policy.rows_for(major, context.world_size)
-    needs = [*rows, *norm_policy.needs(norm_rows)]
-    plan = layout.plan(context.world_size, needs, context.memory_budget_nbytes)
+    plan = layout.plan(context.world_size, [*rows, *norm_policy.slot_rows(norm_rows)], context.memory_budget_nbytes)
     native = Native(
         **module.connect(context.rank, context.world_size, plan.numbers(), context.wait_timeout_s, context.device.index)
     )
     buffer = memory.allocate(plan.nbytes, context.device)
-    # Launches are counted from 1; cells begin empty.
+    # The launch counter begins at epoch 1 (comm_core/epoch.cuh), and all cells begin empty (csrc/cells.cuh).
     buffer.tensor[: plan.tails_at].zero_()
     buffer.tensor[:8].view(torch.int64).fill_(1 << 20)
     buffer.tensor[plan.tails_at :].fill_(0xFF)
     torch.cuda.synchronize(context.device)
     session = Session(native, buffer, context)
-    session.use(rows)
-    session.use_norm(norm_rows)
-    # What fails on one rank alone has failed by now, and this gathering with it, on all ranks: the exchange waits for
-    # all ranks, without a deadline of ours.
+    session.set_rows(rows)
+    session.set_norm_rows(norm_rows)
+    # Everything that can fail on one rank alone comes before this `all_gather`, which then fails on all ranks. The
+    # exchange of buffers has no such safeguard: torch waits there for every rank, without a deadline of this group's.
     count = torch.cuda.get_device_properties(context.device).multi_processor_count
     counts = context.control.all_gather(count)
     buffer.exchange(context.group)
     native.attach(list(buffer.addresses), min(counts))
-    # Nobody launches before every rank has mapped every buffer.
+    # No rank launches before every rank has mapped every buffer.
     context.control.barrier()
     return session

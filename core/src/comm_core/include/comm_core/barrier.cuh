@@ -9,23 +9,25 @@
 namespace comm_core {
 
 constexpr int kMaxRanks = 8;
-// Lines of a block's own, so that blocks don't slow each other: three stages of a flag a rank, and room.
+// Each block has cache lines of its own, so that blocks don't slow each other. They hold the flags of three stages, one
+// for each rank, and padding.
 constexpr uint32_t kFlagLineNbytes = 256;
 constexpr uint32_t kFlagStages = 3;
 
-// Where rank `source` tells the owner of the flags at `base` that its block is at a stage.
+// Returns the flag by which rank `source` signals that its block has reached a stage. `base` is where the flags of the
+// rank that reads it begin.
 __device__ __forceinline__ uint64_t* flag_of(char* base, uint32_t block, uint32_t stage, uint32_t source) {
     return reinterpret_cast<uint64_t*>(base + static_cast<size_t>(block) * kFlagLineNbytes) + stage * kMaxRanks +
            source;
 }
 
-// Returns when this block of every rank has come here. All threads call it; each rank's flags begin `at` bytes into its
-// buffer, `epoch` is the launch's number, which a flag takes when its block arrives. Flags only grow, so nobody resets
-// them; with 64 bits they never wrap, however long a block without launches keeps an old one.
+// Returns when the same block of every rank has called it. All threads call it. Each rank's flags begin `at` bytes into
+// its buffer. `epoch` is the launch's number, and a flag takes this value when its block arrives. Flags only grow, so
+// they are never reset; with 64 bits they never wrap, even if many launches leave a block's flags unchanged.
 //
-// What any thread of any rank's block wrote before is visible to every thread of this block after: the first barrier
-// brings the block's writes before the release store of the thread that tells, which is cumulative; the acquire load
-// and the second barrier bring them before what follows here.
+// A write before the barrier, by any thread of this block on any rank, is visible to every thread of the block after
+// it: the first `__syncthreads` orders the block's writes before the release stores, which are cumulative; the acquire
+// loads and the second `__syncthreads` order them before everything that follows.
 template <int W>
 __device__ __forceinline__ void barrier(char* const* buffers,
                                         uint64_t at,

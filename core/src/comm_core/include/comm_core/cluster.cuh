@@ -1,8 +1,7 @@
-// What the threads of a warp do together, and the blocks of a cluster, which reach into each other's shared memory.
+// Sums over a warp, and messages between the blocks of a cluster through each other's shared memory.
 //
-// A cluster is what the launch makes of its blocks, along x alone. Where it makes none, and on devices before sm_90,
-// each block is a cluster of one; then there are no gates
-// and nothing is posted.
+// The launch groups blocks into clusters, along x only. In a launch without clusters, and on devices before sm_90, each
+// block is a cluster of one, and neither gates nor posts are used.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +18,7 @@ __device__ __forceinline__ uint32_t blocks_in_cluster() {
 #endif
 }
 
-// This block's number in its cluster.
+// This block's index in its cluster.
 __device__ __forceinline__ uint32_t block_in_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     uint32_t number;
@@ -30,7 +29,7 @@ __device__ __forceinline__ uint32_t block_in_cluster() {
 #endif
 }
 
-// This cluster's number in the grid, and how many there are.
+// This cluster's index in the grid, and the number of clusters.
 __device__ __forceinline__ uint32_t cluster_in_grid() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     uint32_t number;
@@ -51,23 +50,24 @@ __device__ __forceinline__ uint32_t clusters_in_grid() {
 #endif
 }
 
-// The sum over a warp, the same bits in every lane: each step adds two numbers, in whatever order.
+// Sums over a warp, with the same bits in every lane: each step adds two numbers, and that addition is commutative.
 __device__ __forceinline__ float warp_sum(float number) {
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) number += __shfl_xor_sync(0xffffffffu, number, mask);
     return number;
 }
 
-// `count` numbers in this block's shared memory, aligned to 16 bytes; the same in every call with that count.
+// Returns `count` numbers in this block's shared memory, aligned to 16 bytes: the same ones for every call with that
+// count.
 template <uint32_t count>
 __device__ __forceinline__ float* shared_numbers() {
     __shared__ __align__(16) float numbers[count];
     return numbers;
 }
 
-// What counts the bytes that the cluster's blocks post to one of them: an mbarrier in its shared memory. A gate opens
-// once it expects bytes and so many have come, in whatever order; then it counts anew. Waits tell its openings apart by
-// their parity, from 0.
+// An mbarrier in a block's shared memory. It counts the bytes that the cluster's blocks post to this block. The gate
+// opens once a number of bytes is expected and as many have arrived, in either order; then it counts from zero again.
+// Waits distinguish its openings by their parity, which begins at 0.
 struct Gate {
     uint64_t word;
 };
@@ -82,7 +82,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* place) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(place));
 }
 
-// One thread a block, for each gate; then all threads of the cluster through its barrier, before anybody else's turn.
+// Initialises a gate. One thread of the block calls it; then all threads of the cluster pass the cluster's barrier
+// before any of them uses the gate.
 __device__ __forceinline__ void set_up(Gate* gate) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(gate)) : "memory");
@@ -90,8 +91,9 @@ __device__ __forceinline__ void set_up(Gate* gate) {
 #endif
 }
 
-// The cluster's barrier, in two halves, for all threads of all its blocks. It orders the gates' setting up and nothing
-// else: at release order the first half would be a fence for all of the device. "Aligned" asks for whole warps.
+// The cluster's barrier, in two halves, for all threads of all its blocks. The first half is relaxed, because with
+// release order it would be a fence for the whole device; so the barrier orders only the gates' initialisation, which
+// has a fence of its own. "Aligned" requires whole warps.
 __device__ __forceinline__ void cluster_arrive() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     __syncwarp();
@@ -106,7 +108,7 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// One thread, for each opening of its block's gate.
+// Makes a gate expect bytes. One thread of the gate's block calls it, once for each opening.
 __device__ __forceinline__ void expect(Gate* gate, uint32_t nbytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(gate)), "r"(nbytes)
@@ -114,8 +116,9 @@ __device__ __forceinline__ void expect(Gate* gate, uint32_t nbytes) {
 #endif
 }
 
-// A number, its four bytes counted by the gate: both in another block's shared memory, where they are in this block's.
-// No fence is needed: the count comes after the number, and at release order.
+// Stores a number into another block of the cluster, whose gate counts its four bytes. `place` and `gate` are addresses
+// in this block's shared memory, and the store goes to the same addresses in the other block's. No fence is needed: the
+// gate counts the bytes after the number is stored, with release order.
 __device__ __forceinline__ void post(float* place, Gate* gate, uint32_t block, float number) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile(
@@ -131,7 +134,7 @@ __device__ __forceinline__ void post(float* place, Gate* gate, uint32_t block, f
 #endif
 }
 
-// Returns once the block's gate has opened; what was posted by then is visible.
+// Returns once this block's gate has opened; the numbers that it counted are then visible.
 __device__ __forceinline__ void pass(Gate* gate, uint32_t parity) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     uint32_t open = 0;

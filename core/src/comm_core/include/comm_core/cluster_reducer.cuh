@@ -1,27 +1,29 @@
-// Sums over all threads of a cluster (cluster.cuh), often a single block, whose bits don't depend on its shape.
+// Sums over all threads of a cluster (cluster.cuh), often a single block. A sum's bits don't depend on the cluster's
+// shape.
 #pragma once
 
 #include "cluster.cuh"
 
 namespace comm_core {
 
-// Numbers of a sum, at most.
+// The most numbers of a sum.
 constexpr uint32_t kMaxReducerNumbers = 64;
 
-// Takes sums over a cluster. Every block has a buffer of numbers in its shared memory: warps post a number to all
-// blocks' buffers, and each block adds up its own, once all numbers of a sum are there.
+// Takes sums over a cluster. Every block has a buffer of numbers in its shared memory. Each warp posts its numbers to
+// the buffers of all blocks, and each block adds up its own buffer once all numbers of a sum have arrived.
 //
-// A block has two buffers, taken in turn, so that no warp waits for readers: a warp that posts to a buffer again has
-// passed the gate of the sum between. For that every warp that has numbers had posted one, after it had read the sum
-// before and, if it is its block's first, had made its gate expect that sum. Warps without numbers neither wait nor
-// read, and no warp posts to blocks without numbers: these may have ended. Others end after they passed their last
-// gate, behind which nothing comes.
+// A block has two buffers, which consecutive sums use in turn, so a warp needn't wait until a buffer has been read: a
+// warp that posts to a buffer again has passed the gate of the sum in between. That gate opened only after every warp
+// with numbers had posted to it. Before such a post, a warp had read the sum before and, if it is the first of its
+// block, had made its block's gate expect the sum in between. Warps without numbers neither wait nor read, and no warp
+// posts to blocks without numbers, since these may have ended. A block with numbers ends after it has passed its last
+// gate, and no post to it comes after that.
 //
-// `kSums`: sums that are taken together, at most.
+// `kSums` is the most sums that are taken together.
 template <uint32_t kSums = 1>
 class ClusterReducer {
   public:
-    // All threads, first of all.
+    // All threads call it, before anything else.
     __device__ __forceinline__ ClusterReducer()
         : buffers_(shared_numbers<2 * kSums * kMaxReducerNumbers>()),
           gates_(shared_gates<2>()),
@@ -34,18 +36,18 @@ class ClusterReducer {
         cluster_arrive();
     }
 
-    // All threads, once, before the first sum: every block of the cluster has started.
+    // Waits until every block of the cluster has started. All threads call it once, before the first sum.
     __device__ __forceinline__ void open() const {
         if (blocks_ > 1) cluster_wait();
     }
 
-    // N sums, each of `count` numbers, each the sum of the terms of one warp's lanes. A thread brings V terms of a sum:
-    // the first for the number of its warp in the cluster, the others the cluster's warps on; those of numbers from
-    // `count` on are left out. All threads call it, with the same `count` every time, and those whose warp has a number
-    // get the sums.
+    // Takes N sums of `count` numbers each; a number is the sum of one term from each lane of a warp. A thread gives V
+    // terms to each sum: with w its warp's index in the cluster, and c the cluster's number of warps, they belong to
+    // the numbers w, w + c, w + 2 c and so on. Terms of numbers from `count` on are left out. All threads call it, with
+    // the same `count` every time. The threads of warps that have a number get the sums.
     //
-    // Which terms make a number, and in which order numbers are added, follows from the numbers alone: the bits are the
-    // same over however many blocks, warps and terms a thread they are spread, and whatever is summed beside them.
+    // The index of a number alone decides which terms it sums and where it is added, so a sum's bits don't depend on
+    // how its terms are spread over blocks, warps and a thread's V terms, or on the other sums.
     template <int N, int V>
     __device__ __forceinline__ void sum(const float (&terms)[N][V], float (&totals)[N], uint32_t count) {
         static_assert(N <= kSums, "the buffers have room for fewer sums");
@@ -75,7 +77,7 @@ class ClusterReducer {
             if (first >= count) return;
             Gate* const gate = gates_ + turn;
             if (threadIdx.x == 0) expect(gate, N * count * sizeof(float));
-            // A lane a block, of those that have numbers.
+            // Lane i posts to block i, if that block has numbers.
             const bool posts = lane < blocks_ && lane * warps < count;
 #pragma unroll
             for (int j = 0; j < V; ++j) {
@@ -94,7 +96,7 @@ class ClusterReducer {
   private:
     static __device__ __forceinline__ float total(const float* buffer, uint32_t count) {
         float sums[4] = {};
-        // In batches, so that their loads go out together.
+        // In batches, so that loads are issued together.
         for (uint32_t place = 0; place < count; place += 16) {
             float4 batch[4];
 #pragma unroll

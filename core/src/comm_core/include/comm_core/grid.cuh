@@ -1,12 +1,12 @@
-// A thread's place in the grid.
+// A thread's index in the grid.
 #pragma once
 
 #include <cstdint>
 
 namespace comm_core {
 
-// Consecutive warps go to different blocks, so that what doesn't fill the grid is spread over all of it; a warp's
-// threads have consecutive places.
+// Consecutive warps are in different blocks, so that work that doesn't fill the grid is spread over all blocks. The
+// threads of a warp have consecutive indices.
 __device__ __forceinline__ uint32_t thread_in_grid() {
     return (blockIdx.x + gridDim.x * (threadIdx.x / 32)) * 32 + threadIdx.x % 32;
 }

@@ -1,5 +1,5 @@
-// The host's side of a session whose kernels wait for peers, in code that apache-tvm-ffi binds: calls that are checked,
-// the word by which kernels say that they gave up, and the order of launches on several streams.
+// The host side of a session with kernels that wait for peers, for code that apache-tvm-ffi binds: checked CUDA calls,
+// the word by which kernels report a timeout, and the order of launches on several streams.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ inline void check(cudaError_t status, const char* call) {
     if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << call << ": " << cudaGetErrorString(status);
 }
 
-// Makes a device current, and the one before again.
+// Makes a device current, and restores the previous one at the end of the scope.
 class OnDevice {
   public:
     explicit OnDevice(int device) {
@@ -31,29 +31,29 @@ class OnDevice {
     int before_ = 0;
 };
 
-// The word of wait.cuh, in host memory that devices see: 0, or 1 + the rank that a kernel waited for in vain.
+// The error word of wait.cuh, in host memory that is mapped on devices: 0, or 1 + the rank that didn't come in time.
 class ErrorWord {
   public:
     ErrorWord() {
         check(cudaHostAlloc(&word_, sizeof *word_, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
         *word_ = 0;
-        void* seen = nullptr;
-        const cudaError_t status = cudaHostGetDevicePointer(&seen, word_, 0);
+        void* mapped = nullptr;
+        const cudaError_t status = cudaHostGetDevicePointer(&mapped, word_, 0);
         if (status != cudaSuccess) cudaFreeHost(word_);
         check(status, "cudaHostGetDevicePointer");
-        on_device_ = static_cast<uint32_t*>(seen);
+        on_device_ = static_cast<uint32_t*>(mapped);
     }
-    // Only once no kernel can set it any more.
+    // Destroy it only once no kernel can set it any more.
     ~ErrorWord() { cudaFreeHost(word_); }
     ErrorWord(const ErrorWord&) = delete;
     ErrorWord& operator=(const ErrorWord&) = delete;
 
-    // As the device sees it that was current when it was made.
+    // The word's address on the device that was current at its construction.
     uint32_t* on_device() const { return on_device_; }
 
     int64_t read() const { return *static_cast<volatile uint32_t*>(word_); }
 
-    // Ends every wait of kernels in flight, as if this rank's peer hadn't come.
+    // Ends every wait of kernels in flight, as a timeout would. `rank` is this rank.
     void abort(uint32_t rank) {
         auto* const word = static_cast<volatile uint32_t*>(word_);
         if (*word == 0) *word = rank + 1;
@@ -64,9 +64,9 @@ class ErrorWord {
     uint32_t* on_device_ = nullptr;
 };
 
-// Orders a session's launches after each other, whichever streams they are on; launches that overlapped would take each
-// other's epochs. While a stream captures nothing can be ordered after what runs outside: replays are the caller's to
-// order, as are streams that end while calls on them run.
+// Orders a session's launches on all streams one after another; launches that overlapped would take each other's
+// epochs. A launch on a capturing stream isn't ordered after launches outside the capture: the caller orders replays.
+// The caller must also keep a stream until the calls on it have ended.
 class StreamOrder {
   public:
     StreamOrder() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate"); }
@@ -74,18 +74,18 @@ class StreamOrder {
     StreamOrder(const StreamOrder&) = delete;
     StreamOrder& operator=(const StreamOrder&) = delete;
 
-    // Call it before each launch, with its stream; the session's device is current.
+    // Orders the next launch, on `stream`, after the one before. The session's device must be current.
     void follow(cudaStream_t stream) {
         if (stream == last_ && used_) return;
         cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
         check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
         if (status != cudaStreamCaptureStatusNone) return;
         if (used_) {
-            // An event of a stream that captures by now would draw this stream into the graph.
+            // If the last stream is capturing by now, its event would draw this stream into its graph.
             check(cudaStreamIsCapturing(last_, &status), "cudaStreamIsCapturing");
             if (status != cudaStreamCaptureStatusNone) {
-                TVM_FFI_THROW(ValueError) << "the stream of the call before captures, so that a call on another can't "
-                                             "be ordered after it";
+                TVM_FFI_THROW(ValueError) << "the last call's stream is being captured, so this call, on another "
+                                             "stream, can't be ordered after it; make it after the capture";
             }
             check(cudaEventRecord(event_, last_), "cudaEventRecord");
             check(cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
@@ -106,7 +106,9 @@ inline Element element_of(DLDataType dtype) {
         if (dtype.code == kDLFloat && dtype.bits == 16) return Element::kFloat16;
         if (dtype.code == kDLBfloat && dtype.bits == 16) return Element::kBFloat16;
     }
-    TVM_FFI_THROW(TypeError) << "float32, float16 and bfloat16 are summed, not this dtype";
+    TVM_FFI_THROW(TypeError) << "expected float32, float16 or bfloat16; got a dtype of code "
+                             << static_cast<int>(dtype.code) << " with " << static_cast<int>(dtype.bits) << " bits and "
+                             << dtype.lanes << " lanes";
     return Element::kFloat32;
 }
 

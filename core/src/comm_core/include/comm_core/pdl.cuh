@@ -1,33 +1,33 @@
 // Programmatic dependent launch: a kernel's blocks start while its predecessor in the stream still runs.
 //
-// Nothing before `wait_for_predecessors` may touch what another kernel reads or writes. In particular it may not take
-// for finished any kernel but those whose blocks had to start for this one's to start: each of our kernels lets its
-// successor start early, so several may be resident at once, all but the first of them waiting here. They can't starve
-// the first: a kernel's successor starts only after all of the kernel's blocks have.
+// Before `wait_for_predecessors`, a kernel may access nothing that another kernel reads or writes, and may assume of no
+// earlier kernel that it has ended. Each kernel here lets its successor start early, so several kernels may be resident
+// at once, and all but the first of them wait. They can't starve the first: a kernel's successor starts only after all
+// of the kernel's blocks have started.
 //
-// On devices before sm_90, and in launches without the attribute, both are nothing.
+// On devices before sm_90, and in launches without the attribute, both functions do nothing.
 #pragma once
 
 namespace comm_core {
 
-// Lets the next kernel in the stream start once every block has come here.
+// Lets the next kernel in the stream start once every block has called it or ended.
 __device__ __forceinline__ void launch_successor() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Returns when all predecessors have ended and what they wrote is visible. A predecessor that let this kernel start
-// early has itself waited here before it ended, so everything before it in the stream has ended too.
+// Returns when all predecessors have ended and their writes are visible. A predecessor that let this kernel start early
+// has itself called this function before it ended, so everything before it in the stream has ended too.
 __device__ __forceinline__ void wait_for_predecessors() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Has an address or a count computed here, before the wait that follows, where the compiler would leave it until it is
-// used, and some twenty instructions would stand between the wait and the first load. A test whose outcome is known to
-// us alone (no address is odd, no count that large) is the only thing that it doesn't move across the wait.
+// Makes the compiler compute an address or a count here, before the wait that follows. Otherwise it computes the value
+// after the wait, which puts some twenty instructions between the wait and the first load. It doesn't move a
+// conditional trap across the wait; this one never fires, since no address is 1 and no count is 2^32 - 1.
 template <typename T>
 __device__ __forceinline__ T* ready(T* address) {
     asm volatile("{ .reg .pred never; setp.eq.u64 never, %0, 1; @never trap; }" : "+l"(address));

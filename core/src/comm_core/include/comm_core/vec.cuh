@@ -1,4 +1,4 @@
-// Vectors of 16 bytes, and sums in them: fp32 whatever the element, term by term in the caller's order, rounded once.
+// Vectors of 16 bytes, and their sums: in fp32 for every dtype, term by term in the caller's order, rounded once.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,11 +8,11 @@
 
 namespace comm_core {
 
-// What one memory access moves: the widest that every architecture from sm_80 on has.
+// The data of one memory access: the widest access of all architectures from sm_80 on.
 using Vec = uint4;
 constexpr uint32_t kVecNbytes = 16;
 
-// The first `nbytes` of a vector, an even number of them below 16; the others read as zeros, and aren't written.
+// Access only the first `nbytes` bytes of a vector, an even number below 16. A load sets the other bytes to zero.
 __device__ __forceinline__ Vec load_part(const void* address, uint32_t nbytes) {
     const auto* const halves = static_cast<const uint16_t*>(address);
     uint32_t words[4] = {};
@@ -32,10 +32,10 @@ __device__ __forceinline__ void store_part(void* address, const Vec& vec, uint32
     }
 }
 
-// Which of the types below, by the codes that a host uses.
+// The types below, by the codes that host code uses.
 enum class Element : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// An element's type, by what a pair of them in one 32-bit word stands for; `count` elements a word.
+// A type of elements: converts the `count` elements of a 32-bit word from and to floats.
 struct Float32 {
     static constexpr int count = 1;
     static __device__ __forceinline__ void unpack(uint32_t word, float (&values)[count]) {
@@ -60,7 +60,7 @@ struct Float16 {
 struct BFloat16 {
     static constexpr int count = 2;
     static __device__ __forceinline__ void unpack(uint32_t word, float (&values)[count]) {
-        // A bfloat16 is the upper half of a float: one instruction each, and exact.
+        // A bfloat16 is the upper half of a float, so this is exact and takes one instruction each.
         values[0] = __uint_as_float(word << 16);
         values[1] = __uint_as_float(word & 0xffff0000u);
     }
@@ -70,8 +70,8 @@ struct BFloat16 {
     }
 };
 
-// A vector's sum as it grows. It begins as the first term, not as zero: a sum of -0.0 alone stays -0.0. A NaN among the
-// terms gives a NaN, whose sign and payload aren't the term's: the adder makes its own.
+// A running sum of vectors. It begins with the first term, not with zero, so that a sum of -0.0 alone stays -0.0. If a
+// term is a NaN the sum is a NaN, with the adder's sign and payload, not the term's.
 template <typename T>
 class Sum {
   public:

@@ -1,4 +1,4 @@
-// Which comm-core these headers come from, for sources that serve several.
+// The version of these headers, for sources that support several versions of comm-core.
 #pragma once
 
 // The version of the hook specs, as in a plugin's COMM_HOOK_API.

@@ -1,9 +1,9 @@
-// CUDA virtual memory that several processes of one host map: host code over the CUDA driver's interface.
+// CUDA virtual memory that several processes of one host map: host code over the CUDA driver's API.
 //
-// Its owner creates a physical allocation and exports it as an open file; a peer imports the file
-// (`comm_core._control.mailbox` hands files from process to process). Owner and peers map the allocation, each at an
-// address of its own. The driver is looked up when it is first asked, so that code which includes this loads on
-// machines without one. Errors are std::runtime_error.
+// The owner creates a physical allocation and exports it as an open file; a peer imports the file
+// (`comm_core._control.mailbox` sends files from process to process). Owner and peers map the allocation, each at an
+// address of its own. The driver is opened at its first use, so that code which includes this header loads on machines
+// without a driver. Errors are std::runtime_error.
 #pragma once
 
 #include <cuda.h>
@@ -18,7 +18,7 @@
 
 namespace comm_core {
 
-// The functions of the driver that are used here.
+// The driver's functions that this header uses.
 class Driver {
   public:
     static const Driver& get() {
@@ -26,7 +26,7 @@ class Driver {
         return driver;
     }
 
-    // A macro, since the headers rename functions to their newest versions by macros: name and type are the same one's.
+    // A macro, since cuda.h renames functions to their newest versions by macros: so name and type are of one version.
 #define COMM_CORE_DRIVER_NAME(name) #name
 #define COMM_CORE_DRIVER(name) decltype(&::name) name##_ = symbol<decltype(&::name)>(COMM_CORE_DRIVER_NAME(name))
     COMM_CORE_DRIVER(cuCtxPopCurrent);
@@ -50,28 +50,28 @@ class Driver {
 
     void check(CUresult status, const char* call) const {
         if (status == CUDA_SUCCESS) return;
-        const char* words = nullptr;
-        if (cuGetErrorString_(status, &words) != CUDA_SUCCESS || words == nullptr) words = "an unknown error";
-        throw std::runtime_error(std::string(call) + ": " + words);
+        const char* text = nullptr;
+        if (cuGetErrorString_(status, &text) != CUDA_SUCCESS || text == nullptr) text = "an unknown error";
+        throw std::runtime_error(std::string(call) + ": " + text);
     }
 
   private:
     template <typename Function>
     Function symbol(const char* name) {
         if (library_ == nullptr) library_ = dlopen("libcuda.so.1", RTLD_NOW);
-        void* const found = library_ == nullptr ? nullptr : dlsym(library_, name);
-        if (found == nullptr) {
+        void* const address = library_ == nullptr ? nullptr : dlsym(library_, name);
+        if (address == nullptr) {
             throw std::runtime_error(library_ == nullptr
-                                         ? "there is no CUDA driver (libcuda.so.1) here"
+                                         ? "this machine has no CUDA driver (libcuda.so.1)"
                                          : std::string("the CUDA driver is too old: it has no ") + name);
         }
-        return reinterpret_cast<Function>(found);
+        return reinterpret_cast<Function>(address);
     }
 
     static inline void* library_ = nullptr;
 };
 
-// One device's allocations that peers map, and its peers' that it maps. One thread at a time.
+// A device's allocations, which peers map, and its mappings of peers' allocations. Not thread-safe.
 class VirtualMemory {
   public:
     explicit VirtualMemory(int device) : driver_(Driver::get()), device_(device) {
@@ -87,25 +87,26 @@ class VirtualMemory {
         if (driver_.cuDeviceGet_(&handle, device_) == CUDA_SUCCESS) driver_.cuDevicePrimaryCtxRelease_(handle);
     }
 
-    // Bytes of an allocation that has room for `nbytes`: a multiple of what the device allocates.
+    // Returns the size of an allocation for `nbytes` bytes: a multiple of the device's granularity.
     size_t rounded(size_t nbytes) const {
-        size_t unit = 0;
+        size_t granularity = 0;
         const CUmemAllocationProp properties = shareable();
-        driver_.check(driver_.cuMemGetAllocationGranularity_(&unit, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
-                      "cuMemGetAllocationGranularity");
-        return (nbytes + unit - 1) / unit * unit;
+        driver_.check(
+            driver_.cuMemGetAllocationGranularity_(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+            "cuMemGetAllocationGranularity");
+        return (nbytes + granularity - 1) / granularity * granularity;
     }
 
-    // Allocates physical memory of this device, for `nbytes` bytes: the allocation's number here.
+    // Allocates physical memory of this device for `nbytes` bytes. Returns the allocation's number in this object.
     int64_t create(size_t nbytes) {
         const Current here(*this);
         const CUmemAllocationProp properties = shareable();
         CUmemGenericAllocationHandle allocation = 0;
         driver_.check(driver_.cuMemCreate_(&allocation, rounded(nbytes), &properties, 0), "cuMemCreate");
-        return kept(allocation);
+        return add(allocation);
     }
 
-    // Opens an allocation as a file, for peers to import: its descriptor, which the caller closes.
+    // Opens an allocation as a file, for peers to import. Returns its descriptor, which the caller closes.
     int export_file(int64_t number) const {
         const Current here(*this);
         int file = -1;
@@ -114,24 +115,25 @@ class VirtualMemory {
         return file;
     }
 
-    // Takes a peer's allocation from its file, which stays the caller's: the allocation's number here.
+    // Imports a peer's allocation from its file, which stays the caller's to close. Returns the allocation's number in
+    // this object.
     int64_t import_file(int file) {
         const Current here(*this);
         CUmemGenericAllocationHandle allocation = 0;
-        void* const from = reinterpret_cast<void*>(static_cast<uintptr_t>(file));
-        driver_.check(driver_.cuMemImportFromShareableHandle_(&allocation, from, kType),
+        void* const handle = reinterpret_cast<void*>(static_cast<uintptr_t>(file));
+        driver_.check(driver_.cuMemImportFromShareableHandle_(&allocation, handle, kType),
                       "cuMemImportFromShareableHandle");
-        return kept(allocation);
+        return add(allocation);
     }
 
-    // Maps an allocation that was created for `nbytes` bytes, for this device to read and write: its address.
+    // Maps an allocation of `nbytes` bytes, for this device to read and write. Returns its address.
     CUdeviceptr map(int64_t number, size_t nbytes) {
         const Current here(*this);
-        const CUmemGenericAllocationHandle from = allocation(number);
+        const CUmemGenericAllocationHandle handle = allocation(number);
         const size_t size = rounded(nbytes);
         CUdeviceptr base = 0;
         driver_.check(driver_.cuMemAddressReserve_(&base, size, 0, 0, 0), "cuMemAddressReserve");
-        const CUresult status = driver_.cuMemMap_(base, size, 0, from, 0);
+        const CUresult status = driver_.cuMemMap_(base, size, 0, handle, 0);
         if (status != CUDA_SUCCESS) driver_.cuMemAddressFree_(base, size);
         driver_.check(status, "cuMemMap");
         mapped_.emplace_back(base, size);
@@ -142,8 +144,8 @@ class VirtualMemory {
         return base;
     }
 
-    // Unmaps and releases everything; physical memory is freed once no process has it. Nothing on the device may use it
-    // any more. The driver's errors are ignored: at the process's end there may be no driver left.
+    // Unmaps and releases everything; physical memory is freed once no process has it mapped. No kernel may use it any
+    // more. The driver's errors are ignored, because the driver may already be unloaded when the process ends.
     void close() noexcept {
         if (driver_.cuCtxPushCurrent_(context_) == CUDA_SUCCESS) {
             for (const auto& [base, size] : mapped_) {
@@ -161,7 +163,7 @@ class VirtualMemory {
   private:
     static constexpr auto kType = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
 
-    // Makes the device's context current, and the one before again.
+    // Makes the device's context current, and restores the previous one at the end of the scope.
     class Current {
       public:
         explicit Current(const VirtualMemory& memory) : driver_(memory.driver_) {
@@ -187,7 +189,7 @@ class VirtualMemory {
         return properties;
     }
 
-    int64_t kept(CUmemGenericAllocationHandle allocation) {
+    int64_t add(CUmemGenericAllocationHandle allocation) {
         allocations_.push_back(allocation);
         return static_cast<int64_t>(allocations_.size()) - 1;
     }

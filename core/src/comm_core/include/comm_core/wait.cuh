@@ -1,36 +1,37 @@
-// Bounded waits: a kernel whose peer doesn't come ends all the same, and says so in a word of the host's memory.
+// Bounded waits: if a peer doesn't come, the kernel ends anyway and reports the peer in a word of host memory.
 #pragma once
 
 #include <cstdint>
 
 namespace comm_core {
 
-// What bounds a wait; the same for all of a session's launches.
+// The bound of a kernel's waits, the same for all launches of a session.
 struct Bound {
-    // In host memory that the device sees: 0, or 1 + the rank that didn't come in time.
+    // In host memory that is mapped on the device: 0, or 1 + the rank that didn't come in time.
     uint32_t* error;
-    uint64_t timeout_ns;  // of one thread's waits in a launch, from the first that is long
+    uint64_t timeout_ns;  // of all waits of a thread in a launch, counted from its first long wait
 };
 
-// Bounds the polling of one thread. A healthy wait pays a register, an addition and a test a poll; the clock and the
-// error word are looked at every 2^12 polls, some milliseconds.
+// Bounds the polling of one thread. In a healthy wait it costs a register, and an addition and a test for each poll. It
+// reads the clock and the error word every 2^12 polls, which take some milliseconds.
 class SpinGuard {
   public:
-    // Call it after each poll that found nothing; true: give up. `rank` is the peer that is waited for. What the thread
-    // then has isn't what the peer sent, and the session is over: the host raises at the next call.
+    // Returns true if the wait must end. Call it after each unsuccessful poll; `rank` is the peer that is waited for.
+    // After true, the thread's data isn't what the peer sent. The session is then over: the host raises at the next
+    // call.
     __device__ __forceinline__ bool expired(const Bound& bound, uint32_t rank) {
         if (++polls_ & kMask) return over_;
-        return look(bound, rank);
+        return check_deadline(bound, rank);
     }
 
   private:
     static constexpr uint32_t kMask = (1u << 12) - 1;
 
-    __device__ __forceinline__ bool look(const Bound& bound, uint32_t rank) {
+    __device__ __forceinline__ bool check_deadline(const Bound& bound, uint32_t rank) {
         uint64_t now;
         asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-        // Relaxed: the word carries nothing but itself. One that is set ends every wait, so that a replay of a hundred
-        // calls after a peer's death isn't a hundred deadlines.
+        // Relaxed, since the word publishes no other data. Once it is set it ends every wait, so that after a peer's
+        // death a replay of a hundred calls doesn't wait for a hundred deadlines.
         uint32_t set;
         asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(set) : "l"(bound.error));
         if (since_ == 0) since_ = now;
@@ -42,7 +43,7 @@ class SpinGuard {
         return over_;
     }
 
-    uint64_t since_ = 0;  // the first look: the deadline counts from there
+    uint64_t since_ = 0;  // the time of the first check, from which the deadline counts
     uint32_t polls_ = 0;
     bool over_ = false;
 };

@@ -1,5 +1,5 @@
-// Residual and RMSNorm of rows that are summed over the ranks already: what follows a plain all-reduce where no fused
-// kernel takes the row, or where the table says so. Of this device alone: no cells, no epoch, no waits.
+// Residual and RMSNorm of rows that a plain all-reduce has summed, for rows that no fused kernel takes, or if the table
+// says so. It needs this device alone: no cells, no epoch, no waits.
 #pragma once
 
 #include "norm.cuh"
@@ -8,7 +8,8 @@ namespace comm_customar_v2 {
 
 constexpr uint32_t kAddNormThreads = 512;
 
-// A block a row, any number of vectors. The output holds the rows' sums over the ranks.
+// Each block takes one row after another, of any number of vectors. At the start, the output holds the rows' sums over
+// the ranks.
 template <typename T>
 __global__ void __launch_bounds__(kAddNormThreads) add_norm(const __grid_constant__ NormParams params) {
     ClusterReducer<> reducer;

@@ -1,12 +1,17 @@
-// Cells: vectors in a slot that are their own flags.
+// Cells: vectors in a slot, each of which is its own flag.
 //
-// An empty cell has all bits set. Who fills it sends no 32-bit word with all bits set: such a word is one or two NaNs,
-// and loses its lowest bit, which leaves them NaNs. So a cell is full when none of its words is empty, each word judged
-// for itself, since no more than a word is sure to arrive whole. NaN's payload doesn't survive a sum anyway; every
+// An empty cell has all bits set. A sender sends no 32-bit word with all bits set: such a word is one or two NaNs, and
+// its lowest bit is cleared, which leaves them NaNs. So a cell is full once none of its words is empty. Each word is
+// checked by itself, since only words are sure to arrive whole. A NaN's payload doesn't survive a sum anyway; every
 // other value, -0.0 among them, arrives as it was sent.
 //
-// Who reads a cell empties it, with an ordinary store: the next to fill it does so two launches later (params.cuh),
-// after this launch has ended and its successor has told.
+// The reader of a cell empties it, with an ordinary store. The cell is filled again two launches later (params.cuh): by
+// a peer that has heard from this rank in the launch between, and so after the launch that emptied it has ended.
+//
+// Lineage: NCCL's LL protocol (src/device/prims_ll.h) stores a flag beside each 32-bit word, in the same 16 bytes.
+// Lamport-style kernels need no flag, since a value marks what is empty: -0.0 in TensorRT-LLM's
+// allReduceFusionKernels.cu and FlashInfer's trtllm_allreduce_fusion.cuh, which send -0.0 as +0.0; +0.0 in SGLang's
+// custom_all_reduce_push.cuh, which sends +0.0 as -0.0. A NaN as the mark keeps both zeros.
 #pragma once
 
 #include "params.cuh"
@@ -15,7 +20,7 @@ namespace comm_customar_v2 {
 
 constexpr uint32_t kEmpty = 0xffffffffu;
 
-// What is sent for a vector: no word of it is empty.
+// Returns the vector to send for `vec`: the same, except that no word is empty.
 __device__ __forceinline__ Vec escape_sentinel(const Vec& vec) {
     return {min(vec.x, kEmpty - 1), min(vec.y, kEmpty - 1), min(vec.z, kEmpty - 1), min(vec.w, kEmpty - 1)};
 }
@@ -24,7 +29,7 @@ __device__ __forceinline__ bool full(const Vec& vec) {
     return max(max(vec.x, vec.y), max(vec.z, vec.w)) != kEmpty;
 }
 
-// Relaxed: the cell is data and flag in one, so there is nothing to be ordered with it.
+// Relaxed: the cell is data and flag in one, so there are no other accesses to order.
 __device__ __forceinline__ void fill(char* cell, const Vec& vec) {
     comm_core::store_relaxed_sys(cell, vec);
 }
@@ -33,9 +38,10 @@ __device__ __forceinline__ void empty(char* cell) {
     comm_core::store(cell, Vec{kEmpty, kEmpty, kEmpty, kEmpty});
 }
 
-// Looks again at the cells that were empty until all are full. `vecs`: what the last look saw. At all of them at once:
-// a look takes as long as a small message is on its way, and one after the other would be that many times as long.
-// `cell_of(i)`: its address; `source_of(i)`: the rank that fills it.
+// Loads the cells that were empty again until all are full. `vecs` has the vectors of the last load. Each turn loads
+// all cells that are still empty, since a load takes as long as a small message does over the links, and loads one
+// after another would take a multiple of that. `cell_of(i)` is the address of cell i, `source_of(i)` the rank that
+// fills it.
 template <int N, typename CellOf, typename SourceOf>
 __device__ __forceinline__ void poll_until_full(Vec (&vecs)[N],
                                                 const CellOf& cell_of,
@@ -64,7 +70,7 @@ __device__ __forceinline__ void poll_until_full(Vec (&vecs)[N],
     }
 }
 
-// One thread's place in the slots, as addresses that are ready before the wait for predecessors.
+// A thread's addresses in the slots, computed before the wait for predecessors.
 template <int W>
 class Cells {
   public:
@@ -98,18 +104,18 @@ class Cells {
     char* theirs_[W - 1];
 };
 
-// One vector of every peer, from the cells `offset` bytes on in each of this rank's slots.
+// One vector from every peer: from the cells `offset` bytes after the thread's address in each of this rank's slots.
 template <int W>
 struct Arrivals {
     Vec vecs[W - 1];
 
-    // Looks once, without waiting for what it sees.
+    // Loads all cells once, without waiting for them to be full.
     __device__ __forceinline__ void look(const Cells<W>& cells, uint32_t offset) {
 #pragma unroll
         for (int s = 0; s < W - 1; ++s) vecs[s] = comm_core::load_relaxed_sys(cells.mine(s, offset));
     }
 
-    // Looks again until all are full.
+    // Loads the empty cells again until all are full.
     __device__ __forceinline__ void poll_until_full(const Cells<W>& cells,
                                                     uint32_t offset,
                                                     const Params& params,
@@ -123,8 +129,8 @@ struct Arrivals {
     }
 };
 
-// Of how many of a round's vectors the first looks go out before any is waited for: what a thread's registers allow, as
-// vectors of any peer; it divides the round.
+// Returns for how many of a round's `vecs` vectors a thread issues the first loads before it waits for any of them; a
+// divisor of `vecs`. `most` is the number of vectors, counted over all peers, that a thread's registers allow.
 __host__ __device__ constexpr int looks_ahead(int world_size, int vecs, int most) {
     return (world_size - 1) * vecs <= most ? vecs : vecs > 1 ? looks_ahead(world_size, vecs / 2, most) : 1;
 }

@@ -1,4 +1,4 @@
-// What the Python side calls; session.cuh for what it does.
+// The functions that Python calls; session.cuh and norm_session.cuh implement them.
 
 #include <comm_core/operands.h>
 
@@ -21,10 +21,11 @@ using tvm::ffi::String;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
-// A table's rows, six numbers each, as in Shape.
+// Parses the rows of a table: six numbers each, in the order of Shape's fields.
 std::vector<Shape> shapes_of(const Array<int64_t>& numbers) {
     std::vector<Shape> shapes;
-    if (numbers.size() == 0 || numbers.size() % 6 != 0) TVM_FFI_THROW(ValueError) << "rows of six numbers are needed";
+    if (numbers.size() == 0 || numbers.size() % 6 != 0)
+        TVM_FFI_THROW(ValueError) << "the table has " << numbers.size() << " numbers, which aren't rows of six";
     for (size_t row = 0; row < numbers.size(); row += 6) {
         const auto at = [&](size_t column) { return static_cast<int64_t>(numbers[row + column]); };
         const Shape shape{at(0),
@@ -42,15 +43,16 @@ std::vector<Shape> shapes_of(const Array<int64_t>& numbers) {
     return shapes;
 }
 
-// Raises where a kernel gave up: the text is for a person, the caller reads `error()`.
+// Raises if a kernel timed out. The text is for a person: the caller reads `error()`.
 void refuse_if_poisoned(const Session& session) {
-    if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel gave up";
+    if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel timed out waiting for a peer";
 }
 
-// A fused table's rows, six numbers each, as in NormShape.
+// Parses the rows of a fused table: six numbers each, in the order of NormShape's fields.
 std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
     std::vector<NormShape> shapes;
-    if (numbers.size() == 0 || numbers.size() % 6 != 0) TVM_FFI_THROW(ValueError) << "rows of six numbers are needed";
+    if (numbers.size() == 0 || numbers.size() % 6 != 0)
+        TVM_FFI_THROW(ValueError) << "the fused table has " << numbers.size() << " numbers, which aren't rows of six";
     for (size_t row = 0; row < numbers.size(); row += 6) {
         const auto at = [&](size_t column) { return static_cast<int64_t>(numbers[row + column]); };
         const auto one_of = [](int64_t number) { return number == 1 || number == 2 || number == 4; };
@@ -68,27 +70,28 @@ std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
     return shapes;
 }
 
-// A session, as functions by name; `Native` in session.py has them:
-//   all_reduce(tensor)           sums into a tensor that the caller's allocator gives
+// Returns the functions of a session by name, as `Native` in session.py lists them:
+//   all_reduce(tensor)           sums into a new tensor from torch's allocator
 //   all_reduce_out(tensor, out)  sums into `out`, which may be `tensor`
 //   all_reduce_add_rms_norm_out(tensor, residual, weight, out, sum, eps, offset)
-//                                `out` may be `tensor`, and `sum` the residual; false, and nothing is sent, where these
-//                                aren't as kernels take them
-//   set_shapes(numbers)          the table from now on
-//   set_norm_shapes(numbers)     the fused table from now on
-//   error()                      0, or 1 + the rank that didn't come in time
-//   algorithm_of(nbytes)         the code of the algorithm that serves a size
+//                                sums, adds the residual and normalises; `out` may be `tensor`, and `sum` may be
+//                                `residual`. Returns false, and does nothing, if an operand breaks a precondition
+//   set_shapes(numbers)          sets the table
+//   set_norm_shapes(numbers)     sets the fused table
+//   error()                      returns 0, or 1 + the rank that didn't come in time
+//   algorithm_of(nbytes)         returns the code of the algorithm that serves a size
 //   abort()                      ends every wait of kernels in flight
-//   set_early(early)             whether blocks may start while the kernel before still runs; at first they may
-//   attach(buffers, count)       every rank's buffer and the multiprocessors to count on; once, before the first call
-// The stream is the one that the binding found current for the tensors' device.
+//   set_early(early)             chooses whether blocks may start while the kernel before still runs; at first they may
+//   attach(buffers, count)       takes the addresses of all ranks' buffers, and the fewest multiprocessors of any
+//                                rank's device; called once, before the first sum
+// Launches are on the stream that is current for the tensors' device.
 Map<String, Function> connect(
     int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
     const auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
     const auto norms = std::make_shared<Norms>(*session);
     const auto run = [session](const auto& tensor, char* out) {
-        const DLDevice place = tensor.device();
-        auto* const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id));
+        const DLDevice device = tensor.device();
+        auto* const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
         const DLDataType dtype = tensor.dtype();
         session->run(data_of(tensor), out, tensor.numel() * dtype.bits / 8, element_of(dtype), stream);
     };
@@ -151,7 +154,7 @@ Map<String, Function> connect(
             {"attach", Function::FromTyped(attach)}};
 }
 
-// How many algorithms there are, plain and fused: what the Python side must agree with.
+// Returns the numbers of algorithms, plain and fused, which must equal Python's.
 Array<int64_t> constants() {
     return {static_cast<int64_t>(Algorithm::kCount), static_cast<int64_t>(NormAlgorithm::kCount)};
 }

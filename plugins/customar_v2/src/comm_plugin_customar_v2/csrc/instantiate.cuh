@@ -1,5 +1,5 @@
-// The kernels of one world size, for the host's code to look up; world*.cu, one of each size, so that they compile side
-// by side.
+// Instantiates the kernels of one world size, for host code to look up. Each world size has a file world*.cu of its
+// own, so that they compile in parallel.
 #pragma once
 
 #include "kernels.cuh"

@@ -1,4 +1,4 @@
-// Every kernel of one world size, by what the host asks for; instantiate.cuh.
+// The lookup of a kernel of one world size, by element, algorithm and vectors; see instantiate.cuh.
 #pragma once
 
 #include "oneshot_push.cuh"
@@ -9,8 +9,8 @@ namespace comm_customar_v2 {
 
 using comm_core::Element;
 
-// The most vectors that a thread has in flight, by world size: beyond two ranks one vector already keeps several peers'
-// links busy.
+// The most vectors that a thread has in flight, by world size. With more than two ranks one is enough, since it already
+// goes to several peers.
 constexpr int max_vecs(int world_size) {
     return world_size == 2 ? 4 : 1;
 }
@@ -39,7 +39,7 @@ const void* kernel_of(Algorithm algorithm, int vecs) {
     return nullptr;
 }
 
-// null: there is none of that kind.
+// Returns null if there is no such kernel.
 template <int W>
 const void* kernel_of(Element element, Algorithm algorithm, int vecs) {
     switch (element) {

@@ -1,11 +1,17 @@
-// What the fused kernels have in common: all-reduce, residual and RMSNorm of rows, each row by one cluster of blocks.
+// The common parts of the fused kernels: all-reduce, residual and RMSNorm of rows, each row by one cluster of blocks.
 //
-// With s the sum of the ranks' rows in rank order, plus the residual, in fp32 and rounded once: y = s * rsqrt(mean(s^2)
-// + eps) * (weight + offset), the RMSNorm of Zhang and Sennrich, 2019. y is the norm of s as it is returned, rounded,
-// since that alone travels in two shots: all ranks hold the same bits, and a row's bits depend neither on the
-// algorithm, nor on the shape of the launch, nor on the rows beside it (comm_core/cluster_reducer.cuh).
+// Let s be the sum of the ranks' rows in rank order, plus the residual, in fp32 and rounded once. The output is
+//
+//   y = s * rsqrt(mean(s^2) + eps) * (weight + offset)
+//
+// the RMSNorm of Zhang and Sennrich, 2019. y is computed from the rounded s, because two-shot sends nothing else. So
+// all ranks hold the same bits, and a row's bits depend neither on the algorithm, nor on the launch shape, nor on the
+// other rows (comm_core/cluster_reducer.cuh).
 //
 // Cells, slots, epochs and waits are those of the plain kernels, so that launches of both may follow each other.
+//
+// Lineage: a fused one-shot Lamport kernel with a cluster for each row is TensorRT-LLM's (allReduceFusionKernels.cu),
+// which FlashInfer has as trtllm_allreduce_fusion.cuh.
 #pragma once
 
 #include <comm_core/cluster_reducer.cuh>
@@ -33,14 +39,14 @@ struct NormParams {
     float inverse_hidden, eps, offset;
 };
 
-// The longest row of the fused kernels in vectors: the reducer takes one number of each 32.
+// The longest row of the fused kernels, in vectors: every 32 vectors give the reducer one number.
 constexpr uint32_t kMaxRowVecs = 32 * comm_core::kMaxReducerNumbers;
 
-// The most blocks that share a row: what every device that has clusters can launch.
+// The most blocks that share a row: the largest cluster that every device with clusters can launch.
 constexpr uint32_t kMaxCluster = 8;
 
-// The vectors of a row that a thread may have, powers of two, and the most threads of a block then: what their
-// registers allow. Beyond two ranks there is one choice: clusters are what spreads a row more thinly.
+// How many vectors of a row a thread may hold, a power of two, and the most threads of a block for each: the limits
+// come from registers. With more than two ranks a thread holds two, and larger clusters spread a row more thinly.
 __host__ __device__ constexpr int min_norm_vecs(int world_size) {
     return world_size == 2 ? 1 : 2;
 }
@@ -51,8 +57,8 @@ __host__ __device__ constexpr int max_norm_threads(int world_size, NormAlgorithm
     return world_size == 2 && vecs <= (algorithm == NormAlgorithm::kOneShotPush ? 2 : 1) ? 1024 : 512;
 }
 
-// A thread's vectors of a row: V, a cluster's threads apart, so that a warp has 32 that follow each other, for which it
-// gives the reducer one number.
+// The V vectors of a row that a thread holds. They are as far apart as the cluster has threads, so that a warp holds 32
+// consecutive vectors, for which it gives the reducer one number.
 template <int V>
 struct Place {
     uint32_t first, step, row_vecs;
@@ -64,18 +70,18 @@ struct Place {
 
     __device__ __forceinline__ bool has(int j) const { return first + j * step < row_vecs; }
 
-    // Of vector j, from the row's beginning.
+    // Returns the offset of vector j from the row's beginning, in bytes.
     __device__ __forceinline__ uint32_t offset(int j) const { return (first + j * step) * 16; }
 };
 
-// Has what a thread reads of its first row, and the weight, brought to the second-level cache, while the kernel before
-// may still run: nothing is read, so it doesn't matter who writes there until the wait for predecessors.
+// Prefetches the weight and the first row's residual into the second-level cache while the kernel before may still run.
+// A prefetch returns no data, so it is safe although that kernel may still write there.
 template <int V>
 __device__ __forceinline__ void prefetch(const NormParams& params, const Place<V>& place, uint32_t row) {
     const char* const residual = params.residual + static_cast<size_t>(row) * place.row_vecs * 16;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-        // A line of 128 bytes is eight threads'.
+        // Eight threads share a line of 128 bytes.
         if (threadIdx.x % 8 != 0 || !place.has(j)) continue;
         comm_core::prefetch(params.weight + place.offset(j));
         if (row < params.num_rows) comm_core::prefetch(residual + place.offset(j));
@@ -90,15 +96,15 @@ __device__ __forceinline__ void load_row(Vec (&vecs)[V], const char* row, const 
     }
 }
 
-// All of a warp's threads have sent, or looked, before any of them waits for a peer. They call it together. Where a row
-// ends within the warp, the compiler may otherwise make two paths of what follows, one for the threads that have a
-// vector more: the others' stores and loads would go out once those have all that they wait for, which is a trip over
-// the links later.
-__device__ __forceinline__ void in_step() {
+// Reconverges a warp, so that all its threads have issued their stores or loads before any of them waits for a peer.
+// All threads of the warp call it. Otherwise, if a row ends within the warp, the compiler may split the code that
+// follows into two paths, one for the threads with one vector more. The other threads' stores and loads would then be
+// issued only after those threads' waits, which is a trip over the links later.
+__device__ __forceinline__ void reconverge() {
     __syncwarp();
 }
 
-// The sum of a vector's squares, in an order of its own.
+// Sums a vector's squares, in a fixed order.
 template <typename T>
 __device__ __forceinline__ float squares(const Vec& vec) {
     const uint32_t words[4] = {vec.x, vec.y, vec.z, vec.w};
@@ -123,8 +129,8 @@ __device__ __forceinline__ uint32_t normed(uint32_t sum, uint32_t weight, float 
     return T::pack(values);
 }
 
-// The norms of N rows whose sums the cluster's threads hold, vector by vector; all of them call it. What becomes of
-// rows that aren't present goes nowhere.
+// Normalises N rows and stores them. The cluster's threads hold the rows' sums, and all of them call it. Rows that
+// aren't present are computed, but not stored.
 template <typename T, int V, int N, uint32_t kSums>
 __device__ __forceinline__ void norm_rows(const NormParams& params,
                                           ClusterReducer<kSums>& reducer,

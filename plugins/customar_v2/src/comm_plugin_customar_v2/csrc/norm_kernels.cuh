@@ -1,4 +1,4 @@
-// Every fused kernel of one world size, by what the host asks for; as kernels.cuh.
+// The lookup of a fused kernel of one world size; as kernels.cuh.
 #pragma once
 
 #include "kernels.cuh"
@@ -36,7 +36,7 @@ const void* norm_kernel_of(NormAlgorithm algorithm, int vecs) {
     }
 }
 
-// null: there is none of that kind.
+// Returns null if there is no such kernel.
 template <int W>
 const void* norm_kernel_of(Element element, NormAlgorithm algorithm, int vecs) {
     switch (element) {

@@ -1,4 +1,4 @@
-// The fused calls of a session on the host: which kernel takes a row, in which shape of launch.
+// The host side of a session's fused calls: chooses the kernel and the launch shape for a row, and launches it.
 #pragma once
 
 #include <map>
@@ -20,15 +20,15 @@ const void* norm_kernel_of_7(Element, NormAlgorithm, int);
 const void* norm_kernel_of_8(Element, NormAlgorithm, int);
 const void* add_norm_of(Element);
 
-// How fused messages up to a size are served; a row of norm_policy.py's table. The threads of a block follow from the
-// row's length.
+// The algorithm and launch shape of fused messages up to a size: a row of norm_policy.py's table. The length of a
+// message's row gives the threads of a block.
 struct NormShape {
     int64_t up_to_nbytes;
     NormAlgorithm algorithm;
-    int vecs;             // of a row that a thread has, and more where the row is long
-    uint32_t cluster;     // blocks that share a row, likewise
+    int vecs;             // vectors of a row that a thread holds; more if the row is long
+    uint32_t cluster;     // blocks that share a row; likewise
     uint32_t max_blocks;  // the grid is no larger than the message needs, than the device holds at once, and than this
-    uint32_t pipeline_depth;  // rounds that shares are ahead of sums, of two shots
+    uint32_t pipeline_depth;  // rounds by which shares run ahead of sums, in two-shot
 };
 
 struct NormCall {
@@ -47,7 +47,8 @@ class Norms {
   public:
     explicit Norms(Session& session) : session_(session) {}
 
-    // Also loads every kernel that a row's length may ask for, since the driver can't while a stream captures.
+    // Sets the table. Also loads every kernel that a row may need, since the driver can't load one while a stream
+    // captures.
     void set_shapes(std::vector<NormShape> shapes) {
         const OnDevice here(session_.device_);
         for (const Element element : {Element::kFloat32, Element::kFloat16, Element::kBFloat16}) {
@@ -59,14 +60,15 @@ class Norms {
             }
         }
         for (const NormShape& shape : shapes) {
-            if (shape.cluster > 1 && !session_.can_) {
-                TVM_FFI_THROW(ValueError) << "there are no clusters of " << shape.cluster << " blocks on this device";
+            if (shape.cluster > 1 && !session_.sm90_) {
+                TVM_FFI_THROW(ValueError) << "the fused table asks for clusters of " << shape.cluster
+                                          << " blocks, and this device has no clusters";
             }
         }
         shapes_ = std::move(shapes);
     }
 
-    // All rows of a message, cut into several launches where they are more than the buffers hold.
+    // Serves all rows of a message, in several launches if a slot doesn't hold them.
     void run(const NormCall& call) {
         const NormShape& shape = shape_of(call.num_rows * call.row_nbytes);
         session_.order_->follow(call.stream);
@@ -93,7 +95,7 @@ class Norms {
         for (const NormShape& shape : shapes_) {
             if (nbytes <= shape.up_to_nbytes) return shape;
         }
-        TVM_FFI_THROW(ValueError) << nbytes << " bytes are beyond the fused table's last row";
+        TVM_FFI_THROW(ValueError) << nbytes << " bytes are more than the fused table's last row serves";
         return shapes_.front();
     }
 
@@ -111,12 +113,12 @@ class Norms {
         return lookups[session_.world_size_ - 2](element, algorithm, vecs);
     }
 
-    // The first rows of a message, as many as one launch takes; returns how many.
+    // Launches a kernel for the first rows of a message, as many as a slot holds. Returns how many.
     int64_t launch(const NormShape& shape, const NormCall& call) {
         const auto cells = static_cast<int64_t>(session_.params_.cells_nbytes);
         const int64_t world_size = session_.world_size_;
         if (shape.algorithm == NormAlgorithm::kTwoShotPush && call.num_rows >= world_size) {
-            // A half of a slot takes a peer's rows; every rank owns a row at least (params.cuh).
+            // Half of a slot holds a peer's rows. Every rank owns at least one row, as params.cuh requires.
             const int64_t most = cells / 2 / call.row_nbytes * world_size;
             const std::optional<Fit> fit = most > 0 ? fit_of(shape, shape.algorithm, call) : std::nullopt;
             if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), world_size);
@@ -133,11 +135,12 @@ class Norms {
         return call.num_rows;
     }
 
-    // `together`: rows that a cluster takes at a time.
+    // Launches a fused kernel. `together` is the number of rows that a cluster takes at a time.
     int64_t fused(const Fit& fit, const NormShape& shape, const NormCall& call, int64_t num_rows, int64_t together) {
         NormParams params = params_of(call, num_rows);
         const auto groups = static_cast<uint32_t>((num_rows + together - 1) / together);
-        // Clusters wait for what others push, and nobody promises in which order blocks start: all must have room.
+        // Clusters wait for peers' pushes, and blocks may start in any order, so the device must hold the whole grid at
+        // once.
         const uint32_t most = std::min(fit.resident, std::max(1u, shape.max_blocks / fit.cluster));
         const uint32_t clusters = std::min(groups, most);
         params.plain.pipeline_depth = std::min(shape.pipeline_depth, (groups + clusters - 1) / clusters);
@@ -162,16 +165,17 @@ class Norms {
         return params;
     }
 
-    // The shape's vectors a thread and blocks a row, or more of them where those couldn't take it; none where no kernel
-    // takes it. All ranks decide alike: on the table, the world size, the row's length, and whether there are clusters,
-    // as on all or none of a group's devices. Whether a row is served fused or apart doesn't depend on the shape, and
-    // so its bits don't.
+    // Returns a kernel for the call's rows: with the shape's `vecs` and `cluster`, or larger ones if those are too
+    // small; nothing if no kernel takes the rows. All ranks decide the same, from the table, the world size, the row's
+    // length and whether the devices have clusters, which all devices of a group have or none has. Whether a row is
+    // served fused or separately doesn't depend on the shape, so the row's bits don't either.
     std::optional<Fit> fit_of(const NormShape& shape, NormAlgorithm algorithm, const NormCall& call) {
         const int64_t row_vecs = call.row_nbytes / comm_core::kVecNbytes;
         if (row_vecs > kMaxRowVecs) return std::nullopt;
         const int most = most_vecs(algorithm);
         const int fewest = std::max(std::min(shape.vecs, most), min_norm_vecs(session_.world_size_));
-        for (uint32_t cluster = shape.cluster; cluster <= (session_.can_ ? kMaxCluster : shape.cluster); cluster *= 2) {
+        for (uint32_t cluster = shape.cluster; cluster <= (session_.sm90_ ? kMaxCluster : shape.cluster);
+             cluster *= 2) {
             for (int vecs = fewest; vecs <= most; vecs *= 2) {
                 const uint32_t together = cluster * static_cast<uint32_t>(vecs);
                 const uint32_t threads = (static_cast<uint32_t>(row_vecs) + together - 1) / together;
@@ -182,7 +186,7 @@ class Norms {
         return std::nullopt;
     }
 
-    // What the driver says of a kernel is asked once.
+    // Asks the driver how many clusters the device holds at once, and remembers the answer.
     Fit fit_of(const void* function, uint32_t threads, uint32_t cluster) {
         const auto key = std::make_tuple(function, threads, cluster);
         const auto known = fits_.find(key);

@@ -1,4 +1,4 @@
-// The kernels of one device alone.
+// Instantiates the kernels that need no peers.
 #include "add_norm.cuh"
 #include "kernels.cuh"
 

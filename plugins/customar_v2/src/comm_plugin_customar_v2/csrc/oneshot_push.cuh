@@ -1,8 +1,8 @@
-// One-shot push: every rank puts its message into a slot at every peer, and sums what arrives.
+// One-shot push: every rank stores its message into a slot at every peer, and sums the messages that arrive.
 //
-// No barrier, no fence: a cell is its own flag (cells.cuh). A thread has V vectors in flight: it loads them all, sends
-// them all, then takes in the peers' and writes the sums; its own part stays in registers. For messages that the grid
-// takes in one or two rounds; oneshot_stream.cuh is for more.
+// It needs neither barrier nor fence, because a cell is its own flag; cells.cuh has the lineage. A thread has V vectors
+// in flight: it loads them all, sends them all, then receives the peers' vectors and writes the sums. Its own vectors
+// stay in registers. It is for messages that the grid takes in one or two rounds; oneshot_stream.cuh is for more.
 #pragma once
 
 #include "cells.cuh"
@@ -15,13 +15,13 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __gri
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
     const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
     comm_core::SpinGuard guard;
-    // All addresses before the wait, so that the input's load comes right after it.
+    // All addresses are computed before the wait, so that the input's load comes right after it.
     const uint32_t num_vecs = comm_core::ready(params.num_vecs), stride = comm_core::ready(threads_in_grid());
     const uint32_t thread = comm_core::ready(thread_in_grid());
     const char* input = comm_core::ready(params.input + thread * 16);
     char* output = comm_core::ready(params.output + thread * 16);
     Cells<W> cells(slots, thread * 16);
-    // From here on on what others wrote and read: the input, the cells, the output.
+    // Only from here on may it access the input, the cells and the output: kernels before it read and write them.
     comm_core::wait_for_predecessors();
 
     for (uint32_t first = thread; first < num_vecs; first += V * stride) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __gri
             const uint32_t offset = j * stride * 16;
             Arrivals<W>& arrival = arrivals[j % kAhead];
             if (j % kAhead == 0) {
-                // All the first looks go out before the first is waited for.
+                // Issue all first loads before waiting for the first cell.
 #pragma unroll
                 for (int ahead = 0; ahead < kAhead; ++ahead) {
                     if (first + (j + ahead) * stride < num_vecs)
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __gri
             arrival.poll_until_full(cells, offset, params, guard);
             comm_core::store(output + offset, sum_in_rank_order<T, W>(own[j], arrival.vecs, params.rank));
         }
-        // Late: the next launch waits for the sums, and nobody for empty cells before the launch after it.
+        // Late, since the next launch needs the sums, while the cells must be empty only for the launch after it.
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (first + j * stride < num_vecs) cells.empty_mine(j * stride * 16);

@@ -1,9 +1,9 @@
-// One-shot push with the norm: every rank puts its rows into a slot at every peer; each row's cluster sums what
-// arrives, adds the residual and normalises, before it goes on to its next row.
+// One-shot push with the norm: every rank stores its rows into a slot at every peer. Each row's cluster sums the rows
+// that arrive, adds the residual and normalises, before it takes its next row.
 //
-// For few tokens, where a call is one trip over the links: the residual and the weight are read during that trip, and
-// what the norm adds is a sum over the row's threads and one meeting. A row may be spread over a cluster of blocks, so
-// that it is sent and summed by several multiprocessors.
+// It is for few tokens, for which a call is one trip over the links. The residual and the weight are read during that
+// trip, so the norm adds only a sum over the row's threads, for which they meet once. A row may be spread over a
+// cluster of blocks, so that several multiprocessors send and sum it. norm.cuh has the lineage.
 #pragma once
 
 #include "norm.cuh"
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
     comm_core::SpinGuard guard;
     prefetch(params, place, first_row);
     reducer.open();
-    // From here on on what others wrote and read.
+    // Only from here on may it access data that kernels before it read and write.
     comm_core::wait_for_predecessors();
 
     Vec weight[V];
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
         for (int j = 0; j < V; ++j) {
             if (place.has(j)) cells.fill_theirs(at + place.offset(j), escape_sentinel(own[j]));
         }
-        in_step();
-        // While the vectors are on their way.
+        reconverge();
+        // Load these while the vectors travel.
         load_row(residual, params.residual + at, place);
         if (row == first_row) load_row(weight, params.weight, place);
         constexpr int kAhead = looks_ahead(W, V, 8);
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (j % kAhead == 0) {
-                // All the first looks go out before the first is waited for.
+                // Issue all first loads before waiting for the first cell.
 #pragma unroll
                 for (int ahead = 0; ahead < kAhead; ++ahead) {
                     if (place.has(j + ahead)) arrivals[ahead].look(cells, at + place.offset(j + ahead));
                 }
-                in_step();
+                reconverge();
             }
             if (place.has(j)) {
                 Arrivals<W>& arrival = arrivals[j % kAhead];
@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
                 own[j] = sum.rounded();
                 comm_core::store(params.sum + at + place.offset(j), own[j]);
             }
-            in_step();
+            reconverge();
         }
         norm_row<T>(params, reducer, place, own, weight, params.plain.output + at);
-        // Late: the next launch waits for the results, and nobody for empty cells before the launch after it.
+        // Late, since the next launch needs the results, while the cells must be empty only for the launch after it.
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (place.has(j)) cells.empty_mine(at + place.offset(j));

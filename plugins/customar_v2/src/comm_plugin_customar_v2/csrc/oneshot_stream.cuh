@@ -1,8 +1,8 @@
 // One-shot push of messages that take the grid several rounds.
 //
-// As oneshot_push.cuh, but a thread's pushes are `pipeline_depth` rounds ahead of its sums: when it comes to look, its
-// peers' cells have mostly arrived, so that the links are busy all the time and most first looks suffice. The own part
-// is loaded again for the sum, from the second-level cache, where a round that isn't long ago still is.
+// As oneshot_push.cuh, but a thread's pushes run `pipeline_depth` rounds ahead of its sums. So the links are busy all
+// the time, and most cells are full when the thread first loads them. The thread loads its own vectors again for the
+// sum, from the second-level cache, which still has those of recent rounds.
 #pragma once
 
 #include "cells.cuh"
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_stream(const __g
         }
         if (step < params.pipeline_depth) continue;
         const uint32_t first = thread + (step - params.pipeline_depth) * V * stride;
-        // Where the sums go over the input, nobody needs it any more: this thread alone reads these vectors, and has.
+        // In place, the sums may overwrite the input: this thread alone reads these vectors, and it has pushed them.
         Vec own[V];
         constexpr int kAhead = looks_ahead(W, V, 4);
         Arrivals<W> arrivals[kAhead];

@@ -1,23 +1,28 @@
-// What every kernel is launched with, and how a rank's buffer is laid out.
+// The parameters of every kernel, the layout of a rank's buffer, and why two phases are enough.
 //
-// A rank's buffer, the same on all ranks, begins with the launch counter; then come
+// A rank's buffer has the same layout on all ranks. It begins with the launch counter; then come
 //
-//   tails    2 phases of a slot a peer, each one cell: what of a message is less than a vector (tail.cuh)
-//   cells    2 phases of a slot a peer, all empty between launches (cells.cuh)
+//   tails    2 phases, each with a slot of one cell for each peer: what follows a message's last vector (tail.cuh)
+//   cells    2 phases, each with a slot for each peer; all cells are empty between launches (cells.cuh)
 //
-// A rank has no slot for itself: its own part comes from its input.
+// A rank has no slot for itself: it takes its own part from its input.
 //
-// Why two phases, taken in turn by launches, are enough, whatever algorithms, grids and sizes the launches have, and
-// although a launch's blocks may be there before the launch before has ended (comm_core/pdl.cuh): they touch no slot
-// before `wait_for_predecessors`, so that for slots launches come one after the other. I write the
-// phase of launch k again in launch k + 2. My launch k + 1 has ended by then, and it didn't without hearing from every
-// peer's launch k + 1; a peer says nothing in launch k + 1 before its launch k has ended. So every peer has read (and
-// emptied) what launch k brought. Every algorithm hears from every peer in each launch; the two-shot push only where
-// every rank owns a part, which two_shot_vecs() sees to; a message of less than a vector by its tail.
+// Consecutive launches use different phases, so a launch needn't wait at its end until its peers have read its data.
+// This holds for any sequence of algorithms, grids and sizes. It also holds when blocks of a launch start before the
+// launch before it has ended (comm_core/pdl.cuh), since they access no slot before `wait_for_predecessors`:
 //
-// "Hears" is a relaxed load, which carries no order of its own. None is needed: what the peer did in launch k was
-// performed in its memory when that launch ended, before it could say anything in launch k + 1. The end of a launch is
-// the one fence that this rests on, and wait_for_predecessors() returns after it.
+// A rank fills the phase of launch k again in its launch k + 2. By then its launch k + 1 has ended, in which it heard
+// from every peer. A peer sends nothing in launch k + 1 before its own launch k has ended. So every peer has read and
+// emptied the cells of launch k.
+//
+// A rank hears from every peer in each launch: with two-shot push because every rank owns a part, for which
+// two_shot_vecs() is the condition, and with a message of less than a vector by its tail.
+//
+// To hear is a relaxed load, which gives no order. None is needed: the peer's stores of launch k were performed in its
+// memory when that launch ended, before it could send anything in launch k + 1. The end of a launch is the only fence
+// that this argument needs, and wait_for_predecessors() returns after it.
+//
+// Lineage: pushes into slots of two phases are those of SGLang's second version (custom_all_reduce_push.cuh).
 #pragma once
 
 #include <comm_core/epoch.cuh>
@@ -38,7 +43,7 @@ using comm_core::Vec;
 
 constexpr int kMaxRanks = 8;
 
-// The two-shot push takes messages of at least this many vectors: then no rank's part is empty.
+// The fewest vectors of a message for two-shot push, with which no rank's part is empty.
 constexpr uint32_t two_shot_vecs(int world_size) {
     return world_size * world_size;
 }
@@ -53,21 +58,21 @@ enum class Algorithm : int32_t {
 struct Params {
     const char* input;
     char* output;
-    char* buffers[kMaxRanks];  // by rank, as this device sees them
+    char* buffers[kMaxRanks];  // by rank, as this device maps them
     comm_core::Bound bound;
     uint64_t tails_at;
-    uint64_t cells_at, cells_nbytes;  // of a slot
-    uint32_t num_vecs;                // whole ones
-    uint32_t tail_nbytes;             // what follows them, 0 to 14
+    uint64_t cells_at, cells_nbytes;  // offset of the first slot, size of each
+    uint32_t num_vecs;                // whole vectors of the message
+    uint32_t tail_nbytes;             // bytes after them, 0 to 14
     uint32_t rank;
-    uint32_t pipeline_depth;  // of the kernels that work in rounds: how many their pushes are ahead of their sums
+    uint32_t pipeline_depth;  // rounds by which pushes run ahead of sums, in kernels that work in rounds
 };
 
 __device__ __forceinline__ unsigned long long* counter_of(const Params& params) {
     return reinterpret_cast<unsigned long long*>(params.buffers[params.rank]);
 }
 
-// The slots of a launch's phase in a region of the buffers.
+// The slots of a launch's phase, in one region of the buffers.
 template <int W>
 class Slots {
   public:
@@ -80,19 +85,20 @@ class Slots {
         if constexpr (W == 2) theirs_ = buffers_[1 - rank_] + first_;
     }
 
-    // Of the d-th rank after this one, from 0, the slot that this rank fills. Ranks begin with different peers, so that
-    // not all push to one at first.
+    // Returns the slot that this rank fills at the d-th rank after it, counted from 0. So ranks begin with different
+    // peers, and don't all push to the same one at first.
     __device__ __forceinline__ char* theirs(int d) const {
         if constexpr (W == 2) {
             return theirs_;
         } else {
             const uint32_t peer = after(rank_, d);
-            // Among the slots of `peer` this rank's is number `rank`, or one less where `peer` itself comes before.
+            // Among the slots of `peer`, this rank's has the index `rank_`, or one less if `peer` comes before this
+            // rank.
             return buffers_[peer] + first_ + (rank_ - (rank_ > peer)) * nbytes_;
         }
     }
 
-    // Of this rank's slots, in the order of the ranks that fill them, number `slot`.
+    // Returns one of this rank's slots; their order is that of the ranks that fill them.
     __device__ __forceinline__ char* mine(int slot) const { return mine_ + slot * nbytes_; }
 
     __device__ __forceinline__ uint64_t nbytes() const { return nbytes_; }
@@ -102,7 +108,7 @@ class Slots {
         return peer < W ? peer : peer - W;
     }
 
-    // The rank that fills the slot number `slot` here.
+    // Returns the rank that fills the slot `slot` of rank `rank`.
     static __device__ __forceinline__ uint32_t source(uint32_t rank, int slot) {
         return slot + (slot >= static_cast<int>(rank));
     }
@@ -115,12 +121,12 @@ class Slots {
     char* theirs_;
 };
 
-// By value: a choice between two vectors' places would put them into memory.
+// Selects by value: a choice between two vectors' addresses would put them into memory.
 __device__ __forceinline__ Vec either(bool first, const Vec& one, const Vec& other) {
     return {first ? one.x : other.x, first ? one.y : other.y, first ? one.z : other.z, first ? one.w : other.w};
 }
 
-// The sum in rank order of this rank's vector and its peers', which come in rank order.
+// Sums this rank's vector and its peers' vectors in rank order. `theirs` is in rank order, without this rank.
 template <typename T, int W>
 __device__ __forceinline__ comm_core::Sum<T> sum_of_ranks(const Vec& own, const Vec (&theirs)[W - 1], uint32_t rank_) {
     const int rank = static_cast<int>(rank_);
@@ -145,7 +151,7 @@ __device__ __forceinline__ Vec sum_in_rank_order(const Vec& own, const Vec (&the
     return sum_of_ranks<T, W>(own, theirs, rank).rounded();
 }
 
-// The most threads of a block, by what each has in flight: what their registers allow.
+// The most threads of a block, by the vectors that each has in flight: the limit comes from registers.
 __host__ __device__ constexpr int max_threads(int world_size, int vecs) {
     if (world_size == 2) return vecs >= 4 ? 512 : 1024;
     return (world_size - 1) * vecs >= 5 ? 256 : 512;

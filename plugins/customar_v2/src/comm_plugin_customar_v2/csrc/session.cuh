@@ -1,4 +1,4 @@
-// A group's state on the host: where its buffers are, which shape of launch serves which size, and the launch itself.
+// A session's state on the host: its buffers, its table, and its launches.
 #pragma once
 
 #include <comm_core/host.h>
@@ -23,25 +23,27 @@ const void* kernel_of_8(Element, Algorithm, int);
 using comm_core::check;
 using comm_core::OnDevice;
 
-// How one message is served; a row of policy.py's table.
+// The algorithm and launch shape of messages up to a size: a row of policy.py's table.
 struct Shape {
-    int64_t up_to_nbytes;  // of a message
+    int64_t up_to_nbytes;
     Algorithm algorithm;
-    int vecs;                 // that a thread has in flight
-    uint32_t threads;         // of a block
-    uint32_t max_blocks;      // the grid is no larger than the message needs, and than this
-    uint32_t pipeline_depth;  // rounds that pushes are ahead of sums, of the algorithms that have rounds
-    uint32_t resident = 0;    // blocks that a multiprocessor holds at once, of whatever dtype; `set_shapes` finds it
+    int vecs;                 // vectors that a thread has in flight
+    uint32_t threads;         // threads of a block
+    uint32_t max_blocks;      // the largest grid; it is never larger than the message needs
+    uint32_t pipeline_depth;  // rounds by which pushes run ahead of sums, if the algorithm works in rounds
+    uint32_t resident = 0;    // blocks that a multiprocessor holds at once, of any dtype; `set_shapes` sets it
 };
 
 class Session {
   public:
-    // `layout`: tails_at, cells_at, cells_nbytes, as layout.py computes them. Everything that can fail on one rank
+    // `layout` is tails_at, cells_at and cells_nbytes, as layout.py computes them. Everything that can fail on one rank
     // alone is here and in the first `set_shapes`, before ranks exchange their buffers.
     Session(int64_t rank, int64_t world_size, const std::vector<int64_t>& layout, double timeout_s, int64_t device)
         : world_size_(static_cast<int>(world_size)), device_(static_cast<int>(device)) {
         if (world_size < 2 || world_size > kMaxRanks || rank < 0 || rank >= world_size || layout.size() != 3) {
-            TVM_FFI_THROW(ValueError) << "rank " << rank << " of " << world_size << ", a layout of " << layout.size();
+            TVM_FFI_THROW(ValueError) << "expected a rank of 2 to " << kMaxRanks
+                                      << " and a layout of 3 numbers; got rank " << rank << " of " << world_size
+                                      << " and " << layout.size() << " numbers";
         }
         params_.rank = static_cast<uint32_t>(rank);
         params_.tails_at = static_cast<uint64_t>(layout[0]);
@@ -51,23 +53,23 @@ class Session {
         const OnDevice here(device_);
         int major = 0;
         check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "cudaDeviceGetAttribute");
-        early_ = can_ = major >= 9;
+        early_ = sm90_ = major >= 9;
         error_ = std::make_unique<comm_core::ErrorWord>();
         params_.bound.error = error_->on_device();
         order_ = std::make_unique<comm_core::StreamOrder>();
     }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
-    // Runs once the last function that holds the session is gone; nothing is launched after that, and core has waited
-    // for what was, or the session was abandoned and never comes here (session.py).
+    // Runs once the last function that holds the session is gone. By then core has waited for all launches. After a
+    // failure it never runs, because session.py keeps the functions until the process ends.
     ~Session() = default;
 
-    // Every rank's buffer as mapped here; and the multiprocessors of the rank that has the fewest, since grids are of
-    // one size on all ranks.
+    // Takes the address of every rank's buffer as mapped on this device, and the fewest multiprocessors of any rank's
+    // device, since a grid has the same size on all ranks.
     void attach(const std::vector<int64_t>& buffers, int64_t multiprocessors) {
         if (buffers.size() != static_cast<size_t>(world_size_) || multiprocessors < 1) {
-            TVM_FFI_THROW(ValueError) << buffers.size() << " buffers of " << world_size_ << " ranks, "
-                                      << multiprocessors << " multiprocessors";
+            TVM_FFI_THROW(ValueError) << "expected " << world_size_ << " buffers and at least 1 multiprocessor; got "
+                                      << buffers.size() << " and " << multiprocessors;
         }
         for (int peer = 0; peer < world_size_; ++peer) {
             params_.buffers[peer] = reinterpret_cast<char*>(buffers[static_cast<size_t>(peer)]);
@@ -75,18 +77,18 @@ class Session {
         multiprocessors_ = static_cast<uint32_t>(multiprocessors);
     }
 
-    // Also loads the rows' kernels, since the driver can't while a stream captures.
+    // Sets the table. Also loads its kernels, since the driver can't load one while a stream captures.
     void set_shapes(std::vector<Shape> shapes) {
         const OnDevice here(device_);
         for (Shape& shape : shapes) {
             if (capacity(shape) < comm_core::kVecNbytes) {
-                TVM_FFI_THROW(ValueError)
-                    << "the buffers have no room for algorithm " << static_cast<int>(shape.algorithm);
+                TVM_FFI_THROW(ValueError) << "a slot of " << params_.cells_nbytes
+                                          << " bytes is too small for algorithm " << static_cast<int>(shape.algorithm);
             }
             shape.resident = UINT32_MAX;
             for (const Element element : {Element::kFloat32, Element::kFloat16, Element::kBFloat16}) {
                 shape.resident = std::min(shape.resident, load(element, shape));
-                // What a message too small for two shots takes instead.
+                // Messages that are too small for two-shot are served by one-shot.
                 if (shape.algorithm == Algorithm::kTwoShotPush) {
                     Shape small = shape;
                     small.algorithm = Algorithm::kOneShotPush;
@@ -97,16 +99,16 @@ class Session {
         shapes_ = std::move(shapes);
     }
 
-    // Whether blocks may start while the kernel before still runs, where the device can; for comparisons.
-    void set_early(bool early) { early_ = early && can_; }
+    // Chooses whether blocks may start while the kernel before still runs, if the device can do that; for comparisons.
+    void set_early(bool early) { early_ = early && sm90_; }
 
-    // 0, or 1 + the rank that didn't come in time.
+    // Returns 0, or 1 + the rank that didn't come in time.
     int64_t error() const { return error_->read(); }
 
-    // Ends every wait of kernels in flight, as if a peer hadn't come.
+    // Ends every wait of kernels in flight, as a timeout would.
     void abort() { error_->abort(params_.rank); }
 
-    // All of a message, cut into several launches where it is larger than the buffers.
+    // Serves a message, in several launches if a slot doesn't hold it.
     void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
         const Shape& shape = shape_of(nbytes);
         order_->follow(stream);
@@ -127,19 +129,20 @@ class Session {
         for (const Shape& shape : shapes_) {
             if (nbytes <= shape.up_to_nbytes) return shape;
         }
-        TVM_FFI_THROW(ValueError) << nbytes << " bytes are beyond the table's last row";
+        TVM_FFI_THROW(ValueError) << nbytes << " bytes are more than the table's last row serves";
         return shapes_.front();
     }
 
   private:
     friend class Norms;  // the fused calls, norm_session.cuh
 
-    // Loads a kernel. Code for older devices has no waits for predecessors, so it may not start before they have ended.
+    // Loads a kernel. Code compiled for older devices has no wait for the kernels before it, so it must not start
+    // before they end.
     cudaFuncAttributes prepare(const void* function) {
         cudaFuncAttributes attributes{};
         check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
-        can_ = can_ && attributes.ptxVersion >= 90;
-        early_ = early_ && can_;
+        sm90_ = sm90_ && attributes.ptxVersion >= 90;
+        early_ = early_ && sm90_;
         return attributes;
     }
 
@@ -150,7 +153,7 @@ class Session {
         return lookups[world_size_ - 2](element, shape.algorithm, shape.vecs);
     }
 
-    // Returns how many blocks a multiprocessor holds at once.
+    // Loads a shape's kernel. Returns how many of its blocks a multiprocessor holds at once.
     uint32_t load(Element element, const Shape& shape) {
         const void* function = kernel(element, shape);
         if (function == nullptr || prepare(function).maxThreadsPerBlock < static_cast<int>(shape.threads)) {
@@ -166,7 +169,7 @@ class Session {
     // The largest message of one launch, in bytes.
     int64_t capacity(const Shape& shape) const {
         const auto cells = static_cast<int64_t>(params_.cells_nbytes);
-        // In two shots half of a slot takes a part, rounded up to a vector.
+        // In two-shot, half of a slot holds a part, rounded up to a vector.
         return shape.algorithm == Algorithm::kTwoShotPush ? (cells / 2 - 16) / 16 * 16 * world_size_ : cells;
     }
 
@@ -178,24 +181,25 @@ class Session {
         params.tail_nbytes = static_cast<uint32_t>(nbytes % comm_core::kVecNbytes);
         const auto world_size = static_cast<uint32_t>(world_size_);
         uint32_t work = params.num_vecs;
-        // Blocks wait for the same-index blocks of the peers, and blocks may start in any order: all must have room.
+        // Blocks wait for the same-index blocks of the peers and may start in any order, so the device must hold the
+        // whole grid at once.
         const uint32_t max_blocks = std::min(shape.max_blocks, shape.resident * multiprocessors_);
         if (shape.algorithm == Algorithm::kTwoShotPush && params.num_vecs < two_shot_vecs(world_size_)) {
             shape.algorithm = Algorithm::kOneShotPush;
         } else if (shape.algorithm == Algorithm::kTwoShotPush) {
             work = (params.num_vecs + world_size - 1) / world_size;
         }
-        // The tail takes a warp of its own, where the grid isn't full (tail.cuh).
+        // The tail takes a warp of its own, if the grid isn't full (tail.cuh).
         if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
-        const uint32_t a_block = shape.threads * static_cast<uint32_t>(shape.vecs);
-        const uint32_t blocks = std::max(1u, std::min(max_blocks, (work + a_block - 1) / a_block));
-        // No further ahead than there are rounds.
-        const uint32_t a_round = blocks * a_block;
-        params.pipeline_depth = std::min(shape.pipeline_depth, (work + a_round - 1) / a_round);
+        const uint32_t per_block = shape.threads * static_cast<uint32_t>(shape.vecs);
+        const uint32_t blocks = std::max(1u, std::min(max_blocks, (work + per_block - 1) / per_block));
+        // Pushes can't run further ahead than there are rounds.
+        const uint32_t per_round = blocks * per_block;
+        params.pipeline_depth = std::min(shape.pipeline_depth, (work + per_round - 1) / per_round);
         enqueue(kernel(element, shape), blocks, shape.threads, 1, stream, &params);
     }
 
-    // One launch, of clusters of so many blocks.
+    // Launches a kernel, in clusters of `cluster` blocks.
     void enqueue(const void* function,
                  uint32_t blocks,
                  uint32_t threads,
@@ -224,8 +228,8 @@ class Session {
 
     int world_size_;
     int device_;
-    bool can_ = false;    // launch before the predecessor's end: programmatic dependent launch; and in clusters
-    bool early_ = false;  // does so
+    bool sm90_ = false;   // device and kernels have programmatic dependent launch and clusters
+    bool early_ = false;  // a launch may start before the one before it ends: programmatic dependent launch
     Params params_{};
     uint32_t multiprocessors_ = 1;
     std::unique_ptr<comm_core::ErrorWord> error_;

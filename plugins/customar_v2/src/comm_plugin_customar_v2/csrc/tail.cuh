@@ -1,8 +1,8 @@
-// The tail: what of a message is less than a vector.
+// The tail: the elements of a message after its last whole vector.
 //
-// Whatever the algorithm, one thread pushes it one-shot, through cells of its own. It reads and writes the tail element
-// by element: behind it may lie another tensor's data, or nothing. In a launch of one round the thread is in a warp
-// that has nothing else to do, so that nobody waits for two arrivals one after the other.
+// With every algorithm, one thread pushes it one-shot, through cells of its own. The thread reads and writes the tail
+// element by element, since the bytes after it may be another tensor's, or unmapped. In a launch of one round the
+// thread is in a warp without other work, so that no thread waits for two arrivals one after the other.
 #pragma once
 
 #include "cells.cuh"
@@ -12,7 +12,7 @@ namespace comm_customar_v2 {
 template <typename T, int W>
 __device__ __forceinline__ void sum_tail(const Params& params, unsigned long long epoch, comm_core::SpinGuard& guard) {
     if (params.tail_nbytes == 0) return;
-    // The first of the warp after the last that has vectors; `run` in session.cuh makes room for it.
+    // The first thread of the warp after the last one with vectors; `launch` in session.cuh makes room for that warp.
     if (thread_in_grid() != (params.num_vecs + 31) / 32 * 32 % threads_in_grid()) return;
     const char* const input = params.input + params.num_vecs * 16;
     char* const output = params.output + params.num_vecs * 16;

@@ -1,11 +1,13 @@
-// Two-shot push: each rank owns a part of the message; parts go to their owner, who sums and sends the sum to all.
+// Two-shot push: each rank owns a part of the message. Every rank sends its shares of the other parts to their owners;
+// an owner sums the shares of its part and sends the sum to all.
 //
-// W - 1 W-ths of the message twice, instead of the whole to each of W - 1 peers. Cells as in cells.cuh: the lower half
-// of a slot takes a peer's share of my part, the upper half the sum of the peer's part. A thread works on the same
-// places of every part, so that it depends only on the same-index thread of each peer, and a block on the same-index
-// blocks.
+// A rank sends (W - 1) / W of the message twice, instead of the whole message to each of W - 1 peers. Cells are those
+// of cells.cuh, with their lineage: the lower half of a slot holds a peer's share of this rank's part, the upper half
+// the sum of the peer's part. A thread works at the same offsets of every part, so it depends only on the same-index
+// thread of each peer, and a block only on the same-index blocks.
 //
-// In rounds: shares go out `pipeline_depth` rounds ahead of the sums, and sums as many rounds ahead of being gathered.
+// It works in rounds: shares are sent `pipeline_depth` rounds before they are summed, and sums as many rounds before
+// they are gathered.
 #pragma once
 
 #include "cells.cuh"
@@ -22,7 +24,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
     const uint32_t rounds = (part + V * stride - 1) / (V * stride), pipeline_depth = params.pipeline_depth;
     const uint32_t upper = static_cast<uint32_t>(params.cells_nbytes / 2);
     const Cells<W> cells(slots, 0);
-    // Where a rank's part ends, in vectors from its beginning: the last may be shorter.
+    // Returns the length of a rank's part, in vectors: the last ones may be shorter.
     const auto end_of = [&](uint32_t owner) { return min(part, num_vecs - min(num_vecs, owner * part)); };
     comm_core::SpinGuard guard;
     comm_core::wait_for_predecessors();
@@ -30,7 +32,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
     for (uint32_t step = 0; step < rounds + 2 * pipeline_depth; ++step) {
         if (step < rounds) {
             const uint32_t first = thread + step * V * stride;
-            // All loads go out before the first store waits for its own.
+            // Issue all loads before the first store, which waits for its load.
             Vec shares[W - 1][V];
 #pragma unroll
             for (int d = 0; d < W - 1; ++d) {
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
                 if (vec >= end) continue;
                 Arrivals<W>& arrival = arrivals[j % kAhead];
                 arrival.poll_until_full(cells, vec * 16, params, guard);
-                // What the peers get is what stays here, to the bit.
+                // Peers and this rank get the same bits.
                 const Vec sum = escape_sentinel(sum_in_rank_order<T, W>(own[j], arrival.vecs, rank));
                 cells.fill_theirs(upper + vec * 16, sum);
                 comm_core::store(params.output + (begin + vec) * 16, sum);
@@ -84,7 +86,8 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
         }
         if (step < 2 * pipeline_depth) continue;
         const uint32_t first = thread + (step - 2 * pipeline_depth) * V * stride;
-        // All owners' sums of a place together; where an owner's part ends before it, there is nothing to wait for.
+        // Gather all owners' sums of an offset together. If an owner's part ends before it, there is no sum to wait
+        // for.
         Vec sums[V][W - 1];
         const auto owner_of = [&](int s) { return Slots<W>::source(rank, s); };
         const auto cell_of = [&](int s, int j) { return slots.mine(s) + upper + (first + j * stride) * 16; };

@@ -1,15 +1,15 @@
-// Two-shot push with the norm: each row has an owner, every W-th row the same; a row's shares go to its owner, who sums
-// them, adds the residual and sends the sum to all. Everybody normalises every row.
+// Two-shot push with the norm: each rank owns every W-th row. A row's shares are sent to its owner, who sums them, adds
+// the residual and sends the sum to all. Every rank normalises every row.
 //
-// Over the links go 2 (W - 1) / W of the message, the owners' sums among them. Were the owner to normalise alone and to
-// send both results, it would be 3 (W - 1) / W; the norm instead costs each rank arithmetic on what it holds in
-// registers anyway. The residual is read by the owner alone.
+// A rank sends 2 (W - 1) / W of the message, the owners' sums included. If only a row's owner normalised it, and sent
+// both results, it would be 3 (W - 1) / W. Instead, the norm costs each rank only arithmetic on sums that it holds in
+// registers anyway. Only the owner reads the residual.
 //
-// Cells as in twoshot_push.cuh: the lower half of a slot takes a peer's shares of my rows, the upper half the sums of
-// the peer's rows. A cluster takes groups of W consecutive rows, one of each owner, in rounds: shares go out
-// `pipeline_depth` rounds ahead of the sums, and sums as many rounds ahead of being gathered. Whatever the grids and
-// the depth, no rank waits in a circle: a group's sums wait for its shares alone, its gathering for its sums, and a
-// cluster that waits for a group has done the earlier ones.
+// Cells are used as in twoshot_push.cuh: the lower half of a slot holds a peer's shares of this rank's rows, the upper
+// half the sums of the peer's rows. A cluster takes groups of W consecutive rows, one of each owner, in rounds: shares
+// are sent `pipeline_depth` rounds before they are summed, and sums as many rounds before they are gathered. For any
+// grids and depth there is no deadlock: a group's sums wait only for its shares, its gathering only for its sums, and a
+// cluster that waits for a group has finished its part of the earlier ones.
 #pragma once
 
 #include "norm.cuh"
@@ -19,7 +19,7 @@ namespace comm_customar_v2 {
 template <typename T, int W, int V>
 __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPush, V), 1)
     twoshot_push_norm(const __grid_constant__ NormParams params) {
-    // Peers whose rows a thread has in flight at once, to them and from them: what its registers allow.
+    // The number of peers with rows in flight at once, to them and from them: the limit comes from registers.
     constexpr int kSends = W <= 3 ? W - 1 : 2, kGathers = W <= 4 ? W - 1 : 1;
     ClusterReducer<kGathers> reducer;
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
     for (uint32_t step = 0; step < rounds + 2 * pipeline_depth; ++step) {
         if (step < rounds) {
             const uint32_t group = cluster + step * clusters;
-            // Several peers' loads go out before the first store waits for its own.
+            // Issue several peers' loads before the first store, which waits for its load.
 #pragma unroll 1
             for (int from = 0; from < W - 1; from += kSends) {
                 Vec shares[kSends][V];
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                     }
                 }
             }
-            in_step();
+            reconverge();
         }
         if (step == 0) load_row(weight, params.weight, place);
         if (step >= pipeline_depth && step - pipeline_depth < rounds) {
@@ -84,20 +84,20 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                             residual[ahead] = comm_core::load(params.residual + at + offset);
                             arrivals[ahead].look(cells, cell + offset);
                         }
-                        in_step();
+                        reconverge();
                     }
                     if (place.has(j)) {
                         Arrivals<W>& arrival = arrivals[j % kAhead];
                         arrival.poll_until_full(cells, cell + place.offset(j), params.plain, guard);
                         comm_core::Sum<T> sum = sum_of_ranks<T, W>(own[j % kAhead], arrival.vecs, rank);
                         sum.add(residual[j % kAhead]);
-                        // What the peers get is what stays here, to the bit.
+                        // Peers and this rank get the same bits.
                         sums[j] = escape_sentinel(sum.rounded());
                         cells.fill_theirs(upper + cell + place.offset(j), sums[j]);
                         comm_core::store(params.sum + at + place.offset(j), sums[j]);
                         cells.empty_mine(cell + place.offset(j));
                     }
-                    in_step();
+                    reconverge();
                 }
                 norm_row<T>(params, reducer, place, sums, weight, params.plain.output + at);
             }
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
         const uint32_t group = cluster + (step - 2 * pipeline_depth) * clusters;
 #pragma unroll 1
         for (int from = 0; from < W - 1; from += kGathers) {
-            // Several owners' sums together; of a row that isn't there, there is nothing to wait for.
+            // Gather several owners' sums together. A row that doesn't exist has no sum to wait for.
             Vec sums[V][kGathers];
             const auto owner_of = [&](int i) { return Slots<W>::source(rank, from + i); };
             const auto has_row = [&](int i) { return from + i < W - 1 && group * W + owner_of(i) < num_rows; };
@@ -121,13 +121,13 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                     if (place.has(j) && has_row(i)) sums[j][i] = comm_core::load_relaxed_sys(cell_of(i, j));
                 }
             }
-            in_step();
+            reconverge();
 #pragma unroll
             for (int j = 0; j < V; ++j) {
                 poll_until_full(sums[j], [&](int i) { return cell_of(i, j); }, owner_of, params.plain, guard);
-                in_step();
+                reconverge();
             }
-            // Owners ascend: without the first row there is none.
+            // Owners ascend: if the first row doesn't exist, none does.
             if (!has_row(0)) continue;
             char* outputs[kGathers];
             bool present[kGathers];
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                     empty(cell_of(i, j));
                 }
             }
-            // Their norms in one meeting.
+            // Normalise them together, so that the cluster meets once.
             norm_rows<T>(params, reducer, place, sums, weight, outputs, present);
         }
     }
