@@ -79,7 +79,7 @@ def test_every_partial_sum_of_a_chain_is_exact_and_the_chain_is_as_long_as_possi
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_first_call_is_exact_whatever_the_order_of_ranks(dtype: str) -> None:
+def test_the_first_call_is_exact_in_any_order_of_ranks(dtype: str) -> None:
     for world_size in WORLD_SIZES:
         pattern = pattern_of(PLAIN, dtype, world_size)
         top = pattern.largest * (1 if pattern.disjoint else world_size)

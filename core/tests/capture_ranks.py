@@ -317,16 +317,16 @@ def go_wrong() -> dict[str, Outcome]:
     return found
 
 
-def wait_for_nobody(absent: int) -> Outcome:
+def capture_without_waiting(absent: int) -> Outcome:
     """One rank records nothing."""
     backend = comm.get_backend(timeout_s=10)
     if dist.get_rank() == absent:
-        hear("told", [rank for rank in range(dist.get_world_size()) if rank != absent])
+        hear("failed", [rank for rank in range(dist.get_world_size()) if rank != absent])
         # The capture of which it was no part is over, and it finds its way into the next.
         found = outcome(capture)
     else:
         found = outcome(lambda: capture((backend, 3)))
-        say("told")
+        say("failed")
     meet("over")
     capture((backend, 4))
     return found
@@ -340,9 +340,9 @@ def leave_late(late: int) -> list[Outcome]:
         with comm.capture():
             record(backend, 3)
             if dist.get_rank() == late:
-                hear("told", [rank for rank in range(dist.get_world_size()) if rank != late])
+                hear("failed", [rank for rank in range(dist.get_world_size()) if rank != late])
 
     found = [outcome(linger)]
-    say("told")
+    say("failed")
     meet("over")
     return [*found, outcome(lambda: capture((backend, 4)))]

@@ -26,7 +26,7 @@ def start(work: Callable[[], T]) -> concurrent.futures.Future[T]:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - a thread's exception reaches nobody unless it is carried over
+        except BaseException as error:  # noqa: BLE001 - a thread's exception is lost unless it is passed on
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -107,10 +107,10 @@ class Hold:
         if not self._meets(name, arguments[0] if arguments else None) or not self._once.acquire(blocking=False):
             return
         self._held.set()
-        assert self._free.wait(PATIENCE_S), "nobody released this operation"
+        assert self._free.wait(PATIENCE_S), "this operation was never released"
 
     def wait(self) -> None:
-        assert self._held.wait(PATIENCE_S), "nobody came to this operation"
+        assert self._held.wait(PATIENCE_S), "this operation was never reached"
 
     def release(self) -> None:
         self._free.set()

@@ -130,7 +130,7 @@ CUresult cuMemMap(
     if (physical.count(handle) == 0 || offset != 0 || nbytes > physical.at(handle).nbytes) {
         return CUDA_ERROR_INVALID_VALUE;
     }
-    // Nobody may touch it before `cuMemSetAccess`.
+    // No access is allowed before `cuMemSetAccess`.
     mmap(at(address), nbytes, PROT_NONE, MAP_SHARED | MAP_FIXED, physical.at(handle).file, 0);
     mapped[address] = nbytes;
     return CUDA_SUCCESS;

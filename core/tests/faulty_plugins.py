@@ -98,7 +98,7 @@ class Good:
 
     def open(self, context: comm.GroupContext) -> Session | None:
         name = context.control.all_gather(uuid.uuid4().hex)[0]
-        # A client of its own: a late thread's wait must hold up nobody else.
+        # A client of its own: a late thread's wait must not block the others.
         return Session(name, context.rank, context.world_size, side_store().clone())
 
     def sum(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
@@ -224,7 +224,7 @@ class ConnectBarsInsteadOfGathering(Good):
 
 
 class ConnectIgnoresErrors(Good):
-    """One rank fails; the others catch what they are told of it, and carry on to a session."""
+    """One rank fails; the others catch the error and go on to a session."""
 
     def open(self, context: comm.GroupContext) -> Session | None:
         if self.faulty:

@@ -99,7 +99,7 @@ def get_then_clear_the_environment() -> tuple[Outcome, Outcome]:
 
 
 def get_wrongly() -> dict[str, Outcome]:
-    """What is wrong on one rank alone raises there, and holds up nobody."""
+    """A fault on one rank raises there and delays no other rank."""
     backend = comm.get_backend(timeout_s=60)
     assert comm.get_backend(dist.group.WORLD, timeout_s=60) is backend
     calls: dict[str, Callable[[], Any]] = {
@@ -126,7 +126,7 @@ def get_late(late: int) -> tuple[Outcome, tuple[int, ...], Outcome]:
     except comm.CommTimeoutError as error:
         first, absent = str(error), error.ranks
     say("failed")
-    meet("everybody failed")
+    meet("all ranks failed")
     return ("CommTimeoutError", first), absent, outcome(lambda: comm.get_backend(timeout_s=60))
 
 

@@ -87,13 +87,13 @@ def prepare_late(absent: int) -> tuple[Outcome, Outcome, Outcome]:
     """One rank doesn't come; then all do."""
     backend = comm.get_backend(timeout_s=10)
     if dist.get_rank() == absent:
-        hear("told", [rank for rank in range(dist.get_world_size()) if rank != absent])
+        hear("failed", [rank for rank in range(dist.get_world_size()) if rank != absent])
         with contextlib.suppress(ValueError):
             comm.pre_capture_init(**SHAPES | {"max_tokens": 0})  # it is wrong before anything is sent
         found = ("ok", "absent")
     else:
         found = outcome(lambda: comm.pre_capture_init(**SHAPES))
-        say("told")
+        say("failed")
     before = outcome(lambda: who(backend, 8, 128))
     comm.pre_capture_init(**SHAPES)
     return found, before, outcome(lambda: who(backend, 8, 128))

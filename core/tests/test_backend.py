@@ -161,7 +161,7 @@ def test_an_out_next_to_the_tensor_is_used_directly(shift: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.complex64])
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 8)])
-def test_an_empty_sum_asks_nobody(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_an_empty_sum_reaches_no_backend(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     backend, fast, last = one_backend()
     x, out = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
     result = backend.all_reduce(x)

@@ -124,7 +124,7 @@ def test_tokens_and_hidden_sizes_have_edges() -> None:
         assert fast.calls == last.calls == []
 
 
-def test_an_empty_fused_call_asks_nobody() -> None:
+def test_an_empty_fused_call_reaches_no_backend() -> None:
     backend, fast, last = one_backend()
     y, s = backend.all_reduce_add_rms_norm(torch.empty(0, 8), torch.empty(0, 8), torch.ones(8))
     assert (y.shape, s.shape) == ((0, 8), (0, 8))
@@ -161,7 +161,7 @@ def test_fused_dtypes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("served", [Range(FUSED), Range(ALL_REDUCE)])
 @pytest.mark.parametrize("out", [torch.ones(2, 3), torch.ones(1, 4), torch.ones(2, 4, dtype=torch.float64)])
-def test_a_fused_out_that_is_not_like_the_tensor_is_refused_whoever_serves(served: Range, out: torch.Tensor) -> None:
+def test_a_fused_out_unlike_the_tensor_is_refused_by_every_backend(served: Range, out: torch.Tensor) -> None:
     backend, fast, last = one_backend(served)
     each: list[dict[str, Any]] = [{"out": out}, {"residual_out": out}]
     for targets in each:
@@ -296,7 +296,7 @@ def test_a_parameter_reaches_the_hook_without_its_gradient() -> None:
     assert not summed.requires_grad
 
 
-def test_the_formulas_numbers_reach_whoever_serves() -> None:
+def test_eps_and_weight_offset_reach_the_backend() -> None:
     backend, fast, _ = one_backend()
     x, residual, weight, *_ = fused_inputs().values()
     for odd in (residual, torch.empty(8, 4).t().copy_(residual)):
@@ -305,7 +305,7 @@ def test_the_formulas_numbers_reach_whoever_serves() -> None:
     assert len(fast.calls) == 2
 
 
-def test_who_looks_is_asked_first_and_core_copies_for_it(who_looks: str) -> None:
+def test_a_hook_that_checks_operands_is_called_first_and_again_with_copies(who_looks: str) -> None:
     backend, fast, _ = one_backend()
     tensors = fused_inputs()
     x, residual, weight = tensors["x"], tensors["residual"], tensors["weight"]
@@ -337,7 +337,7 @@ def test_what_has_no_memory_is_refused_before_anything_is_sent() -> None:
     assert not fast.calls
 
 
-def test_what_a_hook_that_looks_raises_is_told_by_name(who_looks: str) -> None:
+def test_an_error_of_a_hook_that_checks_operands_names_the_backend(who_looks: str) -> None:
     backend, fast, _ = one_backend()
     x, weight = aligned(16).view(2, 8), aligned(8)
     backend.all_reduce_add_rms_norm(x, x.clone(), weight)

@@ -85,7 +85,7 @@ def test_a_folder_that_others_can_write_is_refused(where: str, bits: int, tmp_pa
     open_one = tmp_path / "parent" if where == "parent" else tmp_path / "parent" / where
     open_one.chmod(bits)
     if where == "parent" and bits & 0o1000:
-        # As /tmp is: in a sticky folder nobody exchanges what is another's.
+        # As /tmp is: in a sticky folder no user can replace another's files.
         assert private_folder(top, "key").is_dir()
         return
     with pytest.raises(PluginLoadError, match=rf"others can write {open_one} \(mode {bits:04o}\). Do chmod go-w"):
@@ -147,7 +147,7 @@ def test_what_a_dead_builder_left_is_removed_and_never_taken(tmp_path: Path) -> 
 
 
 class SlowBuild:
-    """A build that lasts until it is told how to end, and knows when another process waits for it."""
+    """A build that lasts until the test ends it, and knows when another process waits for it."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -184,7 +184,7 @@ def test_who_waits_for_a_build_takes_its_result(slow: SlowBuild, pool: ThreadPoo
         assert future.result(DEADLINE_S).read_text() == "code"
 
 
-def test_who_waits_for_a_build_that_fails_fails_alike_and_the_next_tries_anew(
+def test_waiters_of_a_failed_build_fail_alike_and_the_next_call_builds_again(
     slow: SlowBuild, pool: ThreadPoolExecutor
 ) -> None:
     for future in slow.run(pool, never, fails=True):

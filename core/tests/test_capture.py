@@ -46,9 +46,9 @@ def test_a_capture_that_is_left_before_one_inside_it_fails_both_and_no_later_one
             assert words in text
 
 
-def test_ranks_that_capture_nothing_hold_up_nobody(ranks: Ranks, tmp_path: Path) -> None:
-    everybody = ranks.run(capture_ranks.not_all_capture, world_size=4, path=[install(tmp_path)] * 4)
-    for rank, found in enumerate(everybody):
+def test_ranks_that_capture_nothing_delay_no_other_rank(ranks: Ranks, tmp_path: Path) -> None:
+    results = ranks.run(capture_ranks.not_all_capture, world_size=4, path=[install(tmp_path)] * 4)
+    for rank, found in enumerate(results):
         captures = [2, 1, 0, 0][rank]
         assert found["elsewhere"] == (["first enter"] * 2 + ["first leave"] * 2) * captures
         assert found["world"] == [[[3]] * 4]
@@ -60,8 +60,8 @@ def test_ranks_that_capture_nothing_hold_up_nobody(ranks: Ranks, tmp_path: Path)
 def test_a_rank_that_raises_inside_releases_the_others(
     ranks: Ranks, tmp_path: Path, world_size: int, tries: int, late: bool
 ) -> None:
-    """Also those that come only after it has failed, as often as it likes."""
-    everybody = ranks.run(
+    """Also ranks that come after the failure, however often it fails."""
+    results = ranks.run(
         capture_ranks.raise_inside,
         1,
         tries,
@@ -69,7 +69,7 @@ def test_a_rank_that_raises_inside_releases_the_others(
         world_size=world_size,
         path=[install(tmp_path)] * world_size,
     )
-    for rank, found in enumerate(everybody):
+    for rank, found in enumerate(results):
         assert len(found["outcomes"]) == tries
         for outcome in found["outcomes"]:
             if rank == 1:
@@ -104,10 +104,10 @@ def test_a_rank_that_raises_where_nothing_was_recorded_is_heard_once(
 def test_captures_of_two_ranks_stay_paired_after_one_captured_alone(
     ranks: Ranks, tmp_path: Path, tries: int, solo: int
 ) -> None:
-    everybody = ranks.run(capture_ranks.capture_alone_then_fail, 1, solo, tries, path=[install(tmp_path)] * 2)
-    assert [kind for kind, _ in everybody[0]["outcomes"]] == ["CaptureError"] * tries
-    assert everybody[1]["outcomes"] == [("ZeroDivisionError", "my own")] * tries
-    for found in everybody:
+    results = ranks.run(capture_ranks.capture_alone_then_fail, 1, solo, tries, path=[install(tmp_path)] * 2)
+    assert [kind for kind, _ in results[0]["outcomes"]] == ["CaptureError"] * tries
+    assert results[1]["outcomes"] == [("ZeroDivisionError", "my own")] * tries
+    for found in results:
         assert found["registered"] == [[[4]] * 2, [[2]] * 2, [[1]] * 2]
 
 
@@ -123,8 +123,8 @@ def test_a_capture_that_one_rank_left_out_harms_no_later_one(ranks: Ranks, tmp_p
 def test_an_exit_that_fails_fails_on_all_ranks(
     ranks: Ranks, tmp_path: Path, kind: type[recording.Records], on: tuple[int, ...]
 ) -> None:
-    everybody = ranks.run(capture_ranks.fail_then_capture, world_size=3, path=[install(tmp_path, kind, on)] * 3)
-    for found in everybody:
+    results = ranks.run(capture_ranks.fail_then_capture, world_size=3, path=[install(tmp_path, kind, on)] * 3)
+    for found in results:
         kind_of_error, text = found["first"]
         assert kind_of_error == "CaptureError"
         assert "failed: OSError: the address can't be exported" in text
@@ -139,10 +139,10 @@ def test_an_exit_that_fails_fails_on_all_ranks(
 
 
 def test_a_session_that_cant_be_entered(ranks: Ranks, tmp_path: Path) -> None:
-    everybody = ranks.run(
+    results = ranks.run(
         capture_ranks.fail_then_capture, world_size=2, path=[install(tmp_path, recording.EnterRaises, (1,))] * 2
     )
-    for rank, found in enumerate(everybody):
+    for rank, found in enumerate(results):
         kind, text = found["first"]
         assert kind == "CaptureError"
         assert "the address can't be exported" in text
@@ -154,21 +154,21 @@ def test_a_session_that_cant_be_entered(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_what_an_exit_by_exception_raises_hides_nothing(ranks: Ranks, tmp_path: Path) -> None:
-    everybody = ranks.run(capture_ranks.raise_inside, 0, path=[install(tmp_path, recording.LeaveByRaises, (0,))] * 2)
-    assert everybody[0]["outcomes"] == [("ZeroDivisionError", "my own")]
-    assert [found["registered"] for found in everybody] == [[[[9]] * 2]] * 2
+    results = ranks.run(capture_ranks.raise_inside, 0, path=[install(tmp_path, recording.LeaveByRaises, (0,))] * 2)
+    assert results[0]["outcomes"] == [("ZeroDivisionError", "my own")]
+    assert [found["registered"] for found in results] == [[[[9]] * 2]] * 2
 
 
 def test_a_plugin_swallows_no_exception(ranks: Ranks, tmp_path: Path) -> None:
-    everybody = ranks.run(capture_ranks.raise_inside, 0, path=[install(tmp_path, recording.Swallows)] * 2)
-    assert everybody[0]["outcomes"] == [("ZeroDivisionError", "my own")]
-    assert everybody[1]["outcomes"][0][0] == "CaptureError"
+    results = ranks.run(capture_ranks.raise_inside, 0, path=[install(tmp_path, recording.Swallows)] * 2)
+    assert results[0]["outcomes"] == [("ZeroDivisionError", "my own")]
+    assert results[1]["outcomes"][0][0] == "CaptureError"
 
 
 def test_groups_that_overlap(ranks: Ranks, tmp_path: Path) -> None:
     groups = [[0, 1], [2, 3], [1, 3], [0, 1, 2, 3]]
-    everybody = ranks.run(capture_ranks.overlap, groups, world_size=4, path=[install(tmp_path)] * 4)
-    for rank, found in enumerate(everybody):
+    results = ranks.run(capture_ranks.overlap, groups, world_size=4, path=[install(tmp_path)] * 4)
+    for rank, found in enumerate(results):
         assert [group for group, _ in found] == [group for group in groups if rank in group]
         for group, registered in found:
             sizes = [4, 5, 6] if group == [0, 1] else [4, 6]
@@ -209,7 +209,7 @@ def test_what_isnt_to_be_done_while_a_graph_is_captured(ranks: Ranks, tmp_path: 
 
 
 def test_a_rank_that_recorded_nothing_is_named(ranks: Ranks, tmp_path: Path) -> None:
-    first, second = ranks.run(capture_ranks.wait_for_nobody, 1, path=[install(tmp_path)] * 2)
+    first, second = ranks.run(capture_ranks.capture_without_waiting, 1, path=[install(tmp_path)] * 2)
     assert first[0] == "CommTimeoutError"
     assert "rank 1 didn't come in time" in first[1]
     assert second == ("ok", "None")

@@ -59,8 +59,8 @@ class Plugin:
             yield
             recorded, session.recorded = session.recorded, []
             if recorded:
-                everybody = session.context.control.all_gather(recorded)
-                assert everybody == [recorded] * session.context.world_size
+                gathered = session.context.control.all_gather(recorded)
+                assert gathered == [recorded] * session.context.world_size
                 session.rows[recorded[0] : recorded[-1] + 1] = 1
         finally:
             session.open = False
@@ -91,7 +91,7 @@ def recorded(handles: list[comm.Backend], static: torch.Tensor) -> tuple[torch.c
 
 
 def replays() -> dict[str, Any]:
-    """Entering all groups, entering none, failing inside, and capturing anew."""
+    """Entering all groups, entering none, failing inside, and capturing again."""
     rank, size = dist.get_rank(), dist.get_world_size()
     tp, moe = dist.group.WORLD, dist.new_group(range(size), backend=GPUS)
     handles = [comm.get_backend(tp), comm.get_backend(moe)]

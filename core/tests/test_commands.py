@@ -143,7 +143,7 @@ def test_a_command_of_another_release_of_core_is_refused_unimported(
     assert "third_party_newer" not in sys.modules
 
 
-def test_a_name_that_two_distributions_register_is_nobodys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_two_distributions_register_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(folder, "greet", "third_party_one", GREET, distribution="one")
     install(folder, "greet", "third_party_two", GREET, distribution="two")
     assert cli.main(["greet"]) == 1

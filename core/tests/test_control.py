@@ -199,7 +199,7 @@ class UnspeakableError(Exception):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UnspeakableError(), ValueError("x" * 10**6)])
-def test_whatever_leaves_the_block_aborts_the_stage(store: dist.Store, error: BaseException) -> None:
+def test_any_exception_that_leaves_the_block_aborts_the_stage(store: dist.Store, error: BaseException) -> None:
     def talk(member: Control) -> None:
         with Stage(member, "step") as stage:
             if member.rank == 0:
@@ -270,7 +270,7 @@ def test_how_others_ended_a_stage_can_be_read_without_waiting(store: dist.Store)
         assert stage.begun
 
 
-def test_without_its_store_nobody_ended_a_stage(store: dist.Store) -> None:
+def test_a_lost_store_is_no_end_of_a_stage(store: dist.Store) -> None:
     def cut_off(name: str, _: object) -> None:
         if name == "check":
             raise RuntimeError("connection reset")
@@ -341,7 +341,7 @@ def test_a_missed_deadline_names_the_absent_also_to_themselves(store: dist.Store
         assert str(error) == str(early[0])
 
 
-def test_a_stage_tells_whom_another_thread_waits_for(store: dist.Store) -> None:
+def test_a_stage_names_the_ranks_that_another_thread_waits_for(store: dist.Store) -> None:
     members = group_of(store, 3)
     with Stage(members[0], "step") as stage:
         assert stage.pending_ranks() == ()

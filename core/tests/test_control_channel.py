@@ -52,7 +52,7 @@ def test_the_channel_is_closed_outside_of_collective_hooks() -> None:
             call()
 
 
-def test_the_channel_waits_for_nobody_while_a_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_channel_never_waits_while_a_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     (member,) = group_of(dist.HashStore(), 1)
     channel = SessionChannel()
     with channel.open_stage(member, "connect") as stage:

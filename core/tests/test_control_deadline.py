@@ -94,7 +94,7 @@ def gate_opens_and_thread_ends(gate: threading.Event, name: str) -> None:
     assert not thread.is_alive()
 
 
-def test_a_late_value_that_nobody_wants_is_dropped() -> None:
+def test_a_late_value_without_a_handler_is_dropped() -> None:
     gate = threading.Event()
     with pytest.raises(TimeoutError):
         run_with_deadline(lambda: gate.wait(PATIENCE_S), SHORT_S, name="the dropped one")

@@ -68,7 +68,7 @@ def test_no_other_user_can_send_and_nothing_is_left() -> None:
     assert not folder.exists()
 
 
-def test_a_file_that_cant_be_opened_is_told_to_those_who_wait_for_it() -> None:
+def test_a_file_that_cant_be_opened_fails_on_every_waiting_rank() -> None:
     def export() -> int:
         raise RuntimeError("no handle of this kind")
 
@@ -99,7 +99,7 @@ def test_a_peer_that_is_gone_is_an_error() -> None:
             )
 
 
-def test_what_nobody_asked_for_is_refused() -> None:
+def test_unexpected_files_are_refused() -> None:
     with boxes(2) as mine:
         mine[1].exchange_files(1, [mine[0].path], {"a": opens("a")}, [], lambda _source, _key, _file: None, PATIENCE_S)
         with pytest.raises(RuntimeError, match="rank 1 sent an unexpected message"):

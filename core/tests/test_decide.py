@@ -95,7 +95,7 @@ def test_a_setting_that_one_rank_alone_has_differs_from_its_absence() -> None:
         check_policies([evidence(), evidence(policy={"x": 7}), evidence()], str)
 
 
-def test_an_error_of_one_rank_is_everybodys_and_each_text_is_said_once() -> None:
+def test_one_ranks_error_is_raised_on_all_and_each_text_appears_once() -> None:
     found = [evidence(error="COMM_CORE_X='y' can't be read") for _ in range(5)]
     found += [evidence(), evidence(error="no device")]
     with pytest.raises(NegotiationError) as raised:
@@ -138,7 +138,7 @@ def test_who_is_blocked_is_not_asked_and_the_reason_says_by_what() -> None:
     }
 
 
-def test_who_is_wanted_and_nowhere_installed_is_still_told() -> None:
+def test_a_named_backend_that_is_not_installed_is_reported() -> None:
     asked, dropped = screen_candidates([evidence()] * 2, ("ghost", TERMINAL), (), "get_backend(backends=...)")
     assert asked == {}
     assert by_name(dropped) == {"ghost": ("unavailable", "not installed on any rank", None)}
@@ -158,7 +158,7 @@ def test_who_is_wanted_and_nowhere_installed_is_still_told() -> None:
     st.none() | st.lists(st.sampled_from("abcdef"), unique=True).map(tuple),
     st.lists(st.sampled_from("abcdef"), unique=True).map(tuple),
 )
-def test_every_known_backend_is_asked_or_dropped_whatever_the_order_of_names(
+def test_every_known_backend_is_asked_or_dropped_in_any_order_of_names(
     found: list[Evidence], wanted: tuple[str, ...] | None, disabled: tuple[str, ...]
 ) -> None:
     asked, dropped = screen_candidates(found, wanted, disabled, "it")
@@ -179,7 +179,7 @@ def test_an_answer_survives_json(priority: int, made: list[Range]) -> None:
     assert initial_slate({"a": "1"}, [{"a": answer}] * 2).offers == (Offer("a", priority, tuple(made), "1"),)
 
 
-def test_a_reason_survives_json_whoever_gave_it() -> None:
+def test_a_reason_survives_json() -> None:
     assert encode_answer(Unavailable("no link")) == encode_answer("no link") == {"reason": "no link"}
 
 
@@ -187,14 +187,14 @@ def answers_of(*answers: Available | Unavailable) -> list[dict[str, Any]]:
     return [{"a": encode_answer(answer)} for answer in answers]
 
 
-def test_a_no_of_one_rank_is_everybodys_with_that_ranks_words() -> None:
+def test_one_ranks_refusal_counts_for_all_with_its_reason() -> None:
     yes = Available(300, (Range("all_reduce"),))
     made = initial_slate({"a": "1"}, answers_of(yes, yes, Unavailable("no NVLink"), Unavailable("no compiler")))
     assert made.offers == ()
     assert made.dropped == (Candidate("a", "unavailable", "no NVLink", 2, version="1"),)
 
 
-def test_a_no_of_all_ranks_is_nobodys_in_particular() -> None:
+def test_a_refusal_by_all_ranks_names_no_rank() -> None:
     made = initial_slate({"a": "1"}, answers_of(*[Unavailable("two hosts")] * 3))
     assert by_name(made.dropped) == {"a": ("unavailable", "two hosts", None)}
 

@@ -79,7 +79,7 @@ def test_the_cache_is_an_absolute_path_of_each_hosts_own() -> None:
 
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(list(VARIABLES)), st.text(max_size=12), max_size=3))
-def test_whatever_a_variable_holds_it_is_read_or_named(environ: dict[str, str]) -> None:
+def test_every_value_of_a_variable_is_read_or_named_in_the_error(environ: dict[str, str]) -> None:
     try:
         found = Settings.read(environ)
     except ValueError as error:

@@ -74,14 +74,14 @@ def test_backends_in_the_environment_warn_once_and_fall_back(ranks: Ranks, fault
         assert right
 
 
-def test_a_name_that_disables_nothing_is_told_once(ranks: Ranks, sound: list[Path]) -> None:
+def test_a_disabled_name_that_is_not_installed_is_reported_once(ranks: Ranks, sound: list[Path]) -> None:
     env = {"COMM_CORE_DISABLE": "secnod"}
     found = ranks.run(handle_ranks.get_twice_and_listen, env=env, path=[sound] * 2)
     assert [texts for texts, _, _ in found] == [["COMM_CORE_DISABLE names 'secnod', which isn't installed here"], []]
     assert all(right for _, _, right in found)
 
 
-def test_a_backend_that_fails_unasked_is_told_once(ranks: Ranks, faulted: list[Path]) -> None:
+def test_an_unnamed_backend_that_fails_is_reported_once(ranks: Ranks, faulted: list[Path]) -> None:
     (warning,), no_warnings = (
         texts for texts, _, _ in ranks.run(handle_ranks.get_twice_and_listen, path=[faulted] * 2)
     )

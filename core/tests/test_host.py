@@ -53,7 +53,7 @@ def test_containers_of_one_machine_are_two_hosts_on_one_kernel(host_tree: Callab
     assert one.boot_id == other_ipc.boot_id == other_shm.boot_id == BOOT
 
 
-def test_containers_that_share_everything_are_one_host_whatever_their_names(
+def test_containers_that_share_everything_are_one_host(
     host_tree: Callable[..., dict[str, Path]],
 ) -> None:
     tree = host_tree("k", "ipc", "shm")

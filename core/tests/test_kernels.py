@@ -179,7 +179,7 @@ def test_processes_at_once_build_once_and_the_next_finds_it(package: Package) ->
     assert package.contents() == {"lock", f"{package.name}.so"}
 
 
-def test_a_changed_header_is_built_anew(package: Package) -> None:
+def test_a_changed_header_is_built_again(package: Package) -> None:
     assert output(package.start_add()) == "5\n"
     package.write(detail_h="#define OFFSET 100\n")
     assert output(package.start_add()) == "105\n"
@@ -187,7 +187,7 @@ def test_a_changed_header_is_built_anew(package: Package) -> None:
     assert len(list(package.cache.iterdir())) == 2
 
 
-def test_a_killed_builder_blocks_nobody_and_leaves_nothing_that_is_trusted(package: Package) -> None:
+def test_a_killed_builder_blocks_no_process_and_leaves_no_trusted_file(package: Package) -> None:
     (package.folder / "slow").touch()
     killed = package.start_add()
     wait_until(lambda: package.compiled)

@@ -29,11 +29,11 @@ def install(tmp_path: Path, kind: type[recording.Prepares], on: tuple[int, ...] 
 
 def prepare(ranks: Ranks, path: list[Path], *steps: dict[str, Any], world_size: int = 2) -> list[dict[str, Any]]:
     """What each rank found; of decisions, that they are equal."""
-    everybody = ranks.run(prepare_ranks.prepare, steps, world_size=world_size, path=[path] * world_size)
-    for found in everybody:
-        assert found["candidates"] == everybody[0]["candidates"]
-        assert found["served"] == everybody[0]["served"]
-    return everybody
+    results = ranks.run(prepare_ranks.prepare, steps, world_size=world_size, path=[path] * world_size)
+    for found in results:
+        assert found["candidates"] == results[0]["candidates"]
+        assert found["served"] == results[0]["served"]
+    return results
 
 
 def test_what_is_prepared_is_served_and_grows(ranks: Ranks, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_nothing_changes_where_a_backend_says_so(ranks: Ranks, tmp_path: Path) -
         assert found["candidates"][0] == found["candidates"][1]
 
 
-def test_ranks_with_other_shapes_are_told(ranks: Ranks, tmp_path: Path) -> None:
+def test_ranks_with_different_shapes_raise(ranks: Ranks, tmp_path: Path) -> None:
     shapes = [SHAPES, SHAPES, SHAPES | {"dtype": torch.bfloat16}]
     path = [install(tmp_path, recording.Prepares)] * 3
     for first, log, then, served in ranks.run(prepare_ranks.prepare_differently, shapes, world_size=3, path=path):

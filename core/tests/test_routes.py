@@ -19,7 +19,7 @@ def all_ranges(made: Sequence[Offer]) -> list[Range]:
     return [item for offer in made for item in offer.ranges]
 
 
-def test_a_group_has_a_kind_of_message_for_whatever_it_can_be_asked() -> None:
+def test_a_group_has_a_cell_for_every_possible_call() -> None:
     assert cells(("cpu",)) == (
         *(("all_reduce", "eager", "cpu", dtype) for dtype in DTYPES),
         *(("all_reduce_add_rms_norm", "eager", "cpu", dtype) for dtype in DTYPES if "float" in dtype),

@@ -123,7 +123,7 @@ def test_the_key_is_that_of_the_contents_wherever_they_lie(tmp_path: Path) -> No
     assert str(tmp_path) not in repr((one.flags, one.link_flags))
 
 
-def test_whatever_goes_into_a_binary_changes_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_input_of_a_build_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = package(tmp_path / "mine", a_cpp="int a;", b_h="int b;")
     monkeypatch.delenv("CXX", raising=False)
     keys = [recipe(folder).key()]

@@ -284,7 +284,7 @@ def test_a_signature_that_pluggy_reads_otherwise_is_refused() -> None:
         assert found.manager.hook.all_reduce.get_hookimpls()[0].argnames == ("session", "tensor", "out")
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     text = refusal(
         HEADER + "@hookimpl\ndef all_reduce(session, out, tensor): pass\n@hookimpl\ndef chekc(session): pass\n"
     )

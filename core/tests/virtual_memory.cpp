@@ -1,5 +1,5 @@
 // comm_core/virtual_memory.h against the driver that fake_cuda.cpp stands for; one process is owner and peer. Exits
-// with the number of failures, each told on stdout.
+// with the number of failures, each printed to stdout.
 #include <comm_core/virtual_memory.h>
 #include <fcntl.h>
 #include <unistd.h>

@@ -229,7 +229,7 @@ struct Bound {
 
 class SpinGuard {
   public:
-    // Of a thread's waits in a launch together; few of them, where somebody is waited for in vain on purpose.
+    // The limit of a thread's polls in one launch; small in tests with a peer that never comes.
     static inline uint32_t most_polls = 30'000'000;
 
     bool expired(const Bound& bound, uint32_t rank) {
