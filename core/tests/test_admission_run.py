@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comm_core._group import admission
-from comm_core._group.admission import run
+from comm_core._group.admission import run_cases
 from comm_core._handle import fallback
 from comm_core._plan.cases import AdmissionCase
 from comm_core.errors import CaptureError
@@ -54,13 +54,13 @@ class Group:
     def run(
         self, todo: Sequence[AdmissionCase], change: Callable[[dict[str, Hook]], object] = lambda _: None
     ) -> list[Any]:
-        """What `admission.run` returns on each rank."""
+        """What `run_cases` returns on each rank."""
         results: list[Any] = [None] * self.world_size
 
         def member(rank: int) -> None:
             hooks = self.hooks(rank)
             change(hooks)
-            results[rank] = run(
+            results[rank] = run_cases(
                 hooks, None, todo, rank=rank, world_size=self.world_size, device=CPU, all_gather=no_talk
             )
 
@@ -274,7 +274,9 @@ def test_the_sessions_own_object_reaches_the_hook() -> None:
         return tensor.clone() if out is None else out
 
     assert (
-        run({ALL_REDUCE: all_reduce}, "the session", [a_case()], rank=0, world_size=1, device=CPU, all_gather=no_talk)
+        run_cases(
+            {ALL_REDUCE: all_reduce}, "the session", [a_case()], rank=0, world_size=1, device=CPU, all_gather=no_talk
+        )
         == {}
     )
     assert seen == ["the session"] * 2
@@ -316,7 +318,7 @@ def test_graphs_that_every_rank_has_are_replayed_after_the_capture(monkeypatch: 
         return [mine, [1, 2]]
 
     hooks = {"capture_ctx": recorder.capture_ctx}
-    wrong = run(hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather)
+    wrong = run_cases(hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather)
     assert recorder.log == [
         "enter it", "record 7", "record 13", "record 19", "leave", "replay 19 with 1", "replay 19 with 2"
     ]  # fmt: skip
@@ -342,7 +344,7 @@ def test_a_capture_that_cant_be_left_is_recorded_once_more(monkeypatch: pytest.M
 
     todo = [AdmissionCase((ALL_REDUCE, "graph", "cuda", "int8"), (7,))]
     hooks = {"capture_ctx": capture_ctx}
-    test = functools.partial(run, hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather)
+    test = functools.partial(run_cases, hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather)
     if where == "twice":
         with pytest.raises(CaptureError, match="can't be shared"):
             test()

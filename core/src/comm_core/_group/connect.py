@@ -10,7 +10,7 @@ from typing import Any
 
 from comm_core._control.channel import SessionChannel
 from comm_core._control.stage import Stage, StageAbortedError
-from comm_core._group.admit import admit
+from comm_core._group.admission import admit
 from comm_core._group.membership import Membership, abort_stage, check_budget, run_in_worker
 from comm_core._handle.session import Session, close_value
 from comm_core._plan.cases import AdmissionCase, next_to_test, untestable_cells

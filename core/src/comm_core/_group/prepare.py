@@ -110,7 +110,7 @@ def _prepare_one(
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 raise abort_stage(stage, member, error) from error
             unchanged = decide.encode_answer(Available(offer.priority, offer.ranges))
-            merged = decide.merge([unchanged if answer is None else answer for _, answer in votes])
+            merged = decide.merge_answers([unchanged if answer is None else answer for _, answer in votes])
             if not isinstance(merged, Available):
                 raise stage.abort(merged[0])
     except StageAbortedError as error:

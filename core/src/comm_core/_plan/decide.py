@@ -20,7 +20,7 @@ __all__ = [
     "describe_differences",
     "encode_answer",
     "initial_slate",
-    "merge",
+    "merge_answers",
     "once_prepared",
     "screen_candidates",
     "with_explicit_ranges",
@@ -276,7 +276,7 @@ def initial_slate(
     """
     offers, dropped = [], list(dropped)
     for name, version in asked.items():
-        merged = merge([answer[name] for answer in answers])
+        merged = merge_answers([answer[name] for answer in answers])
         if isinstance(merged, Available):
             offers.append(Offer(name, merged.priority, merged.ranges, version, merged.checks_operands))
         else:
@@ -286,7 +286,7 @@ def initial_slate(
     return Slate(tuple(offers), tuple(dropped))
 
 
-def merge(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | None]:
+def merge_answers(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | None]:
     """Merge all ranks' answers of one backend to the lowest priority and the intersection of the ranges.
 
     Args:

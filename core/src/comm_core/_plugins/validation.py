@@ -17,7 +17,7 @@ import pluggy
 from comm_core import hookspecs
 from comm_core._plugins.installed import PluginRejectedError
 
-__all__ = ["HOOKS", "register"]
+__all__ = ["HOOKS", "validate"]
 
 _API = "COMM_HOOK_API"
 _REQUIRED = "all_reduce"
@@ -50,7 +50,7 @@ class _Problem(NamedTuple):
     remedy: str
 
 
-def register(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
+def validate(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
     """Validate a plugin and register its hooks with a manager of its own.
 
     Args:
