@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime as dt
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,7 +23,7 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from comm_bench import cli
+from comm_bench import cli, session
 from comm_bench.cases import BenchCase, shapes
 from comm_bench.document import Listener
 from comm_bench.measure import Procedure
@@ -360,8 +362,17 @@ def wrong_by(document: dict[str, Any], kind: type[Honest]) -> dict[tuple[str, in
     return {(place, nbytes): row["wrong"] > 0 for (_, place, _, nbytes), row in by_case(document, kind).items()}
 
 
+class Clock(dt.datetime):
+    """A clock that each rank has set to another hour."""
+
+    @classmethod
+    def now(cls, tz: dt.tzinfo | None = None) -> Any:
+        return super().now(tz) + dt.timedelta(hours=dist.get_rank())
+
+
 def measured_with(arguments: dict[str, Any]) -> dict[str, Any]:
-    return measured(**arguments)
+    with mock.patch.object(session, "dt", SimpleNamespace(datetime=Clock, timezone=dt.timezone)):
+        return measured(**arguments)
 
 
 def measured_only(only: Sequence[str]) -> tuple[dict[str, str], list[str]]:

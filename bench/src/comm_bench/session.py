@@ -59,7 +59,7 @@ def measure_all(
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "comm_core": comm.__version__,
-        "started": started,
+        "started": job.all_gather(started)[0],  # the ranks' clocks differ
         "command": list(command),
         "machine": machine(roster.topology),
         "clocks": {"before": job.all_gather(clocks(job))},
