@@ -332,8 +332,9 @@ class CloseRaises(Good):
 
 
 def source(kind: type[Good], name: str, priority: int, *, on: Collection[int] = ()) -> str:
-    """A plugin's module with one of the classes above."""
-    return f"import faulty_plugins\n\nplugin = faulty_plugins.{kind.__name__}({name!r}, {priority}, on={tuple(on)!r})\n"
+    """A plugin's module with one of the classes above, or of another test's module."""
+    arguments = f"{name!r}, {priority}, on={tuple(on)!r}"
+    return f"import {kind.__module__} as kinds\n\nplugin = kinds.{kind.__name__}({arguments})\n"
 
 
 def install_kind(folder: Path, kind: type[Good], name: str, priority: int, *, on: Collection[int] = ()) -> Path:

@@ -35,6 +35,10 @@ SUMMED: dict[str, Make] = {
     "an empty complex one": lambda value: torch.full((0,), value * 1j),
     "a conjugate": lambda value: torch.full((16,), value * (1 + 2j)).conj(),
     "a negative view": lambda value: torch.full((1,), value * (1 + 2j)).conj().imag,
+    "a contiguous negative view": lambda value: torch._neg_view(torch.full((7,), float(-value))),
+    "bool": _full(torch.bool),
+    "an empty bool": _full(torch.bool, 0),
+    "a parameter": lambda value: torch.nn.Parameter(torch.full((16,), float(value))),
     "transposed": lambda value: (torch.arange(12.0).reshape(3, 4) * value).t(),
     "strided": lambda value: (torch.arange(24.0) * value)[::2],
     "channels last": lambda value: _full(torch.float32, 1, 3, 2, 2)(value).to(memory_format=torch.channels_last),
@@ -43,7 +47,6 @@ SUMMED: dict[str, Make] = {
     "with a gradient": lambda value: torch.full((16,), float(value), requires_grad=True),
 }
 REFUSED: dict[str, tuple[Make, type[Exception]]] = {
-    "bool": (_full(torch.bool), TypeError),
     "uint16": (_full(torch.uint16), TypeError),
     "float8": (_full(torch.float8_e4m3fn), TypeError),
     "sparse": (lambda value: torch.eye(4).to_sparse() * value, TypeError),
@@ -58,6 +61,8 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "the same memory": lambda x: x.view(-1),
     "overlapping": lambda x: x.new_zeros(0).set_(x.untyped_storage(), 4, x.shape, x.stride()),
     "misaligned": lambda x: torch.zeros(x.numel() + 1)[1:],
+    "a parameter": lambda x: torch.nn.Parameter(torch.zeros_like(x)),
+    "with a gradient": lambda x: torch.zeros(x.shape, requires_grad=True),
     "strided": lambda x: torch.zeros(2 * x.numel())[::2],
     "a negative view": lambda x: torch.zeros(x.numel(), dtype=torch.complex64).conj().imag,
 }

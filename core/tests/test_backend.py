@@ -161,17 +161,18 @@ def test_an_out_next_to_the_tensor_is_used_directly(shift: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.complex64])
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 8)])
-def test_an_empty_sum_reaches_no_backend(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_an_empty_tensor_takes_its_turn_as_one_zero(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     backend, fast, last = one_backend()
     x, out = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
     result = backend.all_reduce(x)
     assert (result.shape, result.dtype) == (x.shape, dtype)
     assert backend.all_reduce(x, out) is out
     assert backend.all_reduce(x, x) is x
-    assert not fast.calls
+    assert [sent.numel() for _, sent, _ in fast.calls] == [1] * 3
     assert not last.calls
     with pytest.raises(ValueError, match="out is"):
         backend.all_reduce(x, torch.empty(7, dtype=dtype))
+    assert len(fast.calls) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
@@ -221,10 +222,6 @@ def given_back() -> torch.Tensor:
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
-        (lambda: torch.ones(4, dtype=torch.bool), TypeError, "torch.bool"),
-        (lambda: torch.ones(4, dtype=torch.uint16), TypeError, "torch.uint16"),
-        (lambda: torch.ones(4).to(torch.float8_e4m3fn), TypeError, "torch.float8_e4m3fn"),
-        (lambda: torch.ones(0, dtype=torch.bool), TypeError, "torch.bool"),
         (lambda: torch.eye(4).to_sparse(), TypeError, "torch.sparse_coo"),
         (lambda: torch.eye(4).to_sparse_csr(), TypeError, "torch.sparse_csr"),
         (lambda: torch.eye(4, dtype=torch.complex64).to_sparse(), TypeError, "torch.sparse_coo"),
@@ -328,6 +325,7 @@ def test_a_subclass_with_memory_of_its_own_reaches_the_hook(offset: int) -> None
     x = aligned(16, offset=offset).as_subclass(Named)
     due = x.as_subclass(torch.Tensor) * 2
     assert torch.equal(backend.all_reduce(x).as_subclass(torch.Tensor), due)
-    assert (fast.calls[0][1] is x) == (offset == 0)
+    assert (fast.calls[0][1].data_ptr() == x.data_ptr()) == (offset == 0)
+    assert type(fast.calls[0][1]) is torch.Tensor
     assert backend.all_reduce(x, x) is x
     assert torch.equal(x.as_subclass(torch.Tensor), due)

@@ -1,26 +1,55 @@
 from __future__ import annotations
 
+import concurrent.futures
+import copy
+import io
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import comm_core as comm
 import pytest
 import torch
+from comm_core._handle import checks
+from comm_core._handle.lookup import Routes
 from comm_core.types import Range
 from fake_handle import ALL_REDUCE, TITLE, aligned, one_backend
 
 
-def test_an_error_names_the_backend_and_keeps_its_cause() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_error_names_the_backend_keeps_its_cause_and_stops_the_handle(*, fused: bool) -> None:
     cause = RuntimeError("illegal address")
     backend, fast, _ = one_backend(error=cause)
+    x, weight = aligned(16).view(2, 8), aligned(8)
+    hook = "all_reduce_add_rms_norm" if fused else "all_reduce"
     with pytest.raises(
-        comm.CommError, match=r"backend 'fast' of group 'tp' \(ranks 0-1\) failed in all_reduce: ille"
+        comm.CommError, match=rf"backend 'fast' of group 'tp' \(ranks 0-1\) failed in {hook}: ille"
     ) as e:
-        backend.all_reduce(aligned(8))
+        backend.all_reduce_add_rms_norm(x, x.clone(), weight) if fused else backend.all_reduce(x)
     assert type(e.value) is comm.CommError
     assert e.value.__cause__ is cause
-    x = aligned(16).view(2, 8)
-    with pytest.raises(comm.CommError, match="failed in all_reduce_add_rms_norm: illegal address"):
-        backend.all_reduce_add_rms_norm(x, x.clone(), aligned(8))
     fast.error = None
-    assert torch.equal(backend.all_reduce(x), 2 * x)
+    assert_stopped(backend, "illegal address")
+    assert len(fast.calls) == 1
+
+
+def assert_stopped(backend: comm.Backend, reason: str) -> None:
+    """Every later call raises the reason, whatever its tensors."""
+    x = aligned(16).view(2, 8)
+    for call in (
+        lambda: backend.all_reduce(x),
+        lambda: backend.all_reduce(x.t()),
+        lambda: backend.all_reduce(torch.empty(0)),
+        lambda: backend.all_reduce(torch.ones(2, dtype=torch.cfloat)),
+        lambda: backend.all_reduce(torch.ones(2, dtype=torch.bool)),
+        lambda: backend.all_reduce_add_rms_norm(x, x.clone(), aligned(8)),
+        lambda: backend.all_reduce_add_rms_norm(x[:0], x[:0], aligned(8)),
+        backend.check,
+    ):
+        with pytest.raises(comm.CommError, match=rf"{reason}.* refuses further calls"):
+            call()
 
 
 def test_an_error_of_the_terminal_fallback_is_named_too() -> None:
@@ -49,31 +78,186 @@ def test_a_timeout_retires_the_handle(*, fused: bool) -> None:
     assert raised.value.ranks == (1,)
     fast.error = None
     calls = len(fast.calls)
-    for call in (
-        lambda: backend.all_reduce(x),
-        lambda: backend.all_reduce(x.t()),
-        lambda: backend.all_reduce(torch.empty(0)),
-        lambda: backend.all_reduce(torch.ones(2, dtype=torch.cfloat)),
-        lambda: backend.all_reduce_add_rms_norm(x, x.clone(), weight),
-        backend.check,
-    ):
-        with pytest.raises(comm.CommError, match=r"rank 1 didn't come .* create a new group"):
-            call()
+    assert_stopped(backend, "rank 1 didn't come")
     assert len(fast.calls) == calls
     assert not last.calls
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), KeyboardInterrupt()])
-def test_what_callers_handle_themselves_passes_as_it_is(error: BaseException) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_errors_that_callers_handle_pass_unchanged_and_stop_the_handle(error: BaseException, *, fused: bool) -> None:
     backend, fast, _ = one_backend(error=error)
     x = aligned(16).view(2, 8)
     with pytest.raises(type(error)) as raised:
-        backend.all_reduce(x)
+        backend.all_reduce_add_rms_norm(x, x.clone(), aligned(8)) if fused else backend.all_reduce(x)
     assert raised.value is error
-    with pytest.raises(type(error)):
-        backend.all_reduce_add_rms_norm(x, x.clone(), aligned(8))
     fast.error = None
+    assert_stopped(backend, str(error) or "KeyboardInterrupt")
+
+
+def test_a_refused_capture_leaves_the_handle_usable() -> None:
+    backend, fast, _ = one_backend(error=comm.CaptureError("build first"))
+    with pytest.raises(comm.CaptureError, match=r"'fast' of .* failed in all_reduce: build first"):
+        backend.all_reduce(aligned(8))
+    fast.error = None
+    assert torch.equal(backend.all_reduce(aligned(8)), 2 * aligned(8))
+
+
+@pytest.mark.parametrize("operand", ["tensor", "residual", "weight", "out", "residual_out"])
+@pytest.mark.parametrize("value", [None, 1.0, [1.0], "x"], ids=str)
+def test_an_operand_that_is_no_tensor_is_refused(operand: str, value: object) -> None:
+    backend, fast, _ = one_backend()
+    x = aligned(16).view(2, 8)
+    operands: dict[str, Any] = {"tensor": x, "residual": x.clone(), "weight": aligned(8)}
+    if value is None and operand not in operands:
+        return  # None is these operands' default
+    with pytest.raises(TypeError, match=f"expected a torch.Tensor as {operand}; got {type(value).__name__}"):
+        backend.all_reduce_add_rms_norm(**operands | {operand: value})
+    if operand in ("tensor", "out"):
+        with pytest.raises(TypeError, match=f"expected a torch.Tensor as {operand}; got {type(value).__name__}"):
+            backend.all_reduce(**{"tensor": x} | {operand: value})
+    assert not fast.calls
     assert torch.equal(backend.all_reduce(x), 2 * x)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda room: (room[:2], room[:2]),
+        lambda room: (room[:2], room[:2].clone().set_(room[:2])),  # another tensor object of the same memory
+        lambda room: (room[:2], room[1:3]),
+        lambda room: (room[:2, :8], room.view(-1)[4:20].view(2, 8)),
+        lambda room: (room.t()[:2, :4].t()[:2], room.t()[1:3, :4].t()[:2]),
+    ],
+)
+def test_fused_outputs_that_share_memory_are_refused(outputs: Callable[[torch.Tensor], Any]) -> None:
+    backend, fast, _ = one_backend()
+    out, residual_out = outputs(torch.zeros(4, 8))
+    x = torch.ones(out.shape)
+    with pytest.raises(ValueError, match="out and residual_out share memory"):
+        backend.all_reduce_add_rms_norm(x, x.clone(), torch.ones(x.shape[1]), out=out, residual_out=residual_out)
+    assert not fast.calls
+
+
+def test_fused_outputs_may_interleave() -> None:
+    backend, _, _ = one_backend()
+    room, x = torch.zeros(2, 16), torch.ones(2, 8)
+    y, s = backend.all_reduce_add_rms_norm(x, x.clone(), torch.ones(8), out=room[:, ::2], residual_out=room[:, 1::2])
+    assert torch.equal(room[:, 1::2], 3 * x)
+    assert torch.equal(room[:, ::2], y)
+    assert (y.data_ptr(), s.data_ptr()) == (room.data_ptr(), room[:, 1:].data_ptr())
+
+
+@pytest.mark.parametrize(
+    "size_and_strides", [((2, 2), (1, 1)), ((2, 3), (0, 1)), ((3, 3), (2, 1)), ((2, 2, 2), (3, 2, 1))]
+)
+def test_an_output_that_overlaps_itself_is_refused(size_and_strides: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    backend, fast, _ = one_backend()
+    out = torch.zeros(64).as_strided(*size_and_strides)
+    x = torch.ones(out.shape)
+    for tensor in (x, out):  # also in place
+        with pytest.raises(ValueError, match="several elements at one address"):
+            backend.all_reduce(tensor, out)
+    assert not fast.calls
+
+
+@pytest.mark.parametrize("size_and_strides", [((2, 2), (1, 5)), ((2, 3), (3, 2)), ((3, 2), (2, 3)), ((1, 2), (0, 3))])
+def test_an_output_with_gaps_takes_the_sum(size_and_strides: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    backend, _, _ = one_backend()
+    out = torch.zeros(64).as_strided(*size_and_strides)
+    assert backend.all_reduce(torch.ones(out.shape), out) is out
+    assert torch.equal(out, torch.full(out.shape, 2.0))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_freed_memory_is_refused(*, in_place: bool) -> None:
+    backend, fast, _ = one_backend()
+    for _ in range(20):  # later calls of one size take the hot path
+        backend.all_reduce(torch.ones(64))
+    fast.calls.clear()
+    out = torch.zeros(64)
+    out.untyped_storage().resize_(0)
+    x = out if in_place else torch.ones(64)
+    with pytest.raises(TypeError, match="has no memory"):
+        backend.all_reduce(x, out)
+    rows = torch.ones(1, 64)
+    with pytest.raises(TypeError, match="has no memory"):
+        backend.all_reduce_add_rms_norm(rows, rows.clone(), torch.ones(64), residual_out=out.view(1, 64))
+    assert not fast.calls
+
+
+def test_a_dtype_that_torch_refuses_leaves_the_handle_usable() -> None:
+    backend, _, last = one_backend()
+    last.error = RuntimeError("Invalid scalar type")
+    with pytest.raises(TypeError, match=r"torch.bool can't be reduced: no backend .* Convert it first"):
+        backend.all_reduce(torch.ones(4, dtype=torch.bool))
+    last.error = None
+    assert torch.equal(backend.all_reduce(aligned(8)), 2 * aligned(8))
+    last.error = RuntimeError("connection reset by peer")
+    with pytest.raises(comm.CommError, match=r"'torch_distributed' of .* failed in all_reduce: connection reset"):
+        backend.all_reduce(torch.ones(4, dtype=torch.bool))
+    assert_stopped(backend, "connection reset")
+
+
+def test_a_second_thread_is_refused_and_stops_the_handle() -> None:
+    backend, _, _ = one_backend()
+    inside, finished = threading.Event(), threading.Event()
+
+    def wait(_: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        inside.set()
+        assert finished.wait(60)
+        return tensor
+
+    fast_hook = Routes.find(backend._serving.eager.all_reduce, (-1, torch.float32, 8))
+    assert fast_hook is not None
+    backend._serving.eager.all_reduce[(-1, torch.float32, 8)] = (wait, *fast_hook[1:])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(backend.all_reduce, aligned(8))
+        assert inside.wait(60)
+        for call in (
+            lambda: backend.all_reduce(aligned(8)),
+            lambda: backend.all_reduce(aligned(9)[1:]),
+            lambda: backend.all_reduce_add_rms_norm(aligned(8).view(1, 8), aligned(8).view(1, 8), aligned(8)),
+        ):
+            with pytest.raises(comm.CommError, match="two threads used the handle of group 'tp'"):
+                call()
+        finished.set()
+        assert torch.equal(first.result(60), aligned(8))
+    assert_stopped(backend, "two threads used the handle")
+
+
+def test_copies_of_a_handle_are_the_handle_and_it_is_not_pickled() -> None:
+    backend, _, _ = one_backend()
+    module = torch.nn.Module()
+    module.handle = backend
+    assert copy.copy(backend) is backend
+    assert copy.deepcopy(module).handle is backend
+    for dump in (pickle.dumps, lambda value: torch.save(value, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"the handle of group 'tp' .* can't be pickled: .* call comm.get_backend"):
+            dump(module)
+
+
+def test_a_missing_gradient_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_warned_of_gradient", False)
+    backend, _, _ = one_backend()
+    x = aligned(8)
+    backend.all_reduce(x)
+    x.requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            backend.all_reduce(x)
+        with torch.inference_mode():
+            backend.all_reduce(x)
+    with pytest.warns(UserWarning, match="requires grad, but the result carries no gradient") as warned:
+        y = backend.all_reduce(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend.all_reduce(x)
+        backend.all_reduce_add_rms_norm(x.view(1, 8), x.view(1, 8), x.detach())
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert not y.requires_grad
 
 
 def test_a_closed_handle_says_so() -> None:
@@ -96,19 +280,18 @@ def test_check_asks_every_session_that_can_say_something() -> None:
     one_backend()[0].check()
 
 
-def test_what_check_finds_is_named_and_a_timeout_retires() -> None:
+@pytest.mark.parametrize(
+    "error", [comm.CommTimeoutError("a kernel gave up waiting for rank 1", (1,)), ValueError("a word is odd")]
+)
+def test_an_error_of_check_is_named_and_stops_the_handle(error: Exception) -> None:
     def fails(session: object) -> None:
-        raise errors.pop()
+        raise error
 
-    errors = [comm.CommTimeoutError("a kernel gave up waiting for rank 1", (1,)), ValueError("a word is odd")]
     backend, _, _ = one_backend(check=fails)
-    with pytest.raises(comm.CommError, match=r"backend 'fast' of .* failed in check: a word is odd"):
+    kind = comm.CommTimeoutError if isinstance(error, comm.CommTimeoutError) else comm.CommError
+    with pytest.raises(kind, match=rf"backend 'fast' of .* failed in check: {error}"):
         backend.check()
-    backend.all_reduce(aligned(8))
-    with pytest.raises(comm.CommTimeoutError, match="gave up waiting for rank 1"):
-        backend.check()
-    with pytest.raises(comm.CommError, match="gave up waiting for rank 1"):
-        backend.all_reduce(aligned(8))
+    assert_stopped(backend, str(error))
 
 
 def test_a_handle_explains_itself() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from comm_core._handle import lookup
 from comm_core._handle.lookup import COMPOSED, CaptureRoutes, FusedRoutes, Routes, bind
 from comm_core._plan.decide import Slate
 from comm_core._plan.routes import Offer
@@ -48,7 +49,6 @@ def test_each_mode_has_entries_of_its_own() -> None:
     otherwise = (print, "group", "torch_distributed", False)
     found = [graph.all_reduce.find((ON_GPU, torch.int8, nbytes)) for nbytes in (1, 1024, 1025)]
     assert found == [pulled, pulled, otherwise]
-    assert graph.all_reduce.get((ON_GPU, torch.int8, 1024)) == pulled
     assert graph.all_reduce.find((ON_GPU, torch.complex64, 8)) is None
     assert graph.all_reduce.find((ON_GPU, torch.int8, 0)) is None
 
@@ -71,7 +71,7 @@ def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
         key = (ON_GPU, dtype, torch.Size((num_tokens, hidden_size)))
         assert routes.get(key) is None
         bound = routes.find(key)
-        assert routes.get(key) is bound
+        assert routes.find(key) is bound
         return bound
 
     assert of(1, 4) is of(2, 16) is pushed
@@ -80,7 +80,17 @@ def test_a_fused_call_that_no_rule_takes_is_composed() -> None:
         assert composed is COMPOSED
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_a_route_is_kept_after_some_calls_with_its_key() -> None:
+    bound = (print, "group", TERMINAL, False)
+    routes, key = Routes({(ON_CPU, torch.int8): ((Rule(TERMINAL), bound),)}), (ON_CPU, torch.int8, 8)
+    for _ in range(lookup._CHECKED_CALLS):
+        assert routes.get(key) is routes[key] is None
+        assert routes.find(key) is bound
+    assert routes.get(key) is routes[key] is bound
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "_CHECKED_CALLS", 1)
     bound = (print, "group", TERMINAL, False)
     routes = Routes({(ON_CPU, torch.int8): ((Rule(TERMINAL), bound),)})
     for nbytes in range(1, 10_000):
@@ -93,6 +103,7 @@ def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) ->
         rule = Rule(TERMINAL)
         return Routes({(device, torch.int8): ((rule, (print, None, name, False)),) for name, device in names.items()})
 
+    monkeypatch.setattr(lookup, "_CHECKED_CALLS", 1)
     inside = CaptureRoutes(routes(eager=ON_GPU, cpu=ON_CPU), routes(graph=ON_GPU))
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -101,7 +112,7 @@ def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) ->
     def of(device: int, dtype: torch.dtype = torch.int8) -> str | None:
         key = (device, dtype, 8)
         bound = inside.get(key) or inside.find(key)
-        assert inside.get(key) is bound
+        assert inside.get(key) is inside[key] is bound
         return bound[2] if bound else None
 
     assert of(ON_GPU) == "eager"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+
 import torch
 import torch.distributed as dist
 
 from comm_core._control.guard import raise_if_capturing
 from comm_core._control.store import Control, store_of
-from comm_core._group.local_inputs import gather_local_inputs, topology_of_one
+from comm_core._group.local_inputs import gather_local_inputs, other_device_types, topology_of_one
 from comm_core._group.negotiation import negotiate
 from comm_core._group.states import GroupState, translate_stage_errors, used_incarnations
 from comm_core._handle import fallback
@@ -15,6 +19,8 @@ from comm_core._handle.serving import Serving
 from comm_core._plan.decide import Slate
 
 __all__ = ["create_serving"]
+
+_log = logging.getLogger("comm_core")
 
 
 def create_serving(state: GroupState) -> Serving:
@@ -54,6 +60,8 @@ def _create_negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
         local.device,
         (fallback.TerminalFallback.all_reduce, terminal),
         negotiated.sessions,
+        torch_device_types=other_device_types(group, negotiated.topology.device_types),
+        control=control,
     )
 
 
@@ -64,4 +72,20 @@ def _create_for_one_rank(state: GroupState) -> Serving:
     if "cuda" in topology.device_types:
         device = torch.device("cuda", torch.cuda.current_device())
     decision = Slate(()).decision(topology.device_types)
-    return Serving(decision, topology, state.title, device, (fallback.single_rank_all_reduce, state.group), {})
+    if state.group is None:
+        _warn_without_world()
+    copy = fallback.all_reduce_without_world if state.group is None else fallback.single_rank_all_reduce
+    return Serving(decision, topology, state.title, device, (copy, state.group), {}, torch_device_types=("cuda", "cpu"))
+
+
+def _warn_without_world() -> None:
+    """Warn if a launcher has started several ranks, since a handle without a process group only copies."""
+    with contextlib.suppress(ValueError):
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size > 1:
+            _log.warning(
+                "comm.get_backend was called before torch.distributed.init_process_group, though WORLD_SIZE=%d: this "
+                "handle serves this process alone, and its calls raise once the world exists. Call init_process_group "
+                "first",
+                world_size,
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "device_types_of",
     "discover",
     "gather_local_inputs",
+    "other_device_types",
     "topology_of_one",
 ]
 
@@ -175,6 +176,12 @@ def device_types_of(group: dist.ProcessGroup, device: torch.device) -> tuple[str
     """Return the device types that the group's fallback can reduce, the accelerator's first."""
     kinds = _torch_backends(group)
     return tuple(kind for kind in ("cuda", "cpu") if kind in kinds and kind in ("cpu", device.type))
+
+
+def other_device_types(group: dist.ProcessGroup, routed: Sequence[str]) -> tuple[str, ...]:
+    """Return the device types that torch.distributed alone serves in this group, such as CUDA by Gloo."""
+    kinds = (part.partition(":")[0] for part in dist.get_backend_config(group).split(","))
+    return tuple(kind for kind in kinds if kind not in routed)
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

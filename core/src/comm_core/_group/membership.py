@@ -35,6 +35,7 @@ class Membership:
         control: the group's control channel.
         connect_timeout_s: the deadline of each candidate's `connect`, and of each admission test, in seconds.
         stage_prefix: the prefix of the stages' names; a different one each time that the group plans.
+        compares_calls: whether the handle compares each call between the ranks.
     """
 
     context: GroupContext
@@ -42,6 +43,7 @@ class Membership:
     control: Control
     connect_timeout_s: float
     stage_prefix: str = ""
+    compares_calls: bool = False
 
     @classmethod
     def of(
@@ -64,7 +66,7 @@ class Membership:
             memory_budget_nbytes=settings.memory_budget_nbytes,
             wait_timeout_s=settings.wait_timeout_s,
         )
-        return cls(context, topology, control, connect_timeout_s)
+        return cls(context, topology, control, connect_timeout_s, compares_calls=settings.debug)
 
     @property
     def stage_timeout_s(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,7 @@ from comm_core._group.local_inputs import Request
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
+from comm_core._handle.compare import ComparingBackend
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
 from comm_core.errors import CommTimeoutError, NegotiationError
@@ -69,6 +71,10 @@ class GroupState:
     def create_backend(self, serving: Serving) -> Backend:
         """Create the group's handle, which serves by `serving`."""
         self.serving, self.backend = serving, Backend(serving, self.name)
+        negotiated = self.negotiated
+        if negotiated is not None and negotiated.member.compares_calls:
+            timeout_s = negotiated.member.context.wait_timeout_s
+            self.backend = ComparingBackend(serving, self.name, negotiated.member.control, timeout_s)
         return self.backend
 
     def adopt(self, negotiated: NegotiatedGroup) -> None:
@@ -104,6 +110,30 @@ _lock = threading.Lock()
 used_incarnations: dict[str, set[str]] = {}
 
 
+# The world that this process inherited by a fork: its connections belong to the parent process.
+_inherited_world: dist.ProcessGroup | None = None
+# Sessions that this process inherited: never closed here, since the parent process uses them.
+_inherited_states: list[GroupState] = []
+
+
+def _forget_parent() -> None:
+    """Make the handles that a forked child inherited raise: its calls would take the turns of its parent's."""
+    global _lock, _inherited_world  # noqa: PLW0603 - the child has one thread, and another thread may hold the lock
+    _lock = threading.Lock()
+    if dist.is_available() and dist.is_initialized():
+        _inherited_world = dist.group.WORLD
+    for state in list(_states.values()):
+        if state.group is not None and state.serving is not None:
+            state.serving.retire(
+                f"{state.title}: this handle belongs to process {os.getppid()}, which forked this one. Use it there, "
+                "or start this process with the method 'spawn' and initialise torch.distributed in it"
+            )
+            _inherited_states.append(_states.pop(state.name))
+
+
+os.register_at_fork(after_in_child=_forget_parent)
+
+
 def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> GroupState:
     """Return the group's state; create it, with `request`, if there is none.
 
@@ -120,6 +150,11 @@ def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> Gr
         member = dist.group.WORLD if group is None else group
         if not isinstance(member, dist.ProcessGroup):
             raise TypeError(f"group={group!r}: expected a torch.distributed process group")
+        if member is not None and _inherited_world is dist.group.WORLD:
+            raise ValueError(
+                "this process inherited its process groups by a fork, and can't use their connections. Call "
+                "get_backend in the parent, or start this process with the method 'spawn'"
+            )
         if not is_alive(member):
             raise ValueError("this process group was destroyed, or this process isn't in it")
         name = member.group_name

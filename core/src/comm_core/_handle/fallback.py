@@ -8,7 +8,13 @@ import torch.distributed as dist
 from comm_core._control.guard import raise_if_capturing
 from comm_core._handle import norm
 
-__all__ = ["TerminalFallback", "add_rms_norm", "single_rank_all_reduce", "torch_distributed"]
+__all__ = [
+    "TerminalFallback",
+    "add_rms_norm",
+    "all_reduce_without_world",
+    "single_rank_all_reduce",
+    "torch_distributed",
+]
 
 
 class TerminalFallback:
@@ -57,6 +63,21 @@ def torch_distributed(group: dist.ProcessGroup, tensor: torch.Tensor, out: torch
     result = single_rank_all_reduce(group, tensor, out)
     dist.all_reduce(result, group=group)
     return result
+
+
+def all_reduce_without_world(_group: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum of this process alone: `single_rank_all_reduce`, as long as there is no world.
+
+    Raises:
+        RuntimeError: torch.distributed has been initialised since, so the caller probably expects the sum over its
+            ranks.
+    """
+    if dist.is_available() and dist.is_initialized():
+        raise RuntimeError(
+            "this handle was made before torch.distributed.init_process_group, so it sums this process alone. Call "
+            "comm.get_backend() again"
+        )
+    return single_rank_all_reduce(None, tensor, out)
 
 
 def single_rank_all_reduce(_group: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

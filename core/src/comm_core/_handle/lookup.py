@@ -31,8 +31,8 @@ _TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 #: A device and a dtype. The device is what `Tensor.get_device` returns: the CUDA index, or -1 for the CPU. Creating and
 #: hashing a `torch.device` takes four times as long.
 DeviceDtype = tuple[int, torch.dtype]
-#: The properties of a call's tensors that determine its route: device and dtype, then the bytes of `all_reduce` or the
-#: shape of `all_reduce_add_rms_norm`.
+#: The properties of a call's tensors that determine its route: device and dtype, then the number of elements for
+#: `all_reduce` or the shape for `all_reduce_add_rms_norm`.
 CallKey = tuple[Any, ...]
 
 
@@ -50,6 +50,9 @@ def _composed(*_: object) -> None:
 COMPOSED: BoundHook = (_composed, None, TERMINAL, False)
 # Far more than the distinct calls of one model.
 _MAX_CALL_KEYS = 4096
+# Calls with one key that are checked in full before the hot path serves it. The hot path can't afford to look for
+# gradients and negated views, which take 100 ns; a program that passes them does so from the start.
+_CHECKED_CALLS = 16
 
 
 class Routes(dict[CallKey, BoundHook]):
@@ -65,23 +68,34 @@ class Routes(dict[CallKey, BoundHook]):
     def __init__(self, entries: Mapping[DeviceDtype, tuple[tuple[Rule, BoundHook], ...]]) -> None:
         super().__init__()
         self.entries = entries
+        self._calls: dict[CallKey, int] = {}
+
+    def __missing__(self, key: CallKey) -> None:
+        """Return None: the first calls with a key are checked in full."""
 
     def find(self, key: CallKey) -> BoundHook | None:
-        """Evaluate the rules for a key that `get` doesn't hold, and keep the result; None if it has no route."""
+        """Return the hook for a key that `get` doesn't hold, or None if it has no route; keep it after some calls."""
+        bound = super().get(key)
+        if bound is not None:
+            return bound
         arguments = self._rule_arguments(key)
-        # No backend serves an empty tensor: the handle returns its sum at once.
+        # No backend serves an empty tensor: the handle sums one zero, or composes the call.
         entries = self.entries.get(key[:2], ()) if arguments[0] else ()
         bound = next((bound for rule, bound in entries if rule.takes(*arguments)), self._default)
         if bound is not None:
-            if len(self) >= _MAX_CALL_KEYS:
+            calls = self._calls[key] = self._calls.get(key, 0) + 1
+            if calls >= _CHECKED_CALLS:
+                self[key] = bound
+            if len(self._calls) >= _MAX_CALL_KEYS:
                 self.clear()
-            self[key] = bound
+                self._calls.clear()
         return bound
 
     @staticmethod
     def _rule_arguments(key: CallKey) -> tuple[int, ...]:
         """Return the arguments of `Rule.takes` for this key, the bytes first."""
-        return key[2:]
+        _, dtype, numel = key
+        return (numel * dtype.itemsize,)
 
 
 class FusedRoutes(Routes):
@@ -110,6 +124,10 @@ class CaptureRoutes:
 
     def get(self, key: CallKey) -> BoundHook | None:
         """Return the hook for this key if the current stream's mode already holds it, else None."""
+        return self._routes(key).get(key)
+
+    def __getitem__(self, key: CallKey) -> BoundHook | None:
+        """Return the same as `get`."""
         return self._routes(key).get(key)
 
     def find(self, key: CallKey) -> BoundHook | None:

@@ -47,7 +47,13 @@ def to_kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
         TypeError: the tensor isn't empty and has no memory: a `FakeTensor`, a `DTensor`, or a tensor whose memory was
             freed.
     """
-    tensor = tensor.contiguous()
+    if tensor.requires_grad:
+        tensor = tensor.detach()  # the result carries no gradient, and some bindings refuse such tensors
+    tensor = tensor.contiguous().resolve_neg()
+    if not tensor.numel():
+        return tensor
+    if tensor.__class__ is not torch.Tensor and has_memory(tensor):
+        tensor = tensor.as_subclass(torch.Tensor)
     if has_memory(tensor) and not tensor.data_ptr() & 15:
         return tensor
     # Some wrappers clone to the tensor that they wrap. Freed memory can't be cloned.

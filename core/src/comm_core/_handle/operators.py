@@ -21,7 +21,9 @@ from typing import Any, NoReturn, cast
 
 import torch
 
+from comm_core._handle import traced
 from comm_core._handle.backend import Backend
+from comm_core._handle.compare import ComparingBackend
 from comm_core.errors import CommError
 
 __all__ = ["register", "unregister"]
@@ -115,12 +117,8 @@ def _canonical_out(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return tensor if same else out
 
 
-def _empty_contiguous(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> torch.Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
 def _fake_fused(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty_contiguous(tensor), _empty_contiguous(tensor)
+    return traced.empty_contiguous(tensor), traced.empty_contiguous(tensor)
 
 
 def _fake_none(*_rest: Any, **_named: Any) -> None:
@@ -141,7 +139,7 @@ def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"comm_core::{name}", fake, lib=_library)
 
 
-_define("all_reduce(Tensor tensor, str group_name='') -> Tensor", _all_reduce, _empty_contiguous)
+_define("all_reduce(Tensor tensor, str group_name='') -> Tensor", _all_reduce, traced.empty_contiguous)
 _define("all_reduce_(Tensor(a!) tensor, str group_name='') -> ()", _all_reduce_, _fake_none)
 _define("all_reduce_out(Tensor tensor, Tensor(a!) out, str group_name='') -> ()", _all_reduce_out, _fake_none)
 _define(
@@ -157,44 +155,8 @@ _define(
 )
 
 
-def _traced_all_reduce(self: Backend, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Replace `Backend.all_reduce` in code that torch.compile traces."""
-    if out is None:
-        result: torch.Tensor = torch.ops.comm_core.all_reduce(tensor, self.group_name)
-        return result
-    if out is tensor:
-        torch.ops.comm_core.all_reduce_(tensor, self.group_name)
-    else:
-        torch.ops.comm_core.all_reduce_out(tensor, out, self.group_name)
-    return out
-
-
-def _traced_fused(
-    self: Backend,
-    tensor: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float = 1e-6,
-    weight_offset: float = 0.0,
-    *,
-    out: torch.Tensor | None = None,
-    residual_out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace `Backend.all_reduce_add_rms_norm` in code that torch.compile traces."""
-    if out is None and residual_out is None:
-        pair: tuple[torch.Tensor, torch.Tensor] = torch.ops.comm_core.all_reduce_add_rms_norm(
-            tensor, residual, weight, self.group_name, eps, weight_offset
-        )
-        return pair
-    out = _empty_contiguous(tensor) if out is None else out
-    residual_out = _empty_contiguous(residual) if residual_out is None else residual_out
-    torch.ops.comm_core.all_reduce_add_rms_norm_out(
-        tensor, residual, weight, out, residual_out, self.group_name, eps, weight_offset
-    )
-    return out, residual_out
-
-
 # torch.compile traces the function in this attribute instead of the method; a check inside the method would cost every
 # eager call. A torch version that ignores the attribute breaks the graph at the call, and still gives right results.
-Backend.all_reduce._torchdynamo_inline = _traced_all_reduce  # type: ignore[attr-defined]  # noqa: SLF001
-Backend.all_reduce_add_rms_norm._torchdynamo_inline = _traced_fused  # type: ignore[attr-defined]  # noqa: SLF001
+for _class in (Backend, ComparingBackend):
+    _class.all_reduce._torchdynamo_inline = traced.all_reduce  # type: ignore[attr-defined]  # noqa: SLF001
+    _class.all_reduce_add_rms_norm._torchdynamo_inline = traced.all_reduce_add_rms_norm  # type: ignore[attr-defined]  # noqa: SLF001

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._handle import norm
 from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, Routes, bind
 from comm_core.types import Decision
 
 if TYPE_CHECKING:
+    from comm_core._control.store import Control
     from comm_core._handle.session import Session
     from comm_core.context import Shapes
     from comm_core.topology import Topology
 
 __all__ = ["Serving"]
+
+# The stage that the first rank whose handle stops aborts.
+_FAILED = "failed"
+# The shortest time between two looks for other ranks' failures, in seconds: a look takes a round trip to the store.
+_PEERS_CHECK_S = 1.0
 
 
 class Serving:
@@ -32,6 +40,8 @@ class Serving:
         all_sessions: `sessions`, and those that a later decision left out: graphs captured earlier may still replay
             on them.
         failure: the reason why every call raises; None while the handle serves calls.
+        terminal: the function of the terminal fallback, and its first argument.
+        torch_device_types: other device types, which only torch.distributed serves.
         eager: the routes outside captures.
         all_reduce_routes: the routes of `all_reduce` in use.
         fused_routes: the routes of `all_reduce_add_rms_norm` in use.
@@ -45,6 +55,9 @@ class Serving:
         device: torch.device,
         terminal: tuple[Callable[..., torch.Tensor], Any],
         sessions: Mapping[str, Session],
+        *,
+        torch_device_types: Collection[str] = (),
+        control: Control | None = None,
     ) -> None:
         """Serve by `decision`; `terminal` is the function of the terminal fallback, and its first argument."""
         self.topology = topology
@@ -53,7 +66,10 @@ class Serving:
         self.devices: tuple[torch.device, ...] = ()
         self.all_sessions: list[Session] = []
         self.failure: str | None = None
-        self._terminal = terminal
+        self.terminal = terminal
+        self.torch_device_types = torch_device_types
+        self._control = control
+        self._peers_checked_s = 0.0
         self._graphs = False
         self.all_reduce_routes: Routes | CaptureRoutes
         self.fused_routes: Routes | CaptureRoutes
@@ -69,8 +85,8 @@ class Serving:
         kinds = self.topology.device_types
         devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
         self.devices = tuple(devices.values())
-        self.eager = bind(decision, "eager", devices, self._terminal, sessions)
-        self._graph = bind(decision, "graph", devices, self._terminal, sessions)
+        self.eager = bind(decision, "eager", devices, self.terminal, sessions)
+        self._graph = bind(decision, "graph", devices, self.terminal, sessions)
         self.decision = decision
         self.sessions = dict(sessions)
         self.all_sessions += [session for session in sessions.values() if session not in self.all_sessions]
@@ -89,8 +105,39 @@ class Serving:
         """Run the steps that a capture can't contain: NCCL's first call and the norm's compilation. Collective."""
         if self.device.type == "cuda":
             norm.prepare(self.device, shapes.dtype, shapes.hidden_size)
-            function, session = self._terminal
+            function, session = self.terminal
             function(session, torch.zeros(1, device=self.device), None)
+
+    def fail(self, why: str) -> str:
+        """Refuse every later call, since this rank's calls no longer match its peers', and tell the peers. Local.
+
+        Returns:
+            The rank whose handle had stopped before, and its reason; "" if this rank is the first.
+        """
+        if self.failure is not None:
+            return ""
+        sessions = list(self.all_sessions)
+        self.retire(why)
+        for session in sessions:
+            session.abort()
+        if self._control is None:
+            return ""
+        first = Stage(self._control, _FAILED).abort(why)
+        return "" if first.rank == self._control.rank else self._describe(first)
+
+    def check_peers(self) -> None:
+        """Refuse every later call if another rank's handle has stopped. Local; looks once a second at most."""
+        now_s = time.monotonic()
+        if self._control is None or self.failure is not None or now_s < self._peers_checked_s + _PEERS_CHECK_S:
+            return
+        self._peers_checked_s = now_s
+        failed = Stage(self._control, _FAILED).peek()
+        if failed is not None:
+            self.fail(f"{self.title}: {self._describe(failed)}. This handle refuses further calls; close it")
+
+    def _describe(self, failed: StageAbortedError) -> str:
+        label = "another rank" if self._control is None else self._control.label(failed.rank)
+        return f"the handle of {label} stopped: {failed.reason}"
 
     def retire(self, why: str) -> None:
         """Make every later call raise `CommError(why)`."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from comm_core._control.channel import SessionChannel
+from comm_core._control.deadline import run_with_deadline
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell
 from comm_core._plugins.discovery import Plugin
@@ -15,6 +17,9 @@ from comm_core._plugins.discovery import Plugin
 __all__ = ["Session", "close_value"]
 
 _log = logging.getLogger("comm_core")
+
+# The deadline of `abort`, in seconds; it waits for nobody.
+_ABORT_S = 10.0
 
 
 @dataclasses.dataclass
@@ -85,6 +90,16 @@ class Session:
     def close(self, *, orderly: bool) -> None:
         """Close the session by the plugin's hook; log any exception."""
         close_value(self.plugin, self.value, orderly=orderly)
+
+    def abort(self) -> None:
+        """Let the peers' waits for this rank end, by the plugin's hook `abort`; log any exception."""
+        hook = self.plugin.hooks.get("abort")
+        if hook is None:
+            return
+        try:
+            run_with_deadline(functools.partial(hook, self.value), _ABORT_S, name=f"abort of {self.plugin.name}")
+        except Exception:  # noqa: BLE001 - the plugin boundary: the call's own error is raised all the same
+            _log.exception("comm_core: backend %r raised in abort", self.plugin.name)
 
     def release(self) -> None:
         """Close the session, unless it is in use."""

@@ -1,0 +1,314 @@
+"""A handle's calls with every check: for operands that the hot path can't take, and after errors."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from comm_core._handle import checks, fallback, traced
+from comm_core._handle.lookup import COMPOSED, BoundHook, CallKey
+from comm_core._handle.operands import (
+    copy_to_out,
+    disjoint,
+    is_kernel_ready,
+    stage_operands,
+    to_kernel_ready,
+)
+from comm_core.errors import CaptureError, CommError, CommTimeoutError
+from comm_core.types import TERMINAL
+
+if TYPE_CHECKING:
+    from comm_core._handle.lookup import CaptureRoutes, Routes
+    from comm_core._handle.serving import Serving
+
+__all__ = ["CheckedCalls", "is_writable"]
+
+# Texts of Gloo, "Invalid scalar type", and of NCCL, "... data type is not supported ..." and "Unconvertible NCCL type":
+# raised before anything is sent.
+_DTYPE_ERROR = re.compile(r"(scalar|data|NCCL) type")
+
+
+class CheckedCalls:
+    """The part of a handle behind its hot path.
+
+    Attributes:
+        group_name: the name of the process group; "" without one.
+    """
+
+    def __init__(self, serving: Serving, group_name: str = "") -> None:
+        self.group_name = group_name
+        self._serving = serving
+        # What the next call reads its routes from: during a call `_in_use`, which refuses a second thread's call.
+        self._idle: Serving | _InUse = serving
+        self._in_use = _InUse(serving)
+
+    def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Backend.all_reduce`."""
+        return self._all_reduce_slow(tensor, out)
+
+    def _all_reduce_slow(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Serve a call that the hot path can't: check its operands, stage them through copies, and look up a route."""
+        checks.check_tensors(tensor=tensor)
+        checks.warn_without_gradient(tensor)
+        if traced.intercepts():
+            self._require_open()
+            return traced.all_reduce(self, tensor, out)
+        checks.refuse_jit_trace()
+        has_route = self._check_supported(tensor)
+        if out is not None:
+            checks.check_out(tensor, out)
+        if tensor.is_complex():
+            parts = torch.view_as_real(tensor.detach().resolve_conj().resolve_neg())
+            return copy_to_out(torch.view_as_complex(self._all_reduce_slow(parts, None)), out)
+        # An empty tensor takes its turn as one zero, so that ranks with other sizes notice.
+        operand = to_kernel_ready(tensor) if tensor.numel() else tensor.new_zeros(1)
+        direct = None
+        if out is tensor and operand.data_ptr() == tensor.data_ptr():
+            direct = operand
+        elif out is not None and is_writable(operand.get_device(), operand, out):
+            direct = out
+        if has_route:
+            key = (operand.get_device(), operand.dtype, operand.numel())
+            result = self._run(self._find("all_reduce", key), "all_reduce", operand, direct)
+        else:
+            result = self._all_reduce_by_torch(operand)
+        if out is not None and result is direct:
+            return out
+        return copy_to_out(result if tensor.numel() else traced.empty_contiguous(tensor), out)
+
+    def _fused_slow(
+        self,
+        key: CallKey | None,
+        bound: BoundHook | None,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        out: torch.Tensor | None,
+        residual_out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Serve a fused call that no hook took directly: check the operands, stage them, or compose the call.
+
+        `bound` is the hook for `key` once such calls have been checked in full; `key` is None if the operands may be
+        anything.
+        """
+        if key is None or bound is None or not _match(key, tensor, residual, weight):
+            checks.check_tensors(tensor=tensor, residual=residual, weight=weight)
+            checks.warn_without_gradient(tensor, residual)
+            if traced.intercepts():
+                self._require_open()
+                return traced.all_reduce_add_rms_norm(
+                    self, tensor, residual, weight, eps, weight_offset, out=out, residual_out=residual_out
+                )
+            checks.refuse_jit_trace()
+            self._check_operands(tensor, residual, weight, out, residual_out)
+            bound = self._find("all_reduce_add_rms_norm", (tensor.get_device(), tensor.dtype, tensor.shape))
+        if bound is not COMPOSED:
+            x, r, w, y_out, s_out = stage_operands(tensor, residual, weight, out, residual_out)
+            is_in_place = (out is None or y_out is tensor) and (residual_out is None or s_out is residual)
+            if not is_in_place:
+                checks.check_fused_outs(tensor, residual, out, residual_out)
+            results = self._run(bound, "all_reduce_add_rms_norm", x, r, w, eps, weight_offset, y_out, s_out)
+            if results is not NotImplemented:
+                y, s = results
+                return y if y is out or out is None else copy_to_out(y, out), (
+                    s if s is residual_out or residual_out is None else copy_to_out(s, residual_out)
+                )
+        elif out is not None or residual_out is not None:
+            checks.check_fused_outs(tensor, residual, out, residual_out)
+        total = self.all_reduce(tensor)
+        if out is None and total.is_cuda:
+            out = total  # a temporary of this call, and the norm's kernel can work in place
+        return fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
+
+    def _find(self, op: str, key: CallKey) -> BoundHook:
+        """Return the hook that serves `op` for this key, after the checks."""
+        routes = self._serving.all_reduce_routes if op == "all_reduce" else self._serving.fused_routes
+        bound = routes.find(key)
+        if bound is None:
+            self._require_open()  # another thread closed the handle meanwhile
+            raise AssertionError(f"no route for {key}")
+        return bound
+
+    def _run(self, bound: BoundHook, op: str, *operands: Any) -> Any:
+        """Call a hook, as the only thread of this handle; an error stops the handle."""
+        function, session, name, _ = bound
+        serving = self._idle
+        self._idle = self._in_use
+        if serving is self._in_use:
+            self._in_use.refuse()
+        try:
+            return function(session, *operands)
+        except BaseException as error:  # noqa: BLE001 - plugin boundary: re-raised with the backend's name
+            self._stop(error, name, op)
+        finally:
+            self._idle = serving
+
+    def _all_reduce_by_torch(self, operand: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor of a kind that no route covers with torch.distributed, if that can.
+
+        Raises:
+            TypeError: torch.distributed can't sum this dtype; raised before anything is sent.
+        """
+        function, session = self._serving.terminal
+        refusals = []
+
+        def sum_or_refuse(*arguments: Any) -> Any:
+            try:
+                return function(*arguments)
+            except (TypeError, ValueError, RuntimeError) as error:
+                if not _DTYPE_ERROR.search(str(error)):
+                    raise
+                refusals.append(error)
+                return operand
+
+        result: torch.Tensor = self._run((sum_or_refuse, session, TERMINAL, False), "all_reduce", operand, None)
+        if refusals:
+            raise TypeError(
+                f"a tensor of {operand.dtype} can't be reduced: no backend takes this dtype, and torch.distributed "
+                f"can't sum it on {operand.device.type} either ({refusals[0]}). Convert it first"
+            ) from refusals.pop()
+        return result
+
+    def _require_open(self) -> None:
+        if self._serving.failure is not None:
+            raise CommError(self._serving.failure)
+
+    def _check_supported(self, tensor: torch.Tensor) -> bool:
+        """Return whether the group has a route for the tensor's device and dtype; False if only torch may sum it.
+
+        Raises:
+            CommError: the handle is closed, or has stopped after a failure.
+            TypeError: the tensor isn't strided.
+            ValueError: the group serves no tensors on this device.
+        """
+        self._require_open()
+        serving = self._serving
+        is_routed = tensor.device in serving.devices
+        if (is_routed or tensor.device.type in serving.torch_device_types) and tensor.layout is not torch.strided:
+            raise TypeError(f"a tensor of layout {tensor.layout} can't be reduced; convert it first, by to_dense()")
+        if is_routed:
+            dtype = tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+            return (tensor.get_device(), dtype) in serving.eager.all_reduce.entries
+        if tensor.device.type in serving.torch_device_types:
+            return False
+        names = ", ".join(sorted(map(str, serving.devices)))
+        text = f"a tensor on {tensor.device} can't be reduced in {serving.title}, which serves tensors on {names}"
+        if tensor.device.type == serving.device.type:
+            # Other ranks may have passed tensors on the right devices, and would wait.
+            text += (
+                f": {serving.device} was this rank's device when it called comm.get_backend. Call "
+                "torch.cuda.set_device before, or pass device_id to init_process_group"
+            )
+            serving.fail(f"{text}. This handle refuses further calls")
+            raise ValueError(text)
+        raise ValueError(
+            f"{text}. To serve both CPU and CUDA tensors, create the group with backend='cpu:gloo,cuda:nccl'"
+        )
+
+    def _check_operands(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        out: torch.Tensor | None,
+        residual_out: torch.Tensor | None,
+    ) -> None:
+        """Raise if a fused call's operands are invalid; see `all_reduce_add_rms_norm`."""
+        self._require_open()
+        checks.check_fused_inputs(tensor, residual, weight)
+        self._check_supported(tensor)
+        if not tensor.device == residual.device == weight.device:
+            raise ValueError(f"expected one device; got {tensor.device}, {residual.device} and {weight.device}")
+        for other in (residual, weight):
+            self._check_supported(other)
+        checks.check_fused_outs(tensor, residual, out, residual_out)
+
+    def _stop(self, error: BaseException, name: str, hook: str) -> NoReturn:
+        """Re-raise a hook's error as a `CommError` that names the backend, and stop the handle.
+
+        The call may have begun, so this rank's count of calls may differ from its peers', and every later sum could be
+        wrong. Only a `CaptureError` is raised before anything is sent, on all ranks alike.
+        """
+        text = f"backend {name!r} of {self._serving.title} failed in {hook}: {str(error) or type(error).__name__}"
+        if isinstance(error, CaptureError):
+            raise CaptureError(text) from error
+        cause = self._serving.fail(f"{text}. This handle refuses further calls; close it and create a new group")
+        # Serving engines catch the first type and retry with a smaller batch; a new group can serve it.
+        if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+            raise error
+        if cause:
+            text += f". Before that, {cause}"
+        if isinstance(error, CommTimeoutError):
+            raise CommTimeoutError(text, error.ranks) from error
+        raise CommError(text) from error
+
+
+class _InUse:
+    """Takes the place of a handle's routes during a call, and refuses a second thread's call.
+
+    The ranks could pair two threads' calls in different orders, so the handle stops.
+    """
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    def refuse(self) -> NoReturn:
+        """Stop the handle and raise `CommError`."""
+        text = (
+            f"two threads used the handle of {self._serving.title} at once: the ranks could pair their calls in "
+            "different orders, so this handle refuses further calls. Call it from one thread at a time, in an order "
+            "that is the same on all ranks, or give each thread a group of its own"
+        )
+        self._serving.fail(text)
+        raise CommError(text)
+
+    @property
+    def all_reduce_routes(self) -> Routes | CaptureRoutes:
+        """Refuse the call."""
+        self.refuse()
+
+    @property
+    def fused_routes(self) -> Routes | CaptureRoutes:
+        """Refuse the call."""
+        self.refuse()
+
+
+def is_writable(index: int, tensor: torch.Tensor, out: torch.Tensor) -> bool:
+    """Return whether a hook may write to `out` directly: it matches `tensor`, and shares no memory with it.
+
+    Args:
+        index: the device index of `tensor`.
+        tensor: a tensor that kernels can take.
+        out: the output.
+    """
+    try:
+        return (
+            out.__class__ is torch.Tensor
+            and out.get_device() == index
+            and out.dtype is tensor.dtype
+            and out.shape == tensor.shape
+            and not out.requires_grad
+            and (index >= 0 or out.is_cpu)
+            and is_kernel_ready(out)
+            and disjoint(tensor, out)
+        )
+    except RuntimeError:  # a sparse tensor has no address
+        return False
+
+
+def _match(key: CallKey, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether the inputs of a fused call match each other; False also where only a full check can say."""
+    index, dtype, shape = key
+    return (
+        residual.shape == shape
+        and weight.shape == shape[1:]
+        and residual.dtype is dtype
+        and weight.dtype is dtype
+        and residual.get_device() == index
+        and weight.get_device() == index
+        and (index >= 0 or (tensor.is_cpu and residual.is_cpu and weight.is_cpu))  # "meta" has the CPU's index
+    )

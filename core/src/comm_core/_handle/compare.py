@@ -1,0 +1,113 @@
+"""A handle that compares each call between the ranks before it runs: for finding ranks that don't make the same calls.
+
+Like the wrapper of torch.distributed under `TORCH_DISTRIBUTED_DEBUG=DETAIL`, but over the job's store, which works even
+if the process group doesn't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from comm_core._control.stage import Stage, StageAbortedError
+from comm_core._handle import traced
+from comm_core._handle.backend import Backend
+from comm_core._plan.decide import describe_differences
+from comm_core.errors import CommError, CommTimeoutError
+
+if TYPE_CHECKING:
+    from comm_core._control.store import Control
+    from comm_core._handle.serving import Serving
+
+__all__ = ["ComparingBackend"]
+
+
+class ComparingBackend(Backend):
+    """A `Backend` that compares operation, shapes, dtypes and number of each call over the job's store.
+
+    Args:
+        serving: the plan to serve by.
+        group_name: the name of the process group.
+        control: the group's control channel.
+        timeout_s: how long a call waits for the other ranks to make theirs, in seconds.
+    """
+
+    def __init__(self, serving: Serving, group_name: str, control: Control, timeout_s: float) -> None:
+        super().__init__(serving, group_name)
+        self._control = control
+        self._timeout_s = timeout_s
+        self._calls = 0
+        self._is_inside = False
+
+    def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Backend.all_reduce`."""
+        with self._compared("all_reduce", tensor=tensor, out=out):
+            return super().all_reduce(tensor, out)
+
+    def all_reduce_add_rms_norm(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        weight_offset: float = 0.0,
+        *,
+        out: torch.Tensor | None = None,
+        residual_out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.all_reduce_add_rms_norm`."""
+        operands = {"tensor": tensor, "residual": residual, "weight": weight, "out": out, "residual_out": residual_out}
+        with self._compared("all_reduce_add_rms_norm", **operands):
+            return super().all_reduce_add_rms_norm(
+                tensor, residual, weight, eps, weight_offset, out=out, residual_out=residual_out
+            )
+
+    @contextlib.contextmanager
+    def _compared(self, op: str, **operands: object) -> Iterator[None]:
+        """Compare a call before the block runs it, unless it is part of another call."""
+        if self._is_inside:
+            yield
+            return
+        self._compare(op, **operands)
+        self._is_inside = True
+        try:
+            yield
+        finally:
+            self._is_inside = False
+
+    def _compare(self, op: str, **operands: object) -> None:
+        """Compare a call with the other ranks' calls.
+
+        Raises:
+            CommTimeoutError: a rank made no call in time.
+            CommError: the ranks' calls differ; on all ranks. The handle stops.
+        """
+        if self.failure is not None or traced.intercepts():
+            return  # nothing is sent
+        self._calls += 1
+        described = (f"{name} {_describe(value)}" for name, value in operands.items() if value is not None)
+        try:
+            with Stage(self._control, f"call {self._calls}", self._timeout_s) as stage:
+                calls = stage.all_gather(f"{op} of {', '.join(described)}")
+        except StageAbortedError as error:
+            text = f"{self._serving.title}: {error}"
+            self._serving.fail(f"{text}. This handle refuses further calls; close it and create a new group")
+            if isinstance(error, CommTimeoutError):
+                raise CommTimeoutError(text, error.ranks) from error
+            raise CommError(text) from error
+        if any(call != calls[0] for call in calls):
+            text = (
+                f"{self._serving.title}: call {self._calls} differs between the ranks: {describe_differences(calls)}. "
+                "All ranks must make the same calls in the same order. This handle refuses further calls"
+            )
+            self._serving.fail(text)
+            raise CommError(text)
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device.type}"

@@ -1,0 +1,62 @@
+"""The handle's calls as operators, for code that records or intercepts torch's operators instead of running them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from comm_core._handle.checked_calls import CheckedCalls
+
+__all__ = ["all_reduce", "all_reduce_add_rms_norm", "empty_contiguous", "intercepts"]
+
+
+def intercepts() -> bool:
+    """Return whether something intercepts operators in this thread: a torch dispatch mode or a functorch transform.
+
+    Under `FakeTensorMode`, for example, an allocation has no memory that a kernel could write to.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001 - torch has no public function for either
+
+
+def empty_contiguous(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> torch.Tensor:
+    """Return a new contiguous tensor like `tensor`."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def all_reduce(self: CheckedCalls, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Call `Backend.all_reduce` as an operator."""
+    if out is None:
+        result: torch.Tensor = torch.ops.comm_core.all_reduce(tensor, self.group_name)
+        return result
+    if out is tensor:
+        torch.ops.comm_core.all_reduce_(tensor, self.group_name)
+    else:
+        torch.ops.comm_core.all_reduce_out(tensor, out, self.group_name)
+    return out
+
+
+def all_reduce_add_rms_norm(
+    self: CheckedCalls,
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    *,
+    out: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call `Backend.all_reduce_add_rms_norm` as an operator."""
+    if out is None and residual_out is None:
+        pair: tuple[torch.Tensor, torch.Tensor] = torch.ops.comm_core.all_reduce_add_rms_norm(
+            tensor, residual, weight, self.group_name, eps, weight_offset
+        )
+        return pair
+    out = empty_contiguous(tensor) if out is None else out
+    residual_out = empty_contiguous(residual) if residual_out is None else residual_out
+    torch.ops.comm_core.all_reduce_add_rms_norm_out(
+        tensor, residual, weight, out, residual_out, self.group_name, eps, weight_offset
+    )
+    return out, residual_out
