@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,14 +129,26 @@ def list_installed(group: str = GROUP) -> tuple[InstalledPlugin | LoadFailure, .
 
 
 def _limit(found: list[InstalledPlugin | LoadFailure]) -> tuple[InstalledPlugin | LoadFailure, ...]:
-    """Return the entries, the last ones folded into one failure if the names of all are too long for a message."""
-    sizes = itertools.accumulate(json_nbytes([item.name, item.version or "unknown"]) for item in found)
-    kept = sum(size <= _LISTED_NBYTES for size in sizes)
-    if kept == len(found):
+    """Return the entries; if all their names are too long for a message, refuse the largest distributions as a whole.
+
+    So a distribution that registers hundreds of backends takes no room from the others.
+    """
+    sizes = Counter[str]()
+    for item in found:
+        sizes[item.distribution or ""] += json_nbytes([item.name, item.version or "unknown"])
+    refused: list[str] = []
+    for distribution, _ in sizes.most_common():
+        if sizes.total() <= _LISTED_NBYTES:
+            break
+        del sizes[distribution]
+        refused.append(distribution)
+    if not refused:
         return tuple(found)
-    reason = f"{len(found) - kept} more are installed than the ranks of a group can list to each other"
-    rest = LoadFailure(f"({found[kept].name} and later)", None, None, reason, "Uninstall backends that you don't use.")
-    return (*found[:kept], rest)
+    kept = [item for item in found if (item.distribution or "") not in refused]
+    count = len(found) - len(kept)
+    reason = f"the names of the {count} backends of {', '.join(refused)} are more than the ranks can list to each other"
+    remedy = "Uninstall backends that you don't use."
+    return (LoadFailure(f"({refused[0]})", ", ".join(refused), None, reason, remedy), *kept)
 
 
 def check_name(name: str) -> None:
