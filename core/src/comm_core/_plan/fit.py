@@ -38,14 +38,15 @@ def fit_evidence(evidence: Evidence, nbytes: int) -> Evidence:
         info = dataclasses.replace(bare.info, plugins={}, unknown={})
         return Evidence(info, {}, {}, "the names of the installed backends don't fit into a message. Uninstall some")
     sizes = {name: _name_nbytes(name) + json_nbytes(fact) for name, fact in facts.items()}
-    reserved = sum(_name_nbytes(name) + _RESERVED_NBYTES for name in failures)
+    names = sum(map(_name_nbytes, failures))
     # The largest facts go first, so that few backends are refused.
     for name in sorted(facts, key=lambda name: (-sizes[name], name)):
-        if sum(sizes.values()) + reserved <= room:
+        # Hundreds of failures get shorter reasons before they cost another backend its facts.
+        if sum(sizes.values()) + names + min(len(failures) * _RESERVED_NBYTES, nbytes // 4) <= room:
             break
         del facts[name], sizes[name]
         failures[name] = "its probe() has facts that don't fit into this rank's message beside those of other backends"
-        reserved += _name_nbytes(name) + _RESERVED_NBYTES
+        names += _name_nbytes(name)
     return _with(evidence, facts, fit_reasons(failures, room - sum(sizes.values())))
 
 
