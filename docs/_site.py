@@ -52,7 +52,9 @@ def variables() -> str:
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for field, (name, meaning) in zip(dataclasses.fields(Settings), Settings.variables().items(), strict=True):
         default = f"{field.default:g}" if isinstance(field.default, float) else field.default
-        rows.append(f"| `{name}` | {default or 'unset'} | {meaning} |")
+        if isinstance(default, bool):
+            default = int(default)
+        rows.append(f"| `{name}` | {'unset' if default in (None, ()) else default} | {meaning} |")
     return "\n".join(rows)
 
 

@@ -16,6 +16,7 @@ from comm_core._plan.decide import (
     with_explicit_ranges,
 )
 from comm_core._plan.routes import Offer, cells
+from comm_core._schema import printable
 from comm_core.errors import NegotiationError
 from comm_core.topology import Device, Host, Link, RankInfo
 from comm_core.types import DTYPES, OPS, TERMINAL, Available, Candidate, Range, Unavailable
@@ -26,7 +27,7 @@ from made_up import DEVICE_TYPES, backwards, messages, offers, ranges, serves, t
 patient = settings(deadline=None, max_examples=100)
 
 HOST = Host("node", "an id")
-texts = st.text(max_size=8)
+texts = st.text(max_size=8).map(printable)
 values = st.none() | st.booleans() | st.integers() | texts | st.lists(texts, max_size=2)
 evidences = st.builds(
     Evidence,

@@ -132,6 +132,24 @@ def test_fixes_are_numbered() -> None:
     assert [line[:5] for line in text.splitlines()[-6::2]] == ["  1. ", "  2. ", "  3. "]
 
 
+def test_what_other_software_says_is_printed_without_its_control_characters() -> None:
+    odd = "\x1b[2J\udcff"
+    plugins = (
+        PluginLine(f"a{odd}", odd, odd, usable=False, reason=f"it\nbroke{odd}", remedy=f"Mend it.{odd}"),
+        PluginLine("b", None, None, usable=True, facts={"missing": f"no{odd}", "path": "x" * 100_000}),
+    )
+    found = report(
+        plugins=plugins,
+        environment={"COMM_CORE_X": "y" * 100_000 + odd},
+        host=Host(f"node{odd}", "id"),
+        unknown={odd: odd},
+    )
+    text = render(found, diagnose(found))
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert max(map(len, text.split("\n"))) < 2100
+    assert "it broke?[2J?" in text
+
+
 def test_the_link_matrix() -> None:
     path = Path(__file__).parent / "topologies/dgx-h100.json"
     ranks = Topology.from_json(json.loads(path.read_text(encoding="utf-8"))).ranks

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from comm_core._plan.decide import Slate
 from comm_core._plan.explain import explain, size, table
 from comm_core._plan.routes import Offer
+from comm_core.cli import main
 from comm_core.topology import Device, Host, RankInfo, Topology
 from comm_core.types import DTYPES, Candidate, Range
 from hypothesis import given
@@ -95,3 +98,32 @@ def test_a_rank_of_the_same_number_in_the_job_is_named_once() -> None:
     text = explain("g", topology, Slate((), (Candidate("a", "unavailable", "no", 1),)).decision(("cpu",)))
     assert "rank 1: no" in text
     assert "in the job" not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no JSON",
+        "null",
+        "5",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"schema": 1}',
+        '{"schema": 1, "ranks": []}',
+        '{"schema": 1, "ranks": [5]}',
+        '{"schema": 1, "ranks": [{"global_rank": 0}]}',
+        '{"topology": [1]}',
+        '{"schema": "\\u001b[2J"}',
+    ],
+)
+def test_a_file_that_isnt_a_topology_is_refused_in_words(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recorded\x1b.json"
+    path.write_text(text, encoding="utf-8")
+    assert main(["explain", "--topology", str(path)]) == 1
+    error = capsys.readouterr().err.rstrip("\n")
+    assert "recorded?.json isn't a recorded topology" in error
+    assert error.isprintable()

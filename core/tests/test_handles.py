@@ -133,9 +133,7 @@ def test_environments_that_differ(ranks: Ranks, sound: list[Path], variable: str
         assert then == ("ok", "first")
 
 
-@pytest.mark.parametrize(
-    "names", [[("first",), ("second",)], [None, ("second",)], [("first", "second"), ("second", "first")]]
-)
+@pytest.mark.parametrize("names", [[("first",), ("second",)], [None, ("second",)], [("first", "second"), ("second",)]])
 def test_arguments_that_differ(ranks: Ranks, sound: list[Path], names: Any) -> None:
     found = ranks.run(handle_ranks.get_differently_then_alike, names, path=[sound] * 2)
     for first, then in found:

@@ -38,7 +38,7 @@ class ControlChannel(Protocol):
     def all_gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, by group rank.
 
-        A value is JSON, at most 64 KiB as text. Send bytes as hex or base64.
+        A value is JSON, at most 64 KiB as text, nested at most 60 levels deep. Send bytes as hex or base64.
         """
 
     def barrier(self) -> None:

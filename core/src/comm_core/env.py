@@ -8,34 +8,79 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PREFIX", "Settings"]
+from comm_core import _schema
+
+__all__ = ["MAX_TIMEOUT_S", "PREFIX", "Settings", "check_names", "check_timeout_s"]
 
 PREFIX = "COMM_CORE_"
 """The prefix of every variable's name."""
+MAX_TIMEOUT_S = 30 * 24 * 3600.0
+"""The longest timeout, in seconds: 30 days. Threads and stores can't wait for some larger numbers."""
+# The longest value of a variable, and of the names in one argument, in bytes: the ranks exchange them in one message.
+_VALUE_NBYTES = 2048
+
+
+def check_timeout_s(value: float) -> float:
+    """Check a timeout from the environment or from an argument, and return it.
+
+    Args:
+        value: the timeout, in seconds.
+
+    Raises:
+        TypeError: it isn't a number.
+        ValueError: it isn't above 0, or is above `MAX_TIMEOUT_S`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number of seconds, got {_schema.shorten(repr(value), 100)}")
+    if not 0 < value <= MAX_TIMEOUT_S:
+        raise ValueError(f"it must be above 0 and at most {MAX_TIMEOUT_S:.0f} seconds, which are 30 days")
+    return value
+
+
+def check_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Check names of backends from the environment or from an argument; return each once, sorted: order has no meaning.
+
+    Raises:
+        TypeError: a name isn't a string.
+        ValueError: a name has characters that can't be printed, or the names are too long to be exchanged.
+    """
+    unique = set(names)
+    if not all(isinstance(name, str) for name in unique):
+        raise TypeError("expected names of backends, as strings")
+    if any(name != _schema.printable(name) for name in unique):
+        raise ValueError("a name has characters that can't be printed")
+    nbytes = len(",".join(unique).encode())
+    if nbytes > _VALUE_NBYTES:
+        raise ValueError(f"the names have {nbytes} bytes; the limit is {_VALUE_NBYTES}")
+    return tuple(sorted(unique))
 
 
 def _names(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = check_names(name.strip() for name in text.split(",") if name.strip())
     if not names:
         raise ValueError("it names no backend")
     return names
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError("it must be above 0 and finite")
+def _seconds(text: str) -> float:
+    return check_timeout_s(float(text))
+
+
+def _boolean(text: str) -> bool:
+    value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower())
+    if value is None:
+        raise ValueError("expected 1, true or yes; or 0, false or no")
     return value
 
 
 def _nbytes(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise ValueError("it must not be negative")
+    if not 0 <= value <= _schema.MAX_INT:
+        raise ValueError("it must be at least 0 and below 2**63")
     return value
 
 
@@ -67,24 +112,31 @@ class Settings:
     )
     control_timeout_s: float = _field(
         300.0,
-        _positive,
+        _seconds,
         "Seconds that a rank waits for the others in an exchange: ranks may enter `get_backend` this far apart.",
     )
     connect_timeout_s: float = _field(
-        600.0, _positive, "Seconds for a backend's `connect`, builds included, and again for its admission test."
+        600.0, _seconds, "Seconds for a backend's `connect`, builds included, and again for its admission test."
     )
     wait_timeout_s: float = _field(
         300.0,
-        _positive,
+        _seconds,
         "Seconds that an all-reduce waits for a peer before it raises `CommTimeoutError`. The waits inside NCCL, "
         "FlashInfer and `torch.distributed` don't follow it.",
     )
-    import_timeout_s: float = _field(60.0, _positive, "Seconds for the import of one plugin.")
+    import_timeout_s: float = _field(60.0, _seconds, "Seconds for the import of one plugin.")
     memory_budget_nbytes: int = _field(
         1 << 30,
         _nbytes,
         "Bytes that the sessions of one group may take for their buffers on each rank: of device memory, and on CPUs "
         "of the whole shared segment.",
+    )
+    debug: bool = _field(
+        False,
+        _boolean,
+        "1, true or yes: the ranks compare each call's operation, shape, dtype and number before it runs, and an error "
+        "names the ranks that differ. Slow; for finding mistakes. Also on with `TORCH_DISTRIBUTED_DEBUG=DETAIL`, "
+        "unless it is set to 0, false or no. By default off.",
     )
     cache_dir: str | None = _field(
         None,
@@ -120,9 +172,16 @@ class Settings:
             if not text:
                 continue
             try:
+                # An environment's undecodable bytes come as halves of surrogate pairs.
+                nbytes = len(text.encode(errors="surrogatepass"))
+                if nbytes > _VALUE_NBYTES:
+                    raise ValueError(f"it has {nbytes} bytes; the limit is {_VALUE_NBYTES}")
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
-                raise ValueError(f"{name}={text!r} can't be read: {error}") from None
+                value, reason = _schema.shorten(repr(text), 100), _schema.shorten(str(error), 200)
+                raise ValueError(f"{name}={value} can't be read: {reason}") from None
+        if environ.get("TORCH_DISTRIBUTED_DEBUG", "").strip().upper() == "DETAIL":
+            values.setdefault("debug", True)
         return cls(**values)
 
     @classmethod

@@ -46,7 +46,8 @@ def probe() -> dict[str, Any]:  # type: ignore[empty-body]
     `is_available` reads them as `topology.ranks[i].facts[name]`.
 
     Returns:
-        A JSON object of at most 512 bytes.
+        A JSON object of at most 512 bytes as text, nested at most 16 levels deep. If the facts of all installed
+        backends don't fit into one message, the backends with the largest are refused.
 
     Raises:
         Exception: of any type: the backend is unavailable for this group, with the exception's text as the reason. A
@@ -67,8 +68,8 @@ def is_available(topology: Topology) -> Available | Unavailable:  # type: ignore
 
     Returns:
         `Available(priority, ranges)`: a higher priority is tried first; `ranges` cover only the operations, dtypes,
-        modes and sizes (bytes) that the backend's kernels take. `Unavailable(reason)`: one sentence without a full
-        stop; `explain` prints it.
+        modes and sizes (bytes) that the backend's kernels take; at most 64 ranges. `Unavailable(reason)`: one sentence
+        without a full stop; `explain` prints it, control characters replaced, and at most 1,000 bytes of it.
 
     Raises:
         Exception: of any type: read as `Unavailable`, with the exception's text as the reason.
@@ -112,8 +113,8 @@ def pre_capture_init(session: Any, shapes: Shapes) -> Sequence[Range] | None:
         shapes: `max_tokens` and `hidden_size` of `[num_tokens, hidden_size]`, and `dtype`.
 
     Returns:
-        All ranges served from now on, including those with `prepared=True`, or None if nothing changes. Core intersects
-        the ranks' answers, tests the new ranges and computes the routes again.
+        All ranges served from now on, at most 64, including those with `prepared=True`; or None if nothing changes.
+        Core intersects the ranks' answers, tests the new ranges and computes the routes again.
 
     Raises:
         Exception: of any type: every rank drops this backend for this group. A `memory_nbytes` above the budget, read

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from comm_core import _schema
+
 __all__ = ["SCHEMA", "Device", "Host", "Link", "RankInfo", "Topology"]
 
 SCHEMA = 1
@@ -109,15 +111,43 @@ class RankInfo:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RankInfo:
-        """Build a report from the output of `to_json`."""
-        fields = dict(data)
-        fields["host"] = Host(**fields["host"])
-        if fields.get("device") is not None:
-            device = dict(fields["device"])
-            device["capability"] = tuple(device.get("capability", (0, 0)))
-            device["links"] = {uuid: Link(**link) for uuid, link in device.get("links", {}).items()}
-            fields["device"] = Device(**device)
-        return cls(**fields)
+        """Build a report from the output of `to_json`; unknown fields, as of a later release, are ignored.
+
+        Control characters in texts become "?".
+
+        Raises:
+            ValueError: a field is missing or has the wrong type; the text names it.
+        """
+        info: RankInfo = _RANK_INFO(data, "info")
+        return info
+
+
+_TEXT, _SIZE = _schema.text, _schema.integer()
+_TEXTS = _schema.mapping_of(_TEXT)
+_LINK = _schema.record(Link, nvlinks=_schema.optional(_SIZE), p2p=_schema.optional(_schema.boolean), reason=_TEXT)
+_DEVICE = _schema.record(
+    Device,
+    type=_TEXT,
+    uuid=_TEXT,
+    name=_TEXT,
+    capability=_schema.tuple_of(_SIZE, 2, 2),
+    memory_nbytes=_SIZE,
+    fabric=_schema.optional(_TEXT),
+    links=_schema.mapping_of(_LINK),
+)
+_RANK_INFO = _schema.record(
+    RankInfo,
+    global_rank=_SIZE,
+    host=_schema.record(
+        Host, name=_TEXT, id=_TEXT, boot_id=_schema.optional(_TEXT), shm_nbytes=_schema.optional(_SIZE)
+    ),
+    device=_schema.optional(_DEVICE),
+    allocator=_schema.optional(_TEXT),
+    versions=_TEXTS,
+    plugins=_TEXTS,
+    facts=_schema.mapping_of(_schema.anything),
+    unknown=_TEXTS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,16 +197,21 @@ class Topology:
         """Build a topology from the output of `to_json`.
 
         Raises:
-            ValueError: the schema number isn't this release's.
+            ValueError: the schema number isn't this release's, or a field is missing or has the wrong type.
         """
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"this topology has schema {data.get('schema')!r}; this release reads {SCHEMA}")
-        return cls.of(map(RankInfo.from_json, data["ranks"]), tuple(data["device_types"]))
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            found = _schema.shorten(repr(data.get("schema")), 60) if isinstance(data, Mapping) else "none"
+            raise ValueError(f"this topology has schema {found}; this release reads {SCHEMA}")
+        topology: Topology = _TOPOLOGY(data, "topology")
+        return topology
 
     @classmethod
     def of(cls, ranks: Iterable[RankInfo], device_types: tuple[str, ...] = ("cpu",)) -> Topology:
         """Build a topology from the ranks' reports, by group rank."""
         return cls(tuple(ranks), device_types)
+
+
+_TOPOLOGY = _schema.record(Topology, ranks=_schema.tuple_of(_RANK_INFO, 1), device_types=_schema.tuple_of(_TEXT, 1))
 
 
 def _compact(value: Any) -> Any:

@@ -10,8 +10,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from comm_core import _schema
+
 __all__ = [
     "DTYPES",
+    "MAX_RANGES",
     "MODES",
     "OPS",
     "TERMINAL",
@@ -44,6 +47,12 @@ DTYPES = {
 TERMINAL = "torch_distributed"
 """The backend at the end of every route; it can't be disabled."""
 
+MAX_RANGES = 64
+"""The most ranges that one answer of a backend may have: the answers of all backends share one message."""
+# The most names in one field of a range, and the longest of them in characters: far above those of torch.
+_MAX_NAMES = 16
+_NAME_CHARS = 64
+
 
 def rank_label(rank: int, job_rank: int) -> str:
     """Format a group rank for a message, with the job's rank if that differs: "1", "1 (3 in the job)"."""
@@ -55,7 +64,10 @@ def _unique_names(values: Iterable[Any] | None, prefix: str = "") -> tuple[str, 
         return None
     if isinstance(values, str):
         raise TypeError(f"expected a sequence of names, got the string {values!r}")
-    return tuple(dict.fromkeys(str(value).removeprefix(prefix) for value in values))
+    names = tuple(dict.fromkeys(str(value).removeprefix(prefix) for value in values))
+    if len(names) > _MAX_NAMES or any(len(name) > _NAME_CHARS or name != _schema.printable(name) for name in names):
+        raise ValueError(f"expected at most {_MAX_NAMES} printable names of at most {_NAME_CHARS} characters")
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +122,7 @@ class Range:
             _check_int("max_nbytes", self.max_nbytes, self.min_nbytes)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1)
+        _check_bool("prepared", self.prepared)
 
     def serves(self, mode: str, device_type: str, dtype: str) -> bool:
         """Return whether the range takes this mode, device type and dtype at some size."""
@@ -133,6 +146,9 @@ class Range:
         low = max(self.min_nbytes, other.min_nbytes)
         high = _smaller_bound(self.max_nbytes, other.max_nbytes)
         multiple = math.lcm(self.multiple_nbytes, other.multiple_nbytes)
+        hidden_multiple = math.lcm(self.hidden_multiple, other.hidden_multiple)
+        if max(multiple, hidden_multiple) > _schema.MAX_INT:
+            return None
         if high is not None and high // multiple * multiple < low:
             return None
         return Range(
@@ -141,7 +157,7 @@ class Range:
             max_nbytes=high,
             multiple_nbytes=multiple,
             max_tokens=_smaller_bound(self.max_tokens, other.max_tokens),
-            hidden_multiple=math.lcm(self.hidden_multiple, other.hidden_multiple),
+            hidden_multiple=hidden_multiple,
             prepared=self.prepared or other.prepared,
             **sets,
         )
@@ -156,8 +172,14 @@ class Range:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Range:
-        """Build a range from the output of `to_json`."""
-        return cls(**data)
+        """Build a range from the output of `to_json`.
+
+        Raises:
+            ValueError: a field is unknown, missing or has the wrong type; the text names it. An unknown field may be a
+                condition, so it isn't ignored.
+        """
+        item: Range = _RANGE(data, "range")
+        return item
 
 
 def _check_int(field: str, value: object, lowest: int) -> None:
@@ -165,10 +187,35 @@ def _check_int(field: str, value: object, lowest: int) -> None:
         raise TypeError(f"{field}={value!r} isn't an integer")
     if value < lowest:
         raise ValueError(f"{field}={value} is below {lowest}")
+    if value > _schema.MAX_INT:
+        raise ValueError(f"{field} is above {_schema.MAX_INT}")
+
+
+def _check_bool(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{field}={value!r} isn't True or False")
 
 
 def _smaller_bound(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
+
+
+_NAMES = _schema.optional(_schema.tuple_of(_schema.text, 1, _MAX_NAMES))
+_SIZE = _schema.integer()
+_RANGE = _schema.record(
+    Range,
+    strict=True,
+    op=_schema.text,
+    modes=_NAMES,
+    dtypes=_NAMES,
+    device_types=_NAMES,
+    min_nbytes=_SIZE,
+    max_nbytes=_schema.optional(_SIZE),
+    multiple_nbytes=_SIZE,
+    max_tokens=_schema.optional(_SIZE),
+    hidden_multiple=_SIZE,
+    prepared=_schema.boolean,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +225,7 @@ class Available:
     Attributes:
         priority: higher ones are tried first. Bands: 0 the terminal fallback, 100 a vendor's library, 200 a generic
             custom kernel, 300 a kernel for this topology, 500 a third party's default, 900 a user's own.
-        ranges: the messages it serves; empty means every message that its hooks can take.
+        ranges: the messages it serves, at most 64 ranges; empty means every message that its hooks can take.
         checks_operands: whether `all_reduce_add_rms_norm` may be called with operands that core hasn't validated; see
             the hook. The backend then checks them itself, in native code that is faster than core's checks.
     """
@@ -193,6 +240,7 @@ class Available:
         for item in self.ranges:
             if not isinstance(item, Range):
                 raise TypeError(f"ranges has {item!r}, which isn't a comm_core.Range")
+        _check_bool("checks_operands", self.checks_operands)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
+from comm_core._schema import printable
+
 __all__ = ["describe", "run_with_deadline"]
 
 T = TypeVar("T")
@@ -17,8 +19,8 @@ _log = logging.getLogger(__name__)
 
 
 def describe(error: BaseException) -> str:
-    """Return the type and the text of an exception on one line, even if its `__str__` raises."""
-    return " ".join(" ".join(traceback.format_exception_only(type(error), error)).split())
+    """Return the type and the text of an exception on one printable line, even if its `__str__` raises."""
+    return printable(" ".join(" ".join(traceback.format_exception_only(type(error), error)).split()))
 
 
 def run_with_deadline(

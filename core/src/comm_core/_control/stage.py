@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from comm_core._control.deadline import describe
 from comm_core._control.store import Control, Store, compare_set
+from comm_core._schema import MAX_DEPTH, MalformedError, load_json, printable, shorten
 from comm_core.context import Agreement
 from comm_core.errors import CommError, CommTimeoutError
 
@@ -36,6 +37,8 @@ __all__ = ["Stage", "StageAbortedError", "StageTimeoutError"]
 
 #: The longest message of one rank, as JSON text in bytes.
 MESSAGE_NBYTES = 64 * 1024
+# What a message has around its value: the brackets and the kind, in bytes.
+_FRAME_NBYTES = 64
 # The longest reason, in characters: enough for a traceback's tail, too few for a core dump.
 _REASON_CHARS = 4000
 # The limit of an unpacked verdict, so that a corrupt one can't fill the host's memory: 64 KiB from each of 4,096 ranks.
@@ -47,10 +50,10 @@ class StageAbortedError(CommError):
 
     Attributes:
         reason: the reason that the aborting rank gave.
-        rank: the group rank of the aborting rank.
+        rank: the group rank of the aborting rank; None if the store has a verdict that no rank of this group sent.
     """
 
-    def __init__(self, message: str, reason: str, rank: int) -> None:
+    def __init__(self, message: str, reason: str, rank: int | None) -> None:
         super().__init__(message)
         self.reason = reason
         self.rank = rank
@@ -126,6 +129,8 @@ class Stage:
         left_s = self._control.timeout_s if self._deadline is None else max(self._deadline - time.monotonic(), 0)
         exchange = functools.partial(self._exchange, key, f'["{kind}",{text}]', previous, left_s)
         verdict = self._control.call_store(self._name, exchange, left_s)
+        if "abort" not in verdict and len(verdict["values"]) != self._control.world_size:
+            verdict = _unreadable(f"it has {len(verdict['values'])} values")
         with self._lock:
             self._current = None
             if "abort" in verdict:
@@ -144,7 +149,7 @@ class Stage:
     def agree(self, ok: bool, reason: str = "") -> Agreement:
         """Vote; see `ControlChannel.agree`."""
         votes = self.all_gather(None if ok else str(reason)[:_REASON_CHARS], "agree")
-        reasons = {rank: why for rank, why in enumerate(votes) if why is not None}
+        reasons = {rank: printable(str(why)) for rank, why in enumerate(votes) if why is not None}
         return Agreement(not reasons, reasons)
 
     def abort(self, reason: str) -> StageAbortedError:
@@ -166,7 +171,8 @@ class Stage:
         key = f"{self._key(0)}/verdict"
         with contextlib.suppress(CommError):  # without its store a group can't abort anything either
             verdict = self._control.call_store(self._name, lambda store: store.get(key) if store.check([key]) else None)
-            return None if verdict is None else self._error(_unpack(verdict)["abort"])
+            abort = {} if verdict is None else _unpack(verdict)
+            return self._error(abort["abort"]) if "abort" in abort else None
         return None
 
     def pending_ranks(self) -> tuple[int, ...]:
@@ -188,14 +194,26 @@ class Stage:
         store.set(messages[control.rank], text)
         if store.add(f"{key}/arrived", 1) < control.world_size:
             return self._await_verdict(key, messages, timeout_s, store)
-        kinds, values = zip(*map(json.loads, store.multi_get(messages)), strict=True)
-        outlier = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
-        mismatch = self._abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)
-        verdict = _publish(key, {"values": values} if len(set(kinds)) == 1 else {"abort": mismatch}, store)
+        verdict = _publish(key, self._gather(store.multi_get(messages)), store)
         if previous:
             # Every rank has arrived here, so every rank has left the previous exchange.
             control.delete(previous, store)
         return verdict
+
+    def _gather(self, messages: list[bytes]) -> dict[str, Any]:
+        """Return the verdict that follows from the messages of all ranks."""
+        kinds, values = [], []
+        for rank, message in enumerate(messages):
+            try:
+                kind, value = _parse_message(message)
+            except MalformedError as error:
+                return {"abort": self._abort(f"its message can't be read: {error}", rank)}
+            kinds.append(kind)
+            values.append(value)
+        if len(set(kinds)) == 1:
+            return {"values": values}
+        outlier = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
+        return {"abort": self._abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)}
 
     def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
         try:
@@ -230,7 +248,10 @@ class Stage:
         return {"reason": reason, "rank": rank, "absent": None}
 
     def _error(self, abort: dict[str, Any]) -> StageAbortedError:
-        rank, reason, absent = abort["rank"], abort["reason"], abort["absent"]
+        rank, reason, absent = abort["rank"], printable(abort["reason"]), abort["absent"]
+        known = range(self._control.world_size)
+        if rank not in known or not set(absent or ()).issubset(known):
+            return StageAbortedError(f"{self._name}: {reason}", reason, None)
         if absent is not None:
             message = f"{self._name}: {reason}, says {self._control.label(rank)}"
             return StageTimeoutError(message, reason, rank, tuple(absent))
@@ -238,6 +259,18 @@ class Stage:
 
     def _key(self, sequence: int) -> str:
         return f"{self._control.prefix}/{self._name}/{sequence}"
+
+
+def _parse_message(message: bytes) -> tuple[str, Any]:
+    """Return the kind and the value of one rank's message.
+
+    Raises:
+        MalformedError: it isn't what `Stage.all_gather` sends.
+    """
+    parsed = load_json(message, MESSAGE_NBYTES + _FRAME_NBYTES)
+    if not isinstance(parsed, list) or len(parsed) != 2 or not isinstance(parsed[0], str):
+        raise MalformedError("it isn't a list of a kind and a value")
+    return shorten(printable(parsed[0]), 60), parsed[1]
 
 
 def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:
@@ -248,10 +281,33 @@ def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:
 
 
 def _unpack(packed: bytes | str) -> dict[str, Any]:
-    inflate = zlib.decompressobj()
-    text = inflate.decompress(base64.b64decode(packed), _VERDICT_NBYTES)
-    if inflate.unconsumed_tail:
-        raise CommError(
-            f"the job's store has a verdict of more than {_VERDICT_NBYTES} bytes; other software may use its keys"
-        )
-    return dict(json.loads(text))
+    """Return a verdict; if it can't be read, an abort without a rank, which is the same on all ranks."""
+    try:
+        inflate = zlib.decompressobj()
+        data = packed.encode() if isinstance(packed, str) else packed
+        text = inflate.decompress(base64.b64decode(data, validate=True), _VERDICT_NBYTES)
+        if inflate.unconsumed_tail:
+            raise MalformedError(f"it has more than {_VERDICT_NBYTES} bytes")
+        if not inflate.eof:
+            raise MalformedError("it is cut off")
+        verdict: dict[str, Any] = load_json(text, depth=MAX_DEPTH + 2)  # the values are within a list and an object
+        if not _is_verdict(verdict):
+            raise MalformedError("it has neither the values of all ranks nor the reason of an abort")
+    except (ValueError, zlib.error) as error:  # MalformedError and base64's error are ValueErrors
+        return _unreadable(printable(str(error)))
+    return verdict
+
+
+def _is_verdict(verdict: Any) -> bool:
+    if not isinstance(verdict, dict) or "abort" not in verdict:
+        return isinstance(verdict, dict) and isinstance(verdict.get("values"), list)
+    abort = verdict["abort"]
+    if not isinstance(abort, dict) or not isinstance(abort.get("reason"), str) or type(abort.get("rank")) is not int:
+        return False
+    absent = abort.get("absent", "none")
+    return absent is None or (isinstance(absent, list) and all(type(rank) is int for rank in absent))
+
+
+def _unreadable(reason: str) -> dict[str, Any]:
+    text = f"the verdict in the job's store can't be read: {reason}. Other software may use its keys comm_core/..."
+    return {"abort": {"reason": text, "rank": None, "absent": None}}

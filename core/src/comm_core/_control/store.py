@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch.distributed import distributed_c10d
 
 from comm_core._control.deadline import run_with_deadline
+from comm_core._schema import MalformedError, load_json, text, tuple_of
 from comm_core.errors import CommError, CommTimeoutError
 from comm_core.types import rank_label
 
@@ -45,7 +46,7 @@ def store_of(group: dist.ProcessGroup) -> Store:
 
 def compare_set(key: str, expected: str, value: str, store: Store) -> str:
     """Set `key` if its value is `expected`, or if `expected` is "" and it has none; return its value afterwards."""
-    return str(store.compare_set(key, expected, value), "ascii")
+    return str(store.compare_set(key, expected, value), "ascii", "replace")
 
 
 class Control:
@@ -177,7 +178,9 @@ class Control:
         exchanges = {self.last_success} - {""}
         for note in notes:
             if store.check([note]):
-                exchanges.update(json.loads(store.get(note)))
+                with contextlib.suppress(MalformedError):  # left to the store; this incarnation is over
+                    noted = tuple_of(text)(load_json(store.get(note)), "note")
+                    exchanges.update(exchange for exchange in noted if exchange.startswith(f"{self.prefix}/"))
                 store.delete_key(note)
         for exchange in exchanges:
             self.delete(exchange, store)

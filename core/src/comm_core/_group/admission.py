@@ -21,7 +21,8 @@ from comm_core._group.membership import Membership, abort_stage, run_in_worker
 from comm_core._handle.session import Session
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell, cells
-from comm_core.errors import CaptureError
+from comm_core._schema import shorten
+from comm_core.errors import CaptureError, NegotiationError
 
 __all__ = ["admit", "run_cases"]
 
@@ -29,6 +30,8 @@ __all__ = ["admit", "run_cases"]
 _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 # Period of the test pattern in elements: a prime, so that no chunk, vector or block of a kernel lines up with it.
 _PERIOD = 1021
+# The longest reason of one kind of message, as JSON in bytes: a vote has up to 39 of them.
+_REASON_NBYTES = 300
 # A rank sends this instead of the numbers of its recorded cases if `capture_ctx` raised on exit.
 _CAPTURE_FAILED = -1
 
@@ -45,6 +48,16 @@ def admit(
     session.mark_tested(cases)
     context = member.context
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
+    unreadable: list[NegotiationError] = []
+
+    def gather(numbers: list[int]) -> list[tuple[int, ...]]:
+        values = stage.all_gather(numbers)
+        try:
+            return member.read_recorded(values)
+        except NegotiationError as error:
+            unreadable.append(error)
+            raise
+
     try:
         name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
         with session.channel.open_stage(member.control, name, member.stage_timeout_s) as stage:
@@ -56,7 +69,7 @@ def admit(
                 rank=context.rank,
                 world_size=context.world_size,
                 device=context.device,
-                all_gather=stage.all_gather,
+                all_gather=gather,
             )
             try:
                 failures = run_in_worker(test, member, f"the admission test of {session.plugin.name}")
@@ -64,12 +77,15 @@ def admit(
             except StageAbortedError:
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
+                if error in unreadable:  # not the plugin's
+                    raise
                 raise abort_stage(stage, member, error) from error
     except StageAbortedError as error:
         return error
     failed: dict[Cell, tuple[str, int | None]] = {}
+    reasons = member.read_failures(votes)
     for cell, number in numbers.items():
-        for rank, vote in enumerate(votes):
+        for rank, vote in enumerate(reasons):
             if str(number) in vote:
                 failed.setdefault(cell, (vote[str(number)], rank))
     return failed
@@ -83,7 +99,7 @@ def run_cases(
     rank: int,
     world_size: int,
     device: torch.device,
-    all_gather: Callable[[list[int]], list[list[int]]],
+    all_gather: Callable[[list[int]], Sequence[Sequence[int]]],
 ) -> dict[Cell, str]:
     """Run every case through a backend. Collective: every rank makes every call, even after a failed one.
 
@@ -116,7 +132,7 @@ def _run_graphs(
     tester: _Tester,
     cases: Sequence[AdmissionCase],
     failures: dict[Cell, str],
-    all_gather: Callable[[list[int]], list[list[int]]],
+    all_gather: Callable[[list[int]], Sequence[Sequence[int]]],
 ) -> None:
     """Record every case inside one capture context, then replay each graph twice with different data.
 
@@ -160,7 +176,7 @@ def _run_step(failures: dict[Cell, str], case: AdmissionCase, step: Callable[[],
     try:
         step()
     except Exception as error:  # noqa: BLE001 - plugin boundary: any error of a backend here is a reason not to use it
-        failures.setdefault(case.cell, describe(error)[:300])
+        failures.setdefault(case.cell, shorten(describe(error), _REASON_NBYTES))
 
 
 class _Tester:

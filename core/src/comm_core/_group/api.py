@@ -16,6 +16,7 @@ from comm_core._group.prepare_groups import check_shapes, prepare_groups
 from comm_core._group.states import GroupState, all_states, get_or_create_state, is_current, remove, remove_destroyed
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
+from comm_core.env import check_names, check_timeout_s
 
 __all__ = ["capture", "close", "get_backend", "pre_capture_init"]
 
@@ -49,17 +50,30 @@ def get_backend(
         NegotiationError: the ranks' settings differ, or a rank can't negotiate; on all ranks.
         CommTimeoutError: a rank didn't call in time; on all ranks, on a late one as soon as it calls.
     """
-    if backends is not None and (isinstance(backends, str) or not backends):
-        raise ValueError(f"backends={backends!r}: expected a sequence of one or more names")
-    if timeout_s is not None and not 0 < timeout_s < float("inf"):
-        raise ValueError(f"timeout_s={timeout_s!r}: expected a finite number of seconds above 0")
-    request = Request(None if backends is None else tuple(backends), timeout_s)
+    request = _check_request(backends, timeout_s)
     while True:
         state = get_or_create_state(group, request)
         with state.lock:
             # Before this thread got the lock, another may have closed the group or failed to create its handle.
             if is_current(state):
                 return _get_or_create_backend(state, request)
+
+
+def _check_request(backends: Sequence[str] | None, timeout_s: float | None) -> Request:
+    """Check the arguments of `get_backend` and return them; see there."""
+    if backends is not None:
+        if isinstance(backends, str) or not backends:
+            raise ValueError(f"backends={backends!r}: expected a sequence of one or more names")
+        try:
+            backends = check_names(backends)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"backends: {error}") from None
+    if timeout_s is not None:
+        try:
+            check_timeout_s(timeout_s)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"timeout_s={timeout_s!r}: {error}") from None
+    return Request(backends, timeout_s)
 
 
 def _get_or_create_backend(state: GroupState, request: Request) -> Backend:

@@ -133,7 +133,8 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 raise abort_stage(stage, member, error) from error
-            session.count_memory(stage.all_gather(session.reported_memory_nbytes, "vote"))
+            votes = stage.all_gather(session.reported_memory_nbytes, "vote")
+            session.count_memory(member.read_memory(votes))
     except BaseException as error:
         if session is not None:
             session.close(orderly=False)

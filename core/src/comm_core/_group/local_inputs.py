@@ -14,7 +14,8 @@ from comm_core._control.deadline import describe
 from comm_core._plan import decide
 from comm_core._plugins import discovery
 from comm_core._probe.rank import probe_rank
-from comm_core.env import PREFIX, Settings
+from comm_core._schema import load_json, printable, shorten
+from comm_core.env import PREFIX, Settings, check_names
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
@@ -32,8 +33,10 @@ __all__ = [
 
 #: The limit on one plugin's facts, as JSON text in bytes.
 FACTS_NBYTES = 512
-# The limit on one reason, in characters: the reasons of all plugins must fit into one message.
-_REASON_CHARS = 1000
+# The deepest nesting of one plugin's facts: with the levels around them, they stay far below a message's limit.
+_FACTS_DEPTH = 16
+# The limit on one reason, as JSON in bytes. If the reasons of all plugins don't fit into one message, they get shorter.
+_REASON_NBYTES = 1000
 # The answer of a plugin without `is_available`; see the hook's spec.
 _DEFAULT_ANSWER = Available(priority=500)
 
@@ -96,8 +99,11 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
     failures: dict[str, str] = {}
     facts: dict[str, Any] = {}
     device = torch.device("cpu")
+    backends = None
     try:
         settings = Settings.read()
+        # Sorted, like the environment's: the order has no meaning, so it mustn't count as a difference.
+        backends = None if request.backends is None else check_names(request.backends)
         found, failures = discover(settings, request.backends or settings.backends)
         facts, unusable = _probe_plugins(found.plugins)
         failures.update(unusable)
@@ -106,7 +112,7 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         error = _truncate(describe(raised))
     info = probe_rank(dist.get_rank(), device, plugins=found.listed, facts=facts)
     policy = {
-        "get_backend(backends=...)": request.backends,
+        "get_backend(backends=...)": backends,
         "get_backend(timeout_s=...)": request.timeout_s,
         **settings.shared(),
         "the process group's backend": dist.get_backend_config(group),
@@ -141,9 +147,12 @@ def _probe_plugins(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, A
         try:
             found = plugin.hooks["probe"]()
             text = json.dumps(found, allow_nan=False)
-            if not isinstance(found, dict) or len(text.encode()) > FACTS_NBYTES:
+            if not isinstance(found, dict) or len(text) > FACTS_NBYTES:
                 raise ValueError(f"expected a JSON object of at most {FACTS_NBYTES} bytes; got {text[:60]}")
-            facts[name] = found
+            # Read as the other ranks will: a copy, which the plugin can't change any more.
+            facts[name] = load_json(text, depth=_FACTS_DEPTH)
+            if json.dumps(facts[name]) != text:
+                raise ValueError("expected a JSON object with each name once")
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - plugin boundary: `SystemExit`, too, drops only the plugin
@@ -154,22 +163,22 @@ def _probe_plugins(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, A
 def answer_of(plugin: discovery.Plugin, topology: Topology) -> Available | Unavailable:
     """Return a plugin's `is_available` answer for `topology`, with explicit ranges; never raises."""
     answer: object = _DEFAULT_ANSWER
-    if plugin.has("is_available"):
-        try:
+    try:
+        if plugin.has("is_available"):
             answer = plugin.hooks["is_available"](topology)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001 - plugin boundary, as in `_probe_plugins`
-            return Unavailable(f"is_available raised {_truncate(describe(error))}")
-    if isinstance(answer, Available):
-        return decide.with_explicit_ranges(answer, tuple(plugin.hooks))
-    if isinstance(answer, Unavailable):
-        return Unavailable(_truncate(answer.reason))
-    return Unavailable(_truncate(f"is_available returned {answer!r}, neither Available nor Unavailable"))
+        if isinstance(answer, Available):
+            return decide.with_explicit_ranges(answer, tuple(plugin.hooks))
+        if isinstance(answer, Unavailable):
+            return Unavailable(_truncate(answer.reason))
+        return Unavailable(_truncate(f"is_available returned {answer!r}, neither Available nor Unavailable"))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - plugin boundary, as in `_probe_plugins`; also an answer's own methods
+        return Unavailable(f"is_available raised {_truncate(describe(error))}")
 
 
 def _truncate(reason: str) -> str:
-    return reason if len(reason) <= _REASON_CHARS else reason[: _REASON_CHARS - 3] + "..."
+    return shorten(printable(reason), _REASON_NBYTES)
 
 
 def device_types_of(group: dist.ProcessGroup, device: torch.device) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from comm_core._control.channel import SessionChannel
 from comm_core._control.deadline import describe, run_with_deadline
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._control.store import Control
+from comm_core._plan import parse
 from comm_core.context import GroupContext
 from comm_core.env import PREFIX, Settings
 from comm_core.topology import Topology
@@ -72,6 +73,30 @@ class Membership:
     def stage_timeout_s(self) -> float:
         """The deadline of one stage, its vote included, in seconds."""
         return self.connect_timeout_s + _VOTE_GRACE_S
+
+    def read_memory(self, votes: Sequence[Any]) -> list[int]:
+        """Read the ranks' votes on a `connect`: the memory of their sessions, in bytes.
+
+        Raises:
+            NegotiationError: a vote can't be read; on all ranks, and so for every method of this kind.
+        """
+        return parse.parse_each(votes, parse.read_memory, self.control.label)
+
+    def read_failures(self, votes: Sequence[Any]) -> list[dict[str, str]]:
+        """Read the ranks' votes on an admission test: reasons by the numbers of the failed kinds of message."""
+        return parse.parse_each(votes, parse.read_failures, self.control.label)
+
+    def read_recorded(self, values: Sequence[Any]) -> list[tuple[int, ...]]:
+        """Read the numbers of the admission cases that each rank has recorded."""
+        return parse.parse_each(values, parse.read_recorded, self.control.label)
+
+    def read_shapes(self, values: Sequence[Any]) -> list[tuple[bool, list[Any]]]:
+        """Read the ranks' arguments of `comm.pre_capture_init`, each with whether the rank is prepared for them."""
+        return parse.parse_each(values, parse.read_shapes, self.control.label)
+
+    def read_prepared(self, votes: Sequence[Any]) -> list[tuple[int, dict[str, Any] | None]]:
+        """Read the ranks' votes on a `pre_capture_init`: memory in bytes, and the encoded new answer, if any."""
+        return parse.parse_each(votes, parse.read_prepared, self.control.label)
 
 
 def check_budget(memory_nbytes: int, budget: int) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from comm_core._control.stage import Stage
 from comm_core._control.store import Control
 from comm_core._group.connect import connect_and_admit
+from comm_core._group.exchange import exchange_answers, exchange_evidence
 from comm_core._group.local_inputs import LocalInputs, answer_of, device_types_of
 from comm_core._group.membership import Membership
 from comm_core._group.negotiated import NegotiatedGroup
@@ -33,12 +33,12 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
         local: this rank's inputs.
 
     Raises:
-        NegotiationError: the ranks' settings differ, or a rank can't negotiate.
+        NegotiationError: the ranks' settings or releases of comm-core differ, a rank can't negotiate, or it sent a
+            message that can't be read.
         BackendUnavailableError: a backend that the caller named can't serve.
         StageAbortedError: a rank failed or didn't arrive in time.
     """
-    with Stage(control, "probe") as stage:
-        evidence = [decide.Evidence.from_json(item) for item in stage.all_gather(local.evidence.to_json())]
+    evidence = exchange_evidence(control, local.evidence)
     decide.check_policies(evidence, control.label)
     topology = Topology.of((item.info for item in evidence), device_types_of(group, local.device))
 
@@ -47,8 +47,7 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
     slate = decide.Slate((), dropped)
     if asked:
         answers = {name: decide.encode_answer(answer_of(local.plugins[name], topology)) for name in asked}
-        with Stage(control, "ask") as stage:
-            slate = decide.initial_slate(asked, stage.all_gather(answers), dropped)
+        slate = decide.initial_slate(asked, exchange_answers(control, answers), dropped)
 
     member = Membership.of(group, topology, control, local.device, local.settings, local.connect_timeout_s)
     slate, sessions = connect_and_admit(slate, local.plugins, member)

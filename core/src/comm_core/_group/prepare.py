@@ -42,13 +42,14 @@ def prepare(negotiated: NegotiatedGroup, shapes: Shapes, number: int) -> Negotia
     with Stage(member.control, stage_name(number)) as stage:
         covered = any(_covers(earlier, shapes) for earlier in negotiated.prepared)
         gathered = stage.all_gather([covered, shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
-    passed = [item[1:] for item in gathered]
+    calls = member.read_shapes(gathered)
+    passed = [arguments for _, arguments in calls]
     if any(other != passed[0] for other in passed):
         raise NegotiationError(
             "the arguments (max_tokens, hidden_size, dtype) of comm.pre_capture_init differ between the ranks: "
             f"{decide.describe_differences(passed)}. Nothing was prepared. Pass the same arguments on every rank"
         )
-    if all(item[0] for item in gathered):  # an earlier call may have failed on some ranks after others were prepared
+    if all(item[0] for item in calls):  # an earlier call may have failed on some ranks after others were prepared
         return negotiated
     slate, sessions, asked = negotiated.slate, dict(negotiated.sessions), set[str]()
     try:
@@ -104,11 +105,12 @@ def _prepare_one(
                 memory_nbytes = session.reported_memory_nbytes
                 check_budget(memory_nbytes, member.context.memory_budget_nbytes - others_nbytes)
                 answer = None if ranges is None else _encode_ranges(ranges, offer.priority, session)
-                votes = stage.all_gather([memory_nbytes, answer], "vote")
+                gathered = stage.all_gather([memory_nbytes, answer], "vote")
             except StageAbortedError:
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 raise abort_stage(stage, member, error) from error
+            votes = member.read_prepared(gathered)
             unchanged = decide.encode_answer(Available(offer.priority, offer.ranges))
             merged = decide.merge_answers([unchanged if answer is None else answer for _, answer in votes])
             if not isinstance(merged, Available):

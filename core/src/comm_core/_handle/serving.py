@@ -136,7 +136,7 @@ class Serving:
             self.fail(f"{self.title}: {self._describe(failed)}. This handle refuses further calls; close it")
 
     def _describe(self, failed: StageAbortedError) -> str:
-        label = "another rank" if self._control is None else self._control.label(failed.rank)
+        label = "another rank" if failed.rank is None or self._control is None else self._control.label(failed.rank)
         return f"the handle of {label} stopped: {failed.reason}"
 
     def retire(self, why: str) -> None:

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from comm_core import _schema
 from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
 from comm_core.errors import NegotiationError
 from comm_core.topology import RankInfo
-from comm_core.types import OPS, TERMINAL, Available, Candidate, Decision, Range, Unavailable
+from comm_core.types import MAX_RANGES, OPS, TERMINAL, Available, Candidate, Decision, Range, Unavailable
 
 __all__ = [
     "Evidence",
@@ -25,6 +26,11 @@ __all__ = [
     "screen_candidates",
     "with_explicit_ranges",
 ]
+
+# The longest text of one rank's value where ranks differ, as JSON in bytes.
+_VALUE_NBYTES = 200
+# The most ranges of merged answers: ranks that differ have a few ranges each, and without a limit their pairs multiply.
+_MAX_MERGED_RANGES = 4 * MAX_RANGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,8 @@ class Evidence:
     def to_json(self) -> dict[str, Any]:
         """Return the evidence as JSON; about 1 KB on a host with 8 GPUs."""
         return {
+            # Alone in having this place in all releases: every release can say that another one has sent this.
+            "comm_core": self.info.versions.get("comm_core", "unknown"),
             "info": self.info.to_json(),
             "policy": dict(self.policy),
             "failures": dict(self.failures),
@@ -54,8 +62,22 @@ class Evidence:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
-        """Return the evidence that `to_json` encoded."""
-        return cls(RankInfo.from_json(data["info"]), data["policy"], data["failures"], data["error"])
+        """Return the evidence that `to_json` encoded.
+
+        Raises:
+            ValueError: a field is missing or has the wrong type; the text names it.
+        """
+        evidence: Evidence = _EVIDENCE(data, "evidence")
+        return evidence
+
+
+_EVIDENCE = _schema.record(
+    Evidence,
+    info=lambda value, _where: RankInfo.from_json(value),
+    policy=_schema.mapping_of(_schema.anything),
+    failures=_schema.mapping_of(_schema.text),
+    error=_schema.optional(_schema.text),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +183,7 @@ def describe_differences(values: Sequence[Any]) -> str:
     Args:
         values: the values by group rank.
     """
-    texts = [repr(value) for value in values]
+    texts = [_schema.shorten(repr(value), _VALUE_NBYTES) for value in values]
     most_common = Counter(texts).most_common(1)[0][0]
     outliers = [f"{rank}: {text}" for rank, text in enumerate(texts) if text != most_common]
     return "{" + ", ".join([*outliers[:8], *(["…"] if len(outliers) > 8 else []), f"others: {most_common}"]) + "}"
@@ -310,6 +332,8 @@ def merge_answers(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str
         checks_operands = checks_operands and other.checks_operands
         pairs = (one.intersect(two) for one in ranges for two in other.ranges)
         ranges = tuple(dict.fromkeys(both for both in pairs if both is not None))
+        if len(ranges) > _MAX_MERGED_RANGES:
+            return f"the ranks' answers differ and have more than {_MAX_MERGED_RANGES} ranges in common", None
     if not ranges:
         return "the ranks' answers have no range in common", None
     return Available(priority, ranges, checks_operands)
@@ -325,6 +349,8 @@ def with_explicit_ranges(
         hooks: the names of the plugin's hooks.
         asked: the name of the hook that returned the answer.
     """
+    if len(answer.ranges) > MAX_RANGES:
+        return Unavailable(f"{asked} returned {len(answer.ranges)} ranges; the limit is {MAX_RANGES}")
     ops = [op for op in OPS if op in hooks]
     missing = sorted({item.op for item in answer.ranges} - set(ops))
     if missing:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from packaging.markers import UndefinedComparison, UndefinedEnvironmentName
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from comm_core._control.deadline import describe
 from comm_core._plugins.metadata_backport import metadata
+from comm_core._schema import json_nbytes, printable, shorten
 from comm_core.types import TERMINAL
 
 __all__ = [
@@ -30,6 +31,16 @@ __all__ = [
 #: The entry-point group that plugins register under.
 GROUP = "comm_core.backends"
 
+#: The longest name of a backend and version of its distribution, in characters.
+NAME_CHARS = 64
+
+# The longest value of an entry point, and the longest requirement that is parsed, in characters.
+_VALUE_CHARS = 256
+_REQUIREMENT_CHARS = 1000
+# The longest texts of a failure, as JSON in bytes. If several distributions share a name, it has all their names.
+_FAILURE_NBYTES = {"name": NAME_CHARS, "distribution": 200, "version": 200, "reason": 1000, "remedy": 500}
+# What the names and versions of all backends may take of a rank's message, as JSON in bytes: some hundred backends.
+_LISTED_NBYTES = 12 << 10
 _CORE = "comm-core"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _REQUIREMENT_NAME = re.compile(r"\s*([A-Za-z0-9._-]+)")
@@ -72,7 +83,7 @@ class InstalledPlugin:
 
 @dataclasses.dataclass(frozen=True)
 class LoadFailure:
-    """The fault of an installed backend or command that can't be used.
+    """The fault of an installed backend or command that can't be used. Its texts are made printable and short.
 
     Attributes:
         name: its entry point's name.
@@ -87,6 +98,12 @@ class LoadFailure:
     version: str | None
     reason: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        for field, nbytes in _FAILURE_NBYTES.items():
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, shorten(printable(value), nbytes))
 
     def __str__(self) -> str:
         source = " ".join(filter(None, (self.distribution, self.version))) or "an unknown distribution"
@@ -107,16 +124,43 @@ def list_installed(group: str = GROUP) -> tuple[InstalledPlugin | LoadFailure, .
             found.append(item)
     for entries in by_name.values():
         item = _reject_duplicates(entries)
-        found.append(_check_backend_name(item) if group == GROUP and isinstance(item, InstalledPlugin) else item)
-    return tuple(sorted(found, key=lambda item: item.name))
+        found.append(_check_entry(item, group) if isinstance(item, InstalledPlugin) else item)
+    return _limit(sorted(found, key=lambda item: item.name))
+
+
+def _limit(found: list[InstalledPlugin | LoadFailure]) -> tuple[InstalledPlugin | LoadFailure, ...]:
+    """Return the entries; if all their names are too long for a message, refuse the largest distributions as a whole.
+
+    So a distribution that registers hundreds of backends takes no room from the others.
+    """
+    sizes = Counter[str]()
+    for item in found:
+        sizes[item.distribution or ""] += json_nbytes([item.name, item.version or "unknown"])
+    refused: list[str] = []
+    for distribution, _ in sizes.most_common():
+        if sizes.total() <= _LISTED_NBYTES:
+            break
+        del sizes[distribution]
+        refused.append(distribution)
+    if not refused:
+        return tuple(found)
+    kept = [item for item in found if (item.distribution or "") not in refused]
+    count = len(found) - len(kept)
+    reason = f"the names of the {count} backends of {', '.join(refused)} are more than the ranks can list to each other"
+    remedy = "Uninstall backends that you don't use."
+    return (LoadFailure(f"({refused[0]})", ", ".join(refused), None, reason, remedy), *kept)
 
 
 def check_name(name: str) -> None:
     """Check that a backend may have this name.
 
     Raises:
-        PluginRejectedError: the name is reserved or malformed.
+        PluginRejectedError: the name is reserved, too long or malformed.
     """
+    if len(name) > NAME_CHARS:
+        raise PluginRejectedError(
+            f"its name has {len(name)} characters; the limit is {NAME_CHARS}", "Give the entry point a shorter name."
+        )
     if name == TERMINAL:
         raise PluginRejectedError(
             f"'{name}' is the name of comm-core's own fallback", "Give the entry point another name."
@@ -142,15 +186,20 @@ def check_requirements(entry: InstalledPlugin, running: str) -> None:
         name = _REQUIREMENT_NAME.match(text)
         if name is None or canonicalize_name(name[1]) != _CORE:
             continue
+        shown = shorten(printable(text), 60)
+        if len(text) > _REQUIREMENT_CHARS:
+            raise PluginRejectedError(
+                f"its requirement '{shown}' has {len(text)} characters; the limit is {_REQUIREMENT_CHARS}",
+                _reinstall_remedy(entry),
+            )
         try:
             conflicts = _conflicts(Requirement(text), extras, running)
-        except (InvalidRequirement, UndefinedComparison, UndefinedEnvironmentName) as error:
-            raise PluginRejectedError(
-                f"its requirement '{text}' can't be read: {describe(error)}", _reinstall_remedy(entry)
-            ) from error
+        except Exception as error:  # a malformed one makes parsers of versions and markers raise many kinds of errors
+            reason = f"its requirement '{shown}' can't be read: {describe(error)}"
+            raise PluginRejectedError(reason, _reinstall_remedy(entry)) from error
         if conflicts:
             raise PluginRejectedError(
-                f"it requires '{text}', and comm-core {running} is running",
+                f"it requires '{shown}', and comm-core {running} is running",
                 f"Install releases that fit each other: pip install --upgrade {entry.distribution} comm-core",
             )
 
@@ -194,7 +243,7 @@ def _distribution_name(distribution: Any) -> str | None:
 def _entries_of(distribution: Any, name: str | None, group: str) -> Iterator[InstalledPlugin | LoadFailure]:
     version: str | None = None
     try:
-        version = distribution.version if name else None
+        version = None if not name or distribution.version is None else str(distribution.version)
         requires = tuple(distribution.requires or ()) if name else ()
         points = [(point.name, point.value) for point in distribution.entry_points if point.group == group]
     except Exception as error:  # noqa: BLE001 - parsers raise many kinds of errors for malformed files
@@ -226,10 +275,20 @@ def _reject_duplicates(entries: list[InstalledPlugin]) -> InstalledPlugin | Load
     return first
 
 
-def _check_backend_name(entry: InstalledPlugin) -> InstalledPlugin | LoadFailure:
-    """Return the entry if a backend may have its name, else its failure."""
+def _check_entry(entry: InstalledPlugin, group: str) -> InstalledPlugin | LoadFailure:
+    """Return the entry if its name, version and value are allowed, else its failure."""
     try:
-        check_name(entry.name)
+        if group == GROUP:
+            check_name(entry.name)
+        limits = {"name": NAME_CHARS, "version": NAME_CHARS, "value": _VALUE_CHARS}
+        for field, limit in limits.items():
+            text = getattr(entry, field) or ""
+            if len(text) > limit:
+                raise PluginRejectedError(
+                    f"its {field} has {len(text)} characters; the limit is {limit}", _reinstall_remedy(entry)
+                )
+            if text != printable(text):
+                raise PluginRejectedError(f"its {field} has characters that can't be printed", _reinstall_remedy(entry))
     except PluginRejectedError as rejection:
         if entry.name == TERMINAL:
             # Never under the fallback's own name, by which callers look up the fallback.

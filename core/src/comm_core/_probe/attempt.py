@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from comm_core._control.deadline import describe
+from comm_core._schema import printable, shorten
 
 __all__ = ["try_query"]
 
 T = TypeVar("T")
 
-#: The longest reason, in characters: the ranks exchange reasons, and a driver's page of advice would fill the message.
-_REASON_CHARS = 160
+#: The longest reason, as JSON in bytes: the ranks exchange reasons, and a driver's advice would fill the message.
+_REASON_NBYTES = 160
 
 
 def try_query(unknown: dict[str, str], field: str, query: Callable[[], T]) -> T | None:
@@ -25,5 +26,5 @@ def try_query(unknown: dict[str, str], field: str, query: Callable[[], T]) -> T 
     # and the reason is evidence too.
     except BaseException as error:  # noqa: BLE001
         reason = f"NVML: {error}" if type(error).__name__.startswith("NVMLError") else describe(error)
-        unknown[field] = reason if len(reason) <= _REASON_CHARS else reason[: _REASON_CHARS - 3] + "..."
+        unknown[field] = shorten(printable(reason), _REASON_NBYTES)
         return None

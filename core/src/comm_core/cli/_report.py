@@ -10,16 +10,19 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from comm_core._schema import printable, shorten
 from comm_core.env import Settings
 from comm_core.topology import Device, Host, Link
 from comm_core.types import TERMINAL
 
-__all__ = ["PluginLine", "Problem", "Report", "diagnose", "render", "to_json"]
+__all__ = ["PluginLine", "Problem", "Report", "diagnose", "encodable", "render", "to_json"]
 
 #: The version of the JSON.
 SCHEMA = 1
 #: The oldest supported torch, as in core's requirements.
 _OLDEST_TORCH = "2.8"
+#: The longest line of the text, as JSON in bytes: a variable or a plugin's facts may have any length.
+_LINE_NBYTES = 2000
 #: The default size of /dev/shm in containers, in bytes; one data loader can fill it.
 _SMALL_SHM_NBYTES = 64 << 20
 
@@ -241,8 +244,15 @@ def render(report: Report, problems: Sequence[Problem]) -> str:
     lines: list[str] = []
     for title, content in sections.items():
         if content:
-            lines += [title, *(f"  {line}" for line in content), ""]
-    return "\n".join(lines + list(_fix_lines(problems)))
+            lines += [title, *(f"  {shorten(line, _LINE_NBYTES)}" for line in content), ""]
+    # Names, reasons, facts and variables come from other software.
+    return "\n".join(map(printable, [*lines, *(shorten(line, _LINE_NBYTES) for line in _fix_lines(problems))]))
+
+
+def encodable(text: str, stream: object) -> str:
+    """Return the text with escapes for what the stream's encoding lacks: it may quote other software's text."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _host_lines(host: Host) -> list[str]:

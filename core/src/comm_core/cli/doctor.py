@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from comm_core._control.deadline import run_with_deadline
 from comm_core._probe.attempt import try_query
 from comm_core._probe.rank import Sources, probe_devices, probe_host, probe_versions
-from comm_core.cli._report import PluginLine, Report, diagnose, render, to_json
+from comm_core.cli._report import PluginLine, Report, diagnose, encodable, render, to_json
 from comm_core.env import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
     report = collect(Sources())
     problems = diagnose(report)
     text = json.dumps(to_json(report, problems), indent=2) if args.json else render(report, problems)
-    # A reason quotes other software's text, which the terminal's encoding may lack.
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(encodable(text, sys.stdout))
     return 1 if problems else 0
 
 

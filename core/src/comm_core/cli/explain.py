@@ -8,6 +8,8 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from comm_core._schema import load_json, printable
+from comm_core.cli._report import encodable
 from comm_core.command import joined, under_torchrun
 
 if TYPE_CHECKING:
@@ -55,13 +57,13 @@ def _offline(path: pathlib.Path, *, as_json: bool) -> int:
     from comm_core.topology import Topology
 
     try:
-        data = json.loads(path.read_text())
-        topology = Topology.from_json(data.get("topology", data))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        print(f"comm-core: {path} isn't a recorded topology: {error}", file=sys.stderr)
+        data = load_json(path.read_text(encoding="utf-8"))
+        topology = Topology.from_json(data.get("topology", data) if isinstance(data, dict) else data)
+    except (OSError, ValueError) as error:
+        print(f"comm-core: {printable(str(path))} isn't a recorded topology: {printable(str(error))}", file=sys.stderr)
         return 1
     decision = decide_offline(topology)
-    text = explain.explain(f"{path.name}, with the backends installed here", topology, decision)
+    text = explain.explain(f"{printable(path.name)}, with the backends installed here", topology, decision)
     _print(text, topology, decision, as_json=as_json)
     return 0
 
@@ -71,4 +73,4 @@ def _print(text: str, topology: Topology, decision: Decision, *, as_json: bool) 
         data = {"schema": SCHEMA, "topology": topology.to_json(), "decision": decision.to_json()}
         print(json.dumps(data, indent=1))
     else:
-        print(text)
+        print(encodable(text, sys.stdout))
