@@ -16,7 +16,7 @@ from comm_core._group.prepare_groups import check_shapes, prepare_groups
 from comm_core._group.states import GroupState, all_states, get_or_create_state, is_current, remove, remove_destroyed
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
-from comm_core.env import check_names, check_timeout_s
+from comm_core.env import check_timeout_s
 
 __all__ = ["capture", "close", "get_backend", "pre_capture_init"]
 
@@ -64,10 +64,9 @@ def _check_request(backends: Sequence[str] | None, timeout_s: float | None) -> R
     if backends is not None:
         if isinstance(backends, str) or not backends:
             raise ValueError(f"backends={backends!r}: expected a sequence of one or more names")
-        try:
-            backends = check_names(backends)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"backends: {error}") from None
+        if not all(isinstance(name, str) for name in backends):
+            raise TypeError(f"backends={backends!r}: expected names of backends, as strings")
+        backends = tuple(sorted(set(backends)))  # their order has no meaning
     if timeout_s is not None:
         try:
             check_timeout_s(timeout_s)
