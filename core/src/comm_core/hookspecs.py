@@ -249,6 +249,22 @@ def check(session: Any) -> None:
 
 
 @hookspec(firstresult=True)
+def abort(session: Any) -> None:
+    """Let the other ranks' waits for this rank end: its handle has stopped after a failure.
+
+    Local, optional; without it the waits end by their deadline. Called once, on the rank whose hook raised and on each
+    rank that learns of it, maybe while another thread is in `all_reduce`. Waits for nothing and frees nothing: `close`
+    with `orderly=False` follows when the caller closes the group.
+
+    Args:
+        session: what `connect` returned, else the `GroupContext`.
+
+    Raises:
+        Exception: of any type: logged.
+    """
+
+
+@hookspec(firstresult=True)
 def close(session: Any, orderly: bool) -> None:
     """Free all resources of the session.
 

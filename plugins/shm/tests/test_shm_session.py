@@ -39,7 +39,8 @@ def shm(tmp_path: Path) -> Path:
 
 
 def left_behind() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}  # noqa: S108 - only read
+    # Other programs come and go there, too.
+    return {path.name for path in Path("/dev/shm").iterdir() if "comm" in path.name}  # noqa: S108 - only read
 
 
 def random_bits(rank: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -225,9 +226,8 @@ def interrupted_by_a_signal() -> str:
             backend.all_reduce(torch.ones(10))
         return "interrupted"
     time.sleep(3)
-    with pytest.raises(comm.CommTimeoutError) as caught:
+    with pytest.raises(comm.CommError, match=r"rank 0 stopped after a failure.*KeyboardInterrupt"):
         backend.all_reduce(torch.ones(10))
-    assert caught.value.ranks == (0,)
     return "raised"
 
 

@@ -17,7 +17,7 @@ from comm_plugin_shm import policy, session
 from comm_plugin_shm.policy import DTYPE_CODES
 from comm_plugin_shm.session import Session
 
-__all__ = ["COMM_HOOK_API", "all_reduce", "close", "connect", "is_available", "limits", "probe"]
+__all__ = ["COMM_HOOK_API", "abort", "all_reduce", "close", "connect", "is_available", "limits", "probe"]
 
 COMM_HOOK_API = (1, 0)
 
@@ -48,9 +48,10 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
     """Sum over the ranks; see the hook's spec."""
     if out is None:
         out = torch.empty_like(tensor)
-    late_rank = session.all_reduce(tensor.data_ptr(), out.data_ptr(), tensor.numel(), DTYPE_CODES[tensor.dtype])
-    if late_rank:
-        session.raise_timeout(late_rank - 1)
+    numel = tensor.numel()
+    result = session.all_reduce(tensor.data_ptr(), out.data_ptr(), numel, DTYPE_CODES[tensor.dtype])
+    if result:
+        session.raise_failure(result, numel, tensor.dtype)
     return out
 
 
@@ -61,6 +62,12 @@ def limits(session: Session) -> dict[str, float]:
 
 
 @comm.hookimpl
+def abort(session: Session) -> None:
+    """Let the peers' waits for this rank end."""
+    session.abort()
+
+
+@comm.hookimpl
 def close(session: Session, orderly: bool) -> None:
     """Unmap the shared memory, which is freed once no rank maps it."""
-    session.close()
+    session.close(orderly)

@@ -35,7 +35,7 @@ TWO_SHOT_NBYTES = 16 << 10
 _SPINS = 2000
 _SPINS_ON_SHARED_PROCESSORS = 20
 
-#: `DType` in csrc/reduce.h. Signed and unsigned bytes have the same sums.
+#: `DType` in csrc/reduce.h.
 DTYPE_CODES = {
     torch.float32: 0,
     torch.float16: 1,
@@ -45,7 +45,7 @@ DTYPE_CODES = {
     torch.int32: 5,
     torch.int16: 6,
     torch.int8: 7,
-    torch.uint8: 7,
+    torch.uint8: 8,
 }
 
 

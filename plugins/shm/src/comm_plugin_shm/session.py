@@ -20,12 +20,17 @@ from comm_plugin_shm import policy
 
 __all__ = ["Session", "connect"]
 
+# `AllReduce::kDiffers` and `Cause` in csrc/protocol.h.
+_DIFFERS = -2
+_STOPPED = 1
+_FOUND_DIFFERENCE = 2
+
 
 class Session:
     """This rank's part of the group.
 
     Attributes:
-        all_reduce: (input address, output address, numel, dtype code) -> 0, or 1 + the group rank that timed out.
+        all_reduce: (input address, output address, numel, dtype code) -> 0, or the result that `raise_failure` takes.
         memory_nbytes: the size of the shared memory, which all ranks map.
     """
 
@@ -37,6 +42,8 @@ class Session:
         context: comm.GroupContext,
     ) -> None:
         self.all_reduce: Any = functions["all_reduce"]
+        self._message: Any = functions["message"]
+        self._abort: Any = functions["abort"]
         self._round_trip_s: Any = functions["round_trip_s"]
         self.memory_nbytes = memory_nbytes
         self._pids = pids
@@ -59,20 +66,53 @@ class Session:
             "a copy of the bytes that 16 MiB move": statistics.median(copied) * 1e6,
         }
 
-    def close(self) -> None:
-        """Unmap the shared memory, which lives as long as the native functions. Idempotent."""
-        self.all_reduce = self._round_trip_s = None
+    def abort(self) -> None:
+        """Make every later call on any rank raise, and the peers' waits for this rank end. Idempotent."""
+        if self._abort is not None:
+            self._abort()
 
-    def raise_timeout(self, late_rank: int) -> NoReturn:
-        """Raise that the group rank `late_rank` timed out, or that its process has ended.
+    def close(self, orderly: bool) -> None:
+        """Unmap the shared memory, which lives as long as the native functions. Idempotent."""
+        if not orderly:
+            self.abort()
+        self.all_reduce = self._message = self._abort = self._round_trip_s = None
+
+    def raise_failure(self, result: int, numel: int, dtype: torch.dtype) -> NoReturn:
+        """Raise the error that a call's result stands for.
+
+        Args:
+            result: what `all_reduce` returned, unless it is 0.
+            numel: elements of this rank's tensor.
+            dtype: the dtype of this rank's tensor.
 
         Raises:
-            CommTimeoutError: always.
+            CommTimeoutError: a rank timed out, or its process has ended.
+            CommError: a rank stopped after a failure, or passed another tensor.
         """
-        rank = f"rank {rank_label(late_rank, self._context.global_ranks[late_rank])}"
-        pid = self._pids[late_rank]
+        if result <= _DIFFERS:
+            peer = _DIFFERS - result
+            their_numel, their_code = divmod(self._message(peer), 256)
+            their_dtype = next(dtype for dtype, code in policy.DTYPE_CODES.items() if code == their_code)
+            raise comm.CommError(
+                f"the ranks made different calls: {self._label(peer)} reduced {_describe(their_numel, their_dtype)}, "
+                f"this rank {_describe(numel, dtype)}. All ranks must make the same calls in the same order; "
+                "COMM_CORE_DEBUG=1 shows the first that differs"
+            )
+        cause, rank = result >> 8, (result & 0xFF) - 1
+        if cause == _STOPPED:
+            raise comm.CommError(f"{self._label(rank)} stopped after a failure")
+        if cause == _FOUND_DIFFERENCE:
+            raise comm.CommError(f"{self._label(rank)} found that another rank made a different call")
+        pid = self._pids[rank]
         why = "has ended" if _has_ended(pid) else f"didn't come within {self._context.wait_timeout_s:g} s"
-        raise comm.CommTimeoutError(f"{rank}, process {pid}, {why}", (late_rank,))
+        raise comm.CommTimeoutError(f"{self._label(rank)}, process {pid}, {why}", (rank,))
+
+    def _label(self, rank: int) -> str:
+        return f"rank {rank_label(rank, self._context.global_ranks[rank])}"
+
+
+def _describe(numel: int, dtype: torch.dtype) -> str:
+    return f"{numel} element{'' if numel == 1 else 's'} of {dtype}"
 
 
 def connect(module: Any, context: comm.GroupContext) -> Session:

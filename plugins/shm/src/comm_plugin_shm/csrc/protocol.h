@@ -13,12 +13,18 @@
 // of chunk k. Another rank overwrites chunk k, with chunk k + 2, only after it has seen every rank's step for chunk
 // k + 1. By then no rank reads chunk k any more.
 //
+// Ranks that make different calls must not sum each other's data. With each chunk, a rank also publishes its message:
+// the number of elements and the dtype. The others compare it with their own before they read the slot. Like the slots
+// there are two words for it, one for each parity; the same argument shows that neither is overwritten while it may be
+// read.
+//
 // Order of memory accesses. `step` is stored with release order and loaded with acquire order. A rank that sees a step
 // therefore sees what was written to the slot before that step; and a rank that overwrites a slot does so after every
-// rank whose step it saw has finished reading it. Going to sleep needs a stronger order: `step` and `sleepers` are
-// sequentially consistent. The rank that advances stores its step, then loads its sleepers; a rank that goes to sleep
-// counts itself among the sleepers, then loads the step. In the single order of these four accesses at least one rank
-// sees the other's store, so no wake-up is lost. `abort` is relaxed: it carries a rank's number and nothing else.
+// rank whose step it saw has finished reading it. The messages are relaxed, since `step` orders them like the slots.
+// Going to sleep needs a stronger order: `step` and `sleepers` are sequentially consistent. The rank that advances
+// stores its step, then loads its sleepers; a rank that goes to sleep counts itself among the sleepers, then loads the
+// step. In the single order of these four accesses at least one rank sees the other's store, so no wake-up is lost.
+// `abort` is relaxed: nothing else is read by it.
 #pragma once
 
 #include <linux/futex.h>
@@ -34,6 +40,7 @@
 #include <functional>
 #include <vector>
 
+#include "float_mode.h"
 #include "reduce.h"
 
 namespace comm_shm {
@@ -47,16 +54,30 @@ constexpr size_t kAlign = 64;
 struct alignas(kLine) RankState {
     std::atomic<uint32_t> step;
     std::atomic<uint32_t> sleepers;  // ranks that sleep until `step` changes
+    // The message of the last chunk of each parity: elements in the upper 56 bits, dtype in the lower 8.
+    std::atomic<uint64_t> messages[2];
 };
 
 // The beginning of the segment; all zero at first.
 struct Header {
-    alignas(kLine) std::atomic<uint32_t> abort;  // 0, or 1 + the rank that timed out: every later call fails
+    alignas(kLine) std::atomic<uint32_t> abort;  // 0, or an `abort_word`: every later call fails
     alignas(kLine) std::atomic<uint32_t> ping;   // for `round_trip_s` only
     alignas(kLine) std::atomic<uint32_t> pong;
     RankState ranks[kMaxRanks];
 };
-static_assert(std::atomic<uint32_t>::is_always_lock_free, "the counters are shared between processes");
+static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t>::is_always_lock_free,
+              "the counters are shared between processes");
+
+// Why calls fail. The same numbers as in session.py.
+enum class Cause : uint32_t {
+    kLate,     // the rank didn't come in time, or its process has ended
+    kStopped,  // the rank goes on no more, after a failure
+    kDiffers,  // the rank found a message unlike its own
+};
+
+inline uint32_t abort_word(Cause cause, int rank) {
+    return static_cast<uint32_t>(cause) << 8 | (static_cast<uint32_t>(rank) + 1);
+}
 
 struct Config {
     int rank;
@@ -76,9 +97,10 @@ inline size_t segment_nbytes(int world_size, size_t chunk_nbytes) {
 
 class AllReduce {
   public:
-    // The result of a call; any other value is 1 + the rank that timed out.
+    // The result of a call. Other positive values are an `abort_word`; kDiffers - n: rank n has another message.
     static constexpr int kDone = 0;
     static constexpr int kInterrupted = -1;
+    static constexpr int kDiffers = -2;
 
     AllReduce(void* segment, Config config)
         : header_(static_cast<Header*>(segment)),
@@ -87,8 +109,9 @@ class AllReduce {
 
     // The sum over the ranks, elementwise. `out` may be `input`; both are aligned to the element's size.
     int operator()(const void* input, void* out, size_t numel, int64_t dtype) {
-        if (const uint32_t late_rank = header_->abort.load(std::memory_order_relaxed))
-            return static_cast<int>(late_rank);
+        if (const uint32_t word = header_->abort.load(std::memory_order_relaxed)) return static_cast<int>(word);
+        const DefaultFloatMode mode;
+        message_ = static_cast<uint64_t>(numel) << 8 | static_cast<uint64_t>(dtype);
         const size_t item = item_nbytes(dtype);
         const size_t nbytes = numel * item;
         for (size_t start = 0; start < nbytes; start += config_.chunk_nbytes) {
@@ -103,6 +126,12 @@ class AllReduce {
         }
         return kDone;
     }
+
+    // Makes every later call fail, and the peers' waits for this rank end.
+    void abort() { publish(Cause::kStopped, config_.rank); }
+
+    // The message of a rank, after a call has returned kDiffers - rank.
+    uint64_t message(int rank) const { return header_->ranks[rank].messages[parity_].load(std::memory_order_relaxed); }
 
     // Measures how long a flag takes to the other rank and back, in seconds: no exchange between two ranks is faster.
     // Ranks 0 and 1 call it at the same time. Returns 0 on the other ranks, and if the peer times out.
@@ -172,15 +201,23 @@ class AllReduce {
     // Publishes that this rank has come one step further, and wakes the ranks that sleep until then.
     void advance() {
         RankState& mine = header_->ranks[config_.rank];
+        mine.messages[parity_].store(message_, std::memory_order_relaxed);
         mine.step.store(++step_, std::memory_order_seq_cst);
         if (mine.sleepers.load(std::memory_order_seq_cst) != 0) {
             syscall(SYS_futex, &mine.step, FUTEX_WAKE, kMaxRanks, nullptr, nullptr, 0);
         }
     }
 
-    // Waits until `rank` has come as far as this rank. Returns kDone, kInterrupted or 1 + the rank that timed out.
+    // Waits until `rank` has come as far as this rank, and compares its message. Returns the result of a call.
     int await(int rank) {
         if (rank == config_.rank) return kDone;
+        if (const int ended = await_step(rank)) return ended;
+        if (message(rank) == message_) return kDone;
+        publish(Cause::kDiffers, config_.rank);
+        return kDiffers - rank;
+    }
+
+    int await_step(int rank) {
         const std::atomic<uint32_t>& step = header_->ranks[rank].step;
         for (int look = 0; look < config_.spins; ++look) {
             if (reached(step.load(std::memory_order_acquire))) return kDone;
@@ -209,22 +246,21 @@ class AllReduce {
             if (!reached(seen)) sleep_while(peer.step, seen);
             peer.sleepers.fetch_sub(1, std::memory_order_relaxed);
             if (reached(peer.step.load(std::memory_order_acquire))) return kDone;
-            if (const uint32_t late_rank = header_->abort.load(std::memory_order_relaxed))
-                return static_cast<int>(late_rank);
-            if (ended(rank) && !reached(peer.step.load(std::memory_order_acquire))) return give_up(rank);
-            if (now_s() >= deadline) return give_up(rank);
+            if (const uint32_t word = header_->abort.load(std::memory_order_relaxed)) return static_cast<int>(word);
+            const bool is_late = ended(rank) || now_s() >= deadline;
+            if (is_late && !reached(peer.step.load(std::memory_order_acquire))) return publish(Cause::kLate, rank);
             if (!config_.keep_waiting()) {
-                // This rank leaves the sequence of calls, so it is the one that the other ranks wait for.
-                give_up(config_.rank);
+                // This rank leaves the sequence of calls.
+                abort();
                 return kInterrupted;
             }
         }
     }
 
-    // Publishes which rank timed out, unless another rank has published one before. Returns 1 + the published rank.
-    int give_up(int late_rank) {
+    // Publishes why calls fail, unless a rank has done so before. Returns the published `abort_word`.
+    int publish(Cause cause, int rank) {
         uint32_t published = 0;
-        const uint32_t mine = static_cast<uint32_t>(late_rank) + 1;
+        const uint32_t mine = abort_word(cause, rank);
         const bool first = header_->abort.compare_exchange_strong(published, mine, std::memory_order_relaxed);
         return static_cast<int>(first ? mine : published);
     }
@@ -252,9 +288,10 @@ class AllReduce {
     Header* header_;
     char* slots_;
     Config config_;
-    uint32_t step_ = 0;  // equal to this rank's step in the header
-    size_t parity_ = 0;  // which of the two slots the next chunk uses
-    uint32_t flag_ = 0;  // of `round_trip_s`
+    uint64_t message_ = 0;  // of the running call
+    uint32_t step_ = 0;     // equal to this rank's step in the header
+    size_t parity_ = 0;     // which of the two slots the next chunk uses
+    uint32_t flag_ = 0;     // of `round_trip_s`
 };
 
 }  // namespace comm_shm

@@ -21,7 +21,7 @@
 namespace comm_shm {
 
 // The same numbers as `DTYPE_CODES` in policy.py.
-enum DType : int64_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kInt16, kInt8 };
+enum DType : int64_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kInt16, kInt8, kUInt8 };
 
 inline size_t item_nbytes(int64_t dtype) {
     switch (dtype) {

@@ -49,7 +49,9 @@ class Mapping {
 };
 
 // Maps the segment behind `descriptor`, and returns the functions of a session by name:
-//   all_reduce(input, out, numel, dtype)   sums; takes addresses; returns 0, or 1 + the rank that timed out
+//   all_reduce(input, out, numel, dtype)   sums; takes addresses; returns the result of a call (protocol.h)
+//   message(rank)                          returns a rank's message, after all_reduce has found that it differs
+//   abort()                                makes every later call fail, on all ranks
 //   round_trip_s(rounds)                   measures a flag's round trip, in seconds
 //
 // `pids`: the ranks' process ids, by rank; 0 for a process that isn't watched.
@@ -97,7 +99,14 @@ Map<String, Function> connect(int64_t descriptor,
     const auto round_trip_s = [mapping, all_reduce](int64_t rounds) -> double {
         return all_reduce->round_trip_s(static_cast<uint32_t>(rounds));
     };
-    return {{"all_reduce", Function::FromTyped(run)}, {"round_trip_s", Function::FromTyped(round_trip_s)}};
+    const auto message = [mapping, all_reduce](int64_t rank) -> int64_t {
+        return static_cast<int64_t>(all_reduce->message(static_cast<int>(rank)));
+    };
+    const auto abort = [mapping, all_reduce] { all_reduce->abort(); };
+    return {{"all_reduce", Function::FromTyped(run)},
+            {"message", Function::FromTyped(message)},
+            {"abort", Function::FromTyped(abort)},
+            {"round_trip_s", Function::FromTyped(round_trip_s)}};
 }
 
 int64_t nbytes_of_segment(int64_t world_size, int64_t chunk_nbytes) {
