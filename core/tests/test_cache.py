@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from comm_core._native import cache
-from comm_core._native.cache import build_once, private_folder, root
+from comm_core._native.cache import build_once, mtime_ns, private_folder, root
 from comm_core.errors import CommTimeoutError, PluginLoadError
 
 # Far longer than anything here takes; whoever runs into it fails.
@@ -67,7 +67,7 @@ def test_what_is_made_is_private(tmp_path: Path) -> None:
     assert built.read_text() == "code"
     assert [mode(path) for path in (folder.parents[1], folder.parent, folder, built)] == [0o700] * 4
     assert mode(folder / "lock") == 0o600
-    assert {path.name for path in folder.iterdir()} == {"a.so", "lock"}
+    assert {path.name for path in folder.iterdir()} == {"a.so", "a.so.sha256", "lock"}
     assert build_once(folder, "a.so", never, DEADLINE_S) == built
 
 
@@ -137,13 +137,45 @@ def test_a_binary_that_others_can_write_or_that_is_a_link_is_refused(tmp_path: P
         build_once(folder, "a.so", never, DEADLINE_S)
 
 
+@pytest.mark.parametrize("part", [0, 1, 500, 999])
+def test_a_file_that_was_cut_short_is_built_again(part: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, code = private_folder(tmp_path, "key"), "x" * 1000
+    built = build_once(folder, "a.so", writes(code), DEADLINE_S)
+    with built.open("r+") as file:
+        file.truncate(part)
+    assert build_once(folder, "a.so", writes(code), DEADLINE_S).read_text() == code
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{built} is damaged or can't be loaded: building it again"
+    ]
+    assert build_once(folder, "a.so", never, DEADLINE_S) == built
+
+
+@pytest.mark.parametrize("digest", [None, "", "0" * 64])
+def test_a_file_without_its_digest_is_built_again(digest: str | None, tmp_path: Path) -> None:
+    folder = private_folder(tmp_path, "key")
+    built = build_once(folder, "a.so", writes("old"), DEADLINE_S)
+    recorded = folder / "a.so.sha256"
+    recorded.unlink() if digest is None else recorded.write_text(digest)
+    assert build_once(folder, "a.so", writes("new"), DEADLINE_S).read_text() == "new"
+    assert build_once(folder, "a.so", never, DEADLINE_S) == built
+
+
+def test_a_rejected_file_is_built_again_once(tmp_path: Path) -> None:
+    folder = private_folder(tmp_path, "key")
+    first = mtime_ns(build_once(folder, "a.so", writes("code"), DEADLINE_S))
+    built = build_once(folder, "a.so", writes("code"), DEADLINE_S, rejected_ns=first)
+    assert mtime_ns(built) != first
+    # As another process that rejected the first file, too.
+    assert build_once(folder, "a.so", never, DEADLINE_S, rejected_ns=first) == built
+
+
 def test_what_a_dead_builder_left_is_removed_and_never_taken(tmp_path: Path) -> None:
     folder = private_folder(tmp_path, "key")
     (folder / "build-dead").mkdir()
     (folder / "build-dead" / "a.so").write_text("half")
     (folder / "lock").write_text("12345")
     assert build_once(folder, "a.so", writes("whole"), DEADLINE_S).read_text() == "whole"
-    assert {path.name for path in folder.iterdir()} == {"a.so", "lock"}
+    assert {path.name for path in folder.iterdir()} == {"a.so", "a.so.sha256", "lock"}
 
 
 class SlowBuild:

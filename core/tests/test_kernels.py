@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -176,7 +177,29 @@ def test_processes_at_once_build_once_and_the_next_finds_it(package: Package) ->
     assert len(package.compiled) == 1
     assert output(package.start_add()) == "5\n"
     assert len(package.compiled) == 1
-    assert package.contents() == {"lock", f"{package.name}.so"}
+    assert package.contents() == {"lock", f"{package.name}.so", f"{package.name}.so.sha256"}
+
+
+@pytest.mark.parametrize("part", [0.0, 0.0001, 0.01, 0.3, 0.6, 0.9])
+def test_a_cached_library_that_was_cut_short_is_built_again(package: Package, part: float) -> None:
+    assert output(package.start_add()) == "5\n"
+    (key,) = package.cache.iterdir()
+    built = key / f"{package.name}.so"
+    with built.open("r+b") as file:
+        file.truncate(int(built.stat().st_size * part))
+    for _ in range(2):
+        assert output(package.start_add()).endswith("5\n")
+        assert len(package.compiled) == 2
+
+
+def test_a_complete_library_that_cant_be_loaded_is_built_again_by_one_process(package: Package) -> None:
+    assert output(package.start_add()) == "5\n"
+    (key,) = package.cache.iterdir()
+    (key / f"{package.name}.so").write_text("no code")
+    (key / f"{package.name}.so.sha256").write_text(hashlib.sha256(b"no code").hexdigest())
+    processes = [package.start_add() for _ in range(4)]
+    assert all(output(process).endswith("5\n") for process in processes)
+    assert len(package.compiled) == 2
 
 
 def test_a_changed_header_is_built_again(package: Package) -> None:
@@ -199,7 +222,7 @@ def test_a_killed_builder_blocks_no_process_and_leaves_no_trusted_file(package: 
     os.kill(package.compiled[0], signal.SIGKILL)
     assert output(waiting) == "5\n"
     assert len(package.compiled) == 2
-    assert package.contents() == {"lock", f"{package.name}.so"}
+    assert package.contents() == {"lock", f"{package.name}.so", f"{package.name}.so.sha256"}
 
 
 def test_a_compiler_that_hangs_is_ended_with_its_family(package: Package) -> None:

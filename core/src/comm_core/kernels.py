@@ -108,9 +108,6 @@ class Library:
             return state.module
 
     def _load(self) -> Module:
-        path = _prebuilt(self._folder())
-        if not path.is_file():
-            path = self._build_cached()
         with _import_lock, _torch_extension_disabled():
             try:
                 import tvm_ffi
@@ -119,15 +116,26 @@ class Library:
                     f"the native code of {self.package!r} can't be bound: {describe(error)}. It needs apache-tvm-ffi: "
                     "pip install 'comm-core[kernels]'"
                 ) from error
+        path = _prebuilt(self._folder())
+        is_cached = not path.is_file()
+        if is_cached:
+            path = self._build_cached()
+        modified_ns = cache.mtime_ns(path)
         try:
             return tvm_ffi.load_module(path)
         except (OSError, RuntimeError, ValueError) as error:
-            raise PluginLoadError(
-                f"{path} can't be loaded: {describe(error)}. It may be built on another machine or for another "
-                "apache-tvm-ffi. Remove the file to have it built again"
-            ) from error
+            failure = error
+        if is_cached:
+            try:
+                return tvm_ffi.load_module(self._build_cached(rejected_ns=modified_ns))
+            except (OSError, RuntimeError, ValueError) as error:
+                failure = error
+        raise PluginLoadError(
+            f"{path} can't be loaded: {describe(failure)}. It may be built on another machine or for another "
+            "apache-tvm-ffi. Remove the file to have it built again"
+        ) from failure
 
-    def _build_cached(self) -> Path:
+    def _build_cached(self, rejected_ns: int | None = None) -> Path:
         settings = Settings.read()
         top, timeout_s = cache.root(settings.cache_dir), settings.connect_timeout_s
         sources = toolchain.find_sources(self._folder())
@@ -136,7 +144,11 @@ class Library:
         try:
             folder = cache.private_folder(top, f"{self.package}-{recipe.key()}")
             return cache.build_once(
-                folder, f"{self.package}.so", lambda scratch: recipe.build(scratch, timeout_s), timeout_s
+                folder,
+                f"{self.package}.so",
+                lambda scratch: recipe.build(scratch, timeout_s),
+                timeout_s,
+                rejected_ns=rejected_ns,
             )
         except CommError:
             raise

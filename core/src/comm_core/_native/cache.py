@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -15,7 +17,9 @@ from pathlib import Path
 from comm_core.env import PREFIX
 from comm_core.errors import CommTimeoutError, PluginLoadError
 
-__all__ = ["build_once", "private_folder", "root"]
+__all__ = ["build_once", "mtime_ns", "private_folder", "root"]
+
+_log = logging.getLogger("comm_core")
 
 # The polling interval of a waiting process, in seconds: short against a build, long against a poll.
 _POLL_S = 0.05
@@ -50,17 +54,21 @@ def private_folder(top: Path, name: str) -> Path:
     return _ensure_private(_ensure_private(top) / name)
 
 
-def build_once(folder: Path, name: str, build: Callable[[Path], Path], timeout_s: float) -> Path:
+def build_once(
+    folder: Path, name: str, build: Callable[[Path], Path], timeout_s: float, *, rejected_ns: int | None = None
+) -> Path:
     """Return the file `name` in a private folder; if it is missing, one process builds it and the others wait.
 
     The build runs in a folder beside it, and the complete file is moved into place: leftovers of a killed builder never
-    count as the file, and its lock ends with its process.
+    count as the file, and its lock ends with its process. A file that differs from the digest that its builder recorded
+    is built again: loading one that was cut short would end the process by a bus error.
 
     Args:
         folder: from `private_folder`.
         name: the file's name.
         build: builds the file in the given empty folder and returns its path.
         timeout_s: the longest wait for another process, in seconds.
+        rejected_ns: the modification time, in nanoseconds, of a file that can't be loaded; it is built again.
 
     Raises:
         CommTimeoutError: another process hasn't finished in time.
@@ -68,27 +76,54 @@ def build_once(folder: Path, name: str, build: Callable[[Path], Path], timeout_s
         OSError: the folder can't be written or locked.
     """
     built, failure = folder / name, folder / "failure.txt"
-    if not built.exists():
-        before = _mtime_ns(failure)
+    if not _is_intact(built, rejected_ns):
+        before = mtime_ns(failure)
         with _locked(folder / "lock", timeout_s):
-            if not built.exists():
+            if not _is_intact(built, rejected_ns):
                 # Ranks that start together fail together: a failing build by each in turn would take minutes.
-                if _mtime_ns(failure) != before:
+                if mtime_ns(failure) != before:
                     raise PluginLoadError(failure.read_text())
+                if built.exists():
+                    _log.warning("%s is damaged or can't be loaded: building it again", built)
                 _build(folder, built, build, failure)
-    status = built.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise PluginLoadError(f"{built} isn't loaded: it isn't a regular file. Remove {folder}")
-    _check_owner(built, status, (os.geteuid(),))
+    _check_file(built)
     return built
 
 
-def _mtime_ns(path: Path) -> int | None:
+def mtime_ns(path: Path) -> int | None:
     """Return a file's modification time in nanoseconds; None if there is no file."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return None
+
+
+def _is_intact(built: Path, rejected_ns: int | None) -> bool:
+    """Return whether the file is complete, as its builder recorded; False if there is none, or it is rejected.
+
+    Raises:
+        PluginLoadError: others can write the file.
+    """
+    modified_ns = mtime_ns(built)
+    if modified_ns is None:
+        return False
+    _check_file(built)
+    try:
+        recorded = _digest_path(built).read_text().strip()
+    except FileNotFoundError:
+        recorded = ""
+    return modified_ns != rejected_ns and recorded == hashlib.sha256(built.read_bytes()).hexdigest()
+
+
+def _digest_path(built: Path) -> Path:
+    return built.with_name(f"{built.name}.sha256")
+
+
+def _check_file(built: Path) -> None:
+    status = built.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise PluginLoadError(f"{built} isn't loaded: it isn't a regular file. Remove {built.parent}")
+    _check_owner(built, status, (os.geteuid(),))
 
 
 def _build(folder: Path, built: Path, build: Callable[[Path], Path], failure: Path) -> None:
@@ -101,7 +136,11 @@ def _build(folder: Path, built: Path, build: Callable[[Path], Path], failure: Pa
         made.chmod(0o700)
         with made.open("rb") as file:
             os.fsync(file.fileno())  # before the move: after a power cut there is the whole file or none
+        digest = scratch / "digest"
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        # A process that sees the new file beside the old digest takes it for damaged, and then waits for the lock.
         made.replace(built)
+        digest.replace(_digest_path(built))
     except PluginLoadError as error:
         failure.write_text(str(error))
         raise
