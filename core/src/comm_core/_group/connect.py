@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from comm_core._control.channel import SessionChannel
+from comm_core._control.own_group import OwnGroup
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._group.admission import admit
 from comm_core._group.membership import Membership, abort_stage, check_budget, run_in_worker
@@ -113,7 +114,14 @@ def drop(
 def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: int) -> Session | StageAbortedError:
     """Run a plugin's `connect` on every rank and vote: either every rank gets a session, or every rank an error."""
     channel = SessionChannel()
-    context = dataclasses.replace(member.context, control=channel, memory_budget_nbytes=budget)
+    own_name = f"{member.stage_prefix}context.group of {plugin.name}"
+    own_group = OwnGroup(member.context.group, member.control, own_name, member.connect_timeout_s)
+    context = dataclasses.replace(
+        member.context,
+        group=own_group.get,  # type: ignore[arg-type]  # each read calls it
+        control=channel,
+        memory_budget_nbytes=budget,
+    )
     hook = plugin.hooks.get("connect")
     session: Session | None = None
     try:
@@ -127,7 +135,7 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
                     value = run_in_worker(call, member, f"connect of {plugin.name}", synchronize=False, on_late=on_late)
                 if value is None:
                     raise TypeError("connect returned None, not a session")
-                session = Session(plugin, value, channel, checks_operands)
+                session = Session(plugin, value, channel, checks_operands, own_group=own_group)
                 check_budget(session.reported_memory_nbytes, budget)
             except StageAbortedError:
                 raise
@@ -135,6 +143,8 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
                 raise abort_stage(stage, member, error) from error
             session.count_memory(stage.all_gather(session.reported_memory_nbytes, "vote"))
     except BaseException as error:
+        # First, as in `Session.release`. A hook that still runs, or that returned its session too late, loses it too.
+        own_group.close(tell_peers=True)
         if session is not None:
             session.close(orderly=False)
         if isinstance(error, StageAbortedError):
