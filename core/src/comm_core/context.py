@@ -58,8 +58,9 @@ class GroupContext:
     Attributes:
         group: a process group of this backend's own, with the ranks of the user's group, for its calls of
             torch.distributed. Made when it is first read, which is Collective: every rank reads it at the same point,
-            under the deadline of `connect`. Core aborts it when the backend fails or its session is closed; reading it
-            after that raises `CommError`. No other backend, nor the terminal fallback, uses it.
+            and not while a graph is captured. It waits for the other ranks as long as `connect` may take, and so do
+            its calls over Gloo. Core aborts it when the backend fails or its session is closed; reading it after that
+            raises `CommError`. No other backend uses it, nor does the terminal fallback.
         rank: this rank's place in the group.
         world_size: ranks in the group.
         device: the device of the group's tensors, with its index: `torch.device("cuda", 3)`.

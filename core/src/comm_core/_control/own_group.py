@@ -79,17 +79,14 @@ class OwnGroup:
             with self._lock:
                 if self._group is not None:
                     return self._group
-                self._raise_if_failed()
+                if self._failure:
+                    raise self._no_group()
                 self._stage = Stage(self._control, self._name, self._timeout_s)
             group = self._meet_and_make(self._stage)
-            with self._lock:
-                if not self._failure:
-                    self._group = group
-                    return group
-            _abort(group, self._name)
-            with self._lock:
-                self._raise_if_failed()
-        raise AssertionError("unreachable")
+            if not self._keep(group):
+                _abort(group, self._name)
+                raise self._no_group()
+            return group
 
     def close(self, *, tell_peers: bool) -> None:
         """Abort and free the group without waiting for other ranks; threads that wait in it raise. Idempotent.
@@ -104,27 +101,34 @@ class OwnGroup:
         if group is not None:
             _abort(group, self._name)
         elif tell_peers and was_open:
-            (stage or Stage(self._control, self._name)).abort("the backend failed on this rank")
+            (stage or Stage(self._control, self._name)).abort("its backend failed before it asked for the group")
 
     def _meet_and_make(self, stage: Stage) -> dist.ProcessGroup:
         try:
             stage.barrier()
             return _make(self._parent, f"{self._control.prefix}/{self._name}", self._timeout_s)
         except Exception as error:
+            self._fail(describe(error))
             # Not as a `StageAbortedError`: only the stage of the hook that asks says what all ranks raise.
-            reason = str(error) if isinstance(error, CommError) else f"it can't be made: {describe(error)}"
-            self._fail(reason)
             if isinstance(error, CommTimeoutError):
-                raise CommTimeoutError(f"{self._name}: {reason}", error.ranks) from error
-            raise CommError(f"{self._name}: {reason}") from error
+                raise CommTimeoutError(str(error), error.ranks) from error
+            if isinstance(error, CommError):
+                raise CommError(str(error)) from error
+            raise CommError(f"{self._name}: the process group can't be made: {describe(error)}") from error
+
+    def _keep(self, group: dist.ProcessGroup) -> bool:
+        """Keep the group that was made, unless this rank has closed it meanwhile."""
+        with self._lock:
+            if not self._failure:
+                self._group = group
+            return not self._failure
 
     def _fail(self, reason: str) -> None:
         with self._lock:
             self._failure = self._failure or reason
 
-    def _raise_if_failed(self) -> None:
-        if self._failure:
-            raise CommError(f"{self._name}: there is no such group any more: {self._failure}")
+    def _no_group(self) -> CommError:
+        return CommError(f"{self._name}: there is no such group any more: {self._failure}")
 
 
 class _Names(dict[Any, str]):
@@ -161,7 +165,7 @@ def _make(parent: dist.ProcessGroup, name: str, timeout_s: float) -> dist.Proces
     # given ranks by their tag: this group must not be counted, nor found.
     names = world.pg_names
     names.pop(group, None)
-    if not isinstance(names, _Names):
+    if names is _c10d._pg_names and not isinstance(names, _Names):  # noqa: SLF001
         _c10d._pg_names = _Names(names)  # noqa: SLF001
     world.tags_to_pg.pop(world.pg_to_tag.pop(group, None), None)
     if has_nccl:

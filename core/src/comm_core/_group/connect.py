@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from comm_core._control.channel import SessionChannel
-from comm_core._control.own_group import OwnGroup
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._group.admission import admit
 from comm_core._group.membership import Membership, abort_stage, check_budget, run_in_worker
@@ -114,8 +113,7 @@ def drop(
 def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: int) -> Session | StageAbortedError:
     """Run a plugin's `connect` on every rank and vote: either every rank gets a session, or every rank an error."""
     channel = SessionChannel()
-    own_name = f"{member.stage_prefix}context.group of {plugin.name}"
-    own_group = OwnGroup(member.context.group, member.control, own_name, member.connect_timeout_s)
+    own_group = member.own_group(plugin.name)
     context = dataclasses.replace(
         member.context,
         group=own_group.get,  # type: ignore[arg-type]  # each read calls it
