@@ -17,6 +17,9 @@ from comm_core.errors import CommError
 
 __all__ = ["Steps"]
 
+# How long a rank whose step failed waits until the others have ended that step, in seconds: they may be slower, or wait
+# for this rank's message. At most half of the time that is left, so that its reason comes before the time-outs.
+_PATIENCE_S = 30.0
 # How often a rank that failed looks whether the others have ended the step, in seconds.
 _POLL_S = 0.01
 
@@ -28,14 +31,14 @@ class Steps:
         control: the group's control channel.
         name: equal on every rank, and used once per incarnation.
         stage: the stage that a rank aborts if the others don't end a step that failed on it.
-        patience_s: how long they may take for that, in seconds.
+        timeout_s: the deadline of all steps together, from now, in seconds.
     """
 
-    def __init__(self, control: Control, name: str, stage: Stage, patience_s: float) -> None:
+    def __init__(self, control: Control, name: str, stage: Stage, timeout_s: float) -> None:
         self._control = control
         self._name = name
         self._stage = stage
-        self._patience_s = patience_s
+        self._deadline = time.monotonic() + timeout_s
         self._ended = 0
         self._finished = False
         self._lock = threading.Lock()  # guards both: a thread that outlives its deadline may still run steps
@@ -59,7 +62,8 @@ class Steps:
         arrived = self._call(functools.partial(self._arrive, number))
         if not reason:
             return
-        deadline = time.monotonic() + self._patience_s
+        now = time.monotonic()
+        deadline = now + min(_PATIENCE_S, (self._deadline - now) / 2)
         while arrived < self._control.world_size:
             if not self._stage.begun and (aborted := self._stage.peek()) is not None:
                 raise aborted

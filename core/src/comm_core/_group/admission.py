@@ -30,9 +30,6 @@ __all__ = ["admit", "run_cases"]
 _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 # Period of the test pattern in elements: a prime, so that no chunk, vector or block of a kernel lines up with it.
 _PERIOD = 1021
-# How long a rank whose step failed waits until the others have ended that step, in seconds: they may be slower, or wait
-# for this rank's message. At most half of the test's deadline, so that this rank's reason comes before their time-outs.
-_PATIENCE_S = 30.0
 # A rank sends this instead of the numbers of its recorded cases if `capture_ctx` raised on exit.
 _CAPTURE_FAILED = -1
 
@@ -52,7 +49,7 @@ def admit(
     try:
         name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
         with session.channel.open_stage(member.control, name, member.stage_timeout_s) as stage:
-            steps = Steps(member.control, name, stage, min(_PATIENCE_S, member.connect_timeout_s / 2))
+            steps = Steps(member.control, name, stage, member.connect_timeout_s)
             test = functools.partial(
                 run_cases,
                 session.plugin.hooks,
