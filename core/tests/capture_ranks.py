@@ -10,9 +10,10 @@ from typing import Any
 import comm_core as comm
 import torch
 import torch.distributed as dist
+from comm_core._group.states import all_states
 from faulty_plugins import LOG, RELEASE
 from handle_ranks import Outcome, hear, meet, outcome, say, summed
-from recording_plugins import SESSIONS, fake_capture
+from recording_plugins import fake_capture
 
 
 def events(name: str = "") -> list[str]:
@@ -31,7 +32,11 @@ def record(backend: comm.Backend, numel: int = 5) -> None:
 
 
 def registered(name: str, group: dist.ProcessGroup) -> list[list[list[int]]]:
-    return SESSIONS[name, group.group_name].registered
+    """What the backend's session of a group registered."""
+    (state,) = (state for state in all_states() if state.group is group)
+    (session,) = (session.value for session in state.sessions if session.plugin.name == name)
+    found: list[list[list[int]]] = session.registered
+    return found
 
 
 def capture(*calls: tuple[comm.Backend, int]) -> None:

@@ -38,18 +38,12 @@ class Recorded(Session):
     registered: list[list[list[int]]] = dataclasses.field(default_factory=list)
 
 
-#: The sessions of this process, by backend and group: the last one each.
-SESSIONS: dict[tuple[str, str], Recorded] = {}
-
-
 class Records(Good):
     """Registers the sizes of the calls that a stream captured; serves small messages."""
 
     def open(self, context: comm.GroupContext) -> Recorded:
         name = context.control.all_gather(uuid.uuid4().hex)[0]
-        session = Recorded(name, context.rank, context.world_size, side_store().clone(), control=context.control)
-        SESSIONS[self.name, context.group.group_name] = session
-        return session
+        return Recorded(name, context.rank, context.world_size, side_store().clone(), control=context.control)
 
     def sum(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -61,7 +61,14 @@ class Group:
             hooks = self.hooks(rank)
             change(hooks)
             results[rank] = run_cases(
-                hooks, None, todo, rank=rank, world_size=self.world_size, device=CPU, all_gather=no_talk
+                hooks,
+                None,
+                todo,
+                rank=rank,
+                world_size=self.world_size,
+                device=CPU,
+                all_gather=no_talk,
+                end_step=lambda _: None,
             )
 
         threads = [threading.Thread(target=member, args=(rank,), daemon=True) for rank in range(self.world_size)]
@@ -273,13 +280,33 @@ def test_the_sessions_own_object_reaches_the_hook() -> None:
         seen.append(session)
         return tensor.clone() if out is None else out
 
-    assert (
-        run_cases(
-            {ALL_REDUCE: all_reduce}, "the session", [a_case()], rank=0, world_size=1, device=CPU, all_gather=no_talk
-        )
-        == {}
+    ends: list[str] = []
+    hooks = {ALL_REDUCE: all_reduce}
+    wrong = run_cases(
+        hooks,
+        "the session",
+        [a_case()],
+        rank=0,
+        world_size=1,
+        device=CPU,
+        all_gather=no_talk,
+        end_step=ends.append,
     )
+    assert wrong == {}
     assert seen == ["the session"] * 2
+    assert ends == ["", ""]
+
+
+def test_a_failed_step_ends_with_its_reason_and_may_end_the_test() -> None:
+    def all_reduce(session: object, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        raise MemoryError("no room")
+
+    def end_step(reason: str) -> None:
+        raise EOFError(reason)
+
+    hooks = {ALL_REDUCE: all_reduce}
+    with pytest.raises(EOFError, match="MemoryError: no room"):
+        run_cases(hooks, None, [a_case()], rank=0, world_size=2, device=CPU, all_gather=no_talk, end_step=end_step)
 
 
 # Graphs: what is recorded here is a list of words
@@ -318,12 +345,14 @@ def test_graphs_that_every_rank_has_are_replayed_after_the_capture(monkeypatch: 
         return [mine, [1, 2]]
 
     hooks = {"capture_ctx": recorder.capture_ctx}
-    wrong = run_cases(hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather)
+    ends: list[str] = []
+    wrong = run_cases(hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather, end_step=ends.append)
     assert recorder.log == [
         "enter it", "record 7", "record 13", "record 19", "leave", "replay 19 with 1", "replay 19 with 2"
     ]  # fmt: skip
     assert gathered == [[0, 2]]
     assert wrong == {todo[1].cell: "RuntimeError: not here"}
+    assert ends == ["", "RuntimeError: not here", "", "", ""]
 
 
 @pytest.mark.parametrize("where", ["here", "there", "twice"])
@@ -344,7 +373,17 @@ def test_a_capture_that_cant_be_left_is_recorded_once_more(monkeypatch: pytest.M
 
     todo = [AdmissionCase((ALL_REDUCE, "graph", "cuda", "int8"), (7,))]
     hooks = {"capture_ctx": capture_ctx}
-    test = functools.partial(run_cases, hooks, "it", todo, rank=0, world_size=2, device=CPU, all_gather=all_gather)
+    test = functools.partial(
+        run_cases,
+        hooks,
+        "it",
+        todo,
+        rank=0,
+        world_size=2,
+        device=CPU,
+        all_gather=all_gather,
+        end_step=lambda _: None,
+    )
     if where == "twice":
         with pytest.raises(CaptureError, match="can't be shared"):
             test()

@@ -56,7 +56,11 @@ class GroupContext:
     """A group from the view of one rank; also the session of a plugin without `connect`.
 
     Attributes:
-        group: the process group for every call of torch.distributed in this session.
+        group: a process group of this backend's own, with the ranks of the user's group, for its calls of
+            torch.distributed. Made when it is first read, which is Collective: every rank reads it at the same point,
+            and not while a graph is captured. It waits for the other ranks as long as `connect` may take, and so do
+            its calls over Gloo. Core aborts it when the backend fails or its session is closed; reading it after that
+            raises `CommError`. No other backend uses it, nor does the terminal fallback.
         rank: this rank's place in the group.
         world_size: ranks in the group.
         device: the device of the group's tensors, with its index: `torch.device("cuda", 3)`.
@@ -66,7 +70,7 @@ class GroupContext:
         wait_timeout_s: the longest that a hot-path call may wait for a peer, in seconds.
     """
 
-    group: torch.distributed.ProcessGroup
+    group: torch.distributed.ProcessGroup = dataclasses.field(repr=False, compare=False)
     rank: int
     world_size: int
     device: torch.device
@@ -74,6 +78,23 @@ class GroupContext:
     control: ControlChannel
     memory_budget_nbytes: int
     wait_timeout_s: float
+
+
+class _GroupField:
+    """The attribute `GroupContext.group`, which may be given as a function that each read calls."""
+
+    def __get__(self, context: GroupContext | None, _owner: object) -> Any:
+        if context is None:
+            return self
+        group = vars(context)["group"]
+        return group() if callable(group) else group
+
+    def __set__(self, context: GroupContext, group: Any) -> None:
+        vars(context)["group"] = group
+
+
+# Set here, not in the class: there `dataclass` would take it for the default of the field.
+GroupContext.group = _GroupField()  # type: ignore[assignment]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 
 from comm_core._control.deadline import describe
 from comm_core._control.stage import StageAbortedError
+from comm_core._control.steps import Steps
 from comm_core._group.membership import Membership, abort_stage, run_in_worker
 from comm_core._handle.session import Session
 from comm_core._plan.cases import AdmissionCase
@@ -61,6 +62,7 @@ def admit(
     try:
         name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
         with session.channel.open_stage(member.control, name, member.stage_timeout_s) as stage:
+            steps = Steps(member.control, name, stage, member.connect_timeout_s)
             test = functools.partial(
                 run_cases,
                 session.plugin.hooks,
@@ -70,9 +72,13 @@ def admit(
                 world_size=context.world_size,
                 device=context.device,
                 all_gather=gather,
+                end_step=steps.end,
             )
             try:
-                failures = run_in_worker(test, member, f"the admission test of {session.plugin.name}")
+                try:
+                    failures = run_in_worker(test, member, f"the admission test of {session.plugin.name}")
+                finally:
+                    steps.finish()
                 votes = stage.all_gather({numbers[cell]: reason for cell, reason in failures.items()}, "vote")
             except StageAbortedError:
                 raise
@@ -100,6 +106,7 @@ def run_cases(
     world_size: int,
     device: torch.device,
     all_gather: Callable[[list[int]], Sequence[Sequence[int]]],
+    end_step: Callable[[str], None],
 ) -> dict[Cell, str]:
     """Run every case through a backend. Collective: every rank makes every call, even after a failed one.
 
@@ -111,27 +118,30 @@ def run_cases(
         world_size: ranks in the group.
         device: the group's accelerator, else the CPU.
         all_gather: gathers every rank's value, by group rank; called only for cases of the mode "graph".
+        end_step: called at the end of each step with the reason why it failed, "" if it succeeded; may raise to end the
+            test.
 
     Returns:
         For each kind of message that failed on this rank, the reason.
     """
     tester = _Tester(plugin_hooks, session, rank, world_size, device)
     failures: dict[Cell, str] = {}
+    run_step = functools.partial(_run_step, failures, end_step)
     eager = [case for case in cases if case.cell[1] == "eager"]
     steps = itertools.product(eager, (tester.out_of_place, tester.in_place))
     # Each call has different data, so that the previous call's output can't pass for the result.
     for salt, (case, step) in enumerate(steps):
-        _run_step(failures, case, functools.partial(step, case, salt))
+        run_step(case, functools.partial(step, case, salt))
     graphs = [case for case in cases if case.cell[1] == "graph"]
     if graphs:
-        _run_graphs(tester, graphs, failures, all_gather)
+        _run_graphs(tester, graphs, run_step, all_gather)
     return failures
 
 
 def _run_graphs(
     tester: _Tester,
     cases: Sequence[AdmissionCase],
-    failures: dict[Cell, str],
+    run_step: Callable[[AdmissionCase, Callable[[], None]], None],
     all_gather: Callable[[list[int]], Sequence[Sequence[int]]],
 ) -> None:
     """Record every case inside one capture context, then replay each graph twice with different data.
@@ -140,7 +150,7 @@ def _run_graphs(
     plan without registration from then on.
     """
     for is_last in (False, True):
-        graphs, failure = _record(tester, cases, failures)
+        graphs, failure = _record(tester, cases, run_step)
         gathered = all_gather([_CAPTURE_FAILED] if failure else sorted(graphs))
         if not any(_CAPTURE_FAILED in numbers for numbers in gathered):
             break
@@ -149,11 +159,13 @@ def _run_graphs(
     # The replay of a graph that only some ranks recorded would wait for the other ranks forever.
     on_every_rank = set(graphs).intersection(*gathered)
     for number, salt in itertools.product(sorted(on_every_rank), (1, 2)):
-        _run_step(failures, cases[number], functools.partial(graphs[number], salt))
+        run_step(cases[number], functools.partial(graphs[number], salt))
 
 
 def _record(
-    tester: _Tester, cases: Sequence[AdmissionCase], failures: dict[Cell, str]
+    tester: _Tester,
+    cases: Sequence[AdmissionCase],
+    run_step: Callable[[AdmissionCase, Callable[[], None]], None],
 ) -> tuple[dict[int, Callable[[int], None]], CaptureError | None]:
     """Record the cases; return the recorded ones' replay functions, by number, and the error on exit, if any."""
     graphs: dict[int, Callable[[int], None]] = {}
@@ -165,18 +177,23 @@ def _record(
     try:
         with hook(tester.session) if hook else contextlib.nullcontext():
             for number, case in enumerate(cases):
-                _run_step(failures, case, functools.partial(record, number, case))
+                run_step(case, functools.partial(record, number, case))
     except CaptureError as error:
         return {}, error
     return graphs, None
 
 
-def _run_step(failures: dict[Cell, str], case: AdmissionCase, step: Callable[[], None]) -> None:
+def _run_step(
+    failures: dict[Cell, str], end_step: Callable[[str], None], case: AdmissionCase, step: Callable[[], None]
+) -> None:
     """Run a step; if it raises, keep the reason, unless its kind of message has one already."""
+    reason = ""
     try:
         step()
     except Exception as error:  # noqa: BLE001 - plugin boundary: any error of a backend here is a reason not to use it
-        failures.setdefault(case.cell, shorten(describe(error), _REASON_NBYTES))
+        reason = shorten(describe(error), _REASON_NBYTES)
+        failures.setdefault(case.cell, reason)
+    end_step(reason)
 
 
 class _Tester:

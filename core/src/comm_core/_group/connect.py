@@ -113,7 +113,13 @@ def drop(
 def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: int) -> Session | StageAbortedError:
     """Run a plugin's `connect` on every rank and vote: either every rank gets a session, or every rank an error."""
     channel = SessionChannel()
-    context = dataclasses.replace(member.context, control=channel, memory_budget_nbytes=budget)
+    own_group = member.own_group(plugin.name)
+    context = dataclasses.replace(
+        member.context,
+        group=own_group.get,  # type: ignore[arg-type]  # each read calls it
+        control=channel,
+        memory_budget_nbytes=budget,
+    )
     hook = plugin.hooks.get("connect")
     session: Session | None = None
     try:
@@ -127,7 +133,7 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
                     value = run_in_worker(call, member, f"connect of {plugin.name}", synchronize=False, on_late=on_late)
                 if value is None:
                     raise TypeError("connect returned None, not a session")
-                session = Session(plugin, value, channel, checks_operands)
+                session = Session(plugin, value, channel, checks_operands, own_group=own_group)
                 check_budget(session.reported_memory_nbytes, budget)
             except StageAbortedError:
                 raise
@@ -136,6 +142,8 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
             votes = stage.all_gather(session.reported_memory_nbytes, "vote")
             session.count_memory(member.read_memory(votes))
     except BaseException as error:
+        # First, as in `Session.release`. A hook that still runs, or that returned its session too late, loses it too.
+        own_group.close(tell_peers=True)
         if session is not None:
             session.close(orderly=False)
         if isinstance(error, StageAbortedError):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from comm_core._control.channel import SessionChannel
 from comm_core._control.deadline import describe, run_with_deadline
+from comm_core._control.own_group import OwnGroup
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._control.store import Control
 from comm_core._plan import parse
@@ -31,7 +32,8 @@ class Membership:
     """This rank's membership in a negotiating group.
 
     Attributes:
-        context: the plugins' context; each gets its own `control` and `memory_budget_nbytes`.
+        context: the plugins' context, with the user's group; each plugin gets its own `group`, `control` and
+            `memory_budget_nbytes`.
         topology: the group's topology.
         control: the group's control channel.
         connect_timeout_s: the deadline of each candidate's `connect`, and of each admission test, in seconds.
@@ -68,6 +70,11 @@ class Membership:
             wait_timeout_s=settings.wait_timeout_s,
         )
         return cls(context, topology, control, connect_timeout_s, compares_calls=settings.debug)
+
+    def own_group(self, plugin_name: str) -> OwnGroup:
+        """Return the own group of a plugin's session, which isn't made yet."""
+        name = f"{self.stage_prefix}context.group of {plugin_name}"
+        return OwnGroup(self.context.group, self.control, name, self.connect_timeout_s)
 
     @property
     def stage_timeout_s(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from comm_core._control.channel import SessionChannel
 from comm_core._control.deadline import run_with_deadline
+from comm_core._control.own_group import OwnGroup
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell
 from comm_core._plugins.discovery import Plugin
@@ -38,6 +39,7 @@ class Session:
         in_use: whether a handle has served calls by this session. Such a session stays open until the group is closed:
             kernels, peers and captured graphs may still use its memory.
         capture_number: the number of the session's next capture with something to exchange; see `_group/capture.py`.
+        own_group: the session's `context.group`.
     """
 
     plugin: Plugin
@@ -49,6 +51,7 @@ class Session:
     failed_cells: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
     in_use: bool = False
     capture_number: int = 0
+    own_group: OwnGroup | None = None
 
     @property
     def reported_memory_nbytes(self) -> int:
@@ -88,8 +91,10 @@ class Session:
         return f"available, except for {kinds}: the admission test of {cell[0]} failed{where}: {reason}"
 
     def close(self, *, orderly: bool) -> None:
-        """Close the session by the plugin's hook; log any exception."""
+        """Close the session by the plugin's hook, and free its own group; log any exception."""
         close_value(self.plugin, self.value, orderly=orderly)
+        if self.own_group is not None:
+            self.own_group.close(tell_peers=False)
 
     def abort(self) -> None:
         """Let the peers' waits for this rank end, by the plugin's hook `abort`; log any exception."""
@@ -102,9 +107,13 @@ class Session:
             _log.exception("comm_core: backend %r raised in abort", self.plugin.name)
 
     def release(self) -> None:
-        """Close the session, unless it is in use."""
-        if not self.in_use:
-            self.close(orderly=False)
+        """Close the session after a failure, unless it is in use."""
+        if self.in_use:
+            return
+        if self.own_group is not None:
+            # First: calls that wait in the group raise, and the plugin's `close` may wait for their threads.
+            self.own_group.close(tell_peers=True)
+        self.close(orderly=False)
 
 
 def close_value(plugin: Plugin, value: Any, *, orderly: bool) -> None:
