@@ -156,7 +156,10 @@ def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> Gr
                 "get_backend in the parent, or start this process with the method 'spawn'"
             )
         if not is_alive(member):
-            raise ValueError("this process group was destroyed, or this process isn't in it")
+            raise ValueError(
+                "torch.distributed doesn't know this process group: it was destroyed, this process isn't in it, or it "
+                "was made by hand. Make it with torch.distributed.init_process_group or new_group"
+            )
         name = member.group_name
     elif group is not None:
         raise ValueError("this process group was destroyed: torch.distributed isn't initialised")
