@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
+import functools
 import logging
+import re
 import threading
+import time
 import traceback
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-__all__ = ["describe", "run_with_deadline"]
+__all__ = ["describe", "is_timeout", "run_with_deadline", "slices"]
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
+# The longest wait in native code before a look at what else has happened, in seconds: short for a caller that waits,
+# long for a store that many ranks ask.
+_SLICE_S = 1.0
+
+# In torch's errors: "Timed out waiting 1800000ms for recv operation", "Connection closed by peer".
+_TIMEOUT_TEXT = re.compile("timed out|time-?out|connection (closed|reset) by peer", re.IGNORECASE)
+
+_exiting = threading.Event()
+# The threads that wait slice by slice, or have done so.
+_sliced: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
 
 def describe(error: BaseException) -> str:
     """Return the type and the text of an exception on one line, even if its `__str__` raises."""
     return " ".join(" ".join(traceback.format_exception_only(type(error), error)).split())
+
+
+def is_timeout(error: BaseException | None) -> bool:
+    """Return whether a time-out caused an exception: then the cause may lie on the rank that was waited for.
+
+    Gloo and NCCL report time-outs, and peers that went away after one, by the text of a `RuntimeError` alone.
+    """
+    while error is not None:
+        if isinstance(error, TimeoutError) or _TIMEOUT_TEXT.search(describe(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def run_with_deadline(
@@ -98,3 +126,38 @@ def _deliver_late(value: T, on_late: Callable[[T], object] | None, name: str) ->
         on_late(value)
     except Exception:  # noqa: BLE001 - it may be a plugin's `close`, and no caller is left to raise to
         _log.warning("can't free the result that %s returned after its deadline", name, exc_info=True)
+
+
+def slices(timeout_s: float) -> Iterator[float]:
+    """Yield the lengths, in seconds, of the waits in native code that make a wait of `timeout_s`; at least one.
+
+    A daemon thread that returns from C++ code while the interpreter ends aborts the process. So a process that ends
+    lets each thread that waits in slices finish its slice and return.
+
+    Raises:
+        RuntimeError: the process ends.
+    """
+    _end_slices_at_exit()
+    _sliced.add(threading.current_thread())
+    end = time.monotonic() + timeout_s
+    left_s = timeout_s
+    while True:
+        yield min(left_s, _SLICE_S)
+        if _exiting.is_set():
+            raise RuntimeError("this process ends")
+        left_s = end - time.monotonic()
+        if left_s <= 0:
+            return
+
+
+@functools.cache
+def _end_slices_at_exit() -> None:
+    atexit.register(_end_slices)
+
+
+def _end_slices() -> None:
+    _exiting.set()
+    end = time.monotonic() + 2 * _SLICE_S
+    for thread in tuple(_sliced):
+        if thread is not threading.current_thread():
+            thread.join(max(end - time.monotonic(), 0.0))

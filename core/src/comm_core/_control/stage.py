@@ -11,6 +11,9 @@ The last rank to arrive gathers all messages and publishes them as the verdict. 
 deadline, publishes an abort under the same key. Both use `compare_set`, so the first verdict wins, and every rank
 follows it, including a late one. A rank enters exchange n + 1 only after it has read the verdict of n, so an abort
 always reaches the exchange that the others are in.
+
+A rank that leaves the whole incarnation also publishes that, under a key of its own: `end_incarnation`. Each exchange
+that this rank doesn't join then ends by the same abort. A waiting rank looks there once a slice of its wait.
 """
 
 from __future__ import annotations
@@ -27,12 +30,12 @@ from typing import Any, final
 
 import torch.distributed as dist
 
-from comm_core._control.deadline import describe
+from comm_core._control.deadline import describe, slices
 from comm_core._control.store import Control, Store, compare_set
 from comm_core.context import Agreement
 from comm_core.errors import CommError, CommTimeoutError
 
-__all__ = ["Stage", "StageAbortedError", "StageTimeoutError"]
+__all__ = ["Stage", "StageAbortedError", "StageTimeoutError", "end_incarnation"]
 
 #: The longest message of one rank, as JSON text in bytes.
 MESSAGE_NBYTES = 64 * 1024
@@ -48,12 +51,16 @@ class StageAbortedError(CommError):
     Attributes:
         reason: the reason that the aborting rank gave.
         rank: the group rank of the aborting rank.
+        is_timeout: whether that rank only waited too long: another rank may have the cause.
+        final: whether no later stage of the incarnation can succeed, because a rank has left it.
     """
 
-    def __init__(self, message: str, reason: str, rank: int) -> None:
+    def __init__(self, message: str, reason: str, rank: int, *, is_timeout: bool = False, final: bool = False) -> None:
         super().__init__(message)
         self.reason = reason
         self.rank = rank
+        self.is_timeout = is_timeout
+        self.final = final
 
 
 class StageTimeoutError(StageAbortedError, CommTimeoutError):
@@ -64,7 +71,7 @@ class StageTimeoutError(StageAbortedError, CommTimeoutError):
     """
 
     def __init__(self, message: str, reason: str, rank: int, ranks: tuple[int, ...]) -> None:
-        StageAbortedError.__init__(self, message, reason, rank)
+        StageAbortedError.__init__(self, message, reason, rank, is_timeout=True)
         self.ranks = ranks
 
 
@@ -73,7 +80,7 @@ class Stage:
     """A Collective step: a sequence of exchanges that ends for all ranks alike. Implements `ControlChannel`.
 
     As a context manager it lasts until the end of the block; an exception that leaves the block aborts the stage for
-    all ranks.
+    all ranks, and the abort is final unless `abort` came first.
 
     Args:
         control: this rank's access to the store.
@@ -98,7 +105,7 @@ class Stage:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if error is not None and self.aborted is None:
-            self.abort(describe(error))
+            self._abort_with(_abort(describe(error), self._control.rank, final=True))
 
     @property
     def begun(self) -> bool:
@@ -147,17 +154,24 @@ class Stage:
         reasons = {rank: why for rank, why in enumerate(votes) if why is not None}
         return Agreement(not reasons, reasons)
 
-    def abort(self, reason: str) -> StageAbortedError:
+    def abort(self, reason: str, *, is_timeout: bool = False) -> StageAbortedError:
         """Abort the stage for all ranks, even while another thread of this rank is in one of its exchanges.
+
+        Args:
+            reason: the reason, for all ranks.
+            is_timeout: whether this rank only waited too long.
 
         Returns:
             The error that every rank's calls in this stage raise: that of the first abort.
         """
+        return self._abort_with(_abort(reason, self._control.rank, timeout=is_timeout))
+
+    def _abort_with(self, abort: dict[str, Any]) -> StageAbortedError:
         # Held until the verdict is known: no thread of this rank begins another exchange, or raises another error than
         # the other ranks.
         with self._lock:
             if self.aborted is None:
-                self.aborted = self._post_abort(self._abort(reason[:_REASON_CHARS], self._control.rank))
+                self.aborted = self._post_abort(abort)
             return self.aborted
 
     def peek(self) -> StageAbortedError | None:
@@ -185,12 +199,14 @@ class Stage:
     def _exchange(self, key: str, text: str, previous: str, timeout_s: float, store: Store) -> dict[str, Any]:
         control = self._control
         messages = [f"{key}/{rank}" for rank in range(control.world_size)]
+        if (ended := _read_end(control, store)) is not None:
+            return _publish(key, {"abort": ended}, store)
         store.set(messages[control.rank], text)
         if store.add(f"{key}/arrived", 1) < control.world_size:
             return self._await_verdict(key, messages, timeout_s, store)
         kinds, values = zip(*map(json.loads, store.multi_get(messages)), strict=True)
         outlier = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
-        mismatch = self._abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)
+        mismatch = _abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)
         verdict = _publish(key, {"values": values} if len(set(kinds)) == 1 else {"abort": mismatch}, store)
         if previous:
             # Every rank has arrived here, so every rank has left the previous exchange.
@@ -198,18 +214,24 @@ class Stage:
         return verdict
 
     def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
-        try:
-            # Zero means no deadline to some stores.
-            store.wait([f"{key}/verdict"], timedelta(seconds=max(timeout_s, 0.001)))
-        except dist.DistNetworkError:
-            raise
-        except RuntimeError:
-            # Some stores have no separate error for a timed-out wait. Publishing shows if there is a verdict already.
-            absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
-            late = self._control.label(*absent) if absent else "the rank that came last"
-            abort = self._abort(f"{late} didn't come in time", self._control.rank)
-            return _publish(key, {"abort": abort | {"absent": absent}}, store)
-        return _unpack(store.get(f"{key}/verdict"))
+        for slice_s in slices(timeout_s):
+            try:
+                # Zero means no deadline to some stores.
+                store.wait([f"{key}/verdict"], timedelta(seconds=max(slice_s, 0.001)))
+            except dist.DistNetworkError:
+                raise
+            except RuntimeError:  # some stores have no separate error for a timed-out wait
+                if not store.check([f"{key}/verdict"]):
+                    ended = _read_end(self._control, store)
+                    if ended is None:
+                        continue
+                    return _publish(key, {"abort": ended}, store)
+            return _unpack(store.get(f"{key}/verdict"))
+        absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
+        late = self._control.label(*absent) if absent else "the rank that came last"
+        abort = _abort(f"{late} didn't come in time", self._control.rank, absent=absent)
+        # Publishing shows if there is a verdict already.
+        return _publish(key, {"abort": abort}, store)
 
     def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
         # The exchange of another thread may have succeeded meanwhile. Then the other ranks go on to the next one, which
@@ -225,19 +247,40 @@ class Stage:
                 return self._error(verdict["abort"])
         return self._error(abort)
 
-    @staticmethod
-    def _abort(reason: str, rank: int) -> dict[str, Any]:
-        return {"reason": reason, "rank": rank, "absent": None}
-
     def _error(self, abort: dict[str, Any]) -> StageAbortedError:
         rank, reason, absent = abort["rank"], abort["reason"], abort["absent"]
         if absent is not None:
             message = f"{self._name}: {reason}, says {self._control.label(rank)}"
             return StageTimeoutError(message, reason, rank, tuple(absent))
-        return StageAbortedError(f"{self._name}: {self._control.label(rank)} failed: {reason}", reason, rank)
+        message = f"{self._name}: {self._control.label(rank)} failed: {reason}"
+        return StageAbortedError(message, reason, rank, is_timeout=abort["timeout"], final=abort["final"])
 
     def _key(self, sequence: int) -> str:
         return f"{self._control.prefix}/{self._name}/{sequence}"
+
+
+def end_incarnation(control: Control, error: BaseException) -> None:
+    """Tell the other ranks that this rank leaves the incarnation because of `error`. Local; never raises.
+
+    Every later exchange of the incarnation ends by a final abort with this reason, on all ranks. Exchanges that this
+    rank has joined may still succeed.
+    """
+    key, abort = f"{control.prefix}/ended", _abort(describe(error), control.rank, final=True)
+    with contextlib.suppress(CommError):  # a rank that is cut off from the store can tell nothing
+        control.call_store("leaving the group", functools.partial(_publish, key, {"abort": abort}))
+        control.note_abort(key)
+
+
+def _read_end(control: Control, store: Store) -> dict[str, Any] | None:
+    """Return the abort of the rank that has left the incarnation, if one has."""
+    key = f"{control.prefix}/ended/verdict"
+    return dict(_unpack(store.get(key))["abort"]) if store.check([key]) else None
+
+
+def _abort(
+    reason: str, rank: int, *, timeout: bool = False, final: bool = False, absent: list[int] | None = None
+) -> dict[str, Any]:
+    return {"reason": reason[:_REASON_CHARS], "rank": rank, "timeout": timeout, "final": final, "absent": absent}
 
 
 def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:

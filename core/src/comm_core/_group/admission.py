@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from comm_core._control.deadline import describe
+from comm_core._control.deadline import describe, is_timeout
 from comm_core._control.stage import StageAbortedError
-from comm_core._group.membership import Membership, abort_stage, run_in_worker
+from comm_core._group.membership import Step
 from comm_core._handle.session import Session
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell, cells
 from comm_core.errors import CaptureError
 
-__all__ = ["admit", "run_cases"]
+__all__ = ["Failures", "admit", "run_cases"]
 
 # The largest n such that the dtype holds every integer up to n exactly: sums up to n are exact in any order.
 _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
@@ -33,21 +33,44 @@ _PERIOD = 1021
 _CAPTURE_FAILED = -1
 
 
+class Failures(dict[Cell, str]):
+    """For each kind of message that failed on this rank, the first reason.
+
+    Attributes:
+        after_timeout: the kinds that failed by a time-out or after one. The cause may lie on another rank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after_timeout: set[Cell] = set()
+        self._timed_out = False
+
+    def add(self, cell: Cell, error: Exception) -> None:
+        """Add a failure, unless its kind has one already."""
+        self._timed_out = self._timed_out or is_timeout(error)
+        if cell not in self:
+            self[cell] = describe(error)[:300]
+            if self._timed_out:
+                self.after_timeout.add(cell)
+
+
 def admit(
-    session: Session, cases: list[AdmissionCase], member: Membership
+    session: Session, cases: list[AdmissionCase], step: Step
 ) -> dict[Cell, tuple[str, int | None]] | StageAbortedError:
     """Test the cases on every rank. Collective.
 
     Returns:
-        For each kind of message that failed on any rank, the reason and the rank; the error if a rank aborted the test.
+        For each kind of message that failed on any rank, the reason and the rank, rather of a rank where it failed
+        before any time-out; the error if a rank aborted the test.
     """
+    member = step.member
     tested_before = len(session.tested)
     session.mark_tested(cases)
     context = member.context
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
     try:
         name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
-        with session.channel.open_stage(member.control, name, member.stage_timeout_s) as stage:
+        with session.channel.open_stage(member.control, name, step.left_s) as stage:
             test = functools.partial(
                 run_cases,
                 session.plugin.hooks,
@@ -59,19 +82,23 @@ def admit(
                 all_gather=stage.all_gather,
             )
             try:
-                failures = run_in_worker(test, member, f"the admission test of {session.plugin.name}")
-                votes = stage.all_gather({numbers[cell]: reason for cell, reason in failures.items()}, "vote")
+                failures = step.run(test, f"the admission test of {session.plugin.name}")
+                causes = {cell: reason for cell, reason in failures.items() if cell not in failures.after_timeout}
+                step.failure = next(iter(causes.values()), None)
+                vote = {numbers[cell]: [cell not in causes, reason] for cell, reason in failures.items()}
+                votes = stage.all_gather(vote, "vote")
             except StageAbortedError:
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
-                raise abort_stage(stage, member, error) from error
+                raise step.abort(stage, error) from error
     except StageAbortedError as error:
         return error
     failed: dict[Cell, tuple[str, int | None]] = {}
     for cell, number in numbers.items():
-        for rank, vote in enumerate(votes):
-            if str(number) in vote:
-                failed.setdefault(cell, (vote[str(number)], rank))
+        found = [(*vote[str(number)], rank) for rank, vote in enumerate(votes) if str(number) in vote]
+        if found:
+            _, reason, rank = min(found, key=lambda item: (item[0], item[2]))
+            failed[cell] = (reason, rank)
     return failed
 
 
@@ -84,7 +111,7 @@ def run_cases(
     world_size: int,
     device: torch.device,
     all_gather: Callable[[list[int]], list[list[int]]],
-) -> dict[Cell, str]:
+) -> Failures:
     """Run every case through a backend. Collective: every rank makes every call, even after a failed one.
 
     Args:
@@ -100,7 +127,7 @@ def run_cases(
         For each kind of message that failed on this rank, the reason.
     """
     tester = _Tester(plugin_hooks, session, rank, world_size, device)
-    failures: dict[Cell, str] = {}
+    failures = Failures()
     eager = [case for case in cases if case.cell[1] == "eager"]
     steps = itertools.product(eager, (tester.out_of_place, tester.in_place))
     # Each call has different data, so that the previous call's output can't pass for the result.
@@ -115,7 +142,7 @@ def run_cases(
 def _run_graphs(
     tester: _Tester,
     cases: Sequence[AdmissionCase],
-    failures: dict[Cell, str],
+    failures: Failures,
     all_gather: Callable[[list[int]], list[list[int]]],
 ) -> None:
     """Record every case inside one capture context, then replay each graph twice with different data.
@@ -137,7 +164,7 @@ def _run_graphs(
 
 
 def _record(
-    tester: _Tester, cases: Sequence[AdmissionCase], failures: dict[Cell, str]
+    tester: _Tester, cases: Sequence[AdmissionCase], failures: Failures
 ) -> tuple[dict[int, Callable[[int], None]], CaptureError | None]:
     """Record the cases; return the recorded ones' replay functions, by number, and the error on exit, if any."""
     graphs: dict[int, Callable[[int], None]] = {}
@@ -155,12 +182,12 @@ def _record(
     return graphs, None
 
 
-def _run_step(failures: dict[Cell, str], case: AdmissionCase, step: Callable[[], None]) -> None:
+def _run_step(failures: Failures, case: AdmissionCase, step: Callable[[], None]) -> None:
     """Run a step; if it raises, keep the reason, unless its kind of message has one already."""
     try:
         step()
     except Exception as error:  # noqa: BLE001 - plugin boundary: any error of a backend here is a reason not to use it
-        failures.setdefault(case.cell, describe(error)[:300])
+        failures.add(case.cell, error)
 
 
 class _Tester:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from comm_core._control.channel import SessionChannel
+from comm_core._control.worker import run_on_device
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell
 from comm_core._plugins.discovery import Plugin
 
-__all__ = ["Session", "close_value"]
+__all__ = ["Session", "close_all", "close_value"]
 
 _log = logging.getLogger("comm_core")
 
@@ -33,6 +38,8 @@ class Session:
         in_use: whether a handle has served calls by this session. Such a session stays open until the group is closed:
             kernels, peers and captured graphs may still use its memory.
         capture_number: the number of the session's next capture with something to exchange; see `_group/capture.py`.
+        device: the group's device, on which its hooks run.
+        timeout_s: the deadline of the hooks `check` and `close`, in seconds.
     """
 
     plugin: Plugin
@@ -44,6 +51,8 @@ class Session:
     failed_cells: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
     in_use: bool = False
     capture_number: int = 0
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    timeout_s: float = 300.0
 
     @property
     def reported_memory_nbytes(self) -> int:
@@ -82,14 +91,43 @@ class Session:
         where = "" if rank is None else f" on rank {rank}"
         return f"available, except for {kinds}: the admission test of {cell[0]} failed{where}: {reason}"
 
-    def close(self, *, orderly: bool) -> None:
-        """Close the session by the plugin's hook; log any exception."""
-        close_value(self.plugin, self.value, orderly=orderly)
+    def close(self, *, orderly: bool, timeout_s: float | None = None) -> None:
+        """Close the session by the plugin's hook, under a deadline, by default the session's; log any failure.
 
-    def release(self) -> None:
-        """Close the session, unless it is in use."""
-        if not self.in_use:
-            self.close(orderly=False)
+        Raises:
+            KeyboardInterrupt: it interrupted the wait, or the hook raised it.
+        """
+        if self.plugin.has("close") and self.plugin.has("connect"):
+            call = functools.partial(close_value, self.plugin, self.value, orderly=orderly)
+            name = f"close of {self.plugin.name}"
+            try:
+                run_on_device(call, self.device, self.timeout_s if timeout_s is None else timeout_s, name)
+            except TimeoutError as error:
+                _log.warning("comm_core: %s; what it frees stays in use", error)
+            except RuntimeError:  # no thread can be started, as at the interpreter's end
+                call()
+
+
+def close_all(sessions: Iterable[Session], *, orderly: bool = False, timeout_s: float | None = None) -> None:
+    """Close sessions one after the other, all of them even if one is interrupted.
+
+    Args:
+        sessions: the sessions.
+        orderly: see the hook `close`.
+        timeout_s: the deadline of all together, in seconds; None: each has its own.
+
+    Raises:
+        KeyboardInterrupt: a session's `close` was interrupted; after all are closed.
+    """
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    interrupt: KeyboardInterrupt | None = None
+    for session in sessions:
+        try:
+            session.close(orderly=orderly, timeout_s=None if end is None else max(end - time.monotonic(), 0.0))
+        except KeyboardInterrupt as error:  # noqa: PERF203 - the others must be closed all the same
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def close_value(plugin: Plugin, value: Any, *, orderly: bool) -> None:
@@ -99,5 +137,7 @@ def close_value(plugin: Plugin, value: Any, *, orderly: bool) -> None:
         return
     try:
         hook(value, orderly)
-    except Exception:  # noqa: BLE001 - the plugin boundary: the other sessions must be closed all the same
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - plugin boundary: the other sessions must be closed all the same
         _log.exception("comm_core: backend %r raised in close", plugin.name)
