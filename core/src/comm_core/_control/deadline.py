@@ -14,22 +14,22 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-__all__ = ["describe", "is_timeout", "run_with_deadline", "slices"]
+__all__ = ["describe", "is_timeout", "polls", "run_with_deadline"]
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-# The longest wait in native code before a look at what else has happened, in seconds: short for a caller that waits,
-# long for a store that many ranks ask.
-_SLICE_S = 1.0
-
+# The shortest and the longest pause between two polls, in seconds: a few round trips to a store, and short for a caller.
+_POLL_S = (0.002, 0.2)
+# The longest that a process that ends waits for its threads that poll, in seconds: each makes a quick call at most.
+_EXIT_S = 1.0
 # In torch's errors: "Timed out waiting 1800000ms for recv operation", "Connection closed by peer".
 _TIMEOUT_TEXT = re.compile("timed out|time-?out|connection (closed|reset) by peer", re.IGNORECASE)
 
 _exiting = threading.Event()
-# The threads that wait slice by slice, or have done so.
-_sliced: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+# The threads that poll, or have done so.
+_polling: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def describe(error: BaseException) -> str:
@@ -128,36 +128,36 @@ def _deliver_late(value: T, on_late: Callable[[T], object] | None, name: str) ->
         _log.warning("can't free the result that %s returned after its deadline", name, exc_info=True)
 
 
-def slices(timeout_s: float) -> Iterator[float]:
-    """Yield the lengths, in seconds, of the waits in native code that make a wait of `timeout_s`; at least one.
+def polls(timeout_s: float) -> Iterator[None]:
+    """Yield at once, then after each of many short pauses, the last time at the deadline.
 
-    A daemon thread that returns from C++ code while the interpreter ends aborts the process. So a process that ends
-    lets each thread that waits in slices finish its slice and return.
+    For waits on what would otherwise be a long wait in C++ code: a daemon thread that returns from such code while the
+    interpreter ends aborts the process. A process that ends lets the threads that poll return first.
 
     Raises:
         RuntimeError: the process ends.
     """
-    _end_slices_at_exit()
-    _sliced.add(threading.current_thread())
-    end = time.monotonic() + timeout_s
-    left_s = timeout_s
+    _stop_polls_at_exit()
+    _polling.add(threading.current_thread())
+    start = time.monotonic()
     while True:
-        yield min(left_s, _SLICE_S)
-        if _exiting.is_set():
-            raise RuntimeError("this process ends")
-        left_s = end - time.monotonic()
-        if left_s <= 0:
+        yield
+        waited_s = time.monotonic() - start
+        if waited_s >= timeout_s:
             return
+        # In proportion to the time so far: an exchange that is quick isn't slowed down, and a long wait costs little.
+        if _exiting.wait(min(max(waited_s / 2, _POLL_S[0]), _POLL_S[1], timeout_s - waited_s)):
+            raise RuntimeError("this process ends")
 
 
 @functools.cache
-def _end_slices_at_exit() -> None:
-    atexit.register(_end_slices)
+def _stop_polls_at_exit() -> None:
+    atexit.register(_stop_polls)
 
 
-def _end_slices() -> None:
+def _stop_polls() -> None:
     _exiting.set()
-    end = time.monotonic() + 2 * _SLICE_S
-    for thread in tuple(_sliced):
+    end = time.monotonic() + _EXIT_S
+    for thread in tuple(_polling):
         if thread is not threading.current_thread():
             thread.join(max(end - time.monotonic(), 0.0))

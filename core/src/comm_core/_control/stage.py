@@ -5,15 +5,17 @@ raises early, its peers take its next message for this one. In the store every m
 
     incarnation / stage / sequence / group rank      the message of one rank
     incarnation / stage / sequence / arrived         the number of messages
-    incarnation / stage / sequence / verdict         the outcome: every rank waits on this key alone
+    incarnation / stage / sequence / verdict         the outcome: every rank waits for this key
+    incarnation / ended / verdict                    the abort of a rank that has left the incarnation
 
 The last rank to arrive gathers all messages and publishes them as the verdict. A rank that fails, or that misses its
 deadline, publishes an abort under the same key. Both use `compare_set`, so the first verdict wins, and every rank
 follows it, including a late one. A rank enters exchange n + 1 only after it has read the verdict of n, so an abort
 always reaches the exchange that the others are in.
 
-A rank that leaves the whole incarnation also publishes that, under a key of its own: `end_incarnation`. Each exchange
-that this rank doesn't join then ends by the same abort. A waiting rank looks there once a slice of its wait.
+A rank that leaves the whole incarnation publishes that: see `end_incarnation`. Each exchange that this rank doesn't
+join then ends by the same abort, since the ranks that wait look there too. They poll the store rather than wait in it:
+torch's TCP store prints two warnings at the end of each wait, and some stores don't wake their waiters.
 """
 
 from __future__ import annotations
@@ -25,12 +27,9 @@ import json
 import threading
 import time
 import zlib
-from datetime import timedelta
 from typing import Any, final
 
-import torch.distributed as dist
-
-from comm_core._control.deadline import describe, slices
+from comm_core._control.deadline import describe, polls
 from comm_core._control.store import Control, Store, compare_set
 from comm_core.context import Agreement
 from comm_core.errors import CommError, CommTimeoutError
@@ -199,8 +198,6 @@ class Stage:
     def _exchange(self, key: str, text: str, previous: str, timeout_s: float, store: Store) -> dict[str, Any]:
         control = self._control
         messages = [f"{key}/{rank}" for rank in range(control.world_size)]
-        if (ended := _read_end(control, store)) is not None:
-            return _publish(key, {"abort": ended}, store)
         store.set(messages[control.rank], text)
         if store.add(f"{key}/arrived", 1) < control.world_size:
             return self._await_verdict(key, messages, timeout_s, store)
@@ -214,19 +211,13 @@ class Stage:
         return verdict
 
     def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
-        for slice_s in slices(timeout_s):
-            try:
-                # Zero means no deadline to some stores.
-                store.wait([f"{key}/verdict"], timedelta(seconds=max(slice_s, 0.001)))
-            except dist.DistNetworkError:
-                raise
-            except RuntimeError:  # some stores have no separate error for a timed-out wait
-                if not store.check([f"{key}/verdict"]):
-                    ended = _read_end(self._control, store)
-                    if ended is None:
-                        continue
-                    return _publish(key, {"abort": ended}, store)
-            return _unpack(store.get(f"{key}/verdict"))
+        verdict = f"{key}/verdict"
+        for number, _ in enumerate(polls(timeout_s)):
+            if store.check([verdict]):
+                return _unpack(store.get(verdict))
+            # Not every time: the store has to answer all ranks.
+            if number % 4 == 0 and (ended := _read_end(self._control, store)) is not None:
+                return _publish(key, {"abort": ended}, store)
         absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
         late = self._control.label(*absent) if absent else "the rank that came last"
         abort = _abort(f"{late} didn't come in time", self._control.rank, absent=absent)
