@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-# The shortest and the longest pause between two polls, in seconds: a few round trips to a store, and short for a caller.
+# The shortest and the longest pause between two polls, in seconds: a few round trips to a store; short for a caller.
 _POLL_S = (0.002, 0.2)
 # The longest that a process that ends waits for its threads that poll, in seconds: each makes a quick call at most.
 _EXIT_S = 1.0

@@ -45,13 +45,18 @@ class Failures(dict[Cell, str]):
         self.after_timeout: set[Cell] = set()
         self._timed_out = False
 
+    @property
+    def cause(self) -> str | None:
+        """The first reason, unless a time-out came before it."""
+        return next((reason for cell, reason in list(self.items()) if cell not in self.after_timeout), None)
+
     def add(self, cell: Cell, error: Exception) -> None:
         """Add a failure, unless its kind has one already."""
         self._timed_out = self._timed_out or is_timeout(error)
         if cell not in self:
-            self[cell] = describe(error)[:300]
             if self._timed_out:
                 self.after_timeout.add(cell)
+            self[cell] = describe(error)[:300]
 
 
 def admit(
@@ -68,6 +73,7 @@ def admit(
     session.mark_tested(cases)
     context = member.context
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
+    failures = Failures()
     try:
         name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
         with session.channel.open_stage(member.control, name, step.left_s) as stage:
@@ -80,16 +86,18 @@ def admit(
                 world_size=context.world_size,
                 device=context.device,
                 all_gather=stage.all_gather,
+                failures=failures,
             )
             try:
-                failures = step.run(test, f"the admission test of {session.plugin.name}")
-                causes = {cell: reason for cell, reason in failures.items() if cell not in failures.after_timeout}
-                step.failure = next(iter(causes.values()), None)
-                vote = {numbers[cell]: [cell not in causes, reason] for cell, reason in failures.items()}
+                step.run(test, f"the admission test of {session.plugin.name}")
+                late = failures.after_timeout
+                vote = {numbers[cell]: [cell in late, reason] for cell, reason in failures.items()}
                 votes = stage.all_gather(vote, "vote")
             except StageAbortedError:
+                step.failure = failures.cause
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
+                step.failure = failures.cause
                 raise step.abort(stage, error) from error
     except StageAbortedError as error:
         return error
@@ -111,6 +119,7 @@ def run_cases(
     world_size: int,
     device: torch.device,
     all_gather: Callable[[list[int]], list[list[int]]],
+    failures: Failures | None = None,
 ) -> Failures:
     """Run every case through a backend. Collective: every rank makes every call, even after a failed one.
 
@@ -122,12 +131,13 @@ def run_cases(
         world_size: ranks in the group.
         device: the group's accelerator, else the CPU.
         all_gather: gathers every rank's value, by group rank; called only for cases of the mode "graph".
+        failures: what to add the failures to; by default a new object.
 
     Returns:
         For each kind of message that failed on this rank, the reason.
     """
     tester = _Tester(plugin_hooks, session, rank, world_size, device)
-    failures = Failures()
+    failures = Failures() if failures is None else failures
     eager = [case for case in cases if case.cell[1] == "eager"]
     steps = itertools.product(eager, (tester.out_of_place, tester.in_place))
     # Each call has different data, so that the previous call's output can't pass for the result.
