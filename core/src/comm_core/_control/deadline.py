@@ -6,6 +6,7 @@ import atexit
 import concurrent.futures
 import functools
 import logging
+import os
 import re
 import threading
 import time
@@ -22,14 +23,17 @@ _log = logging.getLogger(__name__)
 
 # The shortest and the longest pause between two polls, in seconds: a few round trips to a store; short for a caller.
 _POLL_S = (0.002, 0.2)
-# The longest that a process that ends waits for its threads that poll, in seconds: each makes a quick call at most.
+# The longest that a process that ends waits for its threads, in seconds: far above a quick call of the store.
 _EXIT_S = 1.0
 # In torch's errors: "Timed out waiting 1800000ms for recv operation", "Connection closed by peer".
 _TIMEOUT_TEXT = re.compile("timed out|time-?out|connection (closed|reset) by peer", re.IGNORECASE)
 
+_PROCESS_ENDS = "this process ends"
+
 _exiting = threading.Event()
-# The threads that poll, or have done so.
-_polling: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_starting = threading.Lock()
+_refusing = False  # whether threads other than the main one may start no more threads here
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def describe(error: BaseException) -> str:
@@ -69,14 +73,20 @@ def run_with_deadline(
 
     Raises:
         TimeoutError: `function` hasn't returned within `timeout_s`.
-        RuntimeError: `function` raised a `BaseException` such as `SystemExit`, which is the cause.
+        RuntimeError: `function` raised a `BaseException` such as `SystemExit`, which is the cause; or no thread can be
+            started, as in a thread of a process that ends.
         Exception, KeyboardInterrupt: `function` raised it.
     """
+    _end_threads_at_exit()
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     thread = threading.Thread(
         target=_run, args=(future, function, name, on_late), name=f"comm-core {name}", daemon=True
     )
-    thread.start()
+    with _starting:
+        if _refusing and threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(_PROCESS_ENDS)
+        thread.start()
+        _threads.add(thread)
     try:
         concurrent.futures.wait([future], min(timeout_s, threading.TIMEOUT_MAX))
     finally:
@@ -129,16 +139,11 @@ def _deliver_late(value: T, on_late: Callable[[T], object] | None, name: str) ->
 
 
 def polls(timeout_s: float) -> Iterator[None]:
-    """Yield at once, then after each of many short pauses, the last time at the deadline.
-
-    For waits on what would otherwise be a long wait in C++ code: a daemon thread that returns from such code while the
-    interpreter ends aborts the process. A process that ends lets the threads that poll return first.
+    """Yield at once, then after each of many short pauses, the last time at the deadline; for a wait on another rank.
 
     Raises:
         RuntimeError: the process ends.
     """
-    _stop_polls_at_exit()
-    _polling.add(threading.current_thread())
     start = time.monotonic()
     while True:
         yield
@@ -147,17 +152,32 @@ def polls(timeout_s: float) -> Iterator[None]:
             return
         # In proportion to the time so far: an exchange that is quick isn't slowed down, and a long wait costs little.
         if _exiting.wait(min(max(waited_s / 2, _POLL_S[0]), _POLL_S[1], timeout_s - waited_s)):
-            raise RuntimeError("this process ends")
+            raise RuntimeError(_PROCESS_ENDS)
 
 
 @functools.cache
-def _stop_polls_at_exit() -> None:
-    atexit.register(_stop_polls)
+def _end_threads_at_exit() -> None:
+    atexit.register(_end_threads)
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _stop_polls() -> None:
+def _renew_lock() -> None:
+    global _starting  # noqa: PLW0603 - there is one process
+    _starting = threading.Lock()  # the parent may have held it during the fork
+
+
+def _end_threads() -> None:
+    """End the threads that wait for other ranks, and let those in a quick call of the store return.
+
+    A daemon thread that returns from C++ code while the interpreter ends aborts the process. Threads whose function
+    hangs are left behind.
+    """
+    global _refusing  # noqa: PLW0603 - there is one process
+    with _starting:
+        _refusing = True
     _exiting.set()
     end = time.monotonic() + _EXIT_S
-    for thread in tuple(_polling):
-        if thread is not threading.current_thread():
-            thread.join(max(end - time.monotonic(), 0.0))
+    for thread in tuple(_threads):
+        thread.join(max(end - time.monotonic(), 0.0))
+    # Functions registered earlier, such as the caller's `comm.close`, come next, and may wait for other ranks.
+    _exiting.clear()
