@@ -234,7 +234,7 @@ def test_every_call_of_an_aborted_stage_raises_the_same_reason(store: dist.Store
 
 
 def test_an_abort_releases_this_ranks_own_thread_and_the_late_rank(store: dist.Store) -> None:
-    waits = Hold(lambda name, _: name == "wait")
+    waits = Hold(lambda name, _: name == "check")
     members = group_of([WatchedStore(store, waits), store], 2)
     with Stage(members[0], "step") as stage:
         blocked = start(stage.barrier)

@@ -240,11 +240,11 @@ def test_the_store_is_asked_in_proportion_to_the_ranks(world_size: int) -> None:
     in_threads(members, lambda member: gather(member, "step"))
     finish(members)
     assert asked["add"] == 2 * world_size
-    assert asked.total() <= 10 * world_size
+    assert asked.total() - asked["check"] <= 10 * world_size  # the number of polls follows the time
     asked.clear()
     members = group_of(WatchedStore(dist.HashStore(), lambda name, _: asked.update([name])), world_size)
     in_threads(members, lambda member: [gather(member, f"step {number}") for number in range(20)])
-    assert asked.total() <= 20 * 6 * world_size
+    assert asked.total() - asked["check"] <= 20 * 6 * world_size
 
 
 # --- a store that is gone ---

@@ -67,7 +67,8 @@ class GroupContext:
         global_ranks: the job's rank of each group rank.
         control: the channel to the other ranks, for Collective hooks.
         memory_budget_nbytes: device memory that this session may take for its buffers, in bytes.
-        wait_timeout_s: the longest that a hot-path call may wait for a peer, in seconds.
+        wait_timeout_s: the longest that a hot-path call may wait for a peer, in seconds; also the deadline of the hooks
+            `check` and `close`.
     """
 
     group: torch.distributed.ProcessGroup = dataclasses.field(repr=False, compare=False)

@@ -5,8 +5,11 @@ A plugin is a module, or an object, that the entry-point group `comm_core.backen
 
 An implementation has exactly the parameters of its spec, in the same order, without defaults: the hot path is resolved
 once per group and called by position. *Local* hooks talk to no other rank. *Collective* hooks run on every rank of
-the group at once, under a deadline, and may exchange data through `context.control`; the ranks then vote on the hook's
-success.
+the group at once, and may exchange data through `context.control`; the ranks then vote on the hook's success.
+
+All hooks but `limits` and those of the hot path run under a deadline, in a thread with the group's device and the
+caller's stream set. A hook that misses its deadline has failed. Its thread can't be stopped: it stays until the hook
+returns, and keeps what it holds.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ def probe() -> dict[str, Any]:  # type: ignore[empty-body]
     """Report facts that only this plugin knows, such as a missing compiler.
 
     Local, optional. Called once per group, on every rank, before anything is allocated. The ranks exchange the facts;
-    `is_available` reads them as `topology.ranks[i].facts[name]`.
+    `is_available` reads them as `topology.ranks[i].facts[name]`. All plugins' calls together get half of
+    `COMM_CORE_CONTROL_TIMEOUT_S`, so that this rank comes to the exchange in time.
 
     Returns:
         A JSON object of at most 512 bytes as text, nested at most 16 levels deep. If the facts of all installed
@@ -51,7 +55,7 @@ def probe() -> dict[str, Any]:  # type: ignore[empty-body]
 
     Raises:
         Exception: of any type: the backend is unavailable for this group, with the exception's text as the reason. A
-            larger result, or one that isn't JSON, has the same effect.
+            larger result, one that isn't JSON, or a missed deadline has the same effect.
     """
 
 
@@ -61,7 +65,8 @@ def is_available(topology: Topology) -> Available | Unavailable:  # type: ignore
 
     Local, optional: without it the backend is available at priority 500, for every message that its hooks can take.
     Called once per group, on every rank, before anything is allocated. The answer depends on `topology` alone. If the
-    ranks' answers differ, the lowest priority and the intersection of the ranges apply.
+    ranks' answers differ, the lowest priority and the intersection of the ranges apply. The deadline is that of
+    `probe`.
 
     Args:
         topology: the reports of all ranks, frozen; see `comm_core.Topology`.
@@ -72,7 +77,8 @@ def is_available(topology: Topology) -> Available | Unavailable:  # type: ignore
         without a full stop; `explain` prints it, control characters replaced, and at most 1,000 bytes of it.
 
     Raises:
-        Exception: of any type: read as `Unavailable`, with the exception's text as the reason.
+        Exception: of any type: read as `Unavailable`, with the exception's text as the reason, as is a missed
+            deadline.
     """
 
 
@@ -127,9 +133,10 @@ def pre_capture_init(session: Any, shapes: Shapes) -> Sequence[Range] | None:
 def capture_ctx(session: Any) -> AbstractContextManager[Any]:  # type: ignore[empty-body]
     """Return the context in which this session's calls are recorded into CUDA graphs.
 
-    Optional. Called once for each outermost `comm.capture()`, on the caller's thread, whether or not a call of this
-    group is captured; the admission test calls it too, if the ranges name the mode "graph". Inside it, calls on a
-    stream that isn't capturing (`torch.cuda.is_current_stream_capturing()`), such as warm-ups, run at once.
+    Optional. Called once for each outermost `comm.capture()`, whether or not a call of this group is captured; the
+    admission test calls it too, if the ranges name the mode "graph". Inside it, calls on a stream that isn't capturing
+    (`torch.cuda.is_current_stream_capturing()`), such as warm-ups, run at once. It is entered and left in different
+    threads, neither of them the caller's. Entering has half of `COMM_CORE_CONTROL_TIMEOUT_S`, leaving twice its value.
 
     Entering is Local. Leaving is Collective if a recorded call needs an exchange over `context.control`; a session
     without such a call must not exchange anything, since its peers may have captured nothing. Leaving by an exception
@@ -237,7 +244,8 @@ def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
 def check(session: Any) -> None:
     """Raise the errors that kernels recorded since the last call, such as a timed-out wait for a peer.
 
-    Local, optional. Called from `backend.check()`; may synchronise with the device; reads at most one word from it.
+    Local, optional. Called from `backend.check()`, in a thread that a group's sessions share; may synchronise with the
+    device; reads at most one word from it. The deadline is `context.wait_timeout_s`.
 
     Args:
         session: what `connect` returned.
@@ -268,7 +276,8 @@ def abort(session: Any) -> None:
 def close(session: Any, orderly: bool) -> None:
     """Free all resources of the session.
 
-    Local, optional, idempotent. Called only for a session that `connect` returned.
+    Local, optional, idempotent. Called only for a session that `connect` returned. The deadline is
+    `context.wait_timeout_s`; it is at most 5 s where the other ranks wait, for a session that was never in use.
 
     Args:
         session: what `connect` returned.
@@ -276,5 +285,6 @@ def close(session: Any, orderly: bool) -> None:
             without waiting for other ranks.
 
     Raises:
-        Exception: of any type: logged; core still closes the other sessions.
+        Exception: of any type, as `SystemExit`: logged, as is a missed deadline; core still closes the other sessions.
+        KeyboardInterrupt: raised to the caller once everything is closed.
     """

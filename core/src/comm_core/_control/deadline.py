@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
+import functools
 import logging
+import os
+import re
 import threading
+import time
 import traceback
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from comm_core._schema import printable
 
-__all__ = ["describe", "run_with_deadline"]
+__all__ = ["describe", "is_timeout", "polls", "run_with_deadline"]
+
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
+# The shortest and the longest pause between two polls, in seconds: a few round trips to a store; short for a caller.
+_POLL_S = (0.002, 0.2)
+# The longest that a process that ends waits for its threads, in seconds: far above a quick call of the store.
+_EXIT_S = 1.0
+# In torch's errors: "Timed out waiting 1800000ms for recv operation", "Connection closed by peer".
+_TIMEOUT_TEXT = re.compile("timed out|time-?out|connection (closed|reset) by peer", re.IGNORECASE)
+
+_PROCESS_ENDS = "this process ends"
+
+_exiting = threading.Event()
+_starting = threading.Lock()
+_refusing = False  # whether threads other than the main one may start no more threads here
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
 
 def describe(error: BaseException) -> str:
     """Return the type and the text of an exception on one printable line, even if its `__str__` raises."""
     return printable(" ".join(" ".join(traceback.format_exception_only(type(error), error)).split()))
+
+
+def is_timeout(error: BaseException | None) -> bool:
+    """Return whether a time-out caused an exception: then the cause may lie on the rank that was waited for.
+
+    Gloo and NCCL report time-outs, and peers that went away after one, by the text of a `RuntimeError` alone.
+    """
+    while error is not None:
+        if isinstance(error, TimeoutError) or _TIMEOUT_TEXT.search(describe(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def run_with_deadline(
@@ -43,14 +76,20 @@ def run_with_deadline(
 
     Raises:
         TimeoutError: `function` hasn't returned within `timeout_s`.
-        RuntimeError: `function` raised a `BaseException` such as `SystemExit`, which is the cause.
+        RuntimeError: `function` raised a `BaseException` such as `SystemExit`, which is the cause; or no thread can be
+            started, as in a thread of a process that ends.
         Exception, KeyboardInterrupt: `function` raised it.
     """
+    _end_threads_at_exit()
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     thread = threading.Thread(
         target=_run, args=(future, function, name, on_late), name=f"comm-core {name}", daemon=True
     )
-    thread.start()
+    with _starting:
+        if _refusing and threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(_PROCESS_ENDS)
+        thread.start()
+        _threads.add(thread)
     try:
         concurrent.futures.wait([future], min(timeout_s, threading.TIMEOUT_MAX))
     finally:
@@ -100,3 +139,48 @@ def _deliver_late(value: T, on_late: Callable[[T], object] | None, name: str) ->
         on_late(value)
     except Exception:  # noqa: BLE001 - it may be a plugin's `close`, and no caller is left to raise to
         _log.warning("can't free the result that %s returned after its deadline", name, exc_info=True)
+
+
+def polls(timeout_s: float) -> Iterator[None]:
+    """Yield at once, then after each of many short pauses, the last time at the deadline; for a wait on another rank.
+
+    Raises:
+        RuntimeError: the process ends.
+    """
+    start = time.monotonic()
+    while True:
+        yield
+        waited_s = time.monotonic() - start
+        if waited_s >= timeout_s:
+            return
+        # In proportion to the time so far: an exchange that is quick isn't slowed down, and a long wait costs little.
+        if _exiting.wait(min(max(waited_s / 2, _POLL_S[0]), _POLL_S[1], timeout_s - waited_s)):
+            raise RuntimeError(_PROCESS_ENDS)
+
+
+@functools.cache
+def _end_threads_at_exit() -> None:
+    atexit.register(_end_threads)
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _renew_lock() -> None:
+    global _starting  # noqa: PLW0603 - there is one process
+    _starting = threading.Lock()  # the parent may have held it during the fork
+
+
+def _end_threads() -> None:
+    """End the threads that wait for other ranks, and let those in a quick call of the store return.
+
+    A daemon thread that returns from C++ code while the interpreter ends aborts the process. Threads whose function
+    hangs are left behind.
+    """
+    global _refusing  # noqa: PLW0603 - there is one process
+    with _starting:
+        _refusing = True
+    _exiting.set()
+    end = time.monotonic() + _EXIT_S
+    for thread in tuple(_threads):
+        thread.join(max(end - time.monotonic(), 0.0))
+    # Functions registered earlier, such as the caller's `comm.close`, come next, and may wait for other ranks.
+    _exiting.clear()

@@ -5,12 +5,17 @@ raises early, its peers take its next message for this one. In the store every m
 
     incarnation / stage / sequence / group rank      the message of one rank
     incarnation / stage / sequence / arrived         the number of messages
-    incarnation / stage / sequence / verdict         the outcome: every rank waits on this key alone
+    incarnation / stage / sequence / verdict         the outcome: every rank waits for this key
+    incarnation / ended / verdict                    the abort of a rank that has left the incarnation
 
 The last rank to arrive gathers all messages and publishes them as the verdict. A rank that fails, or that misses its
 deadline, publishes an abort under the same key. Both use `compare_set`, so the first verdict wins, and every rank
 follows it, including a late one. A rank enters exchange n + 1 only after it has read the verdict of n, so an abort
 always reaches the exchange that the others are in.
+
+A rank that leaves the whole incarnation publishes that: see `end_incarnation`. Each exchange that this rank doesn't
+join then ends by the same abort, since the ranks that wait look there too. They poll the store rather than wait in it:
+torch's TCP store prints two warnings at the end of each wait, and some stores don't wake their waiters.
 """
 
 from __future__ import annotations
@@ -22,18 +27,15 @@ import json
 import threading
 import time
 import zlib
-from datetime import timedelta
 from typing import Any, final
 
-import torch.distributed as dist
-
-from comm_core._control.deadline import describe
+from comm_core._control.deadline import describe, polls
 from comm_core._control.store import Control, Store, compare_set
 from comm_core._schema import MAX_DEPTH, MalformedError, load_json, printable, shorten
 from comm_core.context import Agreement
 from comm_core.errors import CommError, CommTimeoutError
 
-__all__ = ["Stage", "StageAbortedError", "StageTimeoutError"]
+__all__ = ["Stage", "StageAbortedError", "StageTimeoutError", "end_incarnation"]
 
 #: The longest message of one rank, as JSON text in bytes.
 MESSAGE_NBYTES = 64 * 1024
@@ -51,12 +53,18 @@ class StageAbortedError(CommError):
     Attributes:
         reason: the reason that the aborting rank gave.
         rank: the group rank of the aborting rank; None if the store has a verdict that no rank of this group sent.
+        is_timeout: whether that rank only waited too long: another rank may have the cause.
+        final: whether no later stage of the incarnation can succeed, because a rank has left it.
     """
 
-    def __init__(self, message: str, reason: str, rank: int | None) -> None:
+    def __init__(
+        self, message: str, reason: str, rank: int | None, *, is_timeout: bool = False, final: bool = False
+    ) -> None:
         super().__init__(message)
         self.reason = reason
         self.rank = rank
+        self.is_timeout = is_timeout
+        self.final = final
 
 
 class StageTimeoutError(StageAbortedError, CommTimeoutError):
@@ -67,7 +75,7 @@ class StageTimeoutError(StageAbortedError, CommTimeoutError):
     """
 
     def __init__(self, message: str, reason: str, rank: int, ranks: tuple[int, ...]) -> None:
-        StageAbortedError.__init__(self, message, reason, rank)
+        StageAbortedError.__init__(self, message, reason, rank, is_timeout=True)
         self.ranks = ranks
 
 
@@ -76,7 +84,7 @@ class Stage:
     """A Collective step: a sequence of exchanges that ends for all ranks alike. Implements `ControlChannel`.
 
     As a context manager it lasts until the end of the block; an exception that leaves the block aborts the stage for
-    all ranks.
+    all ranks, and the abort is final unless `abort` came first.
 
     Args:
         control: this rank's access to the store.
@@ -101,7 +109,7 @@ class Stage:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if error is not None and self.aborted is None:
-            self.abort(describe(error))
+            self._abort_with(_abort(describe(error), self._control.rank, final=True))
 
     @property
     def begun(self) -> bool:
@@ -152,17 +160,24 @@ class Stage:
         reasons = {rank: printable(str(why)) for rank, why in enumerate(votes) if why is not None}
         return Agreement(not reasons, reasons)
 
-    def abort(self, reason: str) -> StageAbortedError:
+    def abort(self, reason: str, *, is_timeout: bool = False) -> StageAbortedError:
         """Abort the stage for all ranks, even while another thread of this rank is in one of its exchanges.
+
+        Args:
+            reason: the reason, for all ranks.
+            is_timeout: whether this rank only waited too long.
 
         Returns:
             The error that every rank's calls in this stage raise: that of the first abort.
         """
+        return self._abort_with(_abort(reason, self._control.rank, timeout=is_timeout))
+
+    def _abort_with(self, abort: dict[str, Any]) -> StageAbortedError:
         # Held until the verdict is known: no thread of this rank begins another exchange, or raises another error than
         # the other ranks.
         with self._lock:
             if self.aborted is None:
-                self.aborted = self._post_abort(self._abort(reason[:_REASON_CHARS], self._control.rank))
+                self.aborted = self._post_abort(abort)
             return self.aborted
 
     def peek(self) -> StageAbortedError | None:
@@ -207,27 +222,27 @@ class Stage:
             try:
                 kind, value = _parse_message(message)
             except MalformedError as error:
-                return {"abort": self._abort(f"its message can't be read: {error}", rank)}
+                return {"abort": _abort(f"its message can't be read: {error}", rank)}
             kinds.append(kind)
             values.append(value)
         if len(set(kinds)) == 1:
             return {"values": values}
         outlier = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
-        return {"abort": self._abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)}
+        return {"abort": _abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)}
 
     def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
-        try:
-            # Zero means no deadline to some stores.
-            store.wait([f"{key}/verdict"], timedelta(seconds=max(timeout_s, 0.001)))
-        except dist.DistNetworkError:
-            raise
-        except RuntimeError:
-            # Some stores have no separate error for a timed-out wait. Publishing shows if there is a verdict already.
-            absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
-            late = self._control.label(*absent) if absent else "the rank that came last"
-            abort = self._abort(f"{late} didn't come in time", self._control.rank)
-            return _publish(key, {"abort": abort | {"absent": absent}}, store)
-        return _unpack(store.get(f"{key}/verdict"))
+        verdict = f"{key}/verdict"
+        for number, _ in enumerate(polls(timeout_s)):
+            if store.check([verdict]):
+                return _unpack(store.get(verdict))
+            # Not every time: the store has to answer all ranks.
+            if number % 4 == 0 and (ended := _read_end(self._control, store)) is not None:
+                return _publish(key, {"abort": ended}, store)
+        absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
+        late = self._control.label(*absent) if absent else "the rank that came last"
+        abort = _abort(f"{late} didn't come in time", self._control.rank, absent=absent)
+        # Publishing shows if there is a verdict already.
+        return _publish(key, {"abort": abort}, store)
 
     def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
         # The exchange of another thread may have succeeded meanwhile. Then the other ranks go on to the next one, which
@@ -243,10 +258,6 @@ class Stage:
                 return self._error(verdict["abort"])
         return self._error(abort)
 
-    @staticmethod
-    def _abort(reason: str, rank: int) -> dict[str, Any]:
-        return {"reason": reason, "rank": rank, "absent": None}
-
     def _error(self, abort: dict[str, Any]) -> StageAbortedError:
         rank, reason, absent = abort["rank"], printable(abort["reason"]), abort["absent"]
         known = range(self._control.world_size)
@@ -255,7 +266,8 @@ class Stage:
         if absent is not None:
             message = f"{self._name}: {reason}, says {self._control.label(rank)}"
             return StageTimeoutError(message, reason, rank, tuple(absent))
-        return StageAbortedError(f"{self._name}: {self._control.label(rank)} failed: {reason}", reason, rank)
+        message = f"{self._name}: {self._control.label(rank)} failed: {reason}"
+        return StageAbortedError(message, reason, rank, is_timeout=abort["timeout"], final=abort["final"])
 
     def _key(self, sequence: int) -> str:
         return f"{self._control.prefix}/{self._name}/{sequence}"
@@ -271,6 +283,30 @@ def _parse_message(message: bytes) -> tuple[str, Any]:
     if not isinstance(parsed, list) or len(parsed) != 2 or not isinstance(parsed[0], str):
         raise MalformedError("it isn't a list of a kind and a value")
     return shorten(printable(parsed[0]), 60), parsed[1]
+
+
+def end_incarnation(control: Control, error: BaseException) -> None:
+    """Tell the other ranks that this rank leaves the incarnation because of `error`. Local; never raises.
+
+    Every later exchange of the incarnation ends by a final abort with this reason, on all ranks. Exchanges that this
+    rank has joined may still succeed.
+    """
+    key, abort = f"{control.prefix}/ended", _abort(describe(error), control.rank, final=True)
+    with contextlib.suppress(CommError):  # a rank that is cut off from the store can tell nothing
+        control.call_store("leaving the group", functools.partial(_publish, key, {"abort": abort}))
+        control.note_abort(key)
+
+
+def _read_end(control: Control, store: Store) -> dict[str, Any] | None:
+    """Return the abort of the rank that has left the incarnation, if one has."""
+    key = f"{control.prefix}/ended/verdict"
+    return dict(_unpack(store.get(key))["abort"]) if store.check([key]) else None
+
+
+def _abort(
+    reason: str, rank: int | None, *, timeout: bool = False, final: bool = False, absent: list[int] | None = None
+) -> dict[str, Any]:
+    return {"reason": reason[:_REASON_CHARS], "rank": rank, "timeout": timeout, "final": final, "absent": absent}
 
 
 def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:
@@ -304,10 +340,12 @@ def _is_verdict(verdict: Any) -> bool:
     abort = verdict["abort"]
     if not isinstance(abort, dict) or not isinstance(abort.get("reason"), str) or type(abort.get("rank")) is not int:
         return False
+    if type(abort.get("timeout")) is not bool or type(abort.get("final")) is not bool:
+        return False
     absent = abort.get("absent", "none")
     return absent is None or (isinstance(absent, list) and all(type(rank) is int for rank in absent))
 
 
 def _unreadable(reason: str) -> dict[str, Any]:
     text = f"the verdict in the job's store can't be read: {reason}. Other software may use its keys comm_core/..."
-    return {"abort": {"reason": text, "rank": None, "absent": None}}
+    return {"abort": _abort(text, None)}

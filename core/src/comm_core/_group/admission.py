@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from comm_core._control.deadline import describe
+from comm_core._control.deadline import describe, is_timeout
 from comm_core._control.stage import StageAbortedError
 from comm_core._control.steps import Steps
-from comm_core._group.membership import Membership, abort_stage, run_in_worker
+from comm_core._group.membership import Step
 from comm_core._handle.session import Session
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell, cells
 from comm_core._schema import shorten
 from comm_core.errors import CaptureError, NegotiationError
 
-__all__ = ["admit", "run_cases"]
+__all__ = ["Failures", "admit", "run_cases"]
 
 # The largest n such that the dtype holds every integer up to n exactly: sums up to n are exact in any order.
 _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
@@ -37,18 +37,49 @@ _REASON_NBYTES = 300
 _CAPTURE_FAILED = -1
 
 
+class Failures(dict[Cell, str]):
+    """For each kind of message that failed on this rank, the first reason.
+
+    Attributes:
+        after_timeout: the kinds that failed by a time-out or after one. The cause may lie on another rank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after_timeout: set[Cell] = set()
+        self._timed_out = False
+
+    @property
+    def cause(self) -> str | None:
+        """The first reason, unless a time-out came before it."""
+        return next((reason for cell, reason in list(self.items()) if cell not in self.after_timeout), None)
+
+    def add(self, cell: Cell, error: Exception) -> str:
+        """Add a failure, unless its kind has one already; return its reason."""
+        reason = shorten(describe(error), _REASON_NBYTES)
+        self._timed_out = self._timed_out or is_timeout(error)
+        if cell not in self:
+            if self._timed_out:
+                self.after_timeout.add(cell)
+            self[cell] = reason
+        return reason
+
+
 def admit(
-    session: Session, cases: list[AdmissionCase], member: Membership
+    session: Session, cases: list[AdmissionCase], step: Step
 ) -> dict[Cell, tuple[str, int | None]] | StageAbortedError:
     """Test the cases on every rank. Collective.
 
     Returns:
-        For each kind of message that failed on any rank, the reason and the rank; the error if a rank aborted the test.
+        For each kind of message that failed on any rank, the reason and the rank, rather of a rank where it failed
+        before any time-out; the error if a rank aborted the test.
     """
+    member = step.member
     tested_before = len(session.tested)
     session.mark_tested(cases)
     context = member.context
     numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
+    failures = Failures()
     unreadable: list[NegotiationError] = []
 
     def gather(numbers: list[int]) -> list[tuple[int, ...]]:
@@ -61,7 +92,7 @@ def admit(
 
     try:
         name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
-        with session.channel.open_stage(member.control, name, member.stage_timeout_s) as stage:
+        with session.channel.open_stage(member.control, name, step.left_s) as stage:
             steps = Steps(member.control, name, stage, member.connect_timeout_s)
             test = functools.partial(
                 run_cases,
@@ -73,27 +104,33 @@ def admit(
                 device=context.device,
                 all_gather=gather,
                 end_step=steps.end,
+                failures=failures,
             )
             try:
                 try:
-                    failures = run_in_worker(test, member, f"the admission test of {session.plugin.name}")
+                    step.run(test, f"the admission test of {session.plugin.name}")
                 finally:
                     steps.finish()
-                votes = stage.all_gather({numbers[cell]: reason for cell, reason in failures.items()}, "vote")
+                late = failures.after_timeout
+                vote = {numbers[cell]: [cell in late, reason] for cell, reason in failures.items()}
+                votes = stage.all_gather(vote, "vote")
             except StageAbortedError:
+                step.failure = failures.cause
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 if error in unreadable:  # not the plugin's
                     raise
-                raise abort_stage(stage, member, error) from error
+                step.failure = failures.cause
+                raise step.abort(stage, error) from error
     except StageAbortedError as error:
         return error
     failed: dict[Cell, tuple[str, int | None]] = {}
-    reasons = member.read_failures(votes)
+    read = member.read_failures(votes)
     for cell, number in numbers.items():
-        for rank, vote in enumerate(reasons):
-            if str(number) in vote:
-                failed.setdefault(cell, (vote[str(number)], rank))
+        found = [(*vote[str(number)], rank) for rank, vote in enumerate(read) if str(number) in vote]
+        if found:
+            _, reason, rank = min(found, key=lambda item: (item[0], item[2]))
+            failed[cell] = (reason, rank)
     return failed
 
 
@@ -107,7 +144,8 @@ def run_cases(
     device: torch.device,
     all_gather: Callable[[list[int]], Sequence[Sequence[int]]],
     end_step: Callable[[str], None],
-) -> dict[Cell, str]:
+    failures: Failures | None = None,
+) -> Failures:
     """Run every case through a backend. Collective: every rank makes every call, even after a failed one.
 
     Args:
@@ -120,12 +158,13 @@ def run_cases(
         all_gather: gathers every rank's value, by group rank; called only for cases of the mode "graph".
         end_step: called at the end of each step with the reason why it failed, "" if it succeeded; may raise to end the
             test.
+        failures: what to add the failures to; by default a new object.
 
     Returns:
         For each kind of message that failed on this rank, the reason.
     """
     tester = _Tester(plugin_hooks, session, rank, world_size, device)
-    failures: dict[Cell, str] = {}
+    failures = Failures() if failures is None else failures
     run_step = functools.partial(_run_step, failures, end_step)
     eager = [case for case in cases if case.cell[1] == "eager"]
     steps = itertools.product(eager, (tester.out_of_place, tester.in_place))
@@ -184,15 +223,14 @@ def _record(
 
 
 def _run_step(
-    failures: dict[Cell, str], end_step: Callable[[str], None], case: AdmissionCase, step: Callable[[], None]
+    failures: Failures, end_step: Callable[[str], None], case: AdmissionCase, step: Callable[[], None]
 ) -> None:
     """Run a step; if it raises, keep the reason, unless its kind of message has one already."""
     reason = ""
     try:
         step()
     except Exception as error:  # noqa: BLE001 - plugin boundary: any error of a backend here is a reason not to use it
-        reason = shorten(describe(error), _REASON_NBYTES)
-        failures.setdefault(case.cell, reason)
+        reason = failures.add(case.cell, error)
     end_step(reason)
 
 

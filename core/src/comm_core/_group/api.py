@@ -47,8 +47,9 @@ def get_backend(
             has a handle with other arguments.
         CaptureError: the current stream is capturing a graph; call `get_backend` before the capture.
         BackendUnavailableError: a backend named in `backends` can't serve; on all ranks.
-        NegotiationError: the ranks' settings differ, or a rank can't negotiate; on all ranks.
-        CommTimeoutError: a rank didn't call in time; on all ranks, on a late one as soon as it calls.
+        NegotiationError: the ranks' settings differ, or a rank can't negotiate or left by an exception; on all ranks,
+            but the one that left raises its own.
+        CommTimeoutError: a rank didn't call in time, or vanished; on all ranks, on a late one as soon as it calls.
     """
     request = _check_request(backends, timeout_s)
     while True:
@@ -112,6 +113,7 @@ def close(group: dist.ProcessGroup | None = None) -> None:
 
     Raises:
         CaptureError: inside `comm.capture()`, or while a stream captures; nothing is closed.
+        KeyboardInterrupt: it came meanwhile, or a plugin raised it; after the group is closed.
     """
     refuse_in_capture("comm.close")
     for state in all_states():
@@ -136,11 +138,11 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
     Raises:
         TypeError, ValueError: an argument is invalid; before anything is sent.
         CaptureError: inside `comm.capture()`, or while a stream captures; before anything is sent.
-        NegotiationError: the ranks passed different arguments, or a rank failed; on all ranks of that group. The other
-            groups are still prepared.
+        NegotiationError: the ranks passed different arguments, or a rank left by an exception; on all ranks of that
+            group, and in the second case its handle refuses further calls. The other groups are still prepared.
         BackendUnavailableError: a backend that `get_backend(backends=...)` names was dropped; on all ranks of that
             group. The other groups are still prepared.
-        CommTimeoutError: a rank didn't call in time.
+        CommTimeoutError: a rank didn't call in time; or it vanished, and then the group's handle refuses further calls.
     """
     remove_destroyed()
     for state in all_states():

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from comm_core._control.deadline import describe
 from comm_core._control.guard import raise_if_capturing
 from comm_core._control.stage import Stage, StageTimeoutError
 from comm_core._control.store import Control
+from comm_core._control.worker import run_on_device
 from comm_core._group.states import GroupState
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
@@ -66,8 +68,8 @@ class SessionCapture:
         if self.serving.failure is not None:
             return  # this rank's calls raise; its peers' calls may go on
         try:
-            context = self.session.plugin.hooks["capture_ctx"](self.session.value)
-            context.__enter__()
+            # Half: the peers that wait at their exits hear of a hang in time.
+            context = self._run(self._entered_context, 0.5, "enter", on_late=_exit_late)
         except Exception as error:  # plugin boundary: re-raised with the backend's name
             raise CaptureError(f"{self._label} can't enter the capture: {describe(error)}") from error
         self._context = context
@@ -88,7 +90,8 @@ class SessionCapture:
         context, self._context = self._context, None
         try:
             with self.session.channel.open_stage(self.control, self._stage_name) as stage:
-                context.__exit__(None, None, None)
+                # Twice: it may wait for its peers first, and then do as much.
+                self._run(functools.partial(context.__exit__, None, None, None), 2.0, "exit")
                 if stage.begun:  # raises an abort that the plugin has swallowed
                     stage.all_gather(None, "vote")
         except StageTimeoutError as error:
@@ -104,12 +107,26 @@ class SessionCapture:
         context, self._context = self._context, None
         if context is not None:
             try:
-                context.__exit__(type(error), error, error.__traceback__)
+                leave = functools.partial(context.__exit__, type(error), error, error.__traceback__)
+                self._run(leave, 0.5, "exit")
             except Exception as raised:  # noqa: BLE001 - plugin boundary; a `contextmanager` re-raises `error` itself
                 if raised is not error:
                     _log.warning("%s raised on exit from a failed capture: %s", self._label, describe(raised))
         Stage(self.control, self._stage_name).abort(describe(error))
         self.session.advance_capture()
+
+    def _entered_context(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.session.plugin.hooks["capture_ctx"](self.session.value)
+        context.__enter__()
+        return context
+
+    def _run(
+        self, call: Callable[[], Any], part: float, step: str, on_late: Callable[[Any], object] | None = None
+    ) -> Any:
+        """Call a part of the hook in a thread, under a deadline: a part of the control channel's."""
+        timeout_s = round(part * self.control.timeout_s, 2)
+        name = f"{step} of capture_ctx of {self.session.plugin.name}"
+        return run_on_device(call, self.session.device, timeout_s, name, on_late=on_late)
 
     @property
     def _stage_name(self) -> str:
@@ -121,6 +138,13 @@ class SessionCapture:
 
     def _failure_text(self, error: BaseException | None) -> str:
         return f"the capture of {self._label} failed: {error}. Its graphs must not be replayed. Capture again"
+
+
+def _exit_late(context: AbstractContextManager[Any]) -> None:
+    """Leave a session that was entered after the deadline."""
+    error = CaptureError("the session was entered too late")
+    with contextlib.suppress(CaptureError):
+        context.__exit__(CaptureError, error, None)
 
 
 @contextlib.contextmanager

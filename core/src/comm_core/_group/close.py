@@ -8,7 +8,10 @@ import logging
 import torch
 
 from comm_core._control.stage import Stage
+from comm_core._control.store import Control
 from comm_core._group.states import GroupState, is_alive, remove
+from comm_core._handle.serving import Serving
+from comm_core._handle.session import close_all
 from comm_core.errors import CommError
 
 __all__ = ["close_group"]
@@ -17,7 +20,11 @@ _log = logging.getLogger("comm_core")
 
 
 def close_group(state: GroupState) -> None:
-    """Close the handle and its sessions. Collective; logs a warning if a peer doesn't arrive in time."""
+    """Close the handle and its sessions. Collective; logs a warning if a peer doesn't arrive in time.
+
+    Raises:
+        KeyboardInterrupt: it came meanwhile, or a plugin raised it; after everything is closed.
+    """
     remove(state)
     serving, control, group = state.serving, state.control, state.group
     if serving is None:
@@ -30,7 +37,16 @@ def close_group(state: GroupState) -> None:
     if not is_alive(group):
         state.close_without_peers()
         return
-    orderly = False
+    try:
+        orderly = _meet(state, control, serving, failure)
+    except BaseException:  # an interrupt
+        _close_sessions(state, control, orderly=False)
+        raise
+    _close_sessions(state, control, orderly=orderly)
+
+
+def _meet(state: GroupState, control: Control, serving: Serving, failure: str | None) -> bool:
+    """Wait until every rank has finished its work; log a warning and return False if one hasn't in time."""
     try:
         with Stage(control, "close") as stage:
             if failure is not None:
@@ -39,14 +55,26 @@ def close_group(state: GroupState) -> None:
             if "cuda" in serving.topology.device_types:
                 torch.cuda.synchronize(serving.device)
             stage.barrier()
-        orderly = True
     except Exception as error:  # noqa: BLE001 - this rank frees its resources even if others fail
         _log.warning("%s is closed without waiting for all its ranks: %s", state.title, error)
+        return False
+    return True
+
+
+def _close_sessions(state: GroupState, control: Control, *, orderly: bool) -> None:
+    """Close the sessions and leave the control channel.
+
+    Raises:
+        KeyboardInterrupt: it came meanwhile, or a plugin raised it; after everything is closed.
+    """
+    try:
+        close_all(state.sessions, orderly=orderly)
     finally:
-        for session in state.sessions:
-            session.close(orderly=orderly)
-    if orderly:
-        # The caller may free memory that its graphs read once this returns, so every peer must have unmapped it.
-        with contextlib.suppress(CommError), Stage(control, "closed") as stage:
-            stage.barrier()
-    control.finish()
+        try:
+            if orderly:
+                # The caller may free memory that its graphs read once this returns, so every peer must have unmapped
+                # it.
+                with contextlib.suppress(CommError), Stage(control, "closed") as stage:
+                    stage.barrier()
+        finally:
+            control.finish()

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from comm_core._control.channel import SessionChannel
-from comm_core._control.stage import Stage, StageAbortedError
+from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
 from comm_core._group.admission import admit
-from comm_core._group.membership import Membership, abort_stage, check_budget, run_in_worker
-from comm_core._handle.session import Session, close_value
+from comm_core._group.membership import Membership, Step, check_budget
+from comm_core._handle.session import Session, close_all, close_value
 from comm_core._plan.cases import AdmissionCase, next_to_test, untestable_cells
 from comm_core._plan.decide import Slate
 from comm_core._plan.routes import owners, plan_routes
 from comm_core._plugins.discovery import Plugin
 
-__all__ = ["connect_and_admit", "drop", "ensure_connected"]
+__all__ = ["connect_and_admit", "drop", "ensure_connected", "read_memory", "release_all"]
 
 
 def connect_and_admit(
@@ -37,18 +36,23 @@ def connect_and_admit(
     Returns:
         The slate of the candidates that serve, and their sessions by name. Sessions of `before` that are in use and
         didn't fail are included.
+
+    Raises:
+        StageAbortedError: a rank left or vanished, and no rank can go on; its sessions that aren't in use are closed.
     """
     sessions = dict(before or {})
     try:
         while True:
             routes = plan_routes(slate.offers, member.topology.device_types)
-            for idle in sessions.keys() - owners(routes):
-                # Candidates admitted since then own all its routes.
-                if not sessions[idle].in_use:
-                    sessions.pop(idle).close(orderly=False)
+            # Candidates admitted since then own all their routes.
+            idle = sorted(name for name in sessions.keys() - owners(routes) if not sessions[name].in_use)
+            close_all([sessions.pop(name) for name in idle], timeout_s=member.close_timeout_s)
             tested = {name: session.tested for name, session in sessions.items()}
             name, cases = next_to_test(slate.offers, routes, tested)
             if name is None:
+                # A rank that leaves or vanishes until here takes the others with it.
+                with Stage(member.control, f"{member.stage_prefix}done") as stage:
+                    stage.barrier()
                 return slate, sessions
             untestable = untestable_cells(routes, name)
             if untestable:
@@ -57,9 +61,16 @@ def connect_and_admit(
             else:
                 slate = _connect_and_test(slate, name, cases, plugins[name], sessions, member)
     except BaseException:
-        for session in sessions.values():
-            session.release()
+        release_all(sessions.values(), member)
         raise
+
+
+def release_all(sessions: Iterable[Session], member: Membership) -> None:
+    """Close the sessions that aren't in use, after a failure."""
+    unused = [session for session in sessions if not session.in_use]
+    for session in unused:
+        session.abort_own_group()
+    close_all(unused, timeout_s=member.close_timeout_s)
 
 
 def _connect_and_test(
@@ -74,9 +85,10 @@ def _connect_and_test(
     slate = ensure_connected(slate, plugin, sessions, member)
     if name not in sessions:
         return slate
-    failures = admit(sessions[name], cases, member)
+    step = Step(member)
+    failures = admit(sessions[name], cases, step)
     if isinstance(failures, StageAbortedError):
-        return drop(slate, name, "admission", failures, sessions, member)
+        return drop(slate, name, "admission", failures, sessions, step)
     sessions[name].mark_failed(failures)
     return slate.without_cells(name, failures, member.topology.device_types) if failures else slate
 
@@ -86,33 +98,51 @@ def ensure_connected(slate: Slate, plugin: Plugin, sessions: dict[str, Session],
     if plugin.name in sessions:
         return slate
     budget = member.context.memory_budget_nbytes - sum(session.memory_nbytes for session in sessions.values())
-    outcome = _connect(plugin, slate.offer(plugin.name).checks_operands, member, budget)
+    step = Step(member)
+    outcome = _connect(plugin, slate.offer(plugin.name).checks_operands, step, budget)
     if isinstance(outcome, StageAbortedError):
-        return drop(slate, plugin.name, "", outcome, sessions, member)
+        return drop(slate, plugin.name, "", outcome, sessions, step)
     sessions[plugin.name] = outcome
     return slate
 
 
 def drop(
-    slate: Slate, name: str, step: str, error: StageAbortedError, sessions: dict[str, Session], member: Membership
+    slate: Slate, name: str, kind: str, error: StageAbortedError, sessions: dict[str, Session], step: Step
 ) -> Slate:
     """Drop a backend that failed in a step; return the slate without it. Collective.
 
     Returns once every rank has left the step and released the session. A wait inside the plugin may keep a rank in the
-    step until its deadline; the next backend's deadline starts after that.
+    step until its deadline; the next backend's deadline starts after that. The reason is a failure of a rank rather
+    than another rank's time-out, which may be its consequence.
+
+    Args:
+        slate: the candidates.
+        name: the backend.
+        kind: the step's name in the reason; "" for none.
+        error: the abort of the step's stage.
+        sessions: the sessions by name; loses the backend's.
+        step: the step.
+
+    Raises:
+        StageAbortedError: a rank left or vanished, and no rank can go on.
     """
-    session = sessions.pop(name, None)
+    session, member = sessions.pop(name, None), step.member
     if session is not None:
-        session.release()
-    stage_name = f"{member.stage_prefix}drop {name}"
-    with contextlib.suppress(StageAbortedError), Stage(member.control, stage_name, member.stage_timeout_s) as stage:
-        stage.barrier()
-    return slate.without(name, f"{step}: {error.reason}" if step else error.reason, error.rank)
+        release_all([session], member)
+    if error.final or (isinstance(error, StageTimeoutError) and error.ranks):
+        raise error
+    with Stage(member.control, f"{member.stage_prefix}drop {name}", step.left_s) as stage:
+        failures = stage.all_gather(step.failure)
+    reason, rank = error.reason, error.rank
+    if error.is_timeout:
+        causes = ((failure, at) for at, failure in enumerate(failures) if isinstance(failure, str))
+        reason, rank = next(causes, (reason, rank))
+    return slate.without(name, f"{kind}: {reason}" if kind else reason, rank)
 
 
-def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: int) -> Session | StageAbortedError:
+def _connect(plugin: Plugin, checks_operands: bool, step: Step, budget: int) -> Session | StageAbortedError:
     """Run a plugin's `connect` on every rank and vote: either every rank gets a session, or every rank an error."""
-    channel = SessionChannel()
+    member, channel = step.member, SessionChannel()
     own_group = member.own_group(plugin.name)
     context = dataclasses.replace(
         member.context,
@@ -124,29 +154,52 @@ def _connect(plugin: Plugin, checks_operands: bool, member: Membership, budget: 
     session: Session | None = None
     try:
         stage_name = f"{member.stage_prefix}connect {plugin.name}"
-        with channel.open_stage(member.control, stage_name, member.stage_timeout_s) as stage:
+        with channel.open_stage(member.control, stage_name, step.left_s) as stage:
             try:
                 value: Any = context
                 if hook is not None:
                     call = functools.partial(hook, member.topology, context)
                     on_late = functools.partial(close_value, plugin, orderly=False)
-                    value = run_in_worker(call, member, f"connect of {plugin.name}", synchronize=False, on_late=on_late)
+                    value = step.run(call, f"connect of {plugin.name}", synchronize=False, on_late=on_late)
                 if value is None:
                     raise TypeError("connect returned None, not a session")
-                session = Session(plugin, value, channel, checks_operands, own_group=own_group)
-                check_budget(session.reported_memory_nbytes, budget)
+                session = Session(
+                    plugin,
+                    value,
+                    channel,
+                    checks_operands,
+                    own_group=own_group,
+                    device=context.device,
+                    timeout_s=context.wait_timeout_s,
+                )
+                memory_nbytes = read_memory(session, step, budget)
             except StageAbortedError:
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
-                raise abort_stage(stage, member, error) from error
-            votes = stage.all_gather(session.reported_memory_nbytes, "vote")
+                raise step.abort(stage, error) from error
+            votes = stage.all_gather(memory_nbytes, "vote")
             session.count_memory(member.read_memory(votes))
     except BaseException as error:
-        # First, as in `Session.release`. A hook that still runs, or that returned its session too late, loses it too.
+        # First, as in `release_all`. A hook that still runs, or that returned its session too late, loses it too.
         own_group.close(tell_peers=True)
         if session is not None:
-            session.close(orderly=False)
+            release_all([session], member)
         if isinstance(error, StageAbortedError):
             return error
         raise
     return session
+
+
+def read_memory(session: Session, step: Step, budget: int) -> int:
+    """Return the memory in bytes that a session reports for this rank.
+
+    Raises:
+        MemoryError: it is more than `budget`.
+        Exception: the plugin's property raised it or hasn't returned in time.
+    """
+    memory_nbytes = 0
+    if session.plugin.has("connect"):
+        name = f"memory_nbytes of {session.plugin.name}"
+        memory_nbytes = step.run(lambda: session.reported_memory_nbytes, name, synchronize=False)
+    check_budget(memory_nbytes, budget)
+    return memory_nbytes

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from comm_core._control.guard import raise_if_capturing
+from comm_core._control.stage import StageAbortedError, end_incarnation
 from comm_core._control.store import Control, store_of
 from comm_core._group.local_inputs import gather_local_inputs, other_device_types, topology_of_one
 from comm_core._group.negotiation import negotiate
@@ -41,28 +42,33 @@ def _create_negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
         f"{state.title} has no handle yet, and its ranks can't negotiate one",
         "Call comm.get_backend(group) before the capture",
     )
-    local = gather_local_inputs(group, state.request)
     ranks = tuple(dist.get_process_group_ranks(group))
-    control = state.control = Control(store_of(group), dist.get_rank(group), ranks, local.control_timeout_s)
+    # First of all, before the settings are read: a rank that fails from here on can tell the others.
+    control = state.control = Control(store_of(group), dist.get_rank(group), ranks, timeout_s=0.0)
     control.join(used_incarnations.setdefault(state.name, set()))
     try:
+        local = gather_local_inputs(group, state.request)
+        control.timeout_s = local.control_timeout_s
         with translate_stage_errors(state):
             negotiated = negotiate(group, state.title, control, local)
-    except BaseException:
+        terminal = fallback.TerminalFallback(group, state.title)
+        serving = Serving(
+            negotiated.decision,
+            negotiated.topology,
+            state.title,
+            local.device,
+            (fallback.TerminalFallback.all_reduce, terminal),
+            negotiated.sessions,
+            torch_device_types=other_device_types(group, negotiated.topology.device_types),
+            control=control,
+        )
+    except BaseException as error:
+        if not isinstance(error.__cause__, StageAbortedError):  # such an error is on all ranks already
+            end_incarnation(control, error)
         control.finish()
         raise
     state.adopt(negotiated)
-    terminal = fallback.TerminalFallback(group, state.title)
-    return Serving(
-        negotiated.decision,
-        negotiated.topology,
-        state.title,
-        local.device,
-        (fallback.TerminalFallback.all_reduce, terminal),
-        negotiated.sessions,
-        torch_device_types=other_device_types(group, negotiated.topology.device_types),
-        control=control,
-    )
+    return serving
 
 
 def _create_for_one_rank(state: GroupState) -> Serving:

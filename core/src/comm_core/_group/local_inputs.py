@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from comm_core._control.deadline import describe
+from comm_core._control.worker import run_on_device
 from comm_core._plan import decide
 from comm_core._plugins import discovery
 from comm_core._probe.rank import probe_rank
@@ -23,7 +26,7 @@ __all__ = [
     "FACTS_NBYTES",
     "LocalInputs",
     "Request",
-    "answer_of",
+    "answers_of",
     "device_types_of",
     "discover",
     "gather_local_inputs",
@@ -105,9 +108,10 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         # Sorted, like the environment's: the order has no meaning, so it mustn't count as a difference.
         backends = None if request.backends is None else check_names(request.backends)
         found, failures = discover(settings, request.backends or settings.backends)
-        facts, unusable = _probe_plugins(found.plugins)
-        failures.update(unusable)
         device = _device_of(group)
+        timeout_s = request.timeout_s or settings.control_timeout_s
+        facts, unusable = _probe_plugins(found.plugins, device, timeout_s)
+        failures.update(unusable)
     except Exception as raised:  # noqa: BLE001 - any error goes to all ranks, which raise together
         error = _truncate(describe(raised))
     info = probe_rank(dist.get_rank(), device, plugins=found.listed, facts=facts)
@@ -138,14 +142,41 @@ def discover(settings: Settings, allowed: tuple[str, ...] | None) -> tuple[disco
     return found, {name: f"{_truncate(failure.reason)}. {failure.remedy}" for name, failure in found.failures.items()}
 
 
-def _probe_plugins(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, Any], dict[str, str]]:
+class HookTimer:
+    """Calls one Local hook of each plugin before an exchange, so that this rank comes to the exchange in time.
+
+    All calls together get half of the exchange's deadline, and each an equal share of what is left: one that hangs
+    leaves time to the others.
+
+    Args:
+        device: the device that the hooks find set.
+        count: the number of calls.
+        timeout_s: the deadline of the exchange, in seconds.
+    """
+
+    def __init__(self, device: torch.device, count: int, timeout_s: float) -> None:
+        self._device = device
+        self._count = count
+        self._end = time.monotonic() + timeout_s / 2
+
+    def run(self, call: Callable[[], Any], name: str) -> Any:
+        """Call a hook in a thread; see `run_on_device`."""
+        share_s = max(self._end - time.monotonic(), 0.0) / max(self._count, 1)
+        self._count -= 1
+        # Rounded for the error's text.
+        return run_on_device(call, self._device, round(share_s, 2), name)
+
+
+def _probe_plugins(
+    plugins: Mapping[str, discovery.Plugin], device: torch.device, timeout_s: float
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Call each plugin's `probe`; return the facts, and for each plugin that failed the reason."""
     facts, unusable = {}, {}
-    for name, plugin in plugins.items():
-        if not plugin.has("probe"):
-            continue
+    probing = {name: plugin for name, plugin in plugins.items() if plugin.has("probe")}
+    timer = HookTimer(device, len(probing), timeout_s)
+    for name, plugin in probing.items():
         try:
-            found = plugin.hooks["probe"]()
+            found = timer.run(plugin.hooks["probe"], f"probe of {name}")
             text = json.dumps(found, allow_nan=False)
             if not isinstance(found, dict) or len(text) > FACTS_NBYTES:
                 raise ValueError(f"expected a JSON object of at most {FACTS_NBYTES} bytes; got {text[:60]}")
@@ -153,27 +184,38 @@ def _probe_plugins(plugins: Mapping[str, discovery.Plugin]) -> tuple[dict[str, A
             facts[name] = load_json(text, depth=_FACTS_DEPTH)
             if json.dumps(facts[name]) != text:
                 raise ValueError("expected a JSON object with each name once")
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001 - plugin boundary: `SystemExit`, too, drops only the plugin
+        except Exception as error:  # noqa: BLE001, PERF203 - plugin boundary: any failure drops only the plugin
             unusable[name] = f"probe() failed: {_truncate(describe(error))}"
     return facts, unusable
 
 
-def answer_of(plugin: discovery.Plugin, topology: Topology) -> Available | Unavailable:
-    """Return a plugin's `is_available` answer for `topology`, with explicit ranges; never raises."""
+def answers_of(
+    plugins: Sequence[discovery.Plugin], topology: Topology, device: torch.device, timeout_s: float
+) -> dict[str, Available | Unavailable]:
+    """Return each plugin's `is_available` answer for `topology`, by name, with explicit ranges; never raises.
+
+    Args:
+        plugins: the plugins.
+        topology: the group's topology.
+        device: the device that the hooks find set.
+        timeout_s: the deadline of the exchange that follows, in seconds.
+    """
+    timer = HookTimer(device, sum(plugin.has("is_available") for plugin in plugins), timeout_s)
+    return {plugin.name: _answer_of(plugin, topology, timer) for plugin in plugins}
+
+
+def _answer_of(plugin: discovery.Plugin, topology: Topology, timer: HookTimer) -> Available | Unavailable:
     answer: object = _DEFAULT_ANSWER
     try:
         if plugin.has("is_available"):
-            answer = plugin.hooks["is_available"](topology)
+            call = functools.partial(plugin.hooks["is_available"], topology)
+            answer = timer.run(call, f"is_available of {plugin.name}")
         if isinstance(answer, Available):
             return decide.with_explicit_ranges(answer, tuple(plugin.hooks))
         if isinstance(answer, Unavailable):
             return Unavailable(_truncate(answer.reason))
         return Unavailable(_truncate(f"is_available returned {answer!r}, neither Available nor Unavailable"))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001 - plugin boundary, as in `_probe_plugins`; also an answer's own methods
+    except Exception as error:  # noqa: BLE001 - plugin boundary, as in `_probe_plugins`; also an answer's own methods
         return Unavailable(f"is_available raised {_truncate(describe(error))}")
 
 

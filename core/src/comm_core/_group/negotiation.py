@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from comm_core._control.store import Control
 from comm_core._group.connect import connect_and_admit
 from comm_core._group.exchange import exchange_answers, exchange_evidence
-from comm_core._group.local_inputs import LocalInputs, answer_of, device_types_of
+from comm_core._group.local_inputs import LocalInputs, answers_of, device_types_of
 from comm_core._group.membership import Membership
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._group.outcome import report_outcome
@@ -46,8 +46,10 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
     asked, dropped = decide.screen_candidates(evidence, named, local.settings.disable, source)
     slate = decide.Slate((), dropped)
     if asked:
-        answers = {name: decide.encode_answer(answer_of(local.plugins[name], topology)) for name in asked}
-        slate = decide.initial_slate(asked, exchange_answers(control, answers), dropped)
+        plugins = [local.plugins[name] for name in asked]
+        answers = answers_of(plugins, topology, local.device, control.timeout_s)
+        encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
+        slate = decide.initial_slate(asked, exchange_answers(control, encoded), dropped)
 
     member = Membership.of(group, topology, control, local.device, local.settings, local.connect_timeout_s)
     slate, sessions = connect_and_admit(slate, local.plugins, member)

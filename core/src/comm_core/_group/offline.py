@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from comm_core._group.local_inputs import answer_of, discover
+import torch
+
+from comm_core._group.local_inputs import answers_of, discover
 from comm_core._plan import decide
 from comm_core.env import PREFIX, Settings
 from comm_core.topology import Topology
@@ -25,5 +27,7 @@ def decide_offline(topology: Topology) -> Decision:
     asked, dropped = decide.screen_candidates(
         [decide.Evidence(here, failures=failures)], settings.backends, settings.disable, f"{PREFIX}BACKENDS"
     )
-    answers = {name: decide.encode_answer(answer_of(found.plugins[name], topology)) for name in asked}
-    return decide.initial_slate(asked, [answers], dropped).decision(topology.device_types)
+    plugins = [found.plugins[name] for name in asked]
+    answers = answers_of(plugins, topology, torch.device("cpu"), settings.control_timeout_s)
+    encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
+    return decide.initial_slate(asked, [encoded], dropped).decision(topology.device_types)

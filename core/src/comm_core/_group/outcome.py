@@ -7,6 +7,7 @@ import logging
 from comm_core._control.store import Control
 from comm_core._group.local_inputs import LocalInputs
 from comm_core._group.negotiated import NegotiatedGroup
+from comm_core._handle.session import close_all
 from comm_core.env import PREFIX
 from comm_core.errors import BackendUnavailableError
 from comm_core.types import TERMINAL, Candidate
@@ -47,8 +48,7 @@ def report_outcome(
         if candidate.name in (named or ()) and candidate.verdict not in ("serves", "standby")
     ]
     if unable and local.request.backends is not None:
-        for session in negotiated.sessions.values():
-            session.close(orderly=False)
+        close_all(negotiated.sessions.values(), timeout_s=negotiated.member.close_timeout_s)
         first, *rest = unable
         others = "".join(f"; neither can {other.name!r}: {_reason(other, control)}" for other in rest)
         raise BackendUnavailableError(

@@ -7,8 +7,8 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 
 from comm_core._control.stage import Stage, StageAbortedError
-from comm_core._group.connect import connect_and_admit, drop, ensure_connected
-from comm_core._group.membership import Membership, abort_stage, check_budget, run_in_worker
+from comm_core._group.connect import connect_and_admit, drop, ensure_connected, read_memory, release_all
+from comm_core._group.membership import Membership, Step
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._handle.session import Session
 from comm_core._plan import decide
@@ -16,7 +16,34 @@ from comm_core.context import Shapes
 from comm_core.errors import CommError, NegotiationError
 from comm_core.types import Available, Range, Unavailable
 
-__all__ = ["prepare", "stage_name"]
+__all__ = ["is_prepared", "prepare", "stage_name"]
+
+
+def is_prepared(negotiated: NegotiatedGroup, shapes: Shapes, number: int) -> bool:
+    """Return whether the group is already prepared for `shapes` on all ranks. Collective.
+
+    Args:
+        negotiated: the outcome so far.
+        shapes: the caller's arguments.
+        number: the number of this call of `comm.pre_capture_init` for the group, from 1. A call that fails on this rank
+            before anything is sent counts too, so that the ranks' numbers stay equal.
+
+    Raises:
+        NegotiationError: the ranks passed different shapes; on all ranks.
+        StageAbortedError: a rank failed or didn't arrive in time.
+    """
+    with Stage(negotiated.member.control, stage_name(number)) as stage:
+        covered = any(_covers(earlier, shapes) for earlier in negotiated.prepared)
+        gathered = stage.all_gather([covered, shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
+    calls = negotiated.member.read_shapes(gathered)
+    passed = [arguments for _, arguments in calls]
+    if any(other != passed[0] for other in passed):
+        raise NegotiationError(
+            "the arguments (max_tokens, hidden_size, dtype) of comm.pre_capture_init differ between the ranks: "
+            f"{decide.describe_differences(passed)}. Nothing was prepared. Pass the same arguments on every rank"
+        )
+    # An earlier call may have failed on some ranks after others were prepared.
+    return all(is_covered for is_covered, _ in calls)
 
 
 def prepare(negotiated: NegotiatedGroup, shapes: Shapes, number: int) -> NegotiatedGroup:
@@ -24,33 +51,19 @@ def prepare(negotiated: NegotiatedGroup, shapes: Shapes, number: int) -> Negotia
 
     Args:
         negotiated: the outcome so far; unchanged. Its sessions in use stay open, even if the new plan lacks them.
-        shapes: the caller's arguments.
-        number: the number of this call of `comm.pre_capture_init` for the group, from 1. A call that fails on this rank
-            before anything is sent counts too, so that the ranks' numbers stay equal.
+        shapes: the caller's arguments, equal on all ranks.
+        number: the number of this call; see `is_prepared`.
 
     Returns:
-        The new outcome; `negotiated` itself if the group is already prepared for these shapes.
+        The new outcome.
 
     Raises:
-        NegotiationError: the ranks passed different shapes; on all ranks.
-        StageAbortedError: a rank failed or didn't arrive in time.
+        StageAbortedError: a rank left or vanished. Some backends may be prepared by then, and no rank can go on.
     """
     context = negotiated.member.context
     left_nbytes = max(context.memory_budget_nbytes - negotiated.kept_nbytes, 0)
     context = dataclasses.replace(context, memory_budget_nbytes=left_nbytes)
     member = dataclasses.replace(negotiated.member, stage_prefix=stage_name(number, ""), context=context)
-    with Stage(member.control, stage_name(number)) as stage:
-        covered = any(_covers(earlier, shapes) for earlier in negotiated.prepared)
-        gathered = stage.all_gather([covered, shapes.max_tokens, shapes.hidden_size, str(shapes.dtype)])
-    calls = member.read_shapes(gathered)
-    passed = [arguments for _, arguments in calls]
-    if any(other != passed[0] for other in passed):
-        raise NegotiationError(
-            "the arguments (max_tokens, hidden_size, dtype) of comm.pre_capture_init differ between the ranks: "
-            f"{decide.describe_differences(passed)}. Nothing was prepared. Pass the same arguments on every rank"
-        )
-    if all(item[0] for item in calls):  # an earlier call may have failed on some ranks after others were prepared
-        return negotiated
     slate, sessions, asked = negotiated.slate, dict(negotiated.sessions), set[str]()
     try:
         while (name := _next_to_prepare(slate, sessions, negotiated, asked)) is not None:
@@ -59,8 +72,7 @@ def prepare(negotiated: NegotiatedGroup, shapes: Shapes, number: int) -> Negotia
             if name in sessions:
                 slate = _prepare_one(slate, name, shapes, sessions, member)
     except BaseException:
-        for session in sessions.values():
-            session.release()
+        release_all(sessions.values(), member)
         raise
     slate, sessions = connect_and_admit(slate, negotiated.plugins, member, sessions)
     planned = NegotiatedGroup.of(slate, sessions, negotiated.plugins, negotiated.member)
@@ -94,29 +106,28 @@ def _prepare_one(
     slate: decide.Slate, name: str, shapes: Shapes, sessions: dict[str, Session], member: Membership
 ) -> decide.Slate:
     """Run a backend's `pre_capture_init` on every rank, vote, merge the ranges and return the new slate."""
-    session, offer = sessions[name], slate.offer(name)
+    session, offer, step = sessions[name], slate.offer(name), Step(member)
     others_nbytes = sum(other.memory_nbytes for other in sessions.values() if other is not session)
     hook = functools.partial(session.plugin.hooks["pre_capture_init"], session.value, shapes)
     vote_name = f"{member.stage_prefix}pre_capture_init {name}"
     try:
-        with session.channel.open_stage(member.control, vote_name, member.stage_timeout_s) as stage:
+        with session.channel.open_stage(member.control, vote_name, step.left_s) as stage:
             try:
-                ranges = run_in_worker(hook, member, f"pre_capture_init of {name}")
-                memory_nbytes = session.reported_memory_nbytes
-                check_budget(memory_nbytes, member.context.memory_budget_nbytes - others_nbytes)
+                ranges = step.run(hook, f"pre_capture_init of {name}")
+                memory_nbytes = read_memory(session, step, member.context.memory_budget_nbytes - others_nbytes)
                 answer = None if ranges is None else _encode_ranges(ranges, offer.priority, session)
                 gathered = stage.all_gather([memory_nbytes, answer], "vote")
             except StageAbortedError:
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
-                raise abort_stage(stage, member, error) from error
+                raise step.abort(stage, error) from error
             votes = member.read_prepared(gathered)
             unchanged = decide.encode_answer(Available(offer.priority, offer.ranges))
             merged = decide.merge_answers([unchanged if answer is None else answer for _, answer in votes])
             if not isinstance(merged, Available):
                 raise stage.abort(merged[0])
     except StageAbortedError as error:
-        return drop(slate, name, "pre_capture_init", error, sessions, member)
+        return drop(slate, name, "pre_capture_init", error, sessions, step)
     session.count_memory(nbytes for nbytes, _ in votes)
     if all(answer is None for _, answer in votes):
         return slate

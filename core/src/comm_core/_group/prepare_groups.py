@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from comm_core._control.deadline import describe
-from comm_core._control.stage import Stage
+from comm_core._control.stage import Stage, StageAbortedError, end_incarnation
 from comm_core._group.membership import run_in_worker
 from comm_core._group.negotiated import NegotiatedGroup
-from comm_core._group.prepare import prepare, stage_name
+from comm_core._group.prepare import is_prepared, prepare, stage_name
 from comm_core._group.states import GroupState, translate_stage_errors
 from comm_core.context import Shapes
 from comm_core.errors import BackendUnavailableError, CommError
@@ -76,12 +76,8 @@ def _prepare_group(state: GroupState, shapes: Shapes) -> None:
     if negotiated is None:
         serving.warm_up(shapes)
         return
-    with translate_stage_errors(state):
-        if serving.failure is not None:
-            with Stage(negotiated.member.control, stage_name(state.preparations)) as stage:
-                raise stage.abort(serving.failure)
-        planned = prepare(negotiated, shapes, state.preparations)
-    if planned is negotiated:
+    planned = _plan(state, negotiated, shapes)
+    if planned is None:
         return
     # `prepared` stays as it was until the fallback's first call succeeds, so that a next call prepares again.
     state.adopt(dataclasses.replace(planned, prepared=negotiated.prepared))
@@ -93,6 +89,35 @@ def _prepare_group(state: GroupState, shapes: Shapes) -> None:
         raise CommError(f"{state.title}: torch.distributed, the fallback, failed: {describe(error)}") from error
     state.adopt(planned)
     _report_dropped(state, negotiated, planned)
+
+
+def _plan(state: GroupState, negotiated: NegotiatedGroup, shapes: Shapes) -> NegotiatedGroup | None:
+    """Return the outcome of a group's preparation; None if it is already prepared.
+
+    A failure before any backend prepares leaves the plan as it was, on all ranks. If a rank then leaves or vanishes,
+    every rank's handle refuses further calls: the others would wait for that rank.
+    """
+    control, serving, begun = negotiated.member.control, state.serving, False
+    try:
+        with translate_stage_errors(state):
+            if serving is not None and serving.failure is not None:
+                with Stage(control, stage_name(state.preparations)) as stage:
+                    raise stage.abort(serving.failure)
+            if is_prepared(negotiated, shapes, state.preparations):
+                return None
+            begun = True
+            return prepare(negotiated, shapes, state.preparations)
+    except BaseException as error:
+        stage_error = error.__cause__ if isinstance(error.__cause__, StageAbortedError) else None
+        if begun or not isinstance(error, CommError) or (stage_error is not None and stage_error.final):
+            if stage_error is None:
+                end_incarnation(control, error)
+            if serving is not None and serving.failure is None:
+                serving.retire(
+                    f"comm.pre_capture_init failed: {describe(error)}. This handle refuses further calls; close it on "
+                    "all ranks and get a new one"
+                )
+        raise
 
 
 def _report_dropped(state: GroupState, before: NegotiatedGroup, after: NegotiatedGroup) -> None:

@@ -201,13 +201,10 @@ class Backend(CheckedCalls):
         serving.check_peers()
         if serving.failure is not None:
             raise CommError(serving.failure)
-        for session in serving.all_sessions:
-            hook = session.plugin.hooks.get("check")
-            if hook is not None:
-                try:
-                    hook(session.value)
-                except BaseException as error:  # noqa: BLE001 - plugin boundary, as above
-                    self._stop(error, session.plugin.name, "check")
+        found = self._checker.find_failure(serving.all_sessions)
+        if found is not None:
+            name, error = found
+            self._stop(error, name, "check")
 
     def limits(self) -> dict[str, dict[str, float]]:
         """Measure the lower bounds on each backend's time on this machine.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from comm_core._handle import checks, fallback, traced
+from comm_core._handle.checker import Checker
 from comm_core._handle.lookup import COMPOSED, BoundHook, CallKey
 from comm_core._handle.operands import (
     copy_to_out,
@@ -43,6 +44,7 @@ class CheckedCalls:
         # What the next call reads its routes from: during a call `_in_use`, which refuses a second thread's call.
         self._idle: Serving | _InUse = serving
         self._in_use = _InUse(serving)
+        self._checker = Checker(serving.device)
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Backend.all_reduce`."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from comm_core._control.channel import SessionChannel
-from comm_core._control.deadline import run_with_deadline
 from comm_core._control.own_group import OwnGroup
+from comm_core._control.worker import run_on_device
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell
 from comm_core._plugins.discovery import Plugin
 
-__all__ = ["Session", "close_value"]
+__all__ = ["Session", "close_all", "close_value"]
 
 _log = logging.getLogger("comm_core")
 
@@ -40,6 +43,8 @@ class Session:
             kernels, peers and captured graphs may still use its memory.
         capture_number: the number of the session's next capture with something to exchange; see `_group/capture.py`.
         own_group: the session's `context.group`.
+        device: the group's device, on which its hooks run.
+        timeout_s: the deadline of the hooks `check` and `close`, in seconds.
     """
 
     plugin: Plugin
@@ -52,6 +57,8 @@ class Session:
     in_use: bool = False
     capture_number: int = 0
     own_group: OwnGroup | None = None
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    timeout_s: float = 300.0
 
     @property
     def reported_memory_nbytes(self) -> int:
@@ -90,30 +97,65 @@ class Session:
         where = "" if rank is None else f" on rank {rank}"
         return f"available, except for {kinds}: the admission test of {cell[0]} failed{where}: {reason}"
 
-    def close(self, *, orderly: bool) -> None:
-        """Close the session by the plugin's hook, and free its own group; log any exception."""
-        close_value(self.plugin, self.value, orderly=orderly)
+    def close(self, *, orderly: bool, timeout_s: float | None = None) -> None:
+        """Close the session by the plugin's hook, under a deadline, by default the session's; log any failure.
+
+        Raises:
+            KeyboardInterrupt: it interrupted the wait, or the hook raised it.
+        """
+        try:
+            if self.plugin.has("close") and self.plugin.has("connect"):
+                self._close_value(orderly=orderly, timeout_s=self.timeout_s if timeout_s is None else timeout_s)
+        finally:
+            if self.own_group is not None:
+                self.own_group.close(tell_peers=False)
+
+    def _close_value(self, *, orderly: bool, timeout_s: float) -> None:
+        call = functools.partial(close_value, self.plugin, self.value, orderly=orderly)
+        try:
+            run_on_device(call, self.device, timeout_s, f"close of {self.plugin.name}")
+        except TimeoutError as error:
+            _log.warning("comm_core: %s; what it frees stays in use", error)
+        except RuntimeError:  # no thread can be started, as at the interpreter's end
+            call()
+
+    def abort_own_group(self) -> None:
+        """End all calls in the session's `context.group`: the plugin's `close` may wait for the threads that made them."""
         if self.own_group is not None:
-            self.own_group.close(tell_peers=False)
+            self.own_group.close(tell_peers=True)
 
     def abort(self) -> None:
         """Let the peers' waits for this rank end, by the plugin's hook `abort`; log any exception."""
         hook = self.plugin.hooks.get("abort")
         if hook is None:
             return
+        call = functools.partial(hook, self.value)
         try:
-            run_with_deadline(functools.partial(hook, self.value), _ABORT_S, name=f"abort of {self.plugin.name}")
+            run_on_device(call, self.device, _ABORT_S, f"abort of {self.plugin.name}")
         except Exception:  # noqa: BLE001 - the plugin boundary: the call's own error is raised all the same
             _log.exception("comm_core: backend %r raised in abort", self.plugin.name)
 
-    def release(self) -> None:
-        """Close the session after a failure, unless it is in use."""
-        if self.in_use:
-            return
-        if self.own_group is not None:
-            # First: calls that wait in the group raise, and the plugin's `close` may wait for their threads.
-            self.own_group.close(tell_peers=True)
-        self.close(orderly=False)
+
+def close_all(sessions: Iterable[Session], *, orderly: bool = False, timeout_s: float | None = None) -> None:
+    """Close sessions one after the other, all of them even if one is interrupted.
+
+    Args:
+        sessions: the sessions.
+        orderly: see the hook `close`.
+        timeout_s: the deadline of all together, in seconds; None: each has its own.
+
+    Raises:
+        KeyboardInterrupt: a session's `close` was interrupted; after all are closed.
+    """
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    interrupt: KeyboardInterrupt | None = None
+    for session in sessions:
+        try:
+            session.close(orderly=orderly, timeout_s=None if end is None else max(end - time.monotonic(), 0.0))
+        except KeyboardInterrupt as error:  # noqa: PERF203 - the others must be closed all the same
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def close_value(plugin: Plugin, value: Any, *, orderly: bool) -> None:
@@ -123,5 +165,7 @@ def close_value(plugin: Plugin, value: Any, *, orderly: bool) -> None:
         return
     try:
         hook(value, orderly)
-    except Exception:  # noqa: BLE001 - the plugin boundary: the other sessions must be closed all the same
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - plugin boundary: the other sessions must be closed all the same
         _log.exception("comm_core: backend %r raised in close", plugin.name)

@@ -128,10 +128,18 @@ _AVAILABLE = _schema.record(
 
 #: Reads a rank's vote on `connect`: the memory that its session takes, in bytes.
 read_memory = _schema.integer()
-#: Reads a rank's vote on an admission test: the reasons by the numbers of the failed kinds of message.
-read_failures = _schema.mapping_of(_schema.text)
 #: Reads the numbers of the admission cases that a rank has recorded; -1 if its capture failed.
 read_recorded = _schema.tuple_of(_schema.integer(-1))
+
+
+def _read_failure(value: Any, where: str) -> tuple[bool, str]:
+    is_late, reason = _schema.tuple_of(_schema.anything, 2, 2)(value, where)
+    return _schema.boolean(is_late, f"{where}[0]"), _schema.text(reason, f"{where}[1]")
+
+
+#: Reads a rank's vote on an admission test: by the number of each failed kind of message, whether a time-out came
+#: before, and the reason.
+read_failures = _schema.mapping_of(_read_failure)
 
 
 def read_shapes(value: Any, where: str) -> tuple[bool, list[Any]]:
