@@ -173,7 +173,11 @@ def test_malformed_answers_name_their_rank(message: Any) -> None:
     ("read", "right", "wrong"),
     [
         (read_memory, [0, 1 << 40], [None, "1", 1.5, -1, True, HUGE, [], {}]),
-        (read_failures, [{}, {"3": "wrong sums"}], [None, [], 1, {"3": None}, {"3": 1}]),
+        (
+            read_failures,
+            [{}, {"3": [False, "wrong sums"]}],
+            [None, [], 1, {"3": None}, {"3": "wrong sums"}, {"3": [1, "wrong sums"]}, {"3": [True, None]}],
+        ),
         (read_recorded, [[], [-1], [0, 3]], [None, 0, {}, [None], ["0"], [-2], [HUGE]]),
         (read_shapes, [[True, 4, 8, "torch.int8"]], [None, [], [True], [1, 4, 8, "x"], [True, "4", 8, "x"], {}]),
         (read_prepared, [[0, None], [5, YES]], [None, [], [0], [None, None], [0, 1], [0, {}], [0, YES, 1]]),

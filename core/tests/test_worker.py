@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast
 import pytest
 import torch
 from comm_core._control.worker import StandingWorker, run_on_device
-from comm_core._handle.checks import Checker
+from comm_core._handle.checker import Checker
 from comm_core._handle.session import Session
 from comm_core._plugins.discovery import Plugin
 

@@ -18,7 +18,7 @@ import torch
 from comm_core._control.deadline import describe, is_timeout
 from comm_core._control.stage import StageAbortedError
 from comm_core._control.steps import Steps
-from comm_core._group.membership import Step
+from comm_core._group.step import Step
 from comm_core._handle.session import Session
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell, cells

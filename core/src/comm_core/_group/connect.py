@@ -10,11 +10,11 @@ from typing import Any
 from comm_core._control.channel import SessionChannel
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
 from comm_core._group.admission import admit
-from comm_core._group.membership import Membership, Step, check_budget
+from comm_core._group.membership import Membership
+from comm_core._group.step import Step, check_budget
 from comm_core._handle.session import Session, close_all, close_value
 from comm_core._plan.cases import AdmissionCase, next_to_test, untestable_cells
 from comm_core._plan.decide import Slate
-from comm_core._plan.routes import owners, plan_routes
 from comm_core._plugins.discovery import Plugin
 
 __all__ = ["connect_and_admit", "drop", "ensure_connected", "read_memory", "release_all"]
@@ -43,9 +43,10 @@ def connect_and_admit(
     sessions = dict(before or {})
     try:
         while True:
-            routes = plan_routes(slate.offers, member.topology.device_types)
+            routes = slate.routes(member.topology.device_types)
             # Candidates admitted since then own all their routes.
-            idle = sorted(name for name in sessions.keys() - owners(routes) if not sessions[name].in_use)
+            owners = {rule.backend for route in routes for rule in route.rules}
+            idle = sorted(name for name in sessions.keys() - owners if not sessions[name].in_use)
             close_all([sessions.pop(name) for name in idle], timeout_s=member.close_timeout_s)
             tested = {name: session.tested for name, session in sessions.items()}
             name, cases = next_to_test(slate.offers, routes, tested)

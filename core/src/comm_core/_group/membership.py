@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from comm_core._control.channel import SessionChannel
-from comm_core._control.deadline import describe, is_timeout
 from comm_core._control.own_group import OwnGroup
-from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._control.store import Control
-from comm_core._control.worker import run_on_device
 from comm_core._plan import parse
 from comm_core.context import GroupContext
-from comm_core.env import PREFIX, Settings
+from comm_core.env import Settings
 from comm_core.topology import Topology
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-__all__ = ["Membership", "Step", "check_budget", "run_in_worker"]
+__all__ = ["Membership"]
 
 # A step waits this much longer for a rank than for its hooks, in seconds, so that a rank with a hook that ran out of
 # time reports it first: far above the time of a report on a busy machine, but no more than half of the hooks' deadline,
 # and at least the first number.
 _GRACE_S = (1.0, 10.0)
-
-# The longest failure that a rank reports, in characters.
-_REASON_CHARS = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,86 +112,3 @@ class Membership:
     def read_prepared(self, votes: Sequence[Any]) -> list[tuple[int, dict[str, Any] | None]]:
         """Read the ranks' votes on a `pre_capture_init`: memory in bytes, and the encoded new answer, if any."""
         return parse.parse_each(votes, parse.read_prepared, self.control.label)
-
-
-@dataclasses.dataclass
-class Step:
-    """A candidate's connect, admission or preparation on this rank.
-
-    Its hooks have one deadline, and all exchanges of the step have one end, soon after. A rank that is alive reports by
-    then whatever its hooks do. So a rank that doesn't come by then has vanished.
-
-    Attributes:
-        member: the group and this rank in it.
-        failure: why the backend failed on this rank; None if it didn't, or if a time-out or another rank's abort
-            came before: then the cause may lie elsewhere.
-    """
-
-    member: Membership
-    failure: str | None = None
-    _started: float = dataclasses.field(default_factory=time.monotonic)
-
-    @property
-    def left_s(self) -> float:
-        """The seconds that are left to the step's exchanges."""
-        member = self.member
-        left_s = self._started + member.connect_timeout_s + member.grace_s - time.monotonic()
-        # A process that was stopped, and all exchanges are over: it still reads their outcome.
-        return max(left_s, member.close_timeout_s)
-
-    def run(
-        self,
-        call: Callable[[], Any],
-        name: str,
-        *,
-        synchronize: bool = True,
-        on_late: Callable[[Any], object] | None = None,
-    ) -> Any:
-        """Call one of the plugin's functions; all calls of the step share a deadline. See `run_in_worker`."""
-        left_s = max(self._started + self.member.connect_timeout_s - time.monotonic(), 0.0)
-        # Rounded for the error's text.
-        return run_in_worker(
-            call, self.member, name, timeout_s=round(left_s, 2), synchronize=synchronize, on_late=on_late
-        )
-
-    def abort(self, stage: Stage, error: Exception) -> StageAbortedError:
-        """Abort a stage in which the plugin failed; if its hook timed out on other ranks, the reason names them."""
-        reason = str(error) if isinstance(error, TimeoutError) else describe(error)
-        late = is_timeout(error)
-        if stage.aborted is None and not late and self.failure is None:
-            self.failure = reason[:_REASON_CHARS]
-        awaited = stage.pending_ranks() if isinstance(error, TimeoutError) else ()
-        waits = f": it waits for {self.member.control.label(*awaited)}" if awaited else ""
-        return stage.abort(reason + waits, is_timeout=late)
-
-
-def check_budget(memory_nbytes: int, budget: int) -> None:
-    """Raise `MemoryError` if a session takes more device memory than its budget, in bytes."""
-    if not 0 <= memory_nbytes <= budget:
-        raise MemoryError(f"the session takes {memory_nbytes} bytes; {budget} of {PREFIX}MEMORY_BUDGET_NBYTES are left")
-
-
-def run_in_worker(
-    call: Callable[[], Any],
-    member: Membership,
-    name: str,
-    *,
-    timeout_s: float | None = None,
-    synchronize: bool = True,
-    on_late: Callable[[Any], object] | None = None,
-) -> Any:
-    """Call a function that may hang, under a deadline: in a thread with the group's device and the caller's stream.
-
-    Args:
-        call: the function.
-        member: the source of the device, and of the deadline unless `timeout_s` is one.
-        name: the call's name in errors.
-        timeout_s: the deadline, in seconds; None: that of `connect`.
-        synchronize: whether to wait for the work that `call` queued on the stream.
-        on_late: receives a result that arrives after the deadline.
-
-    Returns:
-        The result of `call`.
-    """
-    limit_s = member.connect_timeout_s if timeout_s is None else timeout_s
-    return run_on_device(call, member.context.device, limit_s, name, synchronize=synchronize, on_late=on_late)

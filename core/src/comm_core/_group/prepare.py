@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._group.connect import connect_and_admit, drop, ensure_connected, read_memory, release_all
-from comm_core._group.membership import Membership, Step
+from comm_core._group.membership import Membership
 from comm_core._group.negotiated import NegotiatedGroup
+from comm_core._group.step import Step
 from comm_core._handle.session import Session
 from comm_core._plan import decide
 from comm_core.context import Shapes
-from comm_core.errors import CommError, NegotiationError
-from comm_core.types import Available, Range, Unavailable
+from comm_core.errors import NegotiationError
 
 __all__ = ["is_prepared", "prepare", "stage_name"]
 
@@ -115,16 +115,16 @@ def _prepare_one(
             try:
                 ranges = step.run(hook, f"pre_capture_init of {name}")
                 memory_nbytes = read_memory(session, step, member.context.memory_budget_nbytes - others_nbytes)
-                answer = None if ranges is None else _encode_ranges(ranges, offer.priority, session)
+                hooks = tuple(session.plugin.hooks)
+                answer = None if ranges is None else decide.encode_prepared(ranges, offer.priority, hooks)
                 gathered = stage.all_gather([memory_nbytes, answer], "vote")
             except StageAbortedError:
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 raise step.abort(stage, error) from error
             votes = member.read_prepared(gathered)
-            unchanged = decide.encode_answer(Available(offer.priority, offer.ranges))
-            merged = decide.merge_answers([unchanged if answer is None else answer for _, answer in votes])
-            if not isinstance(merged, Available):
+            merged = decide.merge_prepared(offer, [answer for _, answer in votes])
+            if isinstance(merged, tuple):
                 raise stage.abort(merged[0])
     except StageAbortedError as error:
         return drop(slate, name, "pre_capture_init", error, sessions, step)
@@ -133,19 +133,3 @@ def _prepare_one(
         return slate
     session.reset_admission()
     return slate.with_ranges(name, merged.ranges)
-
-
-def _encode_ranges(ranges: Sequence[Range], priority: int, session: Session) -> dict[str, object]:
-    """Encode a plugin's new ranges for the exchange between ranks.
-
-    Raises:
-        TypeError, ValueError, CommError: the ranges are invalid.
-    """
-    if not ranges:
-        raise ValueError("pre_capture_init returned no ranges; expected at least one, or None to leave them unchanged")
-    answer = decide.with_explicit_ranges(
-        Available(priority, decide.once_prepared(ranges)), tuple(session.plugin.hooks), "pre_capture_init"
-    )
-    if isinstance(answer, Unavailable):
-        raise CommError(answer.reason)
-    return decide.encode_answer(answer)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from comm_core._control.deadline import describe
 from comm_core._control.stage import Stage, StageAbortedError, end_incarnation
-from comm_core._group.membership import run_in_worker
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._group.prepare import is_prepared, prepare, stage_name
 from comm_core._group.states import GroupState, translate_stage_errors
+from comm_core._group.step import run_in_worker
 from comm_core.context import Shapes
 from comm_core.errors import BackendUnavailableError, CommError
 from comm_core.types import DTYPES

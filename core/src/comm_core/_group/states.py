@@ -17,7 +17,6 @@ from comm_core._group.local_inputs import Request
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
-from comm_core._handle.compare import ComparingBackend
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
 from comm_core.errors import CommTimeoutError, NegotiationError
@@ -70,11 +69,9 @@ class GroupState:
 
     def create_backend(self, serving: Serving) -> Backend:
         """Create the group's handle, which serves by `serving`."""
-        self.serving, self.backend = serving, Backend(serving, self.name)
         negotiated = self.negotiated
-        if negotiated is not None and negotiated.member.compares_calls:
-            timeout_s = negotiated.member.context.wait_timeout_s
-            self.backend = ComparingBackend(serving, self.name, negotiated.member.control, timeout_s)
+        compares = negotiated is not None and negotiated.member.compares_calls
+        self.serving, self.backend = serving, operators.create_backend(serving, self.name, compares_calls=compares)
         return self.backend
 
     def adopt(self, negotiated: NegotiatedGroup) -> None:

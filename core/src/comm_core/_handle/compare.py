@@ -19,7 +19,6 @@ from comm_core._plan.decide import describe_differences
 from comm_core.errors import CommError, CommTimeoutError
 
 if TYPE_CHECKING:
-    from comm_core._control.store import Control
     from comm_core._handle.serving import Serving
 
 __all__ = ["ComparingBackend"]
@@ -31,14 +30,10 @@ class ComparingBackend(Backend):
     Args:
         serving: the plan to serve by.
         group_name: the name of the process group.
-        control: the group's control channel.
-        timeout_s: how long a call waits for the other ranks to make theirs, in seconds.
     """
 
-    def __init__(self, serving: Serving, group_name: str, control: Control, timeout_s: float) -> None:
+    def __init__(self, serving: Serving, group_name: str) -> None:
         super().__init__(serving, group_name)
-        self._control = control
-        self._timeout_s = timeout_s
         self._calls = 0
         self._is_inside = False
 
@@ -85,12 +80,13 @@ class ComparingBackend(Backend):
             CommTimeoutError: a rank made no call in time.
             CommError: the ranks' calls differ; on all ranks. The handle stops.
         """
-        if self.failure is not None or traced.intercepts():
+        control = self._serving.control
+        if control is None or self.failure is not None or traced.intercepts():
             return  # nothing is sent
         self._calls += 1
         described = (f"{name} {_describe(value)}" for name, value in operands.items() if value is not None)
         try:
-            with Stage(self._control, f"call {self._calls}", self._timeout_s) as stage:
+            with Stage(control, f"call {self._calls}", self._serving.wait_timeout_s) as stage:
                 calls = stage.all_gather(f"{op} of {', '.join(described)}")
         except StageAbortedError as error:
             text = f"{self._serving.title}: {error}"

@@ -17,7 +17,7 @@ which adds layers of Python.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
@@ -26,7 +26,10 @@ from comm_core._handle.backend import Backend
 from comm_core._handle.compare import ComparingBackend
 from comm_core.errors import CommError
 
-__all__ = ["register", "unregister"]
+if TYPE_CHECKING:
+    from comm_core._handle.serving import Serving
+
+__all__ = ["create_backend", "register", "unregister"]
 
 
 class _Handles(dict[str, Backend]):
@@ -43,6 +46,11 @@ class _Handles(dict[str, Backend]):
 _handles = _Handles()
 
 _COMMON_ARGUMENTS = "str group_name='', float eps=1e-6, float weight_offset=0.0"
+
+
+def create_backend(serving: Serving, group_name: str, *, compares_calls: bool) -> Backend:
+    """Create the handle of a group, which isn't registered yet; `compares_calls` is the setting `COMM_CORE_DEBUG`."""
+    return (ComparingBackend if compares_calls else Backend)(serving, group_name)
 
 
 def register(names: tuple[str, ...], backend: Backend) -> None:

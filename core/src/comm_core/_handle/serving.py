@@ -42,6 +42,8 @@ class Serving:
         failure: the reason why every call raises; None while the handle serves calls.
         terminal: the function of the terminal fallback, and its first argument.
         torch_device_types: other device types, which only torch.distributed serves.
+        control: the group's control channel; None for one rank.
+        wait_timeout_s: the longest that a call waits for a peer outside the backends, in seconds.
         eager: the routes outside captures.
         all_reduce_routes: the routes of `all_reduce` in use.
         fused_routes: the routes of `all_reduce_add_rms_norm` in use.
@@ -58,6 +60,7 @@ class Serving:
         *,
         torch_device_types: Collection[str] = (),
         control: Control | None = None,
+        wait_timeout_s: float = 0.0,
     ) -> None:
         """Serve by `decision`; `terminal` is the function of the terminal fallback, and its first argument."""
         self.topology = topology
@@ -68,7 +71,8 @@ class Serving:
         self.failure: str | None = None
         self.terminal = terminal
         self.torch_device_types = torch_device_types
-        self._control = control
+        self.control = control
+        self.wait_timeout_s = wait_timeout_s
         self._peers_checked_s = 0.0
         self._graphs = False
         self.all_reduce_routes: Routes | CaptureRoutes
@@ -120,23 +124,23 @@ class Serving:
         self.retire(why)
         for session in sessions:
             session.abort()
-        if self._control is None:
+        if self.control is None:
             return ""
-        first = Stage(self._control, _FAILED).abort(why)
-        return "" if first.rank == self._control.rank else self._describe(first)
+        first = Stage(self.control, _FAILED).abort(why)
+        return "" if first.rank == self.control.rank else self._describe(first)
 
     def check_peers(self) -> None:
         """Refuse every later call if another rank's handle has stopped. Local; looks once a second at most."""
         now_s = time.monotonic()
-        if self._control is None or self.failure is not None or now_s < self._peers_checked_s + _PEERS_CHECK_S:
+        if self.control is None or self.failure is not None or now_s < self._peers_checked_s + _PEERS_CHECK_S:
             return
         self._peers_checked_s = now_s
-        failed = Stage(self._control, _FAILED).peek()
+        failed = Stage(self.control, _FAILED).peek()
         if failed is not None:
             self.fail(f"{self.title}: {self._describe(failed)}. This handle refuses further calls; close it")
 
     def _describe(self, failed: StageAbortedError) -> str:
-        label = "another rank" if failed.rank is None or self._control is None else self._control.label(failed.rank)
+        label = "another rank" if failed.rank is None or self.control is None else self.control.label(failed.rank)
         return f"the handle of {label} stopped: {failed.reason}"
 
     def retire(self, why: str) -> None:

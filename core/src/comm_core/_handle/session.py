@@ -120,7 +120,7 @@ class Session:
             call()
 
     def abort_own_group(self) -> None:
-        """End all calls in the session's `context.group`: the plugin's `close` may wait for the threads that made them."""
+        """End all calls in the session's `context.group`: the plugin's `close` may wait for their threads."""
         if self.own_group is not None:
             self.own_group.close(tell_peers=True)
 

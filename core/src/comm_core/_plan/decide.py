@@ -10,9 +10,9 @@ from typing import Any
 
 from comm_core import _schema
 from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
-from comm_core.errors import NegotiationError
+from comm_core.errors import CommError, NegotiationError
 from comm_core.topology import RankInfo
-from comm_core.types import MAX_RANGES, OPS, TERMINAL, Available, Candidate, Decision, Range, Unavailable
+from comm_core.types import MAX_RANGES, OPS, TERMINAL, Available, Candidate, Decision, Range, Route, Unavailable
 
 __all__ = [
     "Evidence",
@@ -20,8 +20,10 @@ __all__ = [
     "check_policies",
     "describe_differences",
     "encode_answer",
+    "encode_prepared",
     "initial_slate",
     "merge_answers",
+    "merge_prepared",
     "once_prepared",
     "screen_candidates",
     "with_explicit_ranges",
@@ -122,6 +124,10 @@ class Slate:
         """Return the slate with the backend `name` offering these ranges."""
         replaced = (dataclasses.replace(o, ranges=tuple(ranges)) if o.name == name else o for o in self.offers)
         return Slate(tuple(replaced), self.dropped)
+
+    def routes(self, device_types: Sequence[str]) -> tuple[Route, ...]:
+        """Return the routes for the device types of the group's tensors."""
+        return plan_routes(self.offers, device_types)
 
     def owners_once_prepared(self, asked: Collection[str], device_types: Sequence[str]) -> set[str]:
         """Return the backends that would own a route once prepared.
@@ -337,6 +343,36 @@ def merge_answers(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str
     if not ranges:
         return "the ranks' answers have no range in common", None
     return Available(priority, ranges, checks_operands)
+
+
+def encode_prepared(ranges: Sequence[Range], priority: int, hooks: Sequence[str]) -> dict[str, Any]:
+    """Return the answer of `pre_capture_init` as JSON, for the exchange between ranks.
+
+    Args:
+        ranges: the ranges that it returned.
+        priority: the backend's priority.
+        hooks: the names of the plugin's hooks.
+
+    Raises:
+        TypeError, ValueError, CommError: the ranges are invalid.
+    """
+    if not ranges:
+        raise ValueError("pre_capture_init returned no ranges; expected at least one, or None to leave them unchanged")
+    answer = with_explicit_ranges(Available(priority, once_prepared(ranges)), hooks, "pre_capture_init")
+    if isinstance(answer, Unavailable):
+        raise CommError(answer.reason)
+    return encode_answer(answer)
+
+
+def merge_prepared(offer: Offer, answers: Sequence[Mapping[str, Any] | None]) -> Available | tuple[str, int | None]:
+    """Merge all ranks' answers of `pre_capture_init` to the one that holds from now on; see `merge_answers`.
+
+    Args:
+        offer: the backend's offer so far.
+        answers: the encoded answers by group rank; None for unchanged.
+    """
+    unchanged = encode_answer(Available(offer.priority, offer.ranges))
+    return merge_answers([unchanged if answer is None else answer for answer in answers])
 
 
 def with_explicit_ranges(
