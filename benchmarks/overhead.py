@@ -34,7 +34,8 @@ from comm_core._handle import operators
 from comm_core._handle.backend import Backend
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
-from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, screen_candidates
+from comm_core._plan.checks import check_policies
+from comm_core._plan.decide import Evidence, encode_answer, initial_slate, screen_candidates
 from comm_core._plan.routes import Offer
 from comm_core._plugins.discovery import Plugin
 from comm_core._probe.rank import probe_rank

@@ -7,7 +7,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comm_core._plan.decide import Evidence, check_policies, encode_answer, initial_slate, screen_candidates
+from comm_core._plan.checks import check_policies
+from comm_core._plan.decide import Evidence, encode_answer, initial_slate, screen_candidates
 from comm_core._plan.routes import cells
 from comm_core.topology import Device, Host, RankInfo
 from comm_core.types import DTYPES, OPS, TERMINAL, Available, Decision, Range, Unavailable

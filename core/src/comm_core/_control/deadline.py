@@ -25,7 +25,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 # The shortest and the longest pause between two polls, in seconds: a few round trips to a store; short for a caller.
-_POLL_S = (0.002, 0.2)
+_POLL_S = (0.002, 0.1)
 # The longest that a process that ends waits for its threads, in seconds: far above a quick call of the store.
 _EXIT_S = 1.0
 # In torch's errors: "Timed out waiting 1800000ms for recv operation", "Connection closed by peer".
@@ -154,7 +154,7 @@ def polls(timeout_s: float) -> Iterator[None]:
         if waited_s >= timeout_s:
             return
         # In proportion to the time so far: an exchange that is quick isn't slowed down, and a long wait costs little.
-        if _exiting.wait(min(max(waited_s / 2, _POLL_S[0]), _POLL_S[1], timeout_s - waited_s)):
+        if _exiting.wait(min(max(waited_s / 8, _POLL_S[0]), _POLL_S[1], timeout_s - waited_s)):
             raise RuntimeError(_PROCESS_ENDS)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 # torch.distributed.Store: torch's stubs lack its name and `clone`.
 Store = Any
 
-__all__ = ["Control", "Store", "compare_set", "store_of"]
+__all__ = ["Control", "Store", "compare_set", "delete_key", "store_of"]
 
 T = TypeVar("T")
 
 # The deadline of the store itself, in seconds: far above its response time under load, far below the default control
 # timeout.
 _STORE_S = 20.0
+# pybind11's text if a store written in Python lacks a method, and torch's if that is `compare_set`.
+_LACKING = re.compile(r'pure virtual function "[^"]*?(\w+)"|INTERNAL ASSERT FAILED.*Not implemented', re.DOTALL)
 
 
 def store_of(group: dist.ProcessGroup) -> Store:
@@ -47,6 +50,28 @@ def store_of(group: dist.ProcessGroup) -> Store:
 def compare_set(key: str, expected: str, value: str, store: Store) -> str:
     """Set `key` if its value is `expected`, or if `expected` is "" and it has none; return its value afterwards."""
     return str(store.compare_set(key, expected, value), "ascii", "replace")
+
+
+def _clone(store: Store) -> Store:
+    """Return a clone of the store; the store itself if it is written in Python, and so has no `clone`.
+
+    Core never waits inside a store, so no call of another thread has to wait long for that one's lock.
+    """
+    try:
+        return store.clone()
+    except RuntimeError as error:
+        if _LACKING.search(str(error)) is None:
+            raise
+        return store
+
+
+def delete_key(key: str, store: Store) -> None:
+    """Delete a key, unless the store is written in Python and can't delete."""
+    try:
+        store.delete_key(key)
+    except RuntimeError as error:
+        if _LACKING.search(str(error)) is None:
+            raise
 
 
 class Control:
@@ -136,14 +161,20 @@ class Control:
             )
             raise CommTimeoutError(f"{what}: {self._failure}") from error
         except RuntimeError as error:
-            self._failure = f"the job's store can't be reached any more: {error}"
+            lacking = _LACKING.search(str(error))
+            self._failure = (
+                f"the job's store, a {type(self._store).__name__} written in Python, has no method "
+                f"{lacking[1] or 'compare_set'}. Add it, or give init_process_group another store"
+                if lacking
+                else f"the job's store can't be reached any more: {error}"
+            )
             raise CommError(f"{what}: {self._failure}") from error
 
     def _run_on_clone(self, operation: Callable[[Store], T]) -> T:
         try:
             client = self._idle_clones.pop()
         except IndexError:
-            client = self._store.clone()
+            client = _clone(self._store)
         value = operation(client)
         self._idle_clones.append(client)
         return value
@@ -159,7 +190,7 @@ class Control:
     def delete(self, exchange: str, store: Store) -> None:
         """Delete all keys of an exchange."""
         for key in (f"{exchange}/verdict", f"{exchange}/arrived", *(f"{exchange}/{r}" for r in range(self.world_size))):
-            store.delete_key(key)
+            delete_key(key, store)
 
     def finish(self) -> None:
         """Leave the incarnation without waiting; the last rank to leave deletes its remaining keys."""
@@ -181,7 +212,7 @@ class Control:
                 with contextlib.suppress(MalformedError):  # left to the store; this incarnation is over
                     noted = tuple_of(text)(load_json(store.get(note)), "note")
                     exchanges.update(exchange for exchange in noted if exchange.startswith(f"{self.prefix}/"))
-                store.delete_key(note)
+                delete_key(note, store)
         for exchange in exchanges:
             self.delete(exchange, store)
-        store.delete_key(left)
+        delete_key(left, store)

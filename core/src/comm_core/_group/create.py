@@ -34,6 +34,8 @@ def create_serving(state: GroupState) -> Serving:
     group = state.group
     if group is None or dist.get_world_size(group) == 1:
         return _create_for_one_rank(state)
+    if "fake" in dist.get_backend_config(group):
+        return _create_for_fake_group(state, group)
     return _create_negotiated(state, group)
 
 
@@ -83,6 +85,14 @@ def _create_for_one_rank(state: GroupState) -> Serving:
         _warn_without_world()
     copy = fallback.all_reduce_without_world if state.group is None else fallback.single_rank_all_reduce
     return Serving(decision, topology, state.title, device, (copy, state.group), {}, torch_device_types=("cuda", "cpu"))
+
+
+def _create_for_fake_group(state: GroupState, group: dist.ProcessGroup) -> Serving:
+    """Serve one process that plays a rank of many, by torch's "fake" backend, which sends nothing."""
+    topology = topology_of_one(group)
+    decision = Slate(()).decision(topology.device_types)
+    terminal = (fallback.torch_distributed, group)
+    return Serving(decision, topology, state.title, torch.device("cpu"), terminal, {}, torch_device_types=("cuda",))
 
 
 def _warn_without_world() -> None:

@@ -109,6 +109,11 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         backends = None if request.backends is None else check_names(request.backends)
         found, failures = discover(settings, request.backends or settings.backends)
         device = _device_of(group)
+        if not device_types_of(group, device):
+            raise ValueError(
+                f"the process group has the backends {dist.get_backend_config(group)}, which serve neither CPU tensors "
+                "nor, by NCCL, CUDA tensors. Make it with backend='cpu:gloo,...' or 'cuda:nccl'"
+            )
         timeout_s = request.timeout_s or settings.control_timeout_s
         facts, unusable = _probe_plugins(found.plugins, device, timeout_s)
         failures.update(unusable)

@@ -39,7 +39,6 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
         StageAbortedError: a rank failed or didn't arrive in time.
     """
     evidence = exchange_evidence(control, local.evidence)
-    decide.check_policies(evidence, control.label)
     topology = Topology.of((item.info for item in evidence), device_types_of(group, local.device))
 
     named, source = local.named_backends

@@ -159,7 +159,7 @@ def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> Gr
             )
         name = member.group_name
     elif group is not None:
-        raise ValueError("this process group was destroyed: torch.distributed isn't initialised")
+        raise ValueError("torch.distributed isn't initialised, so this process group was destroyed or made by hand")
     remove_destroyed()
     return _get_or_create(name, member, request)
 

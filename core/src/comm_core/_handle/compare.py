@@ -15,7 +15,7 @@ import torch
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._handle import traced
 from comm_core._handle.backend import Backend
-from comm_core._plan.decide import describe_differences
+from comm_core._plan.checks import describe_differences
 from comm_core.errors import CommError, CommTimeoutError
 
 if TYPE_CHECKING:

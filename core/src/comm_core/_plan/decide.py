@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from comm_core import _schema
+from comm_core._plan.checks import describe_differences
 from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
-from comm_core.errors import CommError, NegotiationError
+from comm_core.errors import CommError
 from comm_core.topology import RankInfo
 from comm_core.types import MAX_RANGES, OPS, TERMINAL, Available, Candidate, Decision, Range, Route, Unavailable
 
 __all__ = [
     "Evidence",
     "Slate",
-    "check_policies",
     "describe_differences",
     "encode_answer",
     "encode_prepared",
@@ -29,8 +28,6 @@ __all__ = [
     "with_explicit_ranges",
 ]
 
-# The longest text of one rank's value where ranks differ, as JSON in bytes.
-_VALUE_NBYTES = 200
 # The most ranges of merged answers: ranks that differ have a few ranges each, and without a limit their pairs multiply.
 _MAX_MERGED_RANGES = 4 * MAX_RANGES
 
@@ -181,48 +178,6 @@ def _availability_reason(offer: Offer, serves: bool) -> str:
             else "serves once comm.pre_capture_init has prepared it"
         )
     return "available on every rank" if serves else "backends earlier in the order serve all of its ranges"
-
-
-def describe_differences(values: Sequence[Any]) -> str:
-    """Return the ranks' differing values as text, the most common value last: "{3: '550.54', others: '580.65'}".
-
-    Args:
-        values: the values by group rank.
-    """
-    texts = [_schema.shorten(repr(value), _VALUE_NBYTES) for value in values]
-    most_common = Counter(texts).most_common(1)[0][0]
-    outliers = [f"{rank}: {text}" for rank, text in enumerate(texts) if text != most_common]
-    return "{" + ", ".join([*outliers[:8], *(["…"] if len(outliers) > 8 else []), f"others: {most_common}"]) + "}"
-
-
-def check_policies(evidence: Sequence[Evidence], label: Callable[[int], str]) -> None:
-    """Check that every rank can negotiate, and that the ranks' settings are equal.
-
-    Args:
-        evidence: the evidence by group rank.
-        label: returns the name of a group rank for texts.
-
-    Raises:
-        NegotiationError: a rank reported an error, or settings differ; the text names the ranks and their values.
-    """
-    errors: dict[str, list[int]] = {}
-    for rank, item in enumerate(evidence):
-        if item.error:
-            errors.setdefault(item.error, []).append(rank)
-    if errors:
-        # A misspelt setting fails alike on thousands of ranks, so each text is reported once.
-        texts = (
-            f"{label(ranks[0])}{f' and {len(ranks) - 1} more' if len(ranks) > 1 else ''}: {text}"
-            for text, ranks in errors.items()
-        )
-        raise NegotiationError("this group can't negotiate: " + "; ".join(texts))
-    for key in dict.fromkeys(key for item in evidence for key in item.policy):
-        values = [item.policy.get(key) for item in evidence]
-        if any(value != values[0] for value in values):
-            raise NegotiationError(
-                f"{key} differs between the ranks of this group: {describe_differences(values)}. The negotiation "
-                "fails, because the ranks would choose different backends. Give every rank the same value"
-            )
 
 
 def screen_candidates(

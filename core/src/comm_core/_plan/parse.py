@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from comm_core import _schema
-from comm_core._plan.decide import Evidence, describe_differences, encode_answer
+from comm_core._plan.checks import describe_differences
+from comm_core._plan.decide import Evidence, encode_answer
 from comm_core.errors import NegotiationError
 from comm_core.types import MAX_RANGES, Available, Range
 
