@@ -237,7 +237,7 @@ def differing(name: str, numels: tuple[int, int], dtypes: tuple[torch.dtype, tor
             handle.all_reduce(tensor)
             torch.cuda.synchronize()
             handle.check()
-    except comm.CommTimeoutError as error:
+    except comm.CommError as error:
         text = str(error)
     comm.close()
     return text

@@ -176,6 +176,9 @@ class Contender(Recorder, abc.ABC):
         parts = (self._inputs[-1][number * room :][: case.nbytes] for number in range(count))
         return tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
 
+    def note_failure(self, job: Job) -> None:
+        """Note that a case failed; a contender that can't go on supports no later case. Collective."""
+
     def needs_spacer(self, case: BenchCase) -> bool:  # noqa: ARG002 - most contenders need none
         """Return whether a chain needs a spacer after each call. The spacer's time is subtracted."""
         return False
@@ -202,8 +205,11 @@ class _BackendContender(Contender):
         super().__init__(name)
         self._handle = handle
         self._group = group
+        self._has_stopped = False
 
     def supports(self, case: BenchCase) -> bool:
+        if self._has_stopped:
+            return False
         decision = self._handle.decision
         sizes = (case.nbytes, *case.shape) if case.fused else (case.nbytes,)
         owner = decision.route(case.op, case.mode, case.device_type, case.dtype).backend_for(*sizes)
@@ -225,6 +231,9 @@ class _BackendContender(Contender):
         return self._handle.all_reduce_add_rms_norm(
             tensor, residual, weight, residual_out=residual if in_place else None
         )
+
+    def note_failure(self, job: Job) -> None:
+        self._has_stopped = any(job.all_gather(self._handle.failure is not None))
 
     def failure_reason(self) -> str:
         failed = (c for c in self._handle.decision.candidates if c.name == self.name and c.verdict == "failed")

@@ -110,6 +110,7 @@ def measure(
                     ready[contender] = _prepare(contender, case, job, procedure)
             except Absent as reason:
                 absent(contender.name, str(reason))
+                contender.note_failure(job)
     copies, spacers = _copies(case, job), _spacers(case, job)
     everyone = [copies, spacers, *ready.values()]
     for repetition in range(procedure.repetitions):

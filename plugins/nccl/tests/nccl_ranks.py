@@ -167,6 +167,9 @@ def errors_by_name() -> list[str]:
     with mock.patch.object(found._serving.sessions["nccl"].value, "launch", side_effect=NCCLError("InvalidUsage (5)")):
         binding.last_error = "too many of them"
         texts.append(raised(found))
+    assert "refuses further calls" in raised(found)
+    comm.close()
+    found, binding = handle()
     assert found.all_reduce(torch.ones(3)).tolist() == [2.0] * 3
     binding.async_error, binding.last_error = 6, "socket closed"
     if dist.get_rank() == 0:
