@@ -19,6 +19,7 @@ from comm_core._plugins import discovery
 from comm_core._probe.rank import probe_rank
 from comm_core._schema import load_json, printable, shorten
 from comm_core.env import PREFIX, Settings, check_names
+from comm_core.errors import NegotiationError
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
@@ -27,9 +28,11 @@ __all__ = [
     "LocalInputs",
     "Request",
     "answers_of",
+    "check_backends",
     "device_types_of",
     "discover",
     "gather_local_inputs",
+    "is_fake",
     "other_device_types",
     "topology_of_one",
 ]
@@ -110,9 +113,9 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         found, failures = discover(settings, request.backends or settings.backends)
         device = _device_of(group)
         if not device_types_of(group, device):
-            raise ValueError(
-                f"the process group has the backends {dist.get_backend_config(group)}, which serve neither CPU tensors "
-                "nor, by NCCL, CUDA tensors. Make it with backend='cpu:gloo,...' or 'cuda:nccl'"
+            raise RuntimeError(
+                "torch sees no GPU, and the process group serves nothing but CUDA tensors (its backends: "
+                f"{dist.get_backend_config(group)})"
             )
         timeout_s = request.timeout_s or settings.control_timeout_s
         facts, unusable = _probe_plugins(found.plugins, device, timeout_s)
@@ -226,6 +229,27 @@ def _answer_of(plugin: discovery.Plugin, topology: Topology, timer: HookTimer) -
 
 def _truncate(reason: str) -> str:
     return shorten(printable(reason), _REASON_NBYTES)
+
+
+def check_backends(group: dist.ProcessGroup) -> None:
+    """Check that the group has a backend of torch.distributed for tensors that core routes.
+
+    Local: a group has the same backends on all ranks, so they raise alike, and none waits.
+
+    Raises:
+        NegotiationError: it has none, but for example one for XPU tensors.
+    """
+    if not _torch_backends(group).keys() & {"cuda", "cpu"}:
+        raise NegotiationError(
+            f"this group can't negotiate: its torch.distributed backends are {dist.get_backend_config(group)}, and "
+            "comm_core serves CPU tensors, and CUDA tensors by any backend but Gloo. Call torch.distributed itself for "
+            "this group, or create one that has a backend for such tensors, for example 'cpu:gloo' or 'cuda:nccl'"
+        )
+
+
+def is_fake(group: dist.ProcessGroup) -> bool:
+    """Return whether torch's backend "fake" plays the group's other ranks in this process, on every device type."""
+    return all(part.partition(":")[2] == "fake" for part in dist.get_backend_config(group).split(","))
 
 
 def device_types_of(group: dist.ProcessGroup, device: torch.device) -> tuple[str, ...]:
