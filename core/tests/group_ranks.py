@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from fake_nvml import FakeNvml, fake_torch
 from handle_ranks import Outcome, outcome
 from harness import side_store
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed import multi_threaded_pg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 TIMEOUT = timedelta(seconds=60)
@@ -96,6 +98,30 @@ def play_a_rank_of_many(store: str) -> dict[str, Any]:
     comm.close()
     found["named"] = outcome(lambda: comm.get_backend(backends=("shm",)))
     found["fallback named"] = outcome(lambda: comm.get_backend(backends=("torch_distributed",)))
+    return found
+
+
+def get_in_threads() -> list[Outcome]:
+    """Threads of one process are the ranks, as in torch's own tests."""
+    dist.destroy_process_group()
+    store, found = dist.HashStore(), [("", "")] * 3
+
+    def be(rank: int) -> None:
+        dist.init_process_group("threaded", store=store, rank=rank, world_size=len(found))
+        found[rank] = outcome(comm.get_backend)
+
+    isolate: Any = torch._C._distributed_c10d._set_thread_isolation_mode
+    isolate(True)
+    multi_threaded_pg._install_threaded_pg()
+    try:
+        threads = [threading.Thread(target=be, args=(rank,)) for rank in range(len(found))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        multi_threaded_pg._uninstall_threaded_pg()
+        isolate(False)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import threading
 from collections.abc import Collection, Iterator
 from datetime import timedelta
@@ -203,4 +204,22 @@ def get_over_an_unfit_store(folder: str) -> Outcome:
     found = outcome(comm.get_backend)
     dist.barrier()
     dist.destroy_process_group()
+    return found
+
+
+def end_right_after_the_error() -> Outcome:
+    """The settings differ. The first rank serves the store, and its process ends as soon as it has the error."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        side_store().set("port", str(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", int(side_store().get("port")), is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    os.environ["COMM_CORE_WAIT_TIMEOUT_S"] = str(10 + rank)
+    found = outcome(comm.get_backend)
+    side_store().set(f"ended/{rank}", found[0])
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
     return found

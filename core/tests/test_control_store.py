@@ -19,8 +19,19 @@ import torch.distributed as dist
 from comm_core._control import store as store_module
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
 from comm_core._control.store import Control
-from comm_core.errors import CommError, CommTimeoutError
-from control_ranks import PATIENCE_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
+from comm_core.errors import CommError, CommTimeoutError, NegotiationError
+from control_ranks import (
+    NEVER_S,
+    PATIENCE_S,
+    Hold,
+    WatchedStore,
+    group_of,
+    in_stage,
+    in_threads,
+    outcome,
+    server,
+    start,
+)
 from store_ranks import Deleting
 
 SHORT_S = 0.1
@@ -180,6 +191,29 @@ def test_once_all_have_left_only_the_incarnation_stays(store: dist.Store, work: 
     members[last].finish()
     assert store.check(["comm_core/incarnation"])
     assert store.num_keys() == before + 1
+
+
+def test_a_rank_that_leaves_with_an_error_of_all_waits_until_they_have_left(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may end then, and take the store along, before they have read the error."""
+    monkeypatch.setattr(store_module, "_LEAVE_S", PATIENCE_S)
+    members = group_of(store, 3)
+    first, second = (start(lambda member=member: member.finish(NegotiationError())) for member in members[:2])
+    while not store.check([f"{members[0].prefix}/left"]) or store.add(f"{members[0].prefix}/left", 0) < 2:
+        time.sleep(0.001)
+    assert not first.done()
+    assert not second.done()
+    members[2].finish(NegotiationError())
+    assert outcome(first) is None
+    assert outcome(second) is None
+
+
+@pytest.mark.parametrize("error", [None, ValueError(), CommTimeoutError("absent"), NegotiationError()])
+def test_a_rank_that_leaves_does_not_wait_for_ever(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_LEAVE_S", SHORT_S if isinstance(error, NegotiationError) else NEVER_S)
+    member, _ = group_of(dist.HashStore(), 2)
+    assert outcome(start(lambda: member.finish(error))) is None
 
 
 def test_a_late_rank_takes_the_keys_of_a_failed_try_with_it() -> None:

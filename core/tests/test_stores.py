@@ -15,7 +15,7 @@ from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._control.store import Control, can_clone
 from comm_core.errors import CommError, NegotiationError
 from control_ranks import NEVER_S, PATIENCE_S, group_of, in_stage, in_threads, outcome, server, start
-from harness import install
+from harness import DEAD, install
 from store_ranks import OPERATIONS, Breaking, Cloneable, Deleting, InMemory, Wrapper, lacking, wrong
 
 if TYPE_CHECKING:
@@ -150,3 +150,11 @@ def test_an_unfit_store_is_refused_on_all_ranks(ranks: Ranks, tmp_path: Path) ->
     for error, text in ranks.run(store_ranks.get_over_an_unfit_store, str(tmp_path)):
         assert error == "NegotiationError"
         assert "this one (a Unfit) can't do compare_set: " in text
+
+
+def test_the_process_that_serves_the_store_ends_after_all_know_the_error(ranks: Ranks) -> None:
+    first, *others = ranks.run(store_ranks.end_right_after_the_error, world_size=4, dying=[0])
+    assert first == DEAD
+    for error, text in others:
+        assert error == "NegotiationError"
+        assert "COMM_CORE_WAIT_TIMEOUT_S differs" in text

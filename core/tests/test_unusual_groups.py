@@ -68,6 +68,13 @@ def test_one_process_that_plays_a_rank_of_many_is_served_by_torch_alone(ranks: R
     assert "torch's backend \"fake\" plays the group's other ranks" in text
 
 
+def test_ranks_that_are_threads_are_refused_at_once(ranks: Ranks) -> None:
+    (found,) = ranks.run(group_ranks.get_in_threads, world_size=1)
+    for error, text in found:
+        assert error == "NegotiationError"
+        assert "its ranks are threads of one process" in text
+
+
 @pytest.mark.parametrize(("devices", "users"), [((0, 0), "ranks 0, 1"), ((5, 1, 5), "ranks 0, 2")])
 def test_ranks_that_set_no_device_raise_together(ranks: Ranks, devices: tuple[int, ...], users: str) -> None:
     found = ranks.run(group_ranks.get_on_gpus, devices, None, world_size=len(devices))

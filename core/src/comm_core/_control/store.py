@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from comm_core._control.deadline import describe, run_with_deadline
+from comm_core._control.deadline import describe, polls, run_with_deadline
 from comm_core._schema import MalformedError, load_json, text, tuple_of
 from comm_core.errors import CommError, CommTimeoutError, NegotiationError
 from comm_core.types import rank_label
@@ -31,6 +31,8 @@ T = TypeVar("T")
 # The deadline of the store itself, in seconds: far above its response time under load, far below the default control
 # timeout.
 _STORE_S = 20.0
+# The longest wait of a rank whose negotiation failed until the others have left, too, in seconds: many of their polls.
+_LEAVE_S = 2.0
 
 
 def store_of(group: dist.ProcessGroup) -> Store:
@@ -236,19 +238,29 @@ class Control:
         for key in (f"{exchange}/verdict", f"{exchange}/arrived", *(f"{exchange}/{r}" for r in range(self.world_size))):
             store.delete_key(key)
 
-    def finish(self) -> None:
-        """Leave the incarnation without waiting; the last rank to leave deletes its remaining keys."""
+    def finish(self, error: BaseException | None = None) -> None:
+        """Leave the incarnation; the last rank to leave deletes its remaining keys.
+
+        Args:
+            error: the error with which this rank leaves. If it is one that all ranks get, this one waits a little until
+                they have left, too: its process may end now and take the store along, in which they read the error.
+        """
+        agreed = isinstance(error, CommError) and not isinstance(error, CommTimeoutError)
+        patience_s = _LEAVE_S if agreed else 0.0
         with contextlib.suppress(CommError):  # a store that is gone has no keys to delete
-            self.call_store("leaving the group", self._leave)
+            self.call_store("leaving the group", functools.partial(self._leave, patience_s), patience_s)
         self.last_success, self._aborted = "", []
 
-    def _leave(self, store: Store) -> None:
+    def _leave(self, patience_s: float, store: Store) -> None:
         left = f"{self.prefix}/left"
         notes = [f"{left}/{rank}" for rank in range(self.world_size)]
         if self._aborted:
             # The others may not know of these: a rank may fail after they have left the stage.
             store.set(notes[self.rank], json.dumps(list(dict.fromkeys(self._aborted))))
         if store.add(left, 1) < self.world_size:
+            for _ in polls(patience_s) if patience_s else ():
+                if not store.check([left]):  # the last rank has deleted it
+                    break
             return
         exchanges = {self.last_success} - {""}
         for note in notes:

@@ -19,7 +19,6 @@ from comm_core._plugins import discovery
 from comm_core._probe.rank import probe_rank
 from comm_core._schema import load_json, printable, shorten
 from comm_core.env import PREFIX, Settings, check_names
-from comm_core.errors import NegotiationError
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
@@ -28,11 +27,10 @@ __all__ = [
     "LocalInputs",
     "Request",
     "answers_of",
-    "check_backends",
+    "backends_of",
     "device_types_of",
     "discover",
     "gather_local_inputs",
-    "is_fake",
     "other_device_types",
     "topology_of_one",
 ]
@@ -231,27 +229,6 @@ def _truncate(reason: str) -> str:
     return shorten(printable(reason), _REASON_NBYTES)
 
 
-def check_backends(group: dist.ProcessGroup) -> None:
-    """Check that the group has a backend of torch.distributed for tensors that core routes.
-
-    Local: a group has the same backends on all ranks, so they raise alike, and none waits.
-
-    Raises:
-        NegotiationError: it has none, but for example one for XPU tensors.
-    """
-    if not _torch_backends(group).keys() & {"cuda", "cpu"}:
-        raise NegotiationError(
-            f"this group can't negotiate: its torch.distributed backends are {dist.get_backend_config(group)}, and "
-            "comm_core serves CPU tensors, and CUDA tensors by any backend but Gloo. Call torch.distributed itself for "
-            "this group, or create one that has a backend for such tensors, for example 'cpu:gloo' or 'cuda:nccl'"
-        )
-
-
-def is_fake(group: dist.ProcessGroup) -> bool:
-    """Return whether torch's backend "fake" plays the group's other ranks in this process, on every device type."""
-    return all(part.partition(":")[2] == "fake" for part in dist.get_backend_config(group).split(","))
-
-
 def device_types_of(group: dist.ProcessGroup, device: torch.device) -> tuple[str, ...]:
     """Return the device types that the group's fallback can reduce, the accelerator's first."""
     kinds = _torch_backends(group)
@@ -260,8 +237,13 @@ def device_types_of(group: dist.ProcessGroup, device: torch.device) -> tuple[str
 
 def other_device_types(group: dist.ProcessGroup, routed: Sequence[str]) -> tuple[str, ...]:
     """Return the device types that torch.distributed alone serves in this group, such as CUDA by Gloo."""
-    kinds = (part.partition(":")[0] for part in dist.get_backend_config(group).split(","))
-    return tuple(kind for kind in kinds if kind not in routed)
+    return tuple(kind for kind in backends_of(group) if kind not in routed)
+
+
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """Return the name of the group's torch.distributed backend for each device type."""
+    pairs = (part.partition(":") for part in dist.get_backend_config(group).split(","))
+    return {kind: backend for kind, _, backend in pairs}
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
@@ -277,5 +259,4 @@ def _torch_backends(group: dist.ProcessGroup) -> dict[str, str]:
 
     Gloo copies CUDA tensors through the host. An engine makes a Gloo group for CPU tensors, so it gets no CUDA routes.
     """
-    pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
-    return {kind: backend for kind, backend in pairs if (kind, backend) != ("cuda", "gloo")}
+    return {kind: backend for kind, backend in backends_of(group).items() if (kind, backend) != ("cuda", "gloo")}
