@@ -222,3 +222,22 @@ def closed(name: str) -> list[int]:
         torch.cuda.synchronize()
         free.append(torch.cuda.mem_get_info()[0])
     return free
+
+
+def differing(name: str, numels: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> str:
+    """Call once with this rank's own message, then with a common one; return the error's text, "" if there is none."""
+    handle = backend(name)
+    rank = dist.get_rank()
+    common = torch.ones(64, device="cuda", dtype=torch.bfloat16)
+    handle.all_reduce(common)
+    torch.cuda.synchronize()
+    text = ""
+    try:
+        for tensor in (torch.ones(numels[rank], device="cuda", dtype=dtypes[rank]), common):
+            handle.all_reduce(tensor)
+            torch.cuda.synchronize()
+            handle.check()
+    except comm.CommTimeoutError as error:
+        text = str(error)
+    comm.close()
+    return text

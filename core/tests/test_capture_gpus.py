@@ -140,7 +140,7 @@ def first_call_in_a_graph() -> tuple[Outcome, Outcome, bool]:
     handle = comm.get_backend(group)
     static = torch.ones(8, device="cuda")
     # What torch binds to a device gets its communicator at once.
-    handle._serving._terminal[1]._has_communicator = False
+    handle._serving.terminal[1]._has_communicator = False
     first = outcome(lambda: recorded([handle], static) and None)
     torch.cuda.synchronize()
     comm.pre_capture_init(max_tokens=8, hidden_size=16, dtype=torch.float32)

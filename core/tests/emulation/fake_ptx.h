@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -231,16 +232,29 @@ class SpinGuard {
   public:
     // The limit of a thread's polls in one launch; small in tests with a peer that never comes.
     static inline uint32_t most_polls = 30'000'000;
+    // How long a thread polls at least, however often: where a peer that comes must not be given up.
+    static inline std::chrono::milliseconds least{0};
 
     bool expired(const Bound& bound, uint32_t rank) {
-        if (++polls_ < most_polls) return false;
-        uint32_t none = 0;  // who gave up first is who tells
-        std::atomic_ref<uint32_t>(*bound.error).compare_exchange_strong(none, rank + 1);
+        // As in wait.cuh, the word ends every wait once it is set.
+        if (++polls_ % 1024 == 0 && std::atomic_ref<uint32_t>(*bound.error).load() != 0) over_ = true;
+        if (over_) return true;
+        if (polls_ == 1) since_ = std::chrono::steady_clock::now();
+        if (polls_ < most_polls || std::chrono::steady_clock::now() - since_ < least) return false;
+        give_up(bound, rank);
         return true;
     }
 
+    void give_up(const Bound& bound, uint32_t rank) {
+        uint32_t none = 0;  // who gave up first is who tells
+        std::atomic_ref<uint32_t>(*bound.error).compare_exchange_strong(none, rank + 1);
+        over_ = true;
+    }
+
   private:
+    std::chrono::steady_clock::time_point since_;
     uint32_t polls_ = 0;
+    bool over_ = false;
 };
 
 }  // namespace comm_core

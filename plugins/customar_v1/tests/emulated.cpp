@@ -40,6 +40,7 @@ struct Step {
     size_t nbytes;
     bool in_place;
     std::vector<std::vector<char>> inputs, tensors, outputs;  // by rank; `tensors` are the ranks' copies of the inputs
+    comm_core::Element element = comm_core::Element::kBFloat16;
 };
 
 uint32_t error_word = 0;
@@ -55,7 +56,16 @@ Params params_of(std::vector<std::vector<char>>& buffers, Step& step, size_t ran
     params.num_vecs = static_cast<uint32_t>(step.nbytes / 16);
     params.tail_nbytes = static_cast<uint32_t>(step.nbytes % 16);
     params.rank = static_cast<uint32_t>(rank);
+    params.tag = comm_core::message_tag(step.nbytes, static_cast<uint32_t>(step.element));
     return params;
+}
+
+uint32_t blocks_of(const Step& step, const Params& params, uint32_t world_size) {
+    const bool parts = step.shape->name.rfind("two", 0) == 0;
+    uint32_t work = parts ? (params.num_vecs + world_size - 1) / world_size : params.num_vecs;
+    if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
+    const uint32_t a_block = step.shape->threads * static_cast<uint32_t>(step.shape->vecs);
+    return std::max(1u, std::min(step.shape->max_blocks, (work + a_block - 1) / a_block));
 }
 
 // Runs the launches one after another on each rank; ranks wait for each other only in the kernels.
@@ -64,12 +74,7 @@ void run(std::vector<std::vector<char>>& buffers, std::vector<Step>& series) {
     fake::on_every_rank(buffers.size(), [&](size_t rank) {
         for (Step& step : series) {
             const Params params = params_of(buffers, step, rank);
-            const bool parts = step.shape->name.rfind("two", 0) == 0;
-            uint32_t work = parts ? (params.num_vecs + world_size - 1) / world_size : params.num_vecs;
-            if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
-            const uint32_t a_block = step.shape->threads * static_cast<uint32_t>(step.shape->vecs);
-            const uint32_t blocks = std::max(1u, std::min(step.shape->max_blocks, (work + a_block - 1) / a_block));
-            fake::launch_one(step.shape->kernel, params, blocks, step.shape->threads);
+            fake::launch_one(step.shape->kernel, params, blocks_of(step, params, world_size), step.shape->threads);
         }
     });
 }
@@ -161,6 +166,64 @@ int check(size_t rounds, unsigned long long epoch) {
     return 0;
 }
 
+// One rank's message is another than its peers', after common ones and before more of them. A rank must notice it in
+// this very launch: later ones would bring all ranks' flags.
+template <int W>
+int check_different_messages() {
+    using comm_core::Element;
+    const Shape one{"one_stage 1", one_stage<comm_core::BFloat16, W, 1>, 1, 32, 3};
+    const Shape two{"two_stage 1", two_stage<comm_core::BFloat16, W, 1>, 1, 32, 3};
+    struct Message {
+        const Shape* shape;
+        size_t nbytes;
+        Element element;
+    };
+    // In the same grid and in others; in the tail; in the dtype; by another algorithm.
+    const std::pair<Message, Message> pairs[] = {{{&one, 160, Element::kBFloat16}, {&one, 176, Element::kBFloat16}},
+                                                 {{&two, 160, Element::kBFloat16}, {&two, 176, Element::kBFloat16}},
+                                                 {{&one, 160, Element::kBFloat16}, {&one, 1600, Element::kBFloat16}},
+                                                 {{&one, 1600, Element::kBFloat16}, {&one, 16, Element::kBFloat16}},
+                                                 {{&two, 9600, Element::kBFloat16}, {&two, 64, Element::kBFloat16}},
+                                                 {{&one, 164, Element::kBFloat16}, {&one, 166, Element::kBFloat16}},
+                                                 {{&one, 160, Element::kBFloat16}, {&one, 160, Element::kFloat16}},
+                                                 {{&one, 1600, Element::kBFloat16}, {&two, 9600, Element::kBFloat16}}};
+    for (const auto& [common, odd] : pairs) {
+        for (size_t odd_rank = 0; odd_rank < W; ++odd_rank) {
+            std::vector<std::vector<char>> buffers(W, std::vector<char>(kStagingAt + 2 * kLargest));
+            for (std::vector<char>& buffer : buffers) std::memcpy(buffer.data(), &comm_core::kOneEpoch, 8);
+            std::vector<uint32_t> errors(W, 0), errors_in_the_launch(W, 0);
+            fake::on_every_rank(W, [&](size_t rank) {
+                for (int launch = 0; launch < 4; ++launch) {
+                    const Message& message = launch == 1 && rank == odd_rank ? odd : common;
+                    Step step{message.shape, message.nbytes, false, {}, {}, {}, message.element};
+                    step.tensors.assign(W, std::vector<char>(kLargest));
+                    step.outputs = step.tensors;
+                    Params params = params_of(buffers, step, rank);
+                    params.bound.error = &errors[rank];
+                    fake::launch_one(step.shape->kernel, params, blocks_of(step, params, W), step.shape->threads);
+                    if (launch == 0 && errors[rank] != 0) std::abort();
+                    if (launch == 1) errors_in_the_launch[rank] = errors[rank];
+                }
+            });
+            size_t noticed = 0;
+            for (size_t rank = 0; rank < W; ++rank) {
+                const uint32_t word = errors_in_the_launch[rank];
+                if (word != 0 && (rank == odd_rank || word == odd_rank + 1)) ++noticed;
+            }
+            if (noticed == 0) {
+                std::printf("rank %zu of %d came with %zu bytes, not %zu: no rank noticed it\n",
+                            odd_rank,
+                            W,
+                            odd.nbytes,
+                            common.nbytes);
+                return 1;
+            }
+        }
+    }
+    std::printf("every other message is noticed\n");
+    return 0;
+}
+
 // Every rank's page arrives and is loaded; a page of another seed, or with a changed word, is noticed.
 int check_peer_access_test(uint32_t world_size) {
     std::vector<std::vector<char>> regions(world_size, std::vector<char>(kTestRegionNbytes));
@@ -192,7 +255,8 @@ int check_peer_access_test(uint32_t world_size) {
 template <int W>
 int check_all(size_t rounds) {
     return check<comm_core::BFloat16, W>(rounds, 1) || check<comm_core::Float32, W>(rounds, (1ull << 32) - 4) ||
-           check<comm_core::Float16, W>(rounds, (1ull << 31) + 1) || check_peer_access_test(W);
+           check<comm_core::Float16, W>(rounds, (1ull << 31) + 1) || check_different_messages<W>() ||
+           check_peer_access_test(W);
 }
 
 }  // namespace

@@ -132,6 +132,25 @@ def test_a_killed_peer_is_named(ranks: Ranks, found: list[list[Path]], in_a_repl
     assert "rank 1 didn't come within 2 s" in results[0]
 
 
+@pytest.mark.parametrize(
+    ("numels", "dtypes"),
+    [
+        ((1000, 1008), ("bfloat16", "bfloat16")),
+        ((50_000, 400_000), ("float32", "float32")),  # in other grids, and by another algorithm
+        ((1001, 1003), ("bfloat16", "bfloat16")),  # in what follows the last vector
+        ((1000, 1000), ("bfloat16", "float16")),
+        ((2000, 1000), ("float16", "float32")),  # as many bytes
+    ],
+)
+def test_ranks_that_come_with_different_messages_time_out(
+    ranks: Ranks, found: list[list[Path]], numels: tuple[int, int], dtypes: tuple[str, str]
+) -> None:
+    env = {"COMM_CORE_WAIT_TIMEOUT_S": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    types = tuple(getattr(torch, dtype) for dtype in dtypes)
+    texts = ranks.run(kernel_ranks.differing, NAME, numels, types, backend=GPUS, path=found, env=env)
+    assert any("didn't come within 2 s, or called with another size or dtype" in text for text in texts), texts
+
+
 def test_close_gives_the_memory_back(ranks: Ranks, found: list[list[Path]]) -> None:
     for free in ranks.run(kernel_ranks.closed, NAME, backend=GPUS, path=found):
         # Less than one of the 18 MiB buffers.

@@ -35,7 +35,7 @@ const Kernel plain{}, apart{0, NormAlgorithm::kSeparate, 1};
 int major = 0;
 size_t judged = 0;  // launches of fused kernels
 constexpr uint32_t kMultiprocessors = 132;
-constexpr int64_t kSlot = 1 << 17;
+constexpr int64_t kSlot = 1 << 17, kCellsAt = 1 << 18;
 
 const void* kernel_like(const Kernel& wanted) {
     for (const Kernel& each : kernels) {
@@ -162,7 +162,11 @@ const char* wrong_with(const Launched& each, int world_size, const NormShape& sh
     if (two_shots && params.num_rows < static_cast<uint32_t>(world_size)) return "a rank without a row";
     const uint32_t together = two_shots ? static_cast<uint32_t>(world_size) : 1;
     const uint32_t groups = (params.num_rows + together - 1) / together, clusters = each.blocks / each.cluster;
-    if (int64_t{groups} * params.row_vecs * 16 > kSlot / (two_shots ? 2 : 1)) return "beyond the slot";
+    // The cells of a kind of call begin later in the slot; two-shot has its sums half a slot after its shares.
+    const auto begin = static_cast<int64_t>(params.plain.cells_at - kCellsAt) + (two_shots ? kSlot / 2 : 0);
+    if (begin < kKinds / 2 * kKindNbytes) return "the cells of plain calls";
+    if (begin + int64_t{groups} * params.row_vecs * 16 > kSlot) return "beyond the slot";
+    if (two_shots && int64_t{groups} * params.row_vecs * 16 > kSlot / 2) return "shares among the sums";
     if (clusters > groups || params.plain.pipeline_depth > (groups + clusters - 1) / clusters)
         return "more than there is to do";
     return "";
@@ -191,7 +195,7 @@ const char* judge(const NormCall& call, int world_size, const NormShape& shape, 
 }
 
 bool check(int world_size) {
-    Session session(0, world_size, {1 << 17, 1 << 18, kSlot}, 1.0, 0);
+    Session session(0, world_size, {1 << 17, kCellsAt, kSlot}, 1.0, 0);
     session.attach(std::vector<int64_t>(static_cast<size_t>(world_size), 4096), kMultiprocessors);
     session.set_shapes({{int64_t{1} << 40, Algorithm::kOneShotPush, 1, 128, 128, 0}});
     Norms norms(session);

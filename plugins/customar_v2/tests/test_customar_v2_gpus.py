@@ -8,6 +8,7 @@ from typing import Any
 
 import kernel_ranks
 import pytest
+import torch
 from comm_plugin_customar_v2 import policy
 from harness import DEAD, Ranks, install
 from kernel_ranks import DTYPES, SIZES
@@ -78,6 +79,25 @@ def test_a_killed_peer_is_named(ranks: Ranks, found: list[list[Path]], in_a_repl
     results = ranks.run(kernel_ranks.killed, NAME, in_a_replay, backend=GPUS, path=found, env=env, dying=[1])
     assert results[1] == DEAD
     assert "rank 1 didn't come within 2 s" in results[0]
+
+
+@pytest.mark.parametrize(
+    ("numels", "dtypes"),
+    [
+        ((1000, 1008), ("bfloat16", "bfloat16")),
+        ((50_000, 400_000), ("float32", "float32")),  # in other grids, and by another algorithm
+        ((1001, 1003), ("bfloat16", "bfloat16")),  # in what follows the last vector
+        ((1000, 1000), ("bfloat16", "float16")),
+        ((2000, 1000), ("float16", "float32")),  # as many bytes
+    ],
+)
+def test_ranks_that_come_with_different_messages_time_out(
+    ranks: Ranks, found: list[list[Path]], numels: tuple[int, int], dtypes: tuple[str, str]
+) -> None:
+    env = {"COMM_CORE_WAIT_TIMEOUT_S": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    types = tuple(getattr(torch, dtype) for dtype in dtypes)
+    texts = ranks.run(kernel_ranks.differing, NAME, numels, types, backend=GPUS, path=found, env=env)
+    assert any("didn't come within 2 s, or called with another size or dtype" in text for text in texts), texts
 
 
 def test_close_gives_the_memory_back(ranks: Ranks, found: list[list[Path]]) -> None:

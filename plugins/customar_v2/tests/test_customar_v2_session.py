@@ -162,7 +162,9 @@ def test_a_kernel_that_timed_out_names_the_rank(context: comm.GroupContext) -> N
         lambda: customar_v2.all_reduce(own, torch.ones(8), None),
         lambda: customar_v2.all_reduce_add_rms_norm(own, *map(torch.ones, [(2, 8), (2, 8), 8]), 1e-6, 0.0, None, None),
     ):
-        with pytest.raises(comm.CommTimeoutError, match=r"rank 1 \(7 in the job\) didn't come within 3 s") as caught:
+        with pytest.raises(
+            comm.CommTimeoutError, match=r"rank 1 \(7 in the job\) didn't come within 3 s, or called with another"
+        ) as caught:
             call()
         assert caught.value.ranks == (1,)
 

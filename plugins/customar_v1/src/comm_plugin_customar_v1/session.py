@@ -55,13 +55,15 @@ class Session:
         """Raise if a kernel timed out; reads one word of host memory.
 
         Raises:
-            CommTimeoutError: a kernel timed out waiting for a peer.
+            CommTimeoutError: a kernel timed out waiting for a peer, or the peer called with another size or dtype.
         """
         late = self._functions["error"]() if self._functions else 0
         if late:
             rank = rank_label(late - 1, self._context.global_ranks[late - 1])
             timeout_s = self._context.wait_timeout_s
-            raise comm.CommTimeoutError(f"rank {rank} didn't come within {timeout_s:g} s", (late - 1,))
+            raise comm.CommTimeoutError(
+                f"rank {rank} didn't come within {timeout_s:g} s, or called with another size or dtype", (late - 1,)
+            )
 
     def open_peers(self) -> None:
         """Open every rank's buffer, and test that data written to it and read from it is right. Collective.

@@ -16,8 +16,12 @@ _ALIGN = 4096
 SLOT_NBYTES = 32 << 20
 # The size of the launch counter at the beginning of a buffer, in bytes.
 _COUNTER_NBYTES = 8
-# The size of a tail's slot, in bytes: one vector.
+# The size of a tail's slot, in bytes: one vector; and how many there are for each phase and peer: `kTailLengths` for
+# each dtype.
 _TAIL_NBYTES = 16
+_TAILS = 3 * 8
+# What each half of a slot has in addition, so that each kind of call has cells of its own: `kKinds` in csrc/params.cuh.
+_KINDS_NBYTES = 5 * 4096
 _PHASES = 2
 _MIN_SLOT_NBYTES = 64 << 10
 
@@ -56,7 +60,7 @@ def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int) -> Layout:
     """
     cells = min(SLOT_NBYTES, max(_slot_nbytes(row, world_size) for row in rows))
     while True:
-        layout = _layout(_up(cells), world_size - 1)
+        layout = _layout(_up(cells) + 2 * _KINDS_NBYTES, world_size - 1)
         if layout.nbytes <= budget_nbytes:
             return layout
         cells //= 2
@@ -82,5 +86,5 @@ def _up(nbytes: int) -> int:
 
 def _layout(cells: int, peers: int) -> Layout:
     tails_at = _up(_COUNTER_NBYTES)
-    cells_at = _up(tails_at + _PHASES * peers * _TAIL_NBYTES)
+    cells_at = _up(tails_at + _TAILS * _PHASES * peers * _TAIL_NBYTES)
     return Layout(tails_at, cells_at, cells, _up(cells_at + _PHASES * peers * cells))

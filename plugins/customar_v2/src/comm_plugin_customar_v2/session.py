@@ -79,7 +79,9 @@ class Session:
         if late:
             rank = rank_label(late - 1, self._context.global_ranks[late - 1])
             timeout_s = self._context.wait_timeout_s
-            raise comm.CommTimeoutError(f"rank {rank} didn't come within {timeout_s:g} s", (late - 1,))
+            raise comm.CommTimeoutError(
+                f"rank {rank} didn't come within {timeout_s:g} s, or called with another size or dtype", (late - 1,)
+            )
 
     def close(self, orderly: bool) -> None:
         """Free the buffer or, if not `orderly`, keep it until the process ends. Idempotent; waits for no peer."""

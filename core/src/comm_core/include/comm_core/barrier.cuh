@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "epoch.cuh"
 #include "memory.cuh"
 #include "wait.cuh"
 
@@ -21,9 +22,22 @@ __device__ __forceinline__ uint64_t* flag_of(char* base, uint32_t block, uint32_
            source;
 }
 
+// A message in as many bits as an epoch leaves in a flag: its size and element type, modulo a prime. Sizes that ranks
+// come with by mistake, such as those of two shapes of a model, don't differ by a multiple of it.
+constexpr uint32_t message_tag(uint64_t nbytes, uint32_t element) {
+    return static_cast<uint32_t>((nbytes * 4 + element) % 1048573);
+}
+static_assert(1048573 < kOneEpoch);
+
 // Returns when the same block of every rank has called it. All threads call it. Each rank's flags begin `at` bytes into
-// its buffer. `epoch` is the launch's number, and a flag takes this value when its block arrives. Flags only grow, so
-// they are never reset; with 64 bits they never wrap, even if many launches leave a block's flags unchanged.
+// its buffer. `epoch` is the launch's number and `tag` its message's; a flag takes this value, the epoch in its upper
+// bits, when its block arrives. Flags only grow, so they are never reset; the epoch never wraps, even if many launches
+// leave a block's flags unchanged.
+//
+// If a peer's tag differs, the wait ends like a timeout. A rank can't compare tags with a peer that is in a later
+// launch already. But that peer has come there only by seeing this rank's flag of this launch, so it has compared them:
+// of two ranks with different messages, at least one notices it. Block 0 is in every grid, so it compares even if the
+// ranks' grids differ.
 //
 // A write before the barrier, by any thread of this block on any rank, is visible to every thread of the block after
 // it: the first `__syncthreads` orders the block's writes before the release stores, which are cumulative; the acquire
@@ -34,16 +48,20 @@ __device__ __forceinline__ void barrier(char* const* buffers,
                                         uint32_t rank,
                                         uint32_t stage,
                                         uint64_t epoch,
+                                        uint32_t tag,
                                         const Bound& bound,
                                         SpinGuard& guard) {
     __syncthreads();
     const uint32_t peer = threadIdx.x;
     if (peer < W && peer != rank) {
-        store_release_sys(flag_of(buffers[peer] + at, blockIdx.x, stage, rank), epoch);
+        const uint64_t flag = epoch << kEpochShift | tag;
+        store_release_sys(flag_of(buffers[peer] + at, blockIdx.x, stage, rank), flag);
         const uint64_t* mine = flag_of(buffers[rank] + at, blockIdx.x, stage, peer);
-        while (load_acquire_sys(mine) < epoch) {
+        uint64_t theirs;
+        while ((theirs = load_acquire_sys(mine)) >> kEpochShift < epoch) {
             if (guard.expired(bound, peer)) break;
         }
+        if (theirs >> kEpochShift == epoch && theirs != flag) guard.give_up(bound, peer);
     }
     __syncthreads();
 }

@@ -31,7 +31,8 @@ class OnDevice {
     int before_ = 0;
 };
 
-// The error word of wait.cuh, in host memory that is mapped on devices: 0, or 1 + the rank that didn't come in time.
+// The error word of wait.cuh, in host memory that is mapped on devices: 0, or 1 + the rank that didn't come in time
+// with this rank's message.
 class ErrorWord {
   public:
     ErrorWord() {

@@ -1,4 +1,5 @@
-// Bounded waits: if a peer doesn't come, the kernel ends anyway and reports the peer in a word of host memory.
+// Bounded waits: if a peer doesn't come, or comes with another message, the kernel ends anyway and reports the peer in
+// a word of host memory.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,8 @@ namespace comm_core {
 
 // The bound of a kernel's waits, the same for all launches of a session.
 struct Bound {
-    // In host memory that is mapped on the device: 0, or 1 + the rank that didn't come in time.
+    // In host memory that is mapped on the device: 0, or 1 + the rank that didn't come in time with this rank's
+    // message.
     uint32_t* error;
     uint64_t timeout_ns;  // of all waits of a thread in a launch, counted from its first long wait
 };
@@ -24,6 +26,12 @@ class SpinGuard {
         return check_deadline(bound, rank);
     }
 
+    // Ends this and every later wait of the thread, as a timeout does: `rank` came with another message.
+    __device__ __forceinline__ void give_up(const Bound& bound, uint32_t rank) {
+        asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(bound.error), "r"(rank + 1));
+        over_ = true;
+    }
+
   private:
     static constexpr uint32_t kMask = (1u << 12) - 1;
 
@@ -36,10 +44,10 @@ class SpinGuard {
         asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(set) : "l"(bound.error));
         if (since_ == 0) since_ = now;
         if (set == 0 && now - since_ >= bound.timeout_ns) {
-            asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(bound.error), "r"(rank + 1));
-            set = rank + 1;
+            give_up(bound, rank);
+        } else {
+            over_ = set != 0;
         }
-        over_ = set != 0;
         return over_;
     }
 

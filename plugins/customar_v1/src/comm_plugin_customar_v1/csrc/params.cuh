@@ -15,6 +15,9 @@
 // passed a barrier with every peer. A peer enters that barrier only after its own launch k has ended, and with it the
 // peer's reading of launch k's phase.
 //
+// This takes for granted that ranks come with the same messages. If they don't, the barrier's tags differ, and a rank
+// whose session is over by that reports it.
+//
 // The first barrier of a launch gives this order: its acquire load follows the peer's release store, which follows the
 // end of the peer's launch before (pdl.cuh).
 #pragma once
@@ -59,6 +62,7 @@ struct Params {
     uint32_t num_vecs;                    // whole vectors of the message
     uint32_t tail_nbytes;                 // bytes after them, 0 to 14
     uint32_t rank;
+    uint32_t tag;  // of the message, by which ranks notice that they differ (comm_core/barrier.cuh)
 };
 
 __device__ __forceinline__ unsigned long long* counter_of(const Params& params) {
@@ -107,7 +111,7 @@ __device__ __forceinline__ void meet(const Params& params,
                                      uint32_t stage,
                                      unsigned long long epoch,
                                      comm_core::SpinGuard& guard) {
-    comm_core::barrier<W>(params.buffers, kFlagsAt, params.rank, stage, epoch, params.bound, guard);
+    comm_core::barrier<W>(params.buffers, kFlagsAt, params.rank, stage, epoch, params.tag, params.bound, guard);
 }
 
 // The tail is the end of a message, shorter than a vector. In every algorithm, one thread stages it before the launch's

@@ -102,7 +102,7 @@ class Session {
         shapes_ = std::move(shapes);
     }
 
-    // Returns 0, or 1 + the rank that a kernel timed out waiting for.
+    // Returns 0, or 1 + the rank that didn't come in time with this rank's message.
     int64_t error() const { return error_->read(); }
 
     // Ends every wait of running kernels, as if it had timed out.
@@ -177,6 +177,7 @@ class Session {
         params.output = output;
         params.num_vecs = static_cast<uint32_t>(nbytes / comm_core::kVecNbytes);
         params.tail_nbytes = static_cast<uint32_t>(nbytes % comm_core::kVecNbytes);
+        params.tag = comm_core::message_tag(static_cast<uint64_t>(nbytes), static_cast<uint32_t>(element));
         uint32_t work = params.num_vecs;
         if (shape.algorithm == Algorithm::kTwoStage) work = (work + world_size_ - 1) / world_size_;
         // The tail gets a warp of its own if the grid isn't full (params.cuh).

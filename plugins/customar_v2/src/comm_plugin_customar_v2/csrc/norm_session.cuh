@@ -119,12 +119,12 @@ class Norms {
         const int64_t world_size = session_.world_size_;
         if (shape.algorithm == NormAlgorithm::kTwoShotPush && call.num_rows >= world_size) {
             // Half of a slot holds a peer's rows. Every rank owns at least one row, as params.cuh requires.
-            const int64_t most = cells / 2 / call.row_nbytes * world_size;
+            const int64_t most = session_.usable_cells(cells / 2) / call.row_nbytes * world_size;
             const std::optional<Fit> fit = most > 0 ? fit_of(shape, shape.algorithm, call) : std::nullopt;
             if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), world_size);
         }
         if (shape.algorithm != NormAlgorithm::kSeparate) {
-            const int64_t most = cells / call.row_nbytes;
+            const int64_t most = session_.usable_cells(cells) / call.row_nbytes;
             const std::optional<Fit> fit = most > 0 ? fit_of(shape, NormAlgorithm::kOneShotPush, call) : std::nullopt;
             if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), 1);
         }
@@ -151,6 +151,7 @@ class Norms {
     NormParams params_of(const NormCall& call, int64_t num_rows) const {
         NormParams params{};
         params.plain = session_.params_;
+        choose_cells(params.plain, session_.world_size_, call.element, true);
         params.plain.input = call.input;
         params.plain.output = call.output;
         params.residual = call.residual;

@@ -2,7 +2,8 @@
 //
 // A rank's buffer has the same layout on all ranks. It begins with the launch counter; then come
 //
-//   tails    2 phases, each with a slot of one cell for each peer: what follows a message's last vector (tail.cuh)
+//   tails    for each dtype and length of a tail 2 phases, each with a slot of one cell for each peer: what follows a
+//            message's last vector (tail.cuh)
 //   cells    2 phases, each with a slot for each peer; all cells are empty between launches (cells.cuh)
 //
 // A rank has no slot for itself: it takes its own part from its input.
@@ -21,6 +22,16 @@
 // To hear is a relaxed load, which gives no order. None is needed: the peer's stores of launch k were performed in its
 // memory when that launch ended, before it could send anything in launch k + 1. The end of a launch is the only fence
 // that this argument needs, and wait_for_predecessors() returns after it.
+//
+// All this takes for granted that ranks come with the same messages. If they don't, some rank times out. A rank with a
+// longer message than a peer's waits for cells that the peer doesn't fill. If the sizes are equal, each dtype, and
+// plain and fused calls, have their cells a few pages further in the slot (kKinds), so each rank waits for a cell that
+// the other doesn't fill; tails have a slot of their own for each dtype and length.
+//
+// What is left of a longer message stays in the cells of the peer that didn't wait for it. That peer can't come to
+// these cells in its launch k + 2 without hearing from the longer message's sender in launch k + 1, and the sender is
+// still in launch k, until it has timed out and so reported. Launches that it had queued by then do run, without
+// waiting: until its host notices the timeout, the peer may sum what they send.
 //
 // Lineage: pushes into slots of two phases are those of SGLang's second version (custom_all_reduce_push.cuh).
 #pragma once
@@ -42,6 +53,11 @@ using comm_core::threads_in_grid;
 using comm_core::Vec;
 
 constexpr int kMaxRanks = 8;
+
+// Three dtypes, plain and fused: the cells of each kind of call begin this much later in a slot.
+constexpr int64_t kKinds = 6, kKindNbytes = 4096;
+// The lengths of a tail, of 2 to 14 bytes.
+constexpr uint64_t kTailLengths = 8;
 
 // The fewest vectors of a message for two-shot push, with which no rank's part is empty.
 constexpr uint32_t two_shot_vecs(int world_size) {
@@ -67,6 +83,14 @@ struct Params {
     uint32_t rank;
     uint32_t pipeline_depth;  // rounds by which pushes run ahead of sums, in kernels that work in rounds
 };
+
+// Chooses the cells of a call's kind. `params` has the offsets of the regions, and the tail's length.
+inline void choose_cells(Params& params, int world_size, comm_core::Element element, bool fused) {
+    const auto dtype = static_cast<uint64_t>(element);
+    const auto tails_nbytes = static_cast<uint64_t>(2 * (world_size - 1) * comm_core::kVecNbytes);
+    params.cells_at += (dtype + (fused ? kKinds / 2 : 0)) * kKindNbytes;
+    params.tails_at += (dtype * kTailLengths + params.tail_nbytes / 2) * tails_nbytes;
+}
 
 __device__ __forceinline__ unsigned long long* counter_of(const Params& params) {
     return reinterpret_cast<unsigned long long*>(params.buffers[params.rank]);

@@ -102,7 +102,7 @@ class Session {
     // Chooses whether blocks may start while the kernel before still runs, if the device can do that; for comparisons.
     void set_early(bool early) { early_ = early && sm90_; }
 
-    // Returns 0, or 1 + the rank that didn't come in time.
+    // Returns 0, or 1 + the rank that didn't come in time with this rank's message.
     int64_t error() const { return error_->read(); }
 
     // Ends every wait of kernels in flight, as a timeout would.
@@ -166,11 +166,15 @@ class Session {
         return static_cast<uint32_t>(std::max(resident, 1));
     }
 
+    // The cells of a slot, or of half of one, in bytes, if every kind of call has as many.
+    int64_t usable_cells(int64_t nbytes) const { return nbytes - (kKinds - 1) * kKindNbytes; }
+
     // The largest message of one launch, in bytes.
     int64_t capacity(const Shape& shape) const {
         const auto cells = static_cast<int64_t>(params_.cells_nbytes);
         // In two-shot, half of a slot holds a part, rounded up to a vector.
-        return shape.algorithm == Algorithm::kTwoShotPush ? (cells / 2 - 16) / 16 * 16 * world_size_ : cells;
+        return shape.algorithm == Algorithm::kTwoShotPush ? (usable_cells(cells / 2) - 16) / 16 * 16 * world_size_
+                                                          : usable_cells(cells);
     }
 
     void launch(const char* input, char* output, int64_t nbytes, Element element, Shape shape, cudaStream_t stream) {
@@ -179,6 +183,7 @@ class Session {
         params.output = output;
         params.num_vecs = static_cast<uint32_t>(nbytes / comm_core::kVecNbytes);
         params.tail_nbytes = static_cast<uint32_t>(nbytes % comm_core::kVecNbytes);
+        choose_cells(params, world_size_, element, false);
         const auto world_size = static_cast<uint32_t>(world_size_);
         uint32_t work = params.num_vecs;
         // Blocks wait for the same-index blocks of the peers and may start in any order, so the device must hold the
