@@ -84,6 +84,14 @@ class WatchedStore:
     def clone(self) -> WatchedStore:
         return WatchedStore(self._store.clone(), self._watch)
 
+    @property
+    def __class__(self) -> type:  # it is one of torch's stores, as far as core can see
+        return type(self._store)
+
+    @property
+    def underlying_store(self) -> dist.Store:
+        return self._store.underlying_store  # type: ignore[attr-defined,no-any-return]
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = getattr(self._store, name)
 

@@ -7,7 +7,6 @@ import contextlib
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,62 +19,22 @@ import torch.distributed as dist
 from comm_core._control import store as store_module
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
 from comm_core._control.store import Control
-from comm_core.errors import CommError, CommTimeoutError
-from control_ranks import PATIENCE_S, Hold, WatchedStore, group_of, in_stage, in_threads, outcome, server, start
+from comm_core.errors import CommError, CommTimeoutError, NegotiationError
+from control_ranks import (
+    NEVER_S,
+    PATIENCE_S,
+    Hold,
+    WatchedStore,
+    group_of,
+    in_stage,
+    in_threads,
+    outcome,
+    server,
+    start,
+)
+from store_ranks import Deleting
 
 SHORT_S = 0.1
-
-
-class InPython(dist.Store):
-    """A store written in Python, with the methods that torch itself needs; `clone` can't be written in Python."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, bytes] = {}
-        self.lock = threading.Condition()
-
-    def set(self, key: str, value: str | bytes) -> None:
-        with self.lock:
-            self.values[key] = value.encode() if isinstance(value, str) else bytes(value)
-            self.lock.notify_all()
-
-    def get(self, key: str) -> bytes:
-        self.wait([key])
-        return self.values[key]
-
-    def add(self, key: str, amount: int) -> int:
-        with self.lock:
-            total = int(self.values.get(key, b"0")) + amount
-            self.values[key] = str(total).encode()
-            return total
-
-    def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
-        old, new = (value.encode() if isinstance(value, str) else bytes(value) for value in (expected, desired))
-        with self.lock:
-            if self.values.get(key, b"") == old:
-                self.values[key] = new
-            return self.values.get(key, old)
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.values for key in keys)
-
-    def wait(self, keys: list[str], _timeout: timedelta | None = None) -> None:
-        with self.lock:
-            if not self.lock.wait_for(lambda: self.check(keys), PATIENCE_S):
-                raise RuntimeError("wait timed out")
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        return [self.get(key) for key in keys]
-
-
-class Deleting(InPython):
-    """A store written in Python that can delete keys, by the names that torch's bindings look up."""
-
-    def deleteKey(self, key: str) -> bool:  # noqa: N802
-        return self.values.pop(key, None) is not None
-
-    def getNumKeys(self) -> int:  # noqa: N802
-        return len(self.values)
 
 
 STORES: dict[str, Callable[[Path], dist.Store]] = {
@@ -85,35 +44,14 @@ STORES: dict[str, Callable[[Path], dist.Store]] = {
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False
     ),
     "file": lambda folder: dist.FileStore(str(folder / "store"), -1),
-    "prefix": lambda _: dist.PrefixStore("outer", dist.PrefixStore("inner", dist.HashStore())),
-    "python": lambda _: Deleting(),
+    "prefixes": lambda _: dist.PrefixStore("outer", dist.PrefixStore("inner", dist.HashStore())),
+    "python": lambda _: Deleting(dist.HashStore()),
 }
 
 
 @pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> dist.Store:
     return STORES[request.param](tmp_path)
-
-
-@pytest.mark.parametrize("is_prefixed", [False, True])
-def test_a_store_without_clone_and_delete_key_serves(*, is_prefixed: bool) -> None:
-    inner = InPython()
-    store = dist.PrefixStore("outer", inner) if is_prefixed else inner
-    members = [Control(store, rank, (0, 1, 2), PATIENCE_S) for rank in range(3)]
-    in_threads(members, lambda member: member.join(set()))
-    for number in range(3):
-        assert in_threads(members, lambda member: gather(member, f"step {number}", member.rank)) == [[0, 1, 2]] * 3  # noqa: B023
-    finish(members)
-
-
-def test_a_store_that_lacks_a_method_is_refused_in_words() -> None:
-    class Bare(dist.Store):
-        pass
-
-    with pytest.raises(
-        CommError, match=r"store, a Bare written in Python, has no method compare_set\. Add it, or give"
-    ):
-        Control(Bare(), 0, (0, 1), PATIENCE_S).join(set())
 
 
 def gather(member: Control, name: str, value: Any = None, timeout_s: float | None = None) -> list[Any]:
@@ -253,6 +191,29 @@ def test_once_all_have_left_only_the_incarnation_stays(store: dist.Store, work: 
     members[last].finish()
     assert store.check(["comm_core/incarnation"])
     assert store.num_keys() == before + 1
+
+
+def test_a_rank_that_leaves_with_an_error_of_all_waits_until_they_have_left(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may end then, and take the store along, before they have read the error."""
+    monkeypatch.setattr(store_module, "_LEAVE_S", PATIENCE_S)
+    members = group_of(store, 3)
+    first, second = (start(lambda member=member: member.finish(NegotiationError())) for member in members[:2])
+    while not store.check([f"{members[0].prefix}/left"]) or store.add(f"{members[0].prefix}/left", 0) < 2:
+        time.sleep(0.001)
+    assert not first.done()
+    assert not second.done()
+    members[2].finish(NegotiationError())
+    assert outcome(first) is None
+    assert outcome(second) is None
+
+
+@pytest.mark.parametrize("error", [None, ValueError(), CommTimeoutError("absent"), NegotiationError()])
+def test_a_rank_that_leaves_does_not_wait_for_ever(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_LEAVE_S", SHORT_S if isinstance(error, NegotiationError) else NEVER_S)
+    member, _ = group_of(dist.HashStore(), 2)
+    assert outcome(start(lambda: member.finish(error))) is None
 
 
 def test_a_late_rank_takes_the_keys_of_a_failed_try_with_it() -> None:

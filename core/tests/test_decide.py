@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from comm_core._plan.checks import check_devices, check_policies, describe_differences
+from comm_core._plan.checks import check_policies, describe_differences
 from comm_core._plan.decide import (
     Evidence,
     Slate,
@@ -293,21 +293,3 @@ def test_a_candidate_serves_just_if_a_rule_names_it(made: tuple[Offer, ...]) -> 
     assert verdicts == {offer.name: "serves" if offer.name in named else "standby" for offer in made} | {
         TERMINAL: "serves"
     }
-
-
-def on_gpu(uuid: str, host: str = "node") -> Evidence:
-    return Evidence(RankInfo(0, Host(host, host), Device("cuda", uuid)))
-
-
-def test_every_rank_needs_a_device_of_its_own() -> None:
-    check_devices([evidence(), evidence()], str)
-    check_devices([on_gpu("GPU-a"), on_gpu("GPU-b"), evidence()], str)
-    check_devices([on_gpu("MIG-a"), on_gpu("MIG-b")], str)
-    with pytest.raises(NegotiationError) as raised:
-        check_devices([on_gpu("GPU-b"), on_gpu("GPU-a"), on_gpu("GPU-a")], lambda *ranks: f"ranks {ranks}")
-    assert str(raised.value) == (
-        "ranks (1, 2) use the same device, GPU-a on host node, which NCCL refuses. Call "
-        "torch.cuda.set_device(local_rank) before comm.get_backend, or pass device_id to init_process_group"
-    )
-    with pytest.raises(NegotiationError, match=r"^ranks \(0, 1, 2, 3, 4, 5, 6, 7\) and 24 more use the same device"):
-        check_devices([on_gpu("GPU-a")] * 32, lambda *ranks: f"ranks {ranks}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import threading
@@ -209,7 +210,13 @@ def test_no_thread_and_no_descriptor_is_left(peer: subprocess.Popen[bytes]) -> N
     def left() -> tuple[int, int]:
         # Threads of earlier tests may be about to end.
         threads = [thread for thread in threading.enumerate() if thread.name.startswith("comm-core nccl")]
-        return len(threads), len(list(Path("/proc/self/fd").iterdir()))
+        # Those of watched peers, and of the pipes that wake the threads. Others come and go, such as earlier tests'
+        # connections.
+        links = []
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile, such as the listing's own
+                links.append(str(path.readlink()))
+        return len(threads), sum("pidfd" in link or link.startswith("pipe:") for link in links)
 
     wait_for(lambda: left()[0] == 0)
     before = left()

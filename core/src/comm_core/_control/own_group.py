@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 from comm_core._control.deadline import describe, run_with_deadline
 from comm_core._control.guard import raise_if_capturing
 from comm_core._control.stage import Stage
-from comm_core._control.store import Control, store_of
+from comm_core._control.store import Control, can_clone, store_of
 from comm_core.errors import CommError, CommTimeoutError
 
 __all__ = ["OwnGroup"]
@@ -141,11 +141,13 @@ class _Names(dict[Any, str]):
 def _make(parent: dist.ProcessGroup, name: str, timeout_s: float) -> dist.ProcessGroup:
     """Create a group with the ranks and the kinds of backends of `parent`. Collective."""
     ranks = dist.get_process_group_ranks(parent)
-    # A client of its own: a blocked read holds the client's lock.
-    store = store_of(parent).clone()
+    store = store_of(parent)
+    shared = not can_clone(store)
+    if not shared:
+        store = store.clone()  # a blocked read holds the client's lock
     timeout = timedelta(seconds=timeout_s)
     has_nccl = "nccl" in str(dist.get_backend_config(parent))
-    if has_nccl:
+    if has_nccl and not shared:
         store.set_timeout(timeout)  # for the exchange of NCCL's identifier
     group: dist.ProcessGroup = _c10d._new_process_group_helper(  # noqa: SLF001 - see the module's docstring
         len(ranks),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from comm_core._control.stage import Stage
-from comm_core._control.store import Control, Store, delete_key
+from comm_core._control.store import Control, Store
 from comm_core.errors import CommError
 
 __all__ = ["Steps"]
@@ -86,7 +86,7 @@ class Steps:
         arrived = int(store.add(f"{self._key(number)}/arrived", 1))
         if arrived == self._control.world_size and number > 1:
             # Every rank is here, so no rank waits for the end of the step before.
-            delete_key(f"{self._key(number - 1)}/arrived", store)
+            store.delete_key(f"{self._key(number - 1)}/arrived")
         return arrived
 
     def _key(self, number: int) -> str:

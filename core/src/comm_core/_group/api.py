@@ -35,7 +35,7 @@ def get_backend(
 
     Args:
         group: a torch.distributed process group; None: the world. In a group of one rank, and without an initialised
-            process group, the sum is a copy.
+            process group, the sum is a copy. torch.distributed alone serves a group of torch's backend "fake".
         backends: names of backends. Only these are tried, and the call raises if one of them can't serve this group.
             Sizes and dtypes outside their ranges still fall back to torch.distributed. None: all installed backends
             that `COMM_CORE_BACKENDS` and `COMM_CORE_DISABLE` allow.
@@ -43,12 +43,13 @@ def get_backend(
             `COMM_CORE_CONTROL_TIMEOUT_S` and `COMM_CORE_CONNECT_TIMEOUT_S`.
 
     Raises:
-        TypeError, ValueError: an argument is invalid, this process isn't in the group, the group was destroyed, or it
-            has a handle with other arguments.
+        TypeError, ValueError: an argument is invalid, this process isn't in the group, torch.distributed doesn't know
+            the group, or it has a handle with other arguments.
         CaptureError: the current stream is capturing a graph; call `get_backend` before the capture.
         BackendUnavailableError: a backend named in `backends` can't serve; on all ranks.
-        NegotiationError: the ranks' settings differ, or a rank can't negotiate or left by an exception; on all ranks,
-            but the one that left raises its own.
+        NegotiationError: the ranks' settings differ, ranks of one host use the same GPU, the group has no usable
+            backend or store, or a rank can't negotiate or left by an exception; on all ranks, but the one that left
+            raises its own.
         CommTimeoutError: a rank didn't call in time, or vanished; on all ranks, on a late one as soon as it calls.
     """
     request = _check_request(backends, timeout_s)

@@ -27,6 +27,7 @@ __all__ = [
     "LocalInputs",
     "Request",
     "answers_of",
+    "backends_of",
     "device_types_of",
     "discover",
     "gather_local_inputs",
@@ -110,9 +111,9 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         found, failures = discover(settings, request.backends or settings.backends)
         device = _device_of(group)
         if not device_types_of(group, device):
-            raise ValueError(
-                f"the process group has the backends {dist.get_backend_config(group)}, which serve neither CPU tensors "
-                "nor, by NCCL, CUDA tensors. Make it with backend='cpu:gloo,...' or 'cuda:nccl'"
+            raise RuntimeError(
+                "torch sees no GPU, and the process group serves nothing but CUDA tensors (its backends: "
+                f"{dist.get_backend_config(group)})"
             )
         timeout_s = request.timeout_s or settings.control_timeout_s
         facts, unusable = _probe_plugins(found.plugins, device, timeout_s)
@@ -236,8 +237,13 @@ def device_types_of(group: dist.ProcessGroup, device: torch.device) -> tuple[str
 
 def other_device_types(group: dist.ProcessGroup, routed: Sequence[str]) -> tuple[str, ...]:
     """Return the device types that torch.distributed alone serves in this group, such as CUDA by Gloo."""
-    kinds = (part.partition(":")[0] for part in dist.get_backend_config(group).split(","))
-    return tuple(kind for kind in kinds if kind not in routed)
+    return tuple(kind for kind in backends_of(group) if kind not in routed)
+
+
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """Return the name of the group's torch.distributed backend for each device type."""
+    pairs = (part.partition(":") for part in dist.get_backend_config(group).split(","))
+    return {kind: backend for kind, _, backend in pairs}
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
@@ -253,5 +259,4 @@ def _torch_backends(group: dist.ProcessGroup) -> dict[str, str]:
 
     Gloo copies CUDA tensors through the host. An engine makes a Gloo group for CPU tensors, so it gets no CUDA routes.
     """
-    pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
-    return {kind: backend for kind, backend in pairs if (kind, backend) != ("cuda", "gloo")}
+    return {kind: backend for kind, backend in backends_of(group).items() if (kind, backend) != ("cuda", "gloo")}

@@ -136,7 +136,7 @@ def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> Gr
 
     Raises:
         TypeError: `group` isn't a process group.
-        ValueError: this process isn't in the group, or the group was destroyed.
+        ValueError: this process isn't in the group, or torch.distributed doesn't know the group.
     """
     member: dist.ProcessGroup | None = None
     name = ""
@@ -153,15 +153,33 @@ def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> Gr
                 "get_backend in the parent, or start this process with the method 'spawn'"
             )
         if not is_alive(member):
-            raise ValueError(
-                "torch.distributed doesn't know this process group: it was destroyed, this process isn't in it, or it "
-                "was made by hand. Make it with torch.distributed.init_process_group or new_group"
-            )
+            raise ValueError(_describe_unknown(member))
         name = member.group_name
+    elif isinstance(group, dist.ProcessGroup):
+        raise ValueError(_describe_unknown(group))
     elif group is not None:
-        raise ValueError("torch.distributed isn't initialised, so this process group was destroyed or made by hand")
+        raise TypeError(
+            f"group={group!r}: expected a torch.distributed process group, and torch.distributed isn't initialised"
+        )
     remove_destroyed()
     return _get_or_create(name, member, request)
+
+
+def _describe_unknown(group: dist.ProcessGroup) -> str:
+    """Return why torch.distributed doesn't know a process group, and what to do."""
+    remedy = "Create it with torch.distributed.init_process_group or new_group"
+    name = ""
+    with contextlib.suppress(RuntimeError):  # it never got one
+        name = group.group_name
+    if not name:
+        return (
+            "this process group was made by hand over a store, so torch.distributed knows neither its ranks nor its "
+            f"store. {remedy}"
+        )
+    return (
+        f"torch.distributed doesn't know the process group {name!r}: it was destroyed, this process isn't in it, or it "
+        f"was made by hand. {remedy}"
+    )
 
 
 def _get_or_create(name: str, group: dist.ProcessGroup | None, request: Request) -> GroupState:

@@ -61,24 +61,25 @@ def check_policies(evidence: Sequence[Evidence], label: Callable[[int], str]) ->
 
 
 def check_devices(evidence: Sequence[Evidence], label: Callable[..., str]) -> None:
-    """Check that every rank has a device of its own.
+    """Check that no two ranks of one host use the same GPU; ranks without a GPU aren't concerned.
 
     Args:
         evidence: the evidence by group rank.
         label: returns the name of some group ranks for texts.
 
     Raises:
-        NegotiationError: ranks use the same device; the text names the first such ranks.
+        NegotiationError: ranks use the same GPU; the text names the first such ranks.
     """
-    users: dict[str, list[int]] = {}
+    users: dict[tuple[str, str], list[int]] = {}
     for rank, item in enumerate(evidence):
         if item.info.device is not None:
-            users.setdefault(item.info.device.uuid, []).append(rank)
-    for uuid, ranks in users.items():
+            users.setdefault((item.info.host.id, item.info.device.uuid), []).append(rank)
+    for (_, uuid), ranks in users.items():
         if len(ranks) > 1:
             shown = label(*ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
             raise NegotiationError(
-                f"{shown} use the same device, {uuid} on host {evidence[ranks[0]].info.host.name}, which NCCL refuses. "
-                "Call torch.cuda.set_device(local_rank) before comm.get_backend, or pass device_id to "
-                "init_process_group"
+                f"{shown} use the same GPU, {uuid}, on host {evidence[ranks[0]].info.host.name}. The negotiation "
+                "fails, because NCCL and others need a GPU for each rank. Call torch.cuda.set_device(local_rank) "
+                "before comm.get_backend, or pass device_id to init_process_group. Ranks that have to share a GPU need "
+                "a group with backend='gloo'"
             )
