@@ -155,34 +155,32 @@ class Backend(CheckedCalls):
         """
         key = bound = None
         # As in `all_reduce`.
-        if (
-            tensor.__class__ is _Tensor
-            and residual.__class__ in TENSOR_TYPES
-            and weight.__class__ in TENSOR_TYPES
-            and not _python_dispatch._is_in_torch_dispatch_mode  # noqa: SLF001
-        ):
+        if not _python_dispatch._is_in_torch_dispatch_mode and tensor.__class__ is _Tensor:  # noqa: SLF001
             key = (tensor.get_device(), tensor.dtype, tensor.shape)
-            serving = self._idle
-            self._idle = self._in_use
-            try:
-                bound = serving.fused_routes.get(key)
-                if (
-                    bound is not None
-                    and bound[3]
-                    and (out is None or (out is not residual_out and out.__class__ in TENSOR_TYPES))
-                    and (residual_out is None or residual_out.__class__ in TENSOR_TYPES)
-                ):
-                    function, session, name, _ = bound
-                    try:
-                        results = function(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
-                    except BaseException as error:  # noqa: BLE001 - plugin boundary, as above
-                        if isinstance(error, Exception):
-                            self._check_operands(tensor, residual, weight, out, residual_out)
-                        self._stop(error, name, "all_reduce_add_rms_norm")
-                    if results is not NotImplemented:
-                        return results  # type: ignore[no-any-return]
-            finally:
-                self._idle = serving
+            bound = self._idle.fused_routes.get(key)
+            if (
+                bound is not None
+                and bound[3]
+                and residual.__class__ in TENSOR_TYPES
+                and weight.__class__ in TENSOR_TYPES
+                and (out is None or (out is not residual_out and out.__class__ in TENSOR_TYPES))
+                and (residual_out is None or residual_out.__class__ in TENSOR_TYPES)
+            ):
+                function, session, name, _ = bound
+                serving = self._idle
+                self._idle = self._in_use
+                if serving is self._in_use:
+                    self._in_use.refuse()
+                try:
+                    results = function(session, tensor, residual, weight, eps, weight_offset, out, residual_out)
+                except BaseException as error:  # noqa: BLE001 - plugin boundary, as above
+                    if isinstance(error, Exception):
+                        self._check_operands(tensor, residual, weight, out, residual_out)
+                    self._stop(error, name, "all_reduce_add_rms_norm")
+                finally:
+                    self._idle = serving
+                if results is not NotImplemented:
+                    return results  # type: ignore[no-any-return]
         return self._fused_slow(key, bound, tensor, residual, weight, eps, weight_offset, out, residual_out)
 
     def check(self) -> None:
