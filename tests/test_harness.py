@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
-from harness import DEAD, RankError
+from harness import DEAD, RankError, side_store
 
 if TYPE_CHECKING:
     from harness import Ranks
@@ -24,7 +24,11 @@ def total(x: int) -> int:
 
 
 def fail(how: str) -> None:
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 0:
+        side_store().set("rank 0 is connected", "")
+    else:
+        # Otherwise rank 0 might still connect to this rank, and fail, too.
+        side_store().wait(["rank 0 is connected"])
         sys.stderr.write("text on stderr\n")
         sys.stderr.flush()
         if how == "raises":
