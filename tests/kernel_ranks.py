@@ -224,6 +224,16 @@ def closed(name: str) -> list[int]:
     return free
 
 
+#: Messages of two ranks that no kernel may sum: numels, and names of dtypes.
+DIFFERENT_MESSAGES = (
+    ((1000, 1008), ("bfloat16", "bfloat16")),
+    ((50_000, 400_000), ("float32", "float32")),  # in other grids, and by another algorithm
+    ((1001, 1003), ("bfloat16", "bfloat16")),  # in what follows the last vector
+    ((1000, 1000), ("bfloat16", "float16")),
+    ((2000, 1000), ("float16", "float32")),  # as many bytes
+)
+
+
 def differing(name: str, numels: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> str:
     """Call once with this rank's own message, then with a common one; return the error's text, "" if there is none."""
     handle = backend(name)

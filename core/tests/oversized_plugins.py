@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import comm_core as comm
 from faulty_plugins import MAX_NBYTES, Good
-from harness import install
 from recording_plugins import PreparesNothing
 
 #: An escape sequence that clears a terminal, and half a surrogate pair.
@@ -95,10 +93,3 @@ class PreparesManyRanges(PreparesNothing):
     def prepared(self, session: Any, nbytes: int) -> Sequence[comm.Range] | None:
         super().prepared(session, nbytes)
         return MANY_RANGES if self.faulty else None
-
-
-def install_kind(folder: Path, kind: type[Good], name: str, priority: int, *, on: Collection[int] = ()) -> Path:
-    """Install one of the classes above as the backend `name`; its faults happen on the job's ranks in `on`."""
-    arguments = f"{name!r}, {priority}, on={tuple(on)!r}"
-    source = f"import oversized_plugins as kinds\n\nplugin = kinds.{kind.__name__}({arguments})\n"
-    return install(folder, name, source)

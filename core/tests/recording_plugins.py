@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import comm_core as comm
 import torch
 from faulty_plugins import LOG, MAX_NBYTES, RELEASE, Good, Session
-from harness import install, side_store
+from harness import side_store
 
 
 @contextlib.contextmanager
@@ -237,10 +236,3 @@ class SumsWrongOncePrepared(Prepares):
 
     def sum(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
         return super().sum(session, tensor) + (self.wrong and self.faulty)
-
-
-def install_kind(folder: Path, kind: type[Good], name: str, priority: int, *, on: Collection[int] = ()) -> Path:
-    """Install one of the classes above as the backend `name`; its faults happen on the job's ranks in `on`."""
-    arguments = f"{name!r}, {priority}, on={tuple(on)!r}"
-    source = f"import recording_plugins as kinds\n\nplugin = kinds.{kind.__name__}({arguments})\n"
-    return install(folder, name, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import capture_ranks
+import faulty_plugins
 import pytest
 import recording_plugins as recording
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def install(tmp_path: Path, kind: type[recording.Records] = recording.Records, on: tuple[int, ...] = ()) -> list[Path]:
     """Folders with the backend 'first'."""
-    return [recording.install_kind(tmp_path / "first", kind, "first", 300, on=on)]
+    return [faulty_plugins.install_kind(tmp_path / "first", kind, "first", 300, on=on)]
 
 
 def test_every_session_is_entered_once_and_groups_made_later_are_in_the_next(ranks: Ranks, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def candidates(outcome: Outcome) -> Mapping[str, dict[str, Any]]:
 def test_a_backend_that_says_too_much_is_dropped_alone(
     ranks: Ranks, tmp_path: Path, kind: type[faulty.Good], verdict: str, reason: str
 ) -> None:
-    first = oversized.install_kind(tmp_path / "first", kind, "first", 300, on=[1])
+    first = faulty.install_kind(tmp_path / "first", kind, "first", 300, on=[1])
     second = faulty.install_kind(tmp_path / "second", faulty.Good, "second", 200)
     for outcome in run(ranks, [[first, second]] * 2, kind is oversized.PreparesManyRanges):
         assert outcome.error == "", outcome.words
@@ -104,7 +104,7 @@ def test_many_broken_and_many_sound_backends(ranks: Ranks, tmp_path: Path) -> No
     broken = "raise ImportError('\\U0001f480 no library' * 900)"
     bad = [install(tmp_path / f"bad{number}", f"bad{number}", broken) for number in range(60)]
     wide = [
-        oversized.install_kind(tmp_path / f"wide{number}", oversized.ProbeTakesItsWholeRoom, f"wide{number}", 100)
+        faulty.install_kind(tmp_path / f"wide{number}", oversized.ProbeTakesItsWholeRoom, f"wide{number}", 100)
         for number in range(40)
     ]
     for outcome in run(ranks, [[second, *bad, *wide]] * 2):

@@ -24,7 +24,7 @@ BEFORE = ["first", "second", "second", LAST]
 def install(tmp_path: Path, kind: type[recording.Prepares], on: tuple[int, ...] = ()) -> list[Path]:
     """Folders with the backend 'first', which may be faulty, and with 'second', which comes after it."""
     second = faulty_plugins.install_kind(tmp_path / "second", faulty_plugins.Good, "second", 200)
-    return [recording.install_kind(tmp_path / "first", kind, "first", 300, on=on), second]
+    return [faulty_plugins.install_kind(tmp_path / "first", kind, "first", 300, on=on), second]
 
 
 def prepare(ranks: Ranks, path: list[Path], *steps: dict[str, Any], world_size: int = 2) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def test_a_backend_that_was_never_in_use_gives_back_at_once_what_it_took(ranks: 
 
 def test_the_next_candidate_is_prepared_where_one_fails(ranks: Ranks, tmp_path: Path) -> None:
     path = install(tmp_path, recording.PrepareRaisesFromNothing, (0,))
-    path.append(recording.install_kind(tmp_path / "next", recording.PreparesFromNothing, "next", 250))
+    path.append(faulty_plugins.install_kind(tmp_path / "next", recording.PreparesFromNothing, "next", 250))
     for found in prepare(ranks, path, SHAPES):
         assert found["served"][1] == ["next", "next", "second", LAST]
         assert found["outcomes"] == [("ok", "None")]

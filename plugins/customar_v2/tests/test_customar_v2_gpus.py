@@ -81,16 +81,7 @@ def test_a_killed_peer_is_named(ranks: Ranks, found: list[list[Path]], in_a_repl
     assert "rank 1 didn't come within 2 s" in results[0]
 
 
-@pytest.mark.parametrize(
-    ("numels", "dtypes"),
-    [
-        ((1000, 1008), ("bfloat16", "bfloat16")),
-        ((50_000, 400_000), ("float32", "float32")),  # in other grids, and by another algorithm
-        ((1001, 1003), ("bfloat16", "bfloat16")),  # in what follows the last vector
-        ((1000, 1000), ("bfloat16", "float16")),
-        ((2000, 1000), ("float16", "float32")),  # as many bytes
-    ],
-)
+@pytest.mark.parametrize(("numels", "dtypes"), kernel_ranks.DIFFERENT_MESSAGES)
 def test_ranks_that_come_with_different_messages_time_out(
     ranks: Ranks, found: list[list[Path]], numels: tuple[int, int], dtypes: tuple[str, str]
 ) -> None:
