@@ -1,12 +1,16 @@
 // Stands for libcuda.so.1 where there is no GPU: device memory is shared memory of this process. It refuses what the
-// driver refuses, and counts what is open. test_virtual_memory.py.
+// driver refuses, and counts what is open. test_memory.py.
 #include "fake_cuda.h"
 
 #include <cuda.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <map>
+#include <mutex>
+#include <string>
 
 namespace {
 
@@ -20,7 +24,8 @@ struct Physical {
 std::map<CUmemGenericAllocationHandle, Physical> physical;
 std::map<CUdeviceptr, size_t> mapped, reserved;
 unsigned long long next = 1;
-int depth = 0;
+thread_local int depth = 0;
+std::mutex lock;  // the ranks of a test are threads
 
 void* at(CUdeviceptr address) {
     return reinterpret_cast<void*>(address);
@@ -28,8 +33,9 @@ void* at(CUdeviceptr address) {
 
 }  // namespace
 
-#define NEEDS_CONTEXT \
-    if (depth == 0) return CUDA_ERROR_INVALID_CONTEXT
+#define NEEDS_CONTEXT                                  \
+    if (depth == 0) return CUDA_ERROR_INVALID_CONTEXT; \
+    const std::lock_guard<std::mutex> guard(lock)
 
 extern "C" {
 
@@ -39,6 +45,24 @@ int fake_open() {
     return count;
 }
 
+CUresult cuInit(unsigned) {
+    return CUDA_SUCCESS;
+}
+CUresult cuDriverGetVersion(int* version) {
+    *version = CUDA_VERSION;
+    return CUDA_SUCCESS;
+}
+// cuda-bindings finds every function by this one.
+CUresult cuGetProcAddress_v2(
+    const char* name, void** address, int, cuuint64_t, CUdriverProcAddressQueryResult* status) {
+    for (const char* const version : {"_v2", ""}) {
+        *address = dlsym(RTLD_DEFAULT, (std::string(name) + version).c_str());
+        if (*address != nullptr) break;
+    }
+    const bool found = *address != nullptr;
+    if (status != nullptr) *status = found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+    return found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
 CUresult cuGetErrorString(CUresult error, const char** words) {
     *words = error == CUDA_ERROR_INVALID_VALUE ? "invalid argument" : "another error";
     return CUDA_SUCCESS;
@@ -92,16 +116,26 @@ CUresult cuMemExportToShareableHandle(void* out,
     NEEDS_CONTEXT;
     const Physical& allocation = physical.at(handle);
     if ((allocation.types & type) == 0) return CUDA_ERROR_INVALID_VALUE;
-    *static_cast<int*>(out) = dup(allocation.file);
+    if (type == CU_MEM_HANDLE_TYPE_FABRIC) {
+        std::memset(out, 0, sizeof(CUmemFabricHandle));
+        std::memcpy(out, &handle, sizeof handle);
+    } else {
+        *static_cast<int*>(out) = dup(allocation.file);
+    }
     return CUDA_SUCCESS;
 }
 CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle,
                                         void* from,
                                         CUmemAllocationHandleType type) {
     NEEDS_CONTEXT;
-    const int file = static_cast<int>(reinterpret_cast<intptr_t>(from));
+    int file = static_cast<int>(reinterpret_cast<intptr_t>(from));
+    if (type == CU_MEM_HANDLE_TYPE_FABRIC) {
+        CUmemGenericAllocationHandle exported = 0;
+        std::memcpy(&exported, from, sizeof exported);
+        file = physical.at(exported).file;
+    }
     const off_t nbytes = lseek(file, 0, SEEK_END);
-    if (nbytes <= 0 || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return CUDA_ERROR_INVALID_VALUE;
+    if (nbytes <= 0) return CUDA_ERROR_INVALID_VALUE;
     *handle = 1000 + next++;
     physical[*handle] = {dup(file), static_cast<size_t>(nbytes), 0, 1};
     return CUDA_SUCCESS;

@@ -79,6 +79,22 @@ def test_hosts() -> None:
     assert reason == "its ranks are on 2 hosts, or in containers that share no memory"
 
 
+def test_memory_is_shared_on_one_machine_in_one_network_namespace() -> None:
+    def reason(*hosts: Host) -> str:
+        return eligibility.unshared_memory(Topology.of([RankInfo(rank, host) for rank, host in enumerate(hosts)]))
+
+    first, second = Host("a", "boot ipc 1 shm 1", "boot", network="1"), Host("b", "boot ipc 2 shm 2", "boot", None, "1")
+    assert reason(first, first) == ""
+    assert reason(HERE, HERE) == ""
+    assert reason(first, second) == "", "containers with one network"
+    assert reason(first, HERE) == "", "an unknown namespace"
+    assert reason(first, Host("c", "other ipc 1 shm 1", "other", network="1")) == "its ranks are on 2 hosts"
+    assert reason(Host("a", "x"), Host("a", "y")) == "its ranks are on 2 hosts", "hosts without a boot ID"
+    apart = reason(first, Host("b", "boot ipc 2 shm 2", "boot", network="2"))
+    assert apart.startswith("its ranks are in containers of different network namespaces")
+    assert "--network=host" in apart
+
+
 @pytest.mark.parametrize(
     ("link", "nvlink", "reason"),
     [

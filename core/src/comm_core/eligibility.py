@@ -23,6 +23,7 @@ __all__ = [
     "shared_device",
     "unfit_devices",
     "unfit_world_size",
+    "unshared_memory",
 ]
 
 
@@ -84,6 +85,20 @@ def several_hosts(topology: Topology) -> str:
         return ""
     hosts = len({info.host.id for info in topology.ranks})
     return f"its ranks are on {hosts} hosts, or in containers that share no memory"
+
+
+def unshared_memory(topology: Topology) -> str:
+    """Require that all ranks are on one machine, in one network namespace, as `comm_core.memory` does."""
+    hosts = {info.host.boot_id or info.host.id for info in topology.ranks}
+    if len(hosts) > 1:
+        return f"its ranks are on {len(hosts)} hosts"
+    # A report without the namespace is of an earlier release, or of a system that doesn't show it.
+    if len({info.host.network for info in topology.ranks} - {None}) > 1:
+        return (
+            "its ranks are in containers of different network namespaces, which can't share memory (docker run "
+            "--network=host, or one pod, gives them one)"
+        )
+    return ""
 
 
 def shared_device(topology: Topology) -> str:

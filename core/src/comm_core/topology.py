@@ -28,12 +28,15 @@ class Host:
             and POSIX shared memory require. Opaque.
         boot_id: the boot ID of the running kernel; equal in all containers of one machine, even if `id` differs.
         shm_nbytes: bytes free in /dev/shm at the time of the probe; None if unknown.
+        network: the network namespace, unique on a machine, as `comm_core.memory` requires it in common. Opaque; None
+            if unknown.
     """
 
     name: str
     id: str
     boot_id: str | None = None
     shm_nbytes: int | None = None
+    network: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +142,12 @@ _RANK_INFO = _schema.record(
     RankInfo,
     global_rank=_SIZE,
     host=_schema.record(
-        Host, name=_TEXT, id=_TEXT, boot_id=_schema.optional(_TEXT), shm_nbytes=_schema.optional(_SIZE)
+        Host,
+        name=_TEXT,
+        id=_TEXT,
+        boot_id=_schema.optional(_TEXT),
+        shm_nbytes=_schema.optional(_SIZE),
+        network=_schema.optional(_TEXT),
     ),
     device=_schema.optional(_DEVICE),
     allocator=_schema.optional(_TEXT),

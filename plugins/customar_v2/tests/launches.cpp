@@ -110,9 +110,23 @@ cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
     return cudaSuccess;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
+// Calls are on the default stream, of which neither is asked.
+cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long*) {
+    return cudaErrorInvalidValue;
+}
+#if CUDART_VERSION >= 13000
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t,
+                                     cudaStreamCaptureStatus*,
+                                     unsigned long long*,
+                                     cudaGraph_t*,
+                                     const cudaGraphNode_t**,
+                                     const cudaGraphEdgeData**,
+                                     size_t*) {
+#else
+cudaError_t cudaStreamGetCaptureInfo_v2(
+    cudaStream_t, cudaStreamCaptureStatus*, unsigned long long*, cudaGraph_t*, const cudaGraphNode_t**, size_t*) {
+#endif
+    return cudaErrorInvalidValue;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     attributes->ptxVersion = 10 * major;

@@ -67,9 +67,20 @@ def test_nvlink_between_every_two(count: int, capability: tuple[int, int]) -> No
         assert item.max_nbytes == norm_policy.rows_for(capability[0], count)[-1].up_to_nbytes
 
 
-def test_one_clique_on_two_hosts() -> None:
-    hosts = {1: comm.Host("other", "other", "other")}
-    assert isinstance(customar_v2.is_available(group(hosts=hosts, fabric="cluster/1")), comm.Available)
+CONTAINERS = [comm.Host(f"pod-{i}", f"boot ipc {i} shm {i}", "boot", network=str(i)) for i in range(2)]
+
+
+@pytest.mark.parametrize("hosts", [{1: comm.Host("other", "other", "other")}, dict(enumerate(CONTAINERS))])
+def test_one_clique_on_two_hosts(hosts: dict[int, comm.Host]) -> None:
+    topology = group(hosts=hosts, fabric="cluster/1")
+    assert isinstance(customar_v2.is_available(topology), comm.Available)
+    assert policy.needs_fabric(topology)
+
+
+def test_containers_with_one_network_share_memory_as_files() -> None:
+    hosts = {i: comm.Host(f"pod-{i}", f"boot ipc {i} shm {i}", "boot", network="1") for i in range(2)}
+    assert isinstance(customar_v2.is_available(group(hosts=hosts)), comm.Available)
+    assert not policy.needs_fabric(group(hosts=hosts))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +93,8 @@ def test_one_clique_on_two_hosts() -> None:
         (group(link=comm.Link(0, True, "no links")), "ranks 0 and 1 have no NVLink between them: no links"),
         (group(link=comm.Link(None, True)), "no NVLink"),
         (group(link=comm.Link(18, False, "NVML: P2P_STATUS_CHIPSET_NOT_SUPPORTED")), "CHIPSET_NOT_SUPPORTED"),
-        (group(hosts={1: comm.Host("other", "other", "other")}), "2 hosts"),
+        (group(hosts={1: comm.Host("other", "other", "other")}), "2 hosts, and they share no NVLink clique"),
+        (group(hosts=dict(enumerate(CONTAINERS))), "different network namespaces"),
         (group(3, uuids={2: "GPU-0"}), "ranks 0 and 2 share the device GPU-0"),
         (group(capability={1: (8, 0)}), "different compute capabilities: 8.0, 9.0"),
         (group(capability={0: (7, 5), 1: (7, 5)}), "8.0 or newer"),

@@ -33,7 +33,7 @@ def run(program: Path, world_size: int, rounds: int) -> str:
 def test_every_length_of_row_has_a_launch_that_takes_it(tmp_path: Path) -> None:
     (tmp_path / "tvm/ffi/extra").mkdir(parents=True)
     (tmp_path / "tvm/ffi/extra/c_env_api.h").touch()
-    shutil.copy(HERE / "fake_tvm.h", tmp_path / "tvm/ffi/tvm_ffi.h")
+    shutil.copy(emulation.SHARED / "fake_tvm.h", tmp_path / "tvm/ffi/tvm_ffi.h")
     program = emulation.build(HERE / "launches.cpp", CSRC, tmp_path)
     done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

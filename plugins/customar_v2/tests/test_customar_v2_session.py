@@ -9,8 +9,8 @@ import comm_core as comm
 import comm_plugin_customar_v2 as customar_v2
 import pytest
 import torch
-from comm_core import fallback
-from comm_plugin_customar_v2 import memory, norm_policy, policy, session
+from comm_core import fallback, memory
+from comm_plugin_customar_v2 import norm_policy, policy, session
 
 
 class Native:
@@ -67,6 +67,44 @@ class Native:
         }
 
 
+class FakeBuffer:
+    """A buffer of this process alone."""
+
+    def __init__(self, nbytes: int, initialize: Any, fabric: bool) -> None:
+        self.tensor = torch.empty(nbytes, dtype=torch.uint8)
+        initialize(self.tensor)
+        self.nbytes, self.fabric = nbytes, fabric
+        self.addresses = (self.tensor.data_ptr(), 4096)
+        self.calls: list[str] = []
+
+    def suspend(self) -> None:
+        self.calls.append("suspend")
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+TOPOLOGY = comm.Topology(
+    tuple(
+        comm.RankInfo(
+            rank,
+            comm.Host("node", "id", "boot"),
+            comm.Device("cuda", f"GPU-{rank}", capability=(9, 0)),
+            facts={"customar_v2": {"missing": None, "forced": None}},
+        )
+        for rank in range(2)
+    ),
+    ("cuda",),
+)
+
+
+def connect(native: Native, context: comm.GroupContext) -> session.Session:
+    return session.connect(native, TOPOLOGY, context)
+
+
 @pytest.fixture
 def context(monkeypatch: pytest.MonkeyPatch) -> comm.GroupContext:
     steps: list[str] = []
@@ -77,35 +115,26 @@ def context(monkeypatch: pytest.MonkeyPatch) -> comm.GroupContext:
 
     control = SimpleNamespace(barrier=lambda: steps.append("barrier"), all_gather=all_gather, steps=steps)
 
-    def exchange(self: memory.Symmetric, group: Any) -> None:
-        steps.append("exchange")
-        self.addresses = (self.tensor.data_ptr(), 4096)
+    def share(nbytes: int, context: comm.GroupContext, initialize: Any, *, fabric: bool) -> FakeBuffer:
+        steps.append("share")
+        return FakeBuffer(nbytes, initialize, fabric)
 
-    monkeypatch.setattr(memory.Symmetric, "exchange", exchange)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: steps.append("filled"))
+    monkeypatch.setattr(memory, "share", share)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     group: Any = object()
     return comm.GroupContext(group, 0, 2, torch.device("cpu"), (4, 7), control, 256 << 20, 3.0)  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(nbytes: int, device: torch.device) -> memory.Symmetric:
-        return memory.Symmetric(torch.empty(nbytes, dtype=torch.uint8))
-
-    monkeypatch.setattr(memory, "allocate", allocate)
-
-
-def test_connect_fills_the_buffer_before_anybody_can_write_to_it(context: comm.GroupContext) -> None:
+def test_connect_empties_the_cells(context: comm.GroupContext) -> None:
     native = Native()
-    own = session.connect(native, 9, None, context)
-    assert context.control.steps == ["filled", "gather", "exchange", "barrier"]  # type: ignore[attr-defined]
+    own = connect(native, context)
+    assert context.control.steps == ["gather", "share"]  # type: ignore[attr-defined]
     (name, rank, world_size, layout, timeout_s, _), (_, shapes), (_, norm_shapes), attached = native.calls
     assert (name, rank, world_size, timeout_s, len(layout)) == ("connect", 0, 2, 3.0, 3)
     assert shapes == policy.flat(policy.rows_for(9, 2))
     assert norm_shapes == norm_policy.flat(norm_policy.rows_for(9, 2))
     buffer = own._buffer
-    assert buffer is not None
+    assert not buffer.fabric  # type: ignore[attr-defined]
     # The fewest multiprocessors of all ranks.
     assert attached == ("attach", [buffer.tensor.data_ptr(), 4096], 114)
     assert own.memory_nbytes == buffer.tensor.nbytes
@@ -117,12 +146,12 @@ def test_connect_fills_the_buffer_before_anybody_can_write_to_it(context: comm.G
 
 def test_native_code_of_another_version_is_refused_before_the_exchange(context: comm.GroupContext) -> None:
     with pytest.raises(RuntimeError, match="another version"):
-        session.connect(Native(4), 9, None, context)
+        connect(Native(4), context)
     assert context.control.steps == []  # type: ignore[attr-defined]
 
 
 def test_the_hot_path(context: comm.GroupContext) -> None:
-    own = session.connect(Native(), 9, None, context)
+    own = connect(Native(), context)
     x = torch.ones(8)
     assert torch.equal(customar_v2.all_reduce(own, x, None), x * 2)
     assert customar_v2.all_reduce(own, x, x) is x
@@ -132,7 +161,7 @@ def test_the_hot_path(context: comm.GroupContext) -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_fused_call(context: comm.GroupContext, in_place: bool) -> None:
-    own = session.connect(Native(), 9, None, context)
+    own = connect(Native(), context)
     x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.nn.Parameter(torch.randn(8))
     wanted = fallback.add_rms_norm(x * 2, residual, weight, 1e-5, 0.5, None, None)
     out, residual_out = (x, residual) if in_place else (None, None)
@@ -143,7 +172,7 @@ def test_a_fused_call(context: comm.GroupContext, in_place: bool) -> None:
 
 
 def test_a_fused_call_that_the_native_code_declines(context: comm.GroupContext) -> None:
-    own = session.connect(Native(), 9, None, context)
+    own = connect(Native(), context)
     x, residual, weight = torch.randn(8, 3).t(), torch.randn(3, 8), torch.randn(8)
     out, residual_out = torch.zeros(3, 8), residual.clone()
     arguments = x, residual, weight, 1e-5, 0.5, out, residual_out
@@ -154,7 +183,7 @@ def test_a_fused_call_that_the_native_code_declines(context: comm.GroupContext) 
 
 def test_a_kernel_that_timed_out_names_the_rank(context: comm.GroupContext) -> None:
     native = Native()
-    own = session.connect(native, 9, None, context)
+    own = connect(native, context)
     customar_v2.check(own)
     native.missing = 2
     for call in (
@@ -176,11 +205,12 @@ def test_close_is_idempotent_and_frees_nothing_under_running_kernels(
     kept: list[Any] = []
     monkeypatch.setattr(session, "_kept_until_exit", kept)
     native = Native()
-    own = session.connect(native, 9, None, context)
+    own = connect(native, context)
     customar_v2.close(own, orderly)
     customar_v2.close(own, orderly)
     assert ("abort" in native.calls) is not orderly
     assert len(kept) == (0 if orderly else 1)
+    assert own._buffer.calls == ["close"] * orderly  # type: ignore[attr-defined]
     customar_v2.check(own)
 
 
@@ -193,5 +223,5 @@ def test_what_fails_on_one_rank_alone_fails_before_the_exchange(context: comm.Gr
             return super().connect(*arguments) | {"set_shapes": refuse}
 
     with pytest.raises(ValueError, match="no such kernel"):
-        session.connect(NoKernel(), 9, None, context)
-    assert context.control.steps == ["filled"]  # type: ignore[attr-defined]
+        connect(NoKernel(), context)
+    assert context.control.steps == []  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ def probe_host(unknown: dict[str, str], *, proc: Path = PROC, shm: Path = SHM, n
     never count as one.
 
     Args:
-        unknown: gains the reason of each part that can't be read, under "host.boot_id", "host.id", "host.shm_nbytes".
+        unknown: gains the reason of each part that can't be read, under "host." and the field's name.
         proc: the mount point of procfs.
         shm: the folder of POSIX shared memory.
         name: the host name; None: the system's.
@@ -42,6 +42,7 @@ def probe_host(unknown: dict[str, str], *, proc: Path = PROC, shm: Path = SHM, n
         id=f"{boot_id or f'{name}-{uuid.uuid4()}'} ipc {namespace or name} shm {mount or name}",
         boot_id=boot_id,
         shm_nbytes=try_query(unknown, "host.shm_nbytes", lambda: _free_nbytes(shm)),
+        network=try_query(unknown, "host.network", lambda: _inode(proc / "self/ns/net")),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import comm_core as comm
 import torch
-from comm_core import kernels
+from comm_core import kernels, memory
 
 from comm_plugin_customar_v2 import policy, session
 from comm_plugin_customar_v2.session import Session
@@ -24,6 +24,8 @@ __all__ = [
     "connect",
     "is_available",
     "probe",
+    "resume",
+    "suspend",
 ]
 
 COMM_HOOK_API = (1, 0)
@@ -38,7 +40,7 @@ def probe() -> dict[str, Any]:
         forced, wrong = policy.parse(), None
     except ValueError as error:
         forced, wrong = None, str(error)[:300]  # facts are small, and the quoted option may have any length
-    return {"missing": _library.missing() or wrong, "forced": forced and list(forced.numbers())}
+    return {"missing": _library.missing() or memory.missing() or wrong, "forced": forced and list(forced.numbers())}
 
 
 @comm.hookimpl
@@ -53,7 +55,7 @@ def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
 @comm.hookimpl
 def connect(topology: comm.Topology, context: comm.GroupContext) -> Session:
     """Build, allocate and map buffers; see `session.connect`."""
-    return session.connect(_library.load(), policy.major(topology), policy.forced_row(topology), context)
+    return session.connect(_library.load(), topology, context)
 
 
 @comm.hookimpl
@@ -103,6 +105,18 @@ def all_reduce_add_rms_norm(
 def check(session: Session) -> None:
     """Raise if a kernel timed out waiting for a peer."""
     session.check()
+
+
+@comm.hookimpl
+def suspend(session: Session) -> None:
+    """Give the buffers' memory back."""
+    session.suspend()
+
+
+@comm.hookimpl
+def resume(session: Session) -> None:
+    """Take memory for the buffers again, at the same addresses."""
+    session.resume()
 
 
 @comm.hookimpl

@@ -11,6 +11,8 @@ __all__ = ["Layout", "plan"]
 
 # Regions begin at multiples of it, in bytes.
 _ALIGN = 4096
+# A buffer's size is a multiple of it, in bytes: the granularity of the driver's virtual memory.
+_PAGE = 2 << 20
 #: The largest slot, in bytes. A larger message takes several launches, and going from one to
 #: the next costs some 2 µs of a launch's 90.
 SLOT_NBYTES = 32 << 20
@@ -80,11 +82,11 @@ def _slot_nbytes(row: Row, world_size: int) -> int:
     return row.up_to_nbytes
 
 
-def _up(nbytes: int) -> int:
-    return -(-nbytes // _ALIGN) * _ALIGN
+def _up(nbytes: int, unit: int = _ALIGN) -> int:
+    return -(-nbytes // unit) * unit
 
 
 def _layout(cells: int, peers: int) -> Layout:
     tails_at = _up(_COUNTER_NBYTES)
     cells_at = _up(tails_at + _TAILS * _PHASES * peers * _TAIL_NBYTES)
-    return Layout(tails_at, cells_at, cells, _up(cells_at + _PHASES * peers * cells))
+    return Layout(tails_at, cells_at, cells, _up(cells_at + _PHASES * peers * cells, _PAGE))

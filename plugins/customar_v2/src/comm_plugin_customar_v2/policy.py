@@ -21,6 +21,7 @@ __all__ = [
     "flat",
     "forced_row",
     "major",
+    "needs_fabric",
     "parse",
     "parse_row",
     "ranges",
@@ -128,13 +129,18 @@ def unavailable_reason(topology: comm.Topology) -> str:
 
 
 def _unfit_links(topology: comm.Topology) -> str:
-    """Require NVLink and peer access between every two ranks: on one host, or in one NVLink clique of several hosts."""
-    several = eligibility.several_hosts(topology)
-    if not several:
+    """Require NVLink and peer access between every two ranks: on one machine, or in one NVLink clique of several."""
+    unshared = eligibility.unshared_memory(topology)
+    if not unshared:
         return eligibility.missing_links(topology)
     fabrics = {info.device.fabric for info in topology.ranks if info.device is not None}
     clique = len(fabrics) == 1 and None not in fabrics
-    return "" if clique else f"{several}, and they share no NVLink clique"
+    return "" if clique else f"{unshared}, and they share no NVLink clique"
+
+
+def needs_fabric(topology: comm.Topology) -> bool:
+    """Return whether the ranks of a group that is served share memory by fabric handles."""
+    return bool(eligibility.unshared_memory(topology))
 
 
 def ranges(topology: comm.Topology) -> tuple[comm.Range, ...]:

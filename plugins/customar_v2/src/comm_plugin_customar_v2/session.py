@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import comm_core as comm
 import torch
+from comm_core import memory
 from comm_core.types import rank_label
 
-from comm_plugin_customar_v2 import layout, memory, norm_policy, policy
+from comm_plugin_customar_v2 import layout, norm_policy, policy
 
 __all__ = ["Native", "Session", "connect"]
 
@@ -46,14 +48,14 @@ class Session:
         memory_nbytes: the size of this rank's buffer.
     """
 
-    def __init__(self, native: Native, buffer: memory.Symmetric, context: comm.GroupContext) -> None:
+    def __init__(self, native: Native, buffer: memory.SharedBuffer, context: comm.GroupContext) -> None:
         self.all_reduce = native.all_reduce
         self.all_reduce_out = native.all_reduce_out
         self.all_reduce_add_rms_norm_out = native.all_reduce_add_rms_norm_out
         self.set_early = native.set_early
-        self.memory_nbytes = buffer.tensor.nbytes
+        self.memory_nbytes = buffer.nbytes
         self._native: Any = native  # a `Native`; None once the session is closed
-        self._buffer: memory.Symmetric | None = buffer
+        self._buffer = buffer
         self._context = context
 
     def set_rows(self, rows: Sequence[policy.Row]) -> None:
@@ -83,55 +85,65 @@ class Session:
                 f"rank {rank} didn't come within {timeout_s:g} s, or called with another size or dtype", (late - 1,)
             )
 
+    def suspend(self) -> None:
+        """Give the buffers' memory back; no kernel may use it until `resume`."""
+        self._buffer.suspend()
+
+    def resume(self) -> None:
+        """Take memory for the buffers again, at the same addresses, with all cells empty. Collective."""
+        self._buffer.resume()
+
     def close(self, orderly: bool) -> None:
-        """Free the buffer or, if not `orderly`, keep it until the process ends. Idempotent; waits for no peer."""
+        """Free the buffers or, if not `orderly`, keep them until the process ends. Idempotent; waits for no peer."""
         if self._native is None:
             return
-        if not orderly:
-            self._native.abort()  # kernels that wait for a peer end within milliseconds
-            _kept_until_exit.append((self._native, self._buffer))
-        self._native = self._buffer = None
+        native, self._native = self._native, None
         self.all_reduce = self.all_reduce_out = self.all_reduce_add_rms_norm_out = self.set_early = None
+        if orderly:
+            self._buffer.close()
+        else:
+            native.abort()  # kernels that wait for a peer end within milliseconds
+            _kept_until_exit.append((native, self._buffer))
 
 
-def connect(module: Any, major: int, forced: policy.Row | None, context: comm.GroupContext) -> Session:
-    """Allocate a buffer, empty its cells and exchange it with the peers'. Collective.
+def connect(module: Any, topology: comm.Topology, context: comm.GroupContext) -> Session:
+    """Allocate a buffer, empty its cells and share it with the peers. Collective.
 
     Args:
         module: the native code.
-        major: the major version of the devices' compute capability.
-        forced: the row that the option forces, if any.
+        topology: the group's topology, which `policy` finds servable.
         context: the group.
 
     Raises:
         MemoryError: the budget is too small.
-        RuntimeError: the driver or torch refuses, or the native code has another version.
+        OSError, RuntimeError: the driver refuses, the ranks can't share memory, or the native code has another version.
         ValueError: no kernel has the shape of the forced row.
+        CommError: a peer failed, or didn't come in time.
     """
     algorithms, known = list(module.constants()), [len(policy.ALGORITHMS), len(norm_policy.ALGORITHMS)]
     if algorithms != known:
         raise RuntimeError(f"the native code has {algorithms} algorithms, not {known}: it belongs to another version")
-    rows = policy.rows_for(major, context.world_size, forced)
+    major = policy.major(topology)
+    rows = policy.rows_for(major, context.world_size, policy.forced_row(topology))
     norm_rows = norm_policy.rows_for(major, context.world_size)
     plan = layout.plan(context.world_size, [*rows, *norm_policy.slot_rows(norm_rows)], context.memory_budget_nbytes)
     native = Native(
         **module.connect(context.rank, context.world_size, plan.numbers(), context.wait_timeout_s, context.device.index)
     )
-    buffer = memory.allocate(plan.nbytes, context.device)
-    # The launch counter begins at epoch 1 (comm_core/epoch.cuh), and all cells begin empty (csrc/cells.cuh).
-    buffer.tensor[: plan.tails_at].zero_()
-    buffer.tensor[:8].view(torch.int64).fill_(1 << 20)
-    buffer.tensor[plan.tails_at :].fill_(0xFF)
-    torch.cuda.synchronize(context.device)
-    session = Session(native, buffer, context)
-    session.set_rows(rows)
-    session.set_norm_rows(norm_rows)
-    # Everything that can fail on one rank alone comes before this `all_gather`, which then fails on all ranks. The
-    # exchange of buffers has no such safeguard: torch waits there for every rank, without a deadline of this group's.
+    native.set_shapes(policy.flat(rows))
+    native.set_norm_shapes(norm_policy.flat(norm_rows))
     count = torch.cuda.get_device_properties(context.device).multi_processor_count
     counts = context.control.all_gather(count)
-    buffer.exchange(context.group)
+    buffer = memory.share(
+        plan.nbytes, context, functools.partial(_empty_cells, plan.tails_at), fabric=policy.needs_fabric(topology)
+    )
     native.attach(list(buffer.addresses), min(counts))
-    # No rank launches before every rank has mapped every buffer.
-    context.control.barrier()
-    return session
+    return Session(native, buffer, context)
+
+
+def _empty_cells(tails_at: int, buffer: torch.Tensor) -> None:
+    """Write a buffer's first contents; its cells begin at the offset `tails_at`."""
+    # The launch counter begins at epoch 1 (comm_core/epoch.cuh), and all cells begin empty (csrc/cells.cuh).
+    buffer[:tails_at].zero_()
+    buffer[:8].view(torch.int64).fill_(1 << 20)
+    buffer[tails_at:].fill_(0xFF)

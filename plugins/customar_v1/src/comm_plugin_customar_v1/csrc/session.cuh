@@ -111,7 +111,7 @@ class Session {
     // Sums a message, in several launches if it is larger than the staging.
     void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
         const Shape& shape = shape_of(nbytes);
-        order_->follow(stream);
+        order_->begin(stream);
         const auto most = static_cast<int64_t>(params_.staging_nbytes);
         for (int64_t done = 0; done < nbytes; done += most) {
             launch(static_cast<const char*>(input) + done,
@@ -121,6 +121,7 @@ class Session {
                    shape,
                    stream);
         }
+        order_->end(stream);
     }
 
     const Shape& shape_of(int64_t nbytes) const {

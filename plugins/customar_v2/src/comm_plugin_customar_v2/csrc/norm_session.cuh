@@ -71,7 +71,7 @@ class Norms {
     // Serves all rows of a message, in several launches if a slot doesn't hold them.
     void run(const NormCall& call) {
         const NormShape& shape = shape_of(call.num_rows * call.row_nbytes);
-        session_.order_->follow(call.stream);
+        session_.order_->begin(call.stream);
         NormCall rest = call;
         while (rest.num_rows > 0) {
             const int64_t done = launch(shape, rest);
@@ -81,6 +81,7 @@ class Norms {
             rest.residual += done * call.row_nbytes;
             rest.sum += done * call.row_nbytes;
         }
+        session_.order_->end(call.stream);
     }
 
   private:

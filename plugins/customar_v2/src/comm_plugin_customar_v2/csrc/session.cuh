@@ -111,7 +111,7 @@ class Session {
     // Serves a message, in several launches if a slot doesn't hold it.
     void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
         const Shape& shape = shape_of(nbytes);
-        order_->follow(stream);
+        order_->begin(stream);
         const int64_t most = capacity(shape);
         for (int64_t done = 0; done < nbytes; done += most) {
             launch(static_cast<const char*>(input) + done,
@@ -121,6 +121,7 @@ class Session {
                    shape,
                    stream);
         }
+        order_->end(stream);
     }
 
     int device() const { return device_; }
