@@ -71,6 +71,12 @@ class Suspends(recording.Records):
         self.reach("check")
 
     @comm.hookimpl
+    def pre_capture_init(self, session: recording.Recorded, shapes: comm.Shapes) -> None:
+        assert session.id not in self.suspended
+        assert shapes.max_tokens
+        self.reach("pre_capture_init")
+
+    @comm.hookimpl
     def limits(self, session: recording.Recorded) -> dict[str, float]:
         assert session.id not in self.suspended
         return {"none": 1.0}
@@ -277,6 +283,20 @@ def checked(rank: int) -> dict[str, Any]:
     LOG.clear()
     found: dict[str, Any] = {"first": ending(comm.suspend), "refused": backend.failure is not None}
     found["second"] = ending(comm.suspend)
+    found["events"] = events()
+    comm.close()
+    return found
+
+
+def dropped(rank: int) -> dict[str, Any]:
+    """Suspend a group of which a backend was dropped that had served calls."""
+    backend = comm.get_backend()
+    plan("first", "pre_capture_init", "raises", rank)
+    comm.pre_capture_init(**SHAPES)
+    LOG.clear()
+    comm.suspend()
+    comm.resume()
+    found: dict[str, Any] = {"verdict": backend.decision.candidate("first").verdict, "sums": sums(backend)}
     found["events"] = events()
     comm.close()
     return found

@@ -164,6 +164,14 @@ def test_a_rank_that_doesnt_come_changes_nothing(ranks: Ranks, path: list[Path],
         assert found["sums"] == [True] * 4
 
 
+def test_a_dropped_backend_is_suspended_too(ranks: Ranks, path: list[Path]) -> None:
+    # Graphs captured before it was dropped may replay on its session.
+    for found in ranks.run(suspend_ranks.dropped, RANK, path=[path] * 2, env=LONG):
+        assert found["verdict"] == "failed"
+        assert found["sums"] == [True] * 4
+        assert found["events"] == [f"{name} {hook}" for hook in ("suspend", "resume") for name in ("first", "second")]
+
+
 def test_an_error_of_a_kernel_isnt_lost(ranks: Ranks, path: list[Path]) -> None:
     for rank, found in enumerate(ranks.run(suspend_ranks.checked, RANK, path=[path] * 2, env=LONG)):
         for kind, text, _ in (found["first"], found["second"]):
