@@ -79,6 +79,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     return cudaSuccess;
 }
 cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+    if (streams.at(stream).capture != 0) return cudaErrorStreamCaptureUnsupported;
     *id = streams.at(stream).id;
     return cudaSuccess;
 }

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
 import pytest
@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from comm_core import memory
 from comm_core._control.channel import SessionChannel
-from comm_core._control.store import Control
 from comm_core._memory.cpu import CpuMemory
 from control_ranks import group_of, in_threads
 from host_code import CUDA, compiled, needs_compiler
+
+if TYPE_CHECKING:
+    from comm_core._control.store import Control
 
 HERE = Path(__file__).parent
 NBYTES = (1 << 16) + 7

@@ -290,3 +290,10 @@ def test_all_faults_are_reported_at_once() -> None:
     )
     assert "another order" in text
     assert "did you mean check?" in text
+
+
+@pytest.mark.parametrize(("one", "other"), [("suspend", "resume"), ("resume", "suspend")])
+def test_a_session_that_can_be_suspended_can_be_resumed(one: str, other: str) -> None:
+    text = refusal(HEADER + ALL_REDUCE + f"@hookimpl\ndef {one}(session):\n    pass\n")
+    assert f"it has {one} but not {other}. " in text
+    assert f"Implement def {other}(session) too, or neither." in text

@@ -223,6 +223,47 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
+def suspend(session: Any) -> None:
+    """Give the session's physical device memory back, and keep its addresses reserved.
+
+    Collective, optional; a plugin implements both `suspend` and `resume`, or neither: then its sessions keep their
+    memory. Called from `comm.suspend`, on every rank, for each session that has ever served the group, in the order of
+    their `connect`. By then every rank has stopped calling and its device has finished; errors of earlier kernels have
+    been asked for by `check`. Runs like `connect`: in a thread of its own, under the same deadline, with
+    `context.control`, and never while a graph is captured.
+
+    The contents of the memory are lost. A peer may still have this rank's memory mapped when this is called, so an
+    exchange belongs before anything that peers must have unmapped first. Until `resume`, core calls no other hook of
+    the session but `close`.
+
+    Args:
+        session: what `connect` returned, else the `GroupContext`.
+
+    Raises:
+        Exception: of any type: every rank raises it as a `CommError` that names the backend and the rank, and the
+            group's handle stops for good; core doesn't call `resume`, but `close` with `orderly=False` once the caller
+            closes the group. A missed deadline has the same effect.
+    """
+
+
+@hookspec(firstresult=True)
+def resume(session: Any) -> None:
+    """Take the device memory again that `suspend` gave back, at the same addresses, and initialise it.
+
+    Collective; see `suspend`. Called from `comm.resume`, on every rank, in the same order, once for each `suspend` that
+    succeeded on every rank. Afterwards the session serves calls, and graphs that were captured before are replayed: set
+    up everything that their kernels read, such as flags and counters, on all ranks, before this returns on any rank.
+    Runs like `suspend`.
+
+    Args:
+        session: what `connect` returned, else the `GroupContext`.
+
+    Raises:
+        Exception: as in `suspend`. Free what this call has taken before raising.
+    """
+
+
+@hookspec(firstresult=True)
 def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
     """Measure the lower bounds of this backend's times on this machine.
 
@@ -280,7 +321,7 @@ def close(session: Any, orderly: bool) -> None:
     `context.wait_timeout_s`; it is at most 5 s where the other ranks wait, for a session that was never in use.
 
     Args:
-        session: what `connect` returned.
+        session: what `connect` returned; maybe suspended, or, after a failure, suspended in part.
         orderly: True: every rank has finished its work, and no rank will call again. False: something failed; abort
             without waiting for other ranks.
 

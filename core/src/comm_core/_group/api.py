@@ -1,4 +1,4 @@
-"""The public functions: get a group's handle, prepare it, capture its calls, close it."""
+"""The public functions: get a group's handle, prepare it, capture its calls, suspend it, close it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from comm_core._group.create import create_serving
 from comm_core._group.local_inputs import Request
 from comm_core._group.prepare_groups import check_shapes, prepare_groups
 from comm_core._group.states import GroupState, all_states, get_or_create_state, is_current, remove, remove_destroyed
+from comm_core._group.suspend import change_groups
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend
-from comm_core.env import check_timeout_s
 
-__all__ = ["capture", "close", "get_backend", "pre_capture_init"]
+__all__ = ["capture", "close", "get_backend", "pre_capture_init", "resume", "suspend"]
 
 
 def get_backend(
@@ -52,29 +52,13 @@ def get_backend(
             raises its own.
         CommTimeoutError: a rank didn't call in time, or vanished; on all ranks, on a late one as soon as it calls.
     """
-    request = _check_request(backends, timeout_s)
+    request = Request.of(backends, timeout_s)
     while True:
         state = get_or_create_state(group, request)
         with state.lock:
             # Before this thread got the lock, another may have closed the group or failed to create its handle.
             if is_current(state):
                 return _get_or_create_backend(state, request)
-
-
-def _check_request(backends: Sequence[str] | None, timeout_s: float | None) -> Request:
-    """Check the arguments of `get_backend` and return them; see there."""
-    if backends is not None:
-        if isinstance(backends, str) or not backends:
-            raise ValueError(f"backends={backends!r}: expected a sequence of one or more names")
-        if not all(isinstance(name, str) for name in backends):
-            raise TypeError(f"backends={backends!r}: expected names of backends, as strings")
-        backends = tuple(sorted(set(backends)))  # their order has no meaning
-    if timeout_s is not None:
-        try:
-            check_timeout_s(timeout_s)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"timeout_s={timeout_s!r}: {error}") from None
-    return Request(backends, timeout_s)
 
 
 def _get_or_create_backend(state: GroupState, request: Request) -> Backend:
@@ -117,10 +101,9 @@ def close(group: dist.ProcessGroup | None = None) -> None:
         KeyboardInterrupt: it came meanwhile, or a plugin raised it; after the group is closed.
     """
     refuse_in_capture("comm.close")
-    for state in all_states():
-        if group is None or state.group is group:
-            with state.lock:
-                close_group(state)
+    for state in _states_of(group):
+        with state.lock:
+            close_group(state)
 
 
 def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
@@ -144,13 +127,67 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
         BackendUnavailableError: a backend that `get_backend(backends=...)` names was dropped; on all ranks of that
             group. The other groups are still prepared.
         CommTimeoutError: a rank didn't call in time; or it vanished, and then the group's handle refuses further calls.
+        CommError: a group is suspended; on all its ranks, before anything is sent to them. The other groups are still
+            prepared.
     """
     remove_destroyed()
     for state in all_states():
-        state.preparations += 1
+        # In a suspended group nothing is sent, so its ranks need no number: one of them may have called alone.
+        if state.serving is None or not state.serving.suspended:
+            state.preparations += 1
     shapes = check_shapes(max_tokens, hidden_size, dtype)
     refuse_in_capture("comm.pre_capture_init")
     prepare_groups(all_states(), shapes)
+
+
+def suspend(group: dist.ProcessGroup | None = None) -> None:
+    """Give the device memory of a group's backends back, until `resume`.
+
+    Collective; every rank of the group calls it, with no call or replay of the group left to queue. It waits for the
+    device and the peers, then runs the backends' hook `suspend`. Backends without the hook keep their memory, as does
+    torch.distributed. Until `resume` every call of the handle raises, and graphs with its calls must not be replayed.
+    For a suspended group, or one without a handle, it does nothing.
+
+    Args:
+        group: the group; None: every group that has a handle, in the order in which they got it.
+
+    Raises:
+        CaptureError: inside `comm.capture()`, or while a stream captures; before anything is sent.
+        CommTimeoutError: a rank didn't call in time, and the group goes on as before. Or a rank's hook missed
+            `COMM_CORE_CONNECT_TIMEOUT_S`, or the rank vanished meanwhile: then the group's handle refuses further
+            calls, and `comm.close(group)` frees it.
+        CommError: a rank's handle had stopped before, and the others go on as before. Or a backend's hook failed, or a
+            rank left by an exception: then the group's handle refuses further calls. Like `CommTimeoutError`, it is
+            raised on all ranks of the group, but for one that left; the other groups are still suspended.
+    """
+    refuse_in_capture("comm.suspend")
+    remove_destroyed()
+    change_groups(_states_of(group), "suspend")
+
+
+def resume(group: dist.ProcessGroup | None = None) -> None:
+    """Take the device memory of a suspended group's backends again, at the same addresses.
+
+    Collective; every rank of the group calls it. It runs the backends' hook `resume`. Then the handle serves calls as
+    before `suspend`, and graphs captured before can be replayed. For a group that isn't suspended, or has no handle, it
+    does nothing.
+
+    Args:
+        group: the group; None: every group that has a handle, in the order in which they got it.
+
+    Raises:
+        CaptureError: inside `comm.capture()`, or while a stream captures; before anything is sent.
+        CommError, CommTimeoutError: as in `suspend`; where there the group goes on as before, it stays suspended here.
+            A backend's hook also fails if a rank's device lacks the memory.
+    """
+    refuse_in_capture("comm.resume")
+    remove_destroyed()
+    change_groups(_states_of(group), "resume")
+
+
+def _states_of(group: dist.ProcessGroup | None) -> list[GroupState]:
+    """Return the state of a group, if it has one; of all groups for None."""
+    return [state for state in all_states() if group is None or state.group is group]
 
 
 @contextlib.contextmanager
@@ -170,9 +207,9 @@ def capture() -> Iterator[None]:
     one.
 
     Raises:
-        CaptureError: a stream captures already; a session couldn't be entered or left, on this rank or another; or a
-            nested `comm.capture()` in another thread is still open, and then it raises too. Graphs captured inside must
-            not be replayed. The next capture works.
+        CaptureError: a stream captures already; a group is suspended; a session couldn't be entered or left, on this
+            rank or another; or a nested `comm.capture()` in another thread is still open, and then it raises too.
+            Graphs captured inside must not be replayed. The next capture works.
         CommTimeoutError: a peer captured nothing, or hangs, and didn't reach the end in time.
     """
     with join_or_open() as outermost:

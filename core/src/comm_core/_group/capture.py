@@ -148,11 +148,11 @@ def _exit_late(context: AbstractContextManager[Any]) -> None:
 
 
 @contextlib.contextmanager
-def _entered(captures: Sequence[SessionCapture]) -> Iterator[None]:
+def _entered(captures: Sequence[SessionCapture], suspended: Sequence[Serving]) -> Iterator[None]:
     """Enter the sessions in order and leave them in reverse; after the first error, leave the others with it.
 
     Raises:
-        CaptureError: entering or leaving a session failed.
+        CaptureError: a group is suspended, or entering or leaving a session failed.
         CommTimeoutError: a session's peers didn't reach the end of the capture in time.
     """
     for capture in captures:
@@ -160,6 +160,8 @@ def _entered(captures: Sequence[SessionCapture]) -> Iterator[None]:
     remaining = list(captures)
     try:
         raise_if_capturing("comm.capture() can't be entered", "Enter it first, and torch.cuda.graph within it")
+        if suspended:
+            raise CaptureError(f"comm.capture() can't be entered: {suspended[0].refusal}")
         for capture in captures:
             capture.enter()
         yield
@@ -177,8 +179,11 @@ def _entered(captures: Sequence[SessionCapture]) -> Iterator[None]:
 @contextlib.contextmanager
 def capture_sessions(states: Sequence[GroupState], outermost: OutermostCapture) -> Iterator[None]:
     """Enter the sessions of all groups that have a handle; calls on a capturing stream take the graph routes."""
-    with _entered([capture for state in states for capture in _session_captures(state)]):
-        servings = [state.serving for state in states if state.serving is not None]
+    servings = [state.serving for state in states if state.serving is not None]
+    # The peers of a suspended group can't enter a capture either. Those of the other groups have to hear of an error.
+    suspended = [serving for serving in servings if serving.suspended]
+    captures = [capture for state in states if state.serving not in suspended for capture in _session_captures(state)]
+    with _entered(captures, suspended):
         try:
             for serving in servings:
                 serving.use_graph_routes(True)

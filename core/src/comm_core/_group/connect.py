@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from comm_core._control.channel import SessionChannel
-from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
+from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._group.admission import admit
 from comm_core._group.membership import Membership
 from comm_core._group.step import Step, check_budget
@@ -112,9 +112,7 @@ def drop(
 ) -> Slate:
     """Drop a backend that failed in a step; return the slate without it. Collective.
 
-    Returns once every rank has left the step and released the session. A wait inside the plugin may keep a rank in the
-    step until its deadline; the next backend's deadline starts after that. The reason is a failure of a rank rather
-    than another rank's time-out, which may be its consequence.
+    Returns once every rank has left the step and released the session. The next backend's deadline starts after that.
 
     Args:
         slate: the candidates.
@@ -130,14 +128,7 @@ def drop(
     session, member = sessions.pop(name, None), step.member
     if session is not None:
         release_all([session], member)
-    if error.final or (isinstance(error, StageTimeoutError) and error.ranks):
-        raise error
-    with Stage(member.control, f"{member.stage_prefix}drop {name}", step.left_s) as stage:
-        failures = stage.all_gather(step.failure)
-    reason, rank = error.reason, error.rank
-    if error.is_timeout:
-        causes = ((failure, at) for at, failure in enumerate(failures) if isinstance(failure, str))
-        reason, rank = next(causes, (reason, rank))
+    reason, rank = step.find_cause(error, f"{member.stage_prefix}drop {name}")
     return slate.without(name, f"{kind}: {reason}" if kind else reason, rank)
 
 

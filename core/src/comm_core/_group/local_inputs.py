@@ -18,7 +18,7 @@ from comm_core._plan import decide
 from comm_core._plugins import discovery
 from comm_core._probe.rank import probe_rank
 from comm_core._schema import load_json, printable, shorten
-from comm_core.env import PREFIX, Settings, check_names
+from comm_core.env import PREFIX, Settings, check_names, check_timeout_s
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
@@ -56,6 +56,26 @@ class Request:
 
     backends: tuple[str, ...] | None = None
     timeout_s: float | None = None
+
+    @classmethod
+    def of(cls, backends: Sequence[str] | None, timeout_s: float | None) -> Request:
+        """Check the arguments of `get_backend` and return them.
+
+        Raises:
+            TypeError, ValueError: an argument is invalid.
+        """
+        if backends is not None:
+            if isinstance(backends, str) or not backends:
+                raise ValueError(f"backends={backends!r}: expected a sequence of one or more names")
+            if not all(isinstance(name, str) for name in backends):
+                raise TypeError(f"backends={backends!r}: expected names of backends, as strings")
+            backends = tuple(sorted(set(backends)))  # their order has no meaning
+        if timeout_s is not None:
+            try:
+                check_timeout_s(timeout_s)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"timeout_s={timeout_s!r}: {error}") from None
+        return cls(backends, timeout_s)
 
     def __str__(self) -> str:
         return f"backends={self.backends!r}, timeout_s={self.timeout_s!r}"

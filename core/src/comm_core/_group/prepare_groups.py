@@ -73,6 +73,8 @@ def _prepare_group(state: GroupState, shapes: Shapes) -> None:
     negotiated, serving = state.negotiated, state.serving
     if serving is None:
         return
+    if serving.suspended:
+        raise CommError(serving.refusal)
     if negotiated is None:
         serving.warm_up(shapes)
         return

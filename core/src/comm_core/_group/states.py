@@ -47,13 +47,14 @@ class GroupState:
         name: torch's name of the group; "" without a process group.
         group: the process group; None for this process alone.
         request: the caller's arguments to `get_backend`.
-        lock: held while this rank negotiates, prepares or closes.
+        lock: held while this rank negotiates, prepares, suspends, resumes or closes.
         backend: the handle.
         serving: the plan that the handle serves by.
         control: the group's control channel.
         negotiated: the outcome of the last negotiation or preparation.
         sessions: every session that was ever in use.
         preparations: the number of calls of `comm.pre_capture_init`.
+        suspensions: the number of calls of `comm.suspend` and `comm.resume` that were exchanged.
     """
 
     name: str
@@ -66,6 +67,7 @@ class GroupState:
     negotiated: NegotiatedGroup | None = None
     sessions: list[Session] = dataclasses.field(default_factory=list)
     preparations: int = 0
+    suspensions: int = 0
 
     def create_backend(self, serving: Serving) -> Backend:
         """Create the group's handle, which serves by `serving`."""

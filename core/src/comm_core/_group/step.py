@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from comm_core._control.deadline import describe, is_timeout
-from comm_core._control.stage import Stage, StageAbortedError
+from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
 from comm_core._control.worker import run_on_device
 from comm_core._group.membership import Membership
 from comm_core.env import PREFIX
@@ -68,6 +68,29 @@ class Step:
         awaited = stage.pending_ranks() if isinstance(error, TimeoutError) else ()
         waits = f": it waits for {self.member.control.label(*awaited)}" if awaited else ""
         return stage.abort(reason + waits, is_timeout=late)
+
+    def find_cause(self, error: StageAbortedError, stage_name: str) -> tuple[str, int | None]:
+        """Return why the backend failed, and on which rank, once the step's stage is aborted. Collective.
+
+        The reason is a failure of a rank rather than another rank's time-out, which may be its consequence. Returns
+        once every rank has left the step: a wait inside the plugin may keep a rank there until its deadline.
+
+        Args:
+            error: the abort of the step's stage.
+            stage_name: the name of a stage for this, equal on every rank and used once per incarnation.
+
+        Raises:
+            StageAbortedError: a rank left or vanished, and no rank can go on.
+        """
+        if error.final or (isinstance(error, StageTimeoutError) and error.ranks):
+            raise error
+        with Stage(self.member.control, stage_name, self.left_s) as stage:
+            failures = stage.all_gather(self.failure)
+        if error.is_timeout:
+            for rank, failure in enumerate(failures):
+                if isinstance(failure, str):
+                    return failure, rank
+        return error.reason, error.rank
 
 
 def check_budget(memory_nbytes: int, budget: int) -> None:

@@ -57,7 +57,7 @@ class Backend(CheckedCalls):
 
     @property
     def failure(self) -> str | None:
-        """The reason why every call raises; None while the handle serves calls."""
+        """The reason why every call raises for good; None while the handle serves calls, or is suspended."""
         return self._serving.failure
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,7 +81,8 @@ class Backend(CheckedCalls):
             CaptureError: a stream captures, and this call can't be captured yet; the text names the call to make
                 before the capture.
             CommError: the handle is closed, the backend failed, or two threads called at once; the text names the
-                group or the backend. Every later call raises, too, and the peers' calls raise soon.
+                group or the backend. Every later call raises, too, and the peers' calls raise soon. Or the group is
+                suspended, until `comm_core.resume`.
         """
         # Only the slow path looks into what intercepts operators in this thread: asking torch takes 40 ns.
         if tensor.__class__ is not _Tensor or _python_dispatch._is_in_torch_dispatch_mode:  # noqa: SLF001
@@ -214,8 +215,10 @@ class Backend(CheckedCalls):
             are left out.
 
         Raises:
+            CommError: the handle is closed or suspended, or has stopped after a failure.
             Exception: a backend's hook raised.
         """
+        self._require_open()
         return {
             name: session.plugin.hooks["limits"](session.value)
             for name, session in self._serving.sessions.items()
@@ -229,10 +232,10 @@ class Backend(CheckedCalls):
         """
         from comm_core._plan.explain import explain
 
-        return explain(self._serving.title, self.topology, self.decision)
+        return explain(self._serving.label, self.topology, self.decision)
 
     def __repr__(self) -> str:
-        return f"<comm_core.Backend {self.name!r} of {self._serving.title}>"
+        return f"<comm_core.Backend {self.name!r} of {self._serving.label}>"
 
     def __copy__(self) -> Backend:
         return self

@@ -160,7 +160,7 @@ class CheckedCalls:
         routes = self._serving.all_reduce_routes if op == "all_reduce" else self._serving.fused_routes
         bound = routes.find(key)
         if bound is None:
-            self._require_open()  # another thread closed the handle meanwhile
+            self._require_open()  # another thread closed or suspended the handle meanwhile
             raise AssertionError(f"no route for {key}")
         return bound
 
@@ -204,15 +204,20 @@ class CheckedCalls:
             ) from refusals.pop()
         return result
 
+    def _require_idle(self) -> None:
+        """Raise `CommError`, and stop the handle, if a thread is in a call."""
+        if self._idle is self._in_use:
+            self._in_use.refuse()
+
     def _require_open(self) -> None:
-        if self._serving.failure is not None:
-            raise CommError(self._serving.failure)
+        if self._serving.refusal is not None:
+            raise CommError(self._serving.refusal)
 
     def _check_supported(self, tensor: torch.Tensor) -> bool:
         """Return whether the group has a route for the tensor's device and dtype; False if only torch may sum it.
 
         Raises:
-            CommError: the handle is closed, or has stopped after a failure.
+            CommError: the handle is closed or suspended, or has stopped after a failure.
             TypeError: the tensor isn't strided.
             ValueError: the group serves no tensors on this device.
         """

@@ -31,7 +31,7 @@ class Checker:
         """Check sessions in order, until one fails.
 
         Args:
-            sessions: the sessions; those without the hook `check` are skipped.
+            sessions: the sessions; suspended ones, and those without the hook `check`, are skipped.
 
         Returns:
             The backend's name and the error: the hook's own; a `TimeoutError` if the hook hasn't returned within the
@@ -41,7 +41,7 @@ class Checker:
         Raises:
             KeyboardInterrupt: it came meanwhile, or a hook raised it.
         """
-        checked = [session for session in sessions if session.plugin.has("check")]
+        checked = [session for session in sessions if session.plugin.has("check") and not session.suspended]
         if not checked:
             return None
         current = checked[0]

@@ -81,7 +81,7 @@ class ComparingBackend(Backend):
             CommError: the ranks' calls differ; on all ranks. The handle stops.
         """
         control = self._serving.control
-        if control is None or self.failure is not None or traced.intercepts():
+        if control is None or self._serving.refusal is not None or traced.intercepts():
             return  # nothing is sent
         self._calls += 1
         described = (f"{name} {_describe(value)}" for name, value in operands.items() if value is not None)

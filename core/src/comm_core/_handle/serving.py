@@ -39,7 +39,9 @@ class Serving:
         sessions: the connected sessions by backend; empty once the handle refuses calls.
         all_sessions: `sessions`, and those that a later decision left out: graphs captured earlier may still replay
             on them.
-        failure: the reason why every call raises; None while the handle serves calls.
+        failure: the reason why every call raises for good; None while the handle is sound.
+        suspended: whether calls raise until `resume`; False once the handle has failed.
+        refusal: the reason why every call raises now; None while the handle serves calls.
         terminal: the function of the terminal fallback, and its first argument.
         torch_device_types: other device types, which only torch.distributed serves.
         control: the group's control channel; None for one rank.
@@ -69,6 +71,8 @@ class Serving:
         self.devices: tuple[torch.device, ...] = ()
         self.all_sessions: list[Session] = []
         self.failure: str | None = None
+        self.suspended = False
+        self.refusal: str | None = None
         self.terminal = terminal
         self.torch_device_types = torch_device_types
         self.control = control
@@ -99,11 +103,27 @@ class Serving:
     def use_graph_routes(self, on: bool) -> None:
         """Set whether calls query their stream, and take the graph's routes while it captures."""
         self._graphs = on
-        if self.failure is not None:
+        if self.refusal is not None:
             return
         eager, graph = self.eager, self._graph
         self.all_reduce_routes = CaptureRoutes(eager.all_reduce, graph.all_reduce) if on else eager.all_reduce
         self.fused_routes = CaptureRoutes(eager.fused, graph.fused) if on else eager.fused
+
+    @property
+    def label(self) -> str:
+        """The group's name and whether it is suspended, for texts."""
+        return f"{self.title}, suspended" if self.suspended else self.title
+
+    def suspend(self) -> None:
+        """Make every call raise `CommError` until `resume`."""
+        self.suspended = True
+        self.refusal = f"{self.title} is suspended. Call comm.resume(group) on all its ranks first"
+        self.all_reduce_routes, self.fused_routes = Routes({}), FusedRoutes({})
+
+    def resume(self) -> None:
+        """Serve calls again, by the routes of before."""
+        self.suspended, self.refusal = False, self.failure
+        self.use_graph_routes(self._graphs)
 
     def warm_up(self, shapes: Shapes) -> None:
         """Run the steps that a capture can't contain: NCCL's first call and the norm's compilation. Collective."""
@@ -145,7 +165,8 @@ class Serving:
 
     def retire(self, why: str) -> None:
         """Make every later call raise `CommError(why)`."""
-        self.failure = why
+        self.failure = self.refusal = why
+        self.suspended = False
         self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
         self.all_sessions.clear()
         self.all_reduce_routes, self.fused_routes, self.sessions = self.eager.all_reduce, self.eager.fused, {}

@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +42,8 @@ class Session:
         in_use: whether a handle has served calls by this session. Such a session stays open until the group is closed:
             kernels, peers and captured graphs may still use its memory.
         capture_number: the number of the session's next capture with something to exchange; see `_group/capture.py`.
+        suspended: whether its memory is given back: its hook `suspend` has succeeded on every rank, and `resume` hasn't
+            since.
         own_group: the session's `context.group`.
         device: the group's device, on which its hooks run.
         timeout_s: the deadline of the hooks `check` and `close`, in seconds.
@@ -56,6 +58,7 @@ class Session:
     failed_cells: dict[Cell, tuple[str, int | None]] = dataclasses.field(default_factory=dict)
     in_use: bool = False
     capture_number: int = 0
+    suspended: bool = False
     own_group: OwnGroup | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 300.0
@@ -89,6 +92,14 @@ class Session:
     def advance_capture(self) -> None:
         """Advance the number of the next capture."""
         self.capture_number += 1
+
+    def needs(self, hook: Literal["suspend", "resume"]) -> bool:
+        """Return whether `hook` has to run for this session: the plugin has it, and it hasn't run yet."""
+        return self.plugin.has(hook) and self.suspended is (hook == "resume")
+
+    def mark_done(self, hook: Literal["suspend", "resume"]) -> None:
+        """Record that `hook` has succeeded on every rank."""
+        self.suspended = hook == "suspend"
 
     def describe_failed_cells(self) -> str:
         """Return the text that reports the kinds of message without this session, and the reason."""
@@ -127,7 +138,7 @@ class Session:
     def abort(self) -> None:
         """Let the peers' waits for this rank end, by the plugin's hook `abort`; log any exception."""
         hook = self.plugin.hooks.get("abort")
-        if hook is None:
+        if hook is None or self.suspended:  # no rank waits for a call of a suspended group
             return
         call = functools.partial(hook, self.value)
         try:

@@ -21,6 +21,7 @@ __all__ = ["HOOKS", "validate"]
 
 _API = "COMM_HOOK_API"
 _REQUIRED = "all_reduce"
+_PAIR = ("suspend", "resume")
 
 #: Functions with the options of their markers, by attribute name.
 _Marked: TypeAlias = dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]
@@ -78,6 +79,7 @@ def validate(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
         hooks[hook] = function
     if _REQUIRED not in hooks:
         problems.append(_Problem(f"{_REQUIRED} is missing", f"Implement {_signature_text(_REQUIRED)}; it is required."))
+    problems += _pair_problems(hooks)
     _reject_if(problems)
     try:
         manager.register(_FunctionNamespace(hooks), name)
@@ -176,6 +178,12 @@ def _hook_problems(
         context = " Put @contextlib.contextmanager between @comm_core.hookimpl and it." if hook == "capture_ctx" else ""
         yield _Problem(f"{hook} is a generator function", f"Return from {hook} instead of yielding.{context}")
     yield from _signature_problems(hook, function)
+
+
+def _pair_problems(hooks: Mapping[str, object]) -> Iterator[_Problem]:
+    for one, other in (_PAIR, _PAIR[::-1]):
+        if one in hooks and other not in hooks:
+            yield _Problem(f"it has {one} but not {other}", f"Implement {_signature_text(other)} too, or neither.")
 
 
 def _signature_problems(hook: str, function: Callable[..., Any]) -> Iterator[_Problem]:

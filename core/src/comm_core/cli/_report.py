@@ -257,7 +257,12 @@ def encodable(text: str, stream: object) -> str:
 
 def _host_lines(host: Host) -> list[str]:
     free = "unknown" if host.shm_nbytes is None else _size(host.shm_nbytes)
-    return [f"name: {host.name}", f"identity: {host.id}", f"free in /dev/shm: {free}"]
+    return [
+        f"name: {host.name}",
+        f"identity: {host.id}",
+        f"network namespace: {host.network or 'unknown'}",
+        f"free in /dev/shm: {free}",
+    ]
 
 
 def _device_line(index: int, device: Device) -> str:

@@ -93,9 +93,14 @@ class StreamOrder {
         now_ = {};
         if (!is_default(stream)) {
             cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-            check(cudaStreamGetId(stream, &now_.stream), "cudaStreamGetId");
             check(cudaStreamGetCaptureInfo(stream, &status, &now_.capture), "cudaStreamGetCaptureInfo");
-            if (status == cudaStreamCaptureStatusNone) now_.capture = 0;
+            if (status == cudaStreamCaptureStatusNone) {
+                now_.capture = 0;
+                check(cudaStreamGetId(stream, &now_.stream), "cudaStreamGetId");
+            } else {
+                // A capturing stream can't be asked for its ID, and isn't destroyed before its capture ends.
+                now_.stream = reinterpret_cast<uintptr_t>(stream);
+            }
         }
         if (now_.capture != 0) {
             // Two branches of one graph.
@@ -125,7 +130,8 @@ class StreamOrder {
     static constexpr unsigned long long kDefault = ~0ull;
 
     struct Place {
-        unsigned long long stream = kDefault, capture = 0;  // IDs; capture 0: none
+        unsigned long long stream = kDefault;  // its ID; its handle in a capture
+        unsigned long long capture = 0;        // its ID; 0: none
     };
 
     static bool is_default(cudaStream_t stream) { return stream == nullptr || stream == cudaStreamLegacy; }
