@@ -12,9 +12,11 @@ import comm_bench
 ALLOWED = {
     "comm_core",
     "comm_core.command",
+    "comm_core.eligibility",  # whether the limits' buffers cross hosts
     "comm_core.env",
     "comm_core.fallback",  # the terminal contender calls it without a handle
     "comm_core.kernels",
+    "comm_core.memory",
     "comm_core.topology",
     "comm_core.types",
 }

@@ -11,30 +11,40 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from comm_core import kernels
+from comm_core import Topology, eligibility, kernels, memory
 
 from comm_bench.cases import BenchCase
 from comm_bench.contenders import Absent, Contender, Job, State
 from comm_bench.results import HOP, LAUNCH
-from comm_bench.symmetric import Symmetric, allocate
+from comm_bench.shared import share_buffer
 
 __all__ = ["limits"]
 
 # Round trips timed together.
 _ROUNDS = 100
+# The part of the buffer that hops use, behind the transfers' part.
+_HOP_NBYTES = 256
 
 _library = kernels.Library("comm_bench")
 
 
 class _Limit(Contender):
-    """A limit measured by calling a function."""
+    """A limit measured by calling a function, maybe on a shared buffer."""
 
     kind = "limit"
 
-    def __init__(self, name: str, job: Job, function: Callable[[torch.Tensor], object], unit: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        job: Job,
+        function: Callable[[torch.Tensor], object],
+        unit: int = 1,
+        buffer: memory.SharedBuffer | None = None,
+    ) -> None:
         super().__init__(name)
         self._device = job.device
         self._function = function
+        self._buffer = buffer
         self.unit = unit
 
     def supports(self, case: BenchCase) -> bool:
@@ -43,6 +53,11 @@ class _Limit(Contender):
     def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:  # noqa: ARG002 - the same in and out of place
         self._function(state[0])
         return state
+
+    def close(self) -> None:
+        # All limits have one buffer and are closed together, so the first one closes it for all.
+        if self._buffer is not None:
+            self._buffer.close()
 
 
 class _Launch(_Limit):
@@ -54,16 +69,17 @@ class _Launch(_Limit):
         return super().call(state, weight, in_place=in_place)
 
 
-def limits(job: Job, capacity: int) -> list[tuple[str, Callable[[], Contender]]]:
+def limits(job: Job, capacity: int, topology: Topology) -> list[tuple[str, Callable[[], Contender]]]:
     """Return the limits' names, each with a collective factory that makes the limit or raises `Absent`.
 
     Args:
         job: the ranks.
         capacity: the largest message, in bytes.
+        topology: the ranks' topology.
     """
     if job.device.type != "cuda":
         return [("limit:copy", lambda: _local_copy(job, capacity))]
-    shared: dict[str, Any] = {}
+    shared: dict[str, memory.SharedBuffer] = {}
 
     def module() -> Any:
         missing = _library.missing()
@@ -71,18 +87,19 @@ def limits(job: Job, capacity: int) -> list[tuple[str, Callable[[], Contender]]]
             raise Absent(missing)
         return _library.load()
 
-    def symmetric() -> Symmetric:
-        if "symmetric" not in shared:
-            shared["symmetric"] = allocate(job, _share(job, capacity) * (job.world_size - 1) + 256)
-        memory: Symmetric = shared["symmetric"]
-        return memory
+    def buffer() -> memory.SharedBuffer:
+        if "buffer" not in shared:
+            nbytes = _share(job, capacity) * (job.world_size - 1) + _HOP_NBYTES
+            shared["buffer"] = share_buffer(job, nbytes, fabric=bool(eligibility.unshared_memory(topology)))
+        return shared["buffer"]
 
     return [
         (LAUNCH, lambda: _Launch(LAUNCH, job, module().launch)),
-        (HOP, lambda: _hop(job, module(), symmetric())),
-        ("limit:push", lambda: _transfer("push", job, module(), symmetric(), capacity)),
-        ("limit:pull", lambda: _transfer("pull", job, module(), symmetric(), capacity)),
-        ("limit:copy", lambda: _copy_engine(job, symmetric(), capacity)),
+        # First the buffer, which all ranks make together, then the module, which one rank alone may lack.
+        (HOP, lambda: _hop(job, buffer(), module())),
+        ("limit:push", lambda: _transfer("push", job, buffer(), module(), capacity)),
+        ("limit:pull", lambda: _transfer("pull", job, buffer(), module(), capacity)),
+        ("limit:copy", lambda: _copy_engine(job, buffer(), capacity)),
     ]
 
 
@@ -91,19 +108,18 @@ def _share(job: Job, nbytes: int) -> int:
     return -(-2 * nbytes // job.world_size // 16) * 16
 
 
-def _hop(job: Job, module: Any, symmetric: Symmetric) -> Contender:
+def _hop(job: Job, buffer: memory.SharedBuffer, module: Any) -> Contender:
     """Make the limit "hop": the time from a store on one of the first two ranks until a poll on the other sees it."""
     sent = torch.zeros(1, dtype=torch.int32, device=job.device)
-    # The part of the buffer behind the transfers' part.
-    offset = symmetric.own.nbytes - 256
+    offset = buffer.nbytes - _HOP_NBYTES
     if job.rank > 1:
-        return _Limit(HOP, job, lambda _: None, 2 * _ROUNDS)
-    mine, theirs = (symmetric.addresses[rank] + offset for rank in (job.rank, 1 - job.rank))
+        return _Limit(HOP, job, lambda _: None, 2 * _ROUNDS, buffer)
+    mine, theirs = (buffer.addresses[rank] + offset for rank in (job.rank, 1 - job.rank))
     first = job.rank == 0
-    return _Limit(HOP, job, lambda _: module.hop(sent, mine, theirs, first, _ROUNDS), 2 * _ROUNDS)
+    return _Limit(HOP, job, lambda _: module.hop(sent, mine, theirs, first, _ROUNDS), 2 * _ROUNDS, buffer)
 
 
-def _transfer(kind: str, job: Job, module: Any, symmetric: Symmetric, capacity: int) -> Contender:
+def _transfer(kind: str, job: Job, buffer: memory.SharedBuffer, module: Any, capacity: int) -> Contender:
     """Make a limit that moves an all-reduce's least bytes to or from every peer, with this rank's kernels."""
     local = torch.zeros(_share(job, capacity), dtype=torch.uint8, device=job.device)
     room = _share(job, capacity)
@@ -113,28 +129,29 @@ def _transfer(kind: str, job: Job, module: Any, symmetric: Symmetric, capacity: 
         share = _share(job, tensor.nbytes)
         for peer in peers:
             # Each rank uses a part of its own in each peer's buffer.
-            remote = symmetric.addresses[peer] + room * ((job.rank - peer) % job.world_size - 1)
+            remote = buffer.addresses[peer] + room * ((job.rank - peer) % job.world_size - 1)
             to, source = (remote, local.data_ptr()) if kind == "push" else (local.data_ptr(), remote)
             module.transfer(local, to, source, share)
 
-    return _Limit(f"limit:{kind}", job, move)
+    return _Limit(f"limit:{kind}", job, move, buffer=buffer)
 
 
-def _copy_engine(job: Job, symmetric: Symmetric, capacity: int) -> Contender:
+def _copy_engine(job: Job, buffer: memory.SharedBuffer, capacity: int) -> Contender:
     """Make a limit that moves an all-reduce's least bytes to every peer, with the device's copy engines."""
+    from cuda.bindings import driver
+
     local = torch.zeros(_share(job, capacity), dtype=torch.uint8, device=job.device)
     peers = [(job.rank + step) % job.world_size for step in range(1, job.world_size)]
 
-    @functools.cache
-    def parts(nbytes: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        share = _share(job, nbytes)
-        return tuple((symmetric.buffer(peer, share), local[:share]) for peer in peers)
-
     def move(tensor: torch.Tensor) -> None:
-        for remote, mine in parts(tensor.nbytes):
-            remote.copy_(mine)
+        share = _share(job, tensor.nbytes)
+        stream = torch.cuda.current_stream(job.device).cuda_stream
+        for peer in peers:
+            (status,) = driver.cuMemcpyDtoDAsync(buffer.addresses[peer], local.data_ptr(), share, stream)
+            if status != driver.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"cuMemcpyDtoDAsync: {status.name}")
 
-    return _Limit("limit:copy", job, move)
+    return _Limit("limit:copy", job, move, buffer=buffer)
 
 
 def _local_copy(job: Job, capacity: int) -> Contender:

@@ -88,7 +88,7 @@ def assemble(job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only
     roster.absent |= {name: "no installed backend or peer has this name" for name in only if name not in known}
     makers = [each for each in makers if not only or each[0] in only]
     deadline_s = env.Settings.read().connect_timeout_s
-    for name, make in [*makers, *limits(job, capacity)]:
+    for name, make in [*makers, *limits(job, capacity, roster.topology)]:
         try:
             with job.watchdog.step(f"set-up of {name}", deadline_s):
                 roster.contenders.append(job.run_collectively(make))
