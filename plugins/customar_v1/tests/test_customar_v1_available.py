@@ -11,6 +11,7 @@ from typing import Any
 import comm_core as comm
 import comm_plugin_customar_v1 as customar_v1
 import pytest
+from comm_core import kernels, memory
 from comm_plugin_customar_v1 import policy
 from made_up_topologies import HERE, cuda_group
 
@@ -43,6 +44,15 @@ def test_a_host_with_two_pcie_devices() -> None:
     assert isinstance(answer, comm.Available)
 
 
+def containers(*networks: str) -> dict[int, comm.Host]:
+    """Containers of one machine, each with an IPC namespace and a /dev/shm of its own."""
+    return {i: comm.Host(f"pod-{i}", f"boot ipc {i} shm {i}", "boot", network=net) for i, net in enumerate(networks)}
+
+
+def test_containers_with_one_network_share_memory() -> None:
+    assert isinstance(customar_v1.is_available(group(hosts=containers("1", "1"))), comm.Available)
+
+
 @pytest.mark.parametrize(
     ("topology", "reason"),
     [
@@ -56,7 +66,7 @@ def test_a_host_with_two_pcie_devices() -> None:
         (group(4, link=PCIE), "more than two ranks need NVLink and peer access between every two"),
         (group(4, link=PCIE), "ranks 0 and 1 have no NVLink between them: NVML: P2P_STATUS_NOT_SUPPORTED"),
         (group(hosts={1: comm.Host("other", "other", "other")}), "2 hosts"),
-        (group(hosts={1: comm.Host("node", "boot ipc 2 shm 2", "boot")}), "containers that share no memory"),
+        (group(hosts=containers("1", "2")), "containers of different network namespaces"),
         (group(4, uuids={2: "GPU-0"}), "ranks 0 and 2 share the device GPU-0"),
         (group(capability={1: (8, 0)}), "different compute capabilities: 8.0, 9.0"),
         (group(capability={0: (7, 5), 1: (7, 5)}), "8.0 or newer"),
@@ -79,6 +89,10 @@ def test_other_groups_get_the_reason(topology: comm.Topology, reason: str) -> No
 
 def test_its_facts_are_small_and_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(customar_v1.probe()) == {"missing", "forced"}
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.Library, "missing", lambda _: None)
+        patch.setattr(memory, "missing", lambda: "cuda-bindings isn't installed")
+        assert customar_v1.probe()["missing"] == "cuda-bindings isn't installed"
     monkeypatch.setenv(policy.OPTION, "two_stage:vecs=4")
     assert customar_v1.probe()["forced"] == [8 << 20, 1, 4, 256, 264]
     monkeypatch.setenv(policy.OPTION, "three_stage" * 100)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +35,7 @@ import comm_plugin_customar_v2 as real
 @comm.hookimpl
 def connect(topology, context):
     if context.rank == 1:
-        raise RuntimeError("no symmetric memory today")
+        raise RuntimeError("no shared memory today")
     return real.connect(topology, context)
 
 
@@ -45,7 +44,7 @@ class Plugin:
 
 
 plugin = Plugin()
-for name in ("probe", "is_available", "all_reduce", "all_reduce_add_rms_norm", "check", "close"):
+for name in ("probe", "is_available", "all_reduce", "all_reduce_add_rms_norm", "check", "suspend", "resume", "close"):
     setattr(plugin, name, getattr(real, name))
 plugin.connect = connect
 """
@@ -149,7 +148,7 @@ def test_close_gives_the_memory_back(ranks: Ranks, found: list[list[Path]]) -> N
 
 
 def expandable() -> None:
-    """The caller's tensors are in memory without an IPC handle; the backend's buffers don't come from torch."""
+    """The caller's tensors are in segments of virtual memory; the backend's buffers don't come from torch."""
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     try:
         kernel_ranks.sums(NAME, (14, 8192, (4 << 20) + 46))
@@ -167,9 +166,9 @@ def wrong_data() -> dict[str, str]:
     from comm_plugin_customar_v1 import session
 
     class OtherSeeds(session.Session):
-        def __init__(self, functions: Mapping[str, Any], *arguments: Any) -> None:
-            read = functions["read_test_pages"]
-            spoilt = {**functions, "read_test_pages": lambda seeds: read([seed ^ 1 for seed in seeds])}
+        def __init__(self, native: session.Native, *arguments: Any) -> None:
+            read = native.read_test_pages
+            spoilt = native._replace(read_test_pages=lambda seeds: read([seed ^ 1 for seed in seeds]))
             super().__init__(spoilt, *arguments)
 
     with mock.patch.object(session, "Session", OtherSeeds if dist.get_rank() == 1 else session.Session):
@@ -224,7 +223,7 @@ def serving(nvlink: bool) -> dict[str, Any]:
     [
         (V2, {}, True, "customar_v2", "serves", ""),
         (V2, {"COMM_CORE_DISABLE": "customar_v2"}, True, NAME, "blocked", "COMM_CORE_DISABLE"),
-        (V2_FAILS, {}, True, NAME, "failed", "no symmetric memory today"),
+        (V2_FAILS, {}, True, NAME, "failed", "no shared memory today"),
         (V2, {}, False, NAME, "unavailable", "have no NVLink between them"),
     ],
 )

@@ -1,4 +1,4 @@
-"""All-reduce by CUDA kernels over CUDA IPC, for GPUs of one host with peer access, with or without NVLink.
+"""All-reduce by CUDA kernels that read their peers' memory, for GPUs of one host, with or without NVLink.
 
 Each algorithm is described at the top of its file in `csrc/`; `policy.py` chooses one by size. Sums are in rank order,
 in float32, rounded once: every rank holds the same bits, and a rerun gives the same bits.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
-from comm_core import kernels
+from comm_core import kernels, memory
 
 from comm_plugin_customar_v1 import policy, session
 from comm_plugin_customar_v1.session import Session
@@ -17,7 +17,17 @@ from comm_plugin_customar_v1.session import Session
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["COMM_HOOK_API", "all_reduce", "check", "close", "connect", "is_available", "probe"]
+__all__ = [
+    "COMM_HOOK_API",
+    "all_reduce",
+    "check",
+    "close",
+    "connect",
+    "is_available",
+    "probe",
+    "resume",
+    "suspend",
+]
 
 COMM_HOOK_API = (1, 0)
 
@@ -31,7 +41,7 @@ def probe() -> dict[str, Any]:
         forced, wrong = policy.parse(), None
     except ValueError as error:
         forced, wrong = None, str(error)[:300]  # facts are small, and the quoted option may have any length
-    return {"missing": _library.missing() or wrong, "forced": forced and list(forced.numbers())}
+    return {"missing": _library.missing() or memory.missing() or wrong, "forced": forced and list(forced.numbers())}
 
 
 @comm.hookimpl
@@ -43,7 +53,7 @@ def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
 
 @comm.hookimpl
 def connect(topology: comm.Topology, context: comm.GroupContext) -> Session:
-    """Build, allocate and exchange buffers; see `session.connect`."""
+    """Build, allocate and share buffers, and test peer access; see `session.connect`."""
     return session.connect(_library.load(), policy.forced_row(topology), context)
 
 
@@ -67,6 +77,18 @@ def check(session: Session) -> None:
 
 
 @comm.hookimpl
+def suspend(session: Session) -> None:
+    """Give the buffers' memory back."""
+    session.suspend()
+
+
+@comm.hookimpl
+def resume(session: Session) -> None:
+    """Take memory for the buffers again, at the same addresses."""
+    session.resume()
+
+
+@comm.hookimpl
 def close(session: Session, orderly: bool) -> None:
-    """Unmap the peers' buffers and free this rank's."""
+    """Free the buffers, or keep them until the process ends if kernels may still use them."""
     session.close(orderly)

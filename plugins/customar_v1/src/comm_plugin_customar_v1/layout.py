@@ -10,7 +10,7 @@ __all__ = ["Layout", "plan"]
 
 # Regions begin at multiples of it, in bytes.
 _ALIGN = 4096
-# A buffer's size is a multiple of it, in bytes: the driver's page size. A peer always maps whole pages.
+# A buffer's size is a multiple of it, in bytes: the granularity of the driver's virtual memory.
 _PAGE = 2 << 20
 _PHASES = 2
 _MIN_STAGING_NBYTES = 64 << 10
@@ -21,20 +21,20 @@ class Layout:
     """Offsets and sizes in a rank's buffer, in bytes.
 
     Attributes:
-        nbytes: the size of the whole buffer.
         test_at: where the pages of the peer-access test begin.
         staging_at, staging_nbytes: where the staging begins, and the size of one of its phases. Larger messages take
             several launches.
+        nbytes: the size of the whole buffer.
     """
 
-    nbytes: int
     test_at: int
     staging_at: int
     staging_nbytes: int
+    nbytes: int
 
     def numbers(self) -> list[int]:
         """Return the fields as `Session` in csrc/session.cuh takes them."""
-        return list(dataclasses.astuple(self))
+        return list(dataclasses.astuple(self))[:-1]
 
 
 def plan(budget_nbytes: int, flags_nbytes: int, test_nbytes: int) -> Layout:
@@ -54,7 +54,7 @@ def plan(budget_nbytes: int, flags_nbytes: int, test_nbytes: int) -> Layout:
     while True:
         nbytes = _up(staging_at + _PHASES * staging, _PAGE)
         if nbytes <= budget_nbytes:
-            return Layout(nbytes, test_at, staging_at, staging)
+            return Layout(test_at, staging_at, staging, nbytes)
         staging //= 2
         if staging < _MIN_STAGING_NBYTES:
             raise MemoryError(

@@ -112,7 +112,7 @@ def unavailable_reason(topology: comm.Topology) -> str:
         or eligibility.differing_fact(topology, _NAME, "forced", OPTION)
         or _unfit_row(topology)
         or eligibility.unfit_devices(topology, OLDEST)
-        or eligibility.several_hosts(topology)
+        or eligibility.unshared_memory(topology)
         or _unfit_links(topology)
     )
 

@@ -12,7 +12,6 @@ using comm_core::data_of;
 using comm_core::element_of;
 using comm_core::listed;
 using tvm::ffi::Array;
-using tvm::ffi::Bytes;
 using tvm::ffi::Function;
 using tvm::ffi::Map;
 using tvm::ffi::String;
@@ -44,19 +43,17 @@ void refuse_if_poisoned(const Session& session) {
     if (session.error() != 0) TVM_FFI_THROW(RuntimeError) << "a kernel timed out waiting for a peer";
 }
 
-// Allocates this rank's buffer, and returns the functions of a session by name:
+// Returns the functions of a session by name, as `Native` in session.py lists them:
 //   all_reduce(tensor)              returns the sum, in a tensor from the caller's allocator
 //   all_reduce_out(tensor, out)     sums into `out`, which may be `tensor`
 //   error()                         returns 0, or 1 + the rank that a kernel timed out waiting for
 //   algorithm_of(nbytes)            returns the code of the algorithm that serves a size
 //   abort()                         ends every wait of running kernels
 //   set_shapes(numbers)             replaces the table
-//   ipc_handle()                    returns the handle by which peers open this rank's buffer
-//   open_peers(handles, count)      opens every rank's buffer; `count`: the fewest multiprocessors of any rank's device
-//   write_test_pages(seed)          writes a page to every rank; after open_peers
+//   attach(buffers, count)          takes the addresses of all ranks' buffers, and the fewest multiprocessors of any
+//                                   rank's device; called once, before the functions below and the first sum
+//   write_test_pages(seed)          writes a page to every rank
 //   read_test_pages(seeds)          reads every rank's pages; returns "", or what is wrong; after all ranks' writes
-//   unmap_peers()                   unmaps the peers' buffers
-//   free()                          frees this rank's buffer
 // Sums run on the stream that the binding found current for the tensors' device.
 Map<String, Function> connect(
     int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
@@ -83,28 +80,22 @@ Map<String, Function> connect(
     };
     const auto abort = [session]() { session->abort(); };
     const auto set_shapes = [session](Array<int64_t> numbers) { session->set_shapes(shapes_of(numbers)); };
-    const auto ipc_handle = [session]() -> Bytes { return session->ipc_handle(); };
-    const auto open_peers = [session](Array<Bytes> handles, int64_t multiprocessors) {
-        session->open_peers({handles.begin(), handles.end()}, multiprocessors);
+    const auto attach = [session](Array<int64_t> buffers, int64_t multiprocessors) {
+        session->attach(listed(buffers), multiprocessors);
     };
     const auto write_test_pages = [session](int64_t seed) { session->write_test_pages(seed); };
     const auto read_test_pages = [session](Array<int64_t> seeds) -> String {
         return session->read_test_pages(listed(seeds));
     };
-    const auto unmap_peers = [session]() { session->unmap_peers(); };
-    const auto free = [session]() { session->free(); };
     return {{"all_reduce", Function::FromTyped(all_reduce)},
             {"all_reduce_out", Function::FromTyped(all_reduce_out)},
             {"error", Function::FromTyped(error)},
             {"algorithm_of", Function::FromTyped(algorithm_of)},
             {"abort", Function::FromTyped(abort)},
             {"set_shapes", Function::FromTyped(set_shapes)},
-            {"ipc_handle", Function::FromTyped(ipc_handle)},
-            {"open_peers", Function::FromTyped(open_peers)},
+            {"attach", Function::FromTyped(attach)},
             {"write_test_pages", Function::FromTyped(write_test_pages)},
-            {"read_test_pages", Function::FromTyped(read_test_pages)},
-            {"unmap_peers", Function::FromTyped(unmap_peers)},
-            {"free", Function::FromTyped(free)}};
+            {"read_test_pages", Function::FromTyped(read_test_pages)}};
 }
 
 // Returns what session.py needs to know: the size of the counter and the barriers' flags, the size of the region of the

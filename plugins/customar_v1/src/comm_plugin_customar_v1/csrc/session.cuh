@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels.cuh"
-#include "peers.cuh"
+#include "run_peer_access_test.cuh"
 
 namespace comm_customar_v1 {
 
@@ -18,6 +18,9 @@ const void* kernel_of_2(Element, Algorithm, int);
 const void* kernel_of_4(Element, Algorithm, int);
 const void* kernel_of_6(Element, Algorithm, int);
 const void* kernel_of_8(Element, Algorithm, int);
+
+using comm_core::check;
+using comm_core::OnDevice;
 
 // The algorithm and launch shape of messages up to a size: a `Row` of policy.py.
 struct Shape {
@@ -31,19 +34,19 @@ struct Shape {
 
 class Session {
   public:
-    // `layout`: nbytes, test_at, staging_at, staging_nbytes, as layout.py computes them. What can fail on one rank
-    // alone does so here or in the first `set_shapes`, before the ranks exchange their handles.
+    // `layout`: test_at, staging_at, staging_nbytes, as layout.py computes them. What can fail on one rank alone does
+    // so here or in the first `set_shapes`, before the ranks share their buffers.
     Session(int64_t rank, int64_t world_size, const std::vector<int64_t>& layout, double timeout_s, int64_t device)
         : lookup_(lookup(world_size)),
           world_size_(static_cast<uint32_t>(world_size)),
           device_(static_cast<int>(device)) {
-        if (lookup_ == nullptr || rank < 0 || rank >= world_size || layout.size() != 4) {
+        if (lookup_ == nullptr || rank < 0 || rank >= world_size || layout.size() != 3) {
             TVM_FFI_THROW(ValueError) << "rank " << rank << " of " << world_size << ", a layout of " << layout.size();
         }
         params_.rank = static_cast<uint32_t>(rank);
-        test_at_ = static_cast<uint64_t>(layout[1]);
-        params_.staging_at = static_cast<uint64_t>(layout[2]);
-        params_.staging_nbytes = static_cast<uint64_t>(layout[3]);
+        test_at_ = static_cast<uint64_t>(layout[0]);
+        params_.staging_at = static_cast<uint64_t>(layout[1]);
+        params_.staging_nbytes = static_cast<uint64_t>(layout[2]);
         params_.bound.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
         const OnDevice here(device_);
         int major = 0;
@@ -52,7 +55,6 @@ class Session {
         error_ = std::make_unique<comm_core::ErrorWord>();
         params_.bound.error = error_->on_device();
         order_ = std::make_unique<comm_core::StreamOrder>();
-        peers_ = std::make_unique<Peers>(params_.rank, world_size_, static_cast<uint64_t>(layout[0]));
     }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
@@ -60,34 +62,29 @@ class Session {
     // for the launches before. A session with kernels that may still run is kept until the process ends (session.py).
     ~Session() = default;
 
-    std::string ipc_handle() const { return peers_->ipc_handle(); }
-
-    // Opens every peer's buffer. `multiprocessors`: the fewest of any rank's device, since the barriers need grids of
-    // one size on all ranks.
-    void open_peers(const std::vector<std::string>& handles, int64_t multiprocessors) {
-        if (multiprocessors < 1) TVM_FFI_THROW(ValueError) << multiprocessors << " multiprocessors";
-        const OnDevice here(device_);
-        peers_->open(handles);
-        std::copy(peers_->buffers().begin(), peers_->buffers().end(), params_.buffers);
+    // Takes the address of every rank's buffer as mapped on this device, and the fewest multiprocessors of any rank's
+    // device, since the barriers need grids of one size on all ranks.
+    void attach(const std::vector<int64_t>& buffers, int64_t multiprocessors) {
+        if (buffers.size() != world_size_ || multiprocessors < 1) {
+            TVM_FFI_THROW(ValueError) << "expected " << world_size_ << " buffers and at least 1 multiprocessor; got "
+                                      << buffers.size() << " and " << multiprocessors;
+        }
+        for (uint32_t peer = 0; peer < world_size_; ++peer) {
+            params_.buffers[peer] = reinterpret_cast<char*>(buffers[peer]);
+        }
         multiprocessors_ = static_cast<uint32_t>(multiprocessors);
     }
 
     void write_test_pages(int64_t seed) const {
         const OnDevice here(device_);
-        peers_->write_test_pages(test_at_, static_cast<uint32_t>(seed));
+        run_write_test_pages(peer_access_test(static_cast<uint32_t>(seed)), world_size_);
     }
     std::string read_test_pages(const std::vector<int64_t>& seeds) const {
+        if (seeds.size() != world_size_) {
+            TVM_FFI_THROW(ValueError) << "expected " << world_size_ << " seeds; got " << seeds.size();
+        }
         const OnDevice here(device_);
-        return peers_->read_test_pages(test_at_, seeds);
-    }
-
-    void unmap_peers() {
-        const OnDevice here(device_);
-        peers_->unmap();
-    }
-    void free() {
-        const OnDevice here(device_);
-        peers_->free();
+        return run_read_test_pages(peer_access_test(0), seeds);
     }
 
     // Also loads the kernels of all rows, since the driver can't load them while a stream captures.
@@ -150,6 +147,14 @@ class Session {
         }
     }
 
+    PeerAccessTest peer_access_test(uint32_t seed) const {
+        PeerAccessTest test{};
+        test.rank = params_.rank;
+        test.seed = seed;
+        for (uint32_t peer = 0; peer < world_size_; ++peer) test.regions[peer] = params_.buffers[peer] + test_at_;
+        return test;
+    }
+
     // Returns how many blocks a multiprocessor holds at once.
     uint32_t load(Element element, const Shape& shape) {
         const void* function = lookup_(element, shape.algorithm, shape.vecs);
@@ -210,7 +215,6 @@ class Session {
     uint32_t multiprocessors_ = 1;
     std::unique_ptr<comm_core::ErrorWord> error_;
     std::unique_ptr<comm_core::StreamOrder> order_;
-    std::unique_ptr<Peers> peers_;
     std::vector<Shape> shapes_;
 };
 
