@@ -31,7 +31,7 @@ _log = logging.getLogger("comm_core")
 _c10d: Any = distributed_c10d
 
 # The longest wait for the abort of a group, in seconds: NCCL's may hang, and the caller has other groups to free.
-_ABORT_S = 30.0
+_ABORT_S = 10.0
 # NCCL ends the process when one of its calls times out. So its timeout is this much longer than the deadlines by which
 # core aborts a candidate's group, in seconds.
 _NCCL_GRACE_S = 60.0
@@ -213,7 +213,10 @@ def _abort(group: dist.ProcessGroup, title: str) -> None:
         end = functools.partial(_end_gloo, backend) if isinstance(backend, dist.ProcessGroupGloo) else backend.abort
         try:
             run_with_deadline(end, _ABORT_S, name=f"abort of {title}")
-        except (RuntimeError, TimeoutError) as error:
+        except TimeoutError as error:
+            hint = "NCCL waits until no captured graph has calls of the group: free graphs before comm.close"
+            _log.warning("comm_core: the process group %s isn't aborted yet: %s. %s", title, error, hint)
+        except RuntimeError as error:
             _log.warning("comm_core: can't abort the process group %s: %s", title, describe(error))
 
 
