@@ -9,7 +9,8 @@
         assert ranks.run(total, 5, world_size=2) == [11, 11]
 
 The processes stay for the whole test session, because importing torch takes seconds. Each run is a separate job with a
-new store. A process that a test has killed is replaced before the next run. A failed run ends all processes.
+new store. A process that a test has killed is replaced before the next run. A failed run ends all processes, as does a
+run on GPUs in which a process was killed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -46,6 +48,8 @@ DEAD = "dead"
 _TORCH_TIMEOUT_S = 60
 # Seconds that the other ranks get to report after one rank failed.
 _GRACE_S = 15
+# Seconds that a rank on a GPU gets, after a run, to destroy its process groups.
+_END_S = 60
 _STDERR_CHARS = 4000
 _START = "import sys; sys.path.insert(0, sys.argv[1]); import harness; harness.work(int(sys.argv[2]))"
 
@@ -64,6 +68,7 @@ class _Job:
     rank: int
     world_size: int
     backend: str
+    device: int | None
     store_port: int
     side_port: int
     env: Mapping[str, str]
@@ -74,10 +79,10 @@ class _Job:
 class _Process:
     """A process that runs ranks, and the parent's end of the pipe to it."""
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, env: Mapping[str, str]) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("COMM_CORE_")}
         # One thread per process, because the processes share the host's cores.
-        environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **env}
         self.stderr = folder / f"process{number}.stderr"
         self.offset = 0
         self.pipe, theirs = multiprocessing.Pipe()
@@ -113,10 +118,12 @@ class Ranks:
 
     Args:
         folder: the folder for the processes' stdout and stderr.
+        env: variables that the processes start with, by rank; for those that CUDA or torch reads once per process.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, env: Sequence[Mapping[str, str]] = ()) -> None:
         self._folder = folder
+        self._env = env
         self._processes: dict[int, _Process] = {}
         self._started = 0
 
@@ -130,6 +137,7 @@ class Ranks:
         path: Sequence[Sequence[Path]] = (),
         deadline_s: float = 120.0,
         dying: Collection[int] = (),
+        devices: Sequence[int] | None = None,
     ) -> list[Any]:
         """Call `function(*arguments)` on every rank of a new job, with the default process group initialised.
 
@@ -137,23 +145,28 @@ class Ranks:
             function: a function at the top level of its module.
             arguments: values that pickle accepts.
             world_size: the number of ranks.
-            backend: the default process group's backend; if it names CUDA, each rank uses the GPU of its number.
+            backend: the default process group's backend; if it names CUDA, each rank uses one GPU, see `devices`.
             env: environment variables for the call: one mapping for all ranks, or one mapping per rank.
             path: folders in front of `sys.path` for the call, one sequence per rank; see `install`. The ranks don't see
                 backends in other folders, such as those installed on this machine.
             deadline_s: the whole run's deadline, in seconds.
             dying: the ranks that the test kills by a signal.
+            devices: each rank's GPU, by the index that it has in that process; None: the rank.
 
         Returns:
             Each rank's return value, by rank; `DEAD` for the ranks in `dying`.
 
         Raises:
-            RankError: a rank raised, died unexpectedly or didn't return in time; all processes were killed.
+            RankError: a rank raised, died unexpectedly, didn't return in time or, on a GPU, didn't destroy its process
+                groups in time; all processes were killed.
         """
         envs = [env or {}] * world_size if env is None or isinstance(env, Mapping) else list(env)
         paths = [tuple(map(str, folders)) for folders in path] or [()] * world_size
         if len(envs) != world_size or len(paths) != world_size:
             raise ValueError(f"{len(envs)} environments and {len(paths)} paths for {world_size} ranks")
+        on_gpus = "cuda" in backend
+        if on_gpus and devices is None:
+            devices = range(world_size)
         # Port 0: the kernel chooses a free port. The parent serves the stores, so they survive the death of any rank.
         stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
         file = sys.modules[function.__module__].__file__
@@ -167,6 +180,7 @@ class Ranks:
                 rank,
                 world_size,
                 backend,
+                devices[rank] if on_gpus and devices is not None else None,
                 stores[0].port,
                 stores[1].port,
                 envs[rank],
@@ -178,16 +192,28 @@ class Ranks:
         results = self._collect(processes, deadline_s)
         wrong = [rank for rank, (kind, _) in enumerate(results) if kind != ("killed" if rank in dying else "returned")]
         if wrong:
-            text = "\n".join(
-                _describe(rank, *results[rank], processes[rank].read_stderr()) for rank in range(world_size)
-            )
+            raise self._failure(f"ranks {wrong} of {function.__name__} failed", results, processes)
+        values = [value for _, value in results]
+        if on_gpus and dying:
+            # What a dead peer leaves in the others, such as NCCL's communicators, mustn't meet the next run.
             self.close()
-            raise RankError(f"ranks {wrong} of {function.__name__} failed\n{text}")
+            return values
         # Only now may the ranks destroy their process groups; until here, others may be in their last collective.
         for process in processes:
             with contextlib.suppress(BrokenPipeError):
                 process.pipe.send(None)
-        return [value for _, value in results]
+        if on_gpus:
+            # A rank that hangs here would otherwise fail the next test, which isn't to blame.
+            ends = self._collect(processes, _END_S)
+            if any(kind != "ended" for kind, _ in ends):
+                raise self._failure(f"ranks of {function.__name__} can't destroy their process groups", ends, processes)
+        return values
+
+    def _failure(self, title: str, results: list[tuple[str, Any]], processes: list[_Process]) -> RankError:
+        """End all processes and return the error."""
+        texts = [_describe(rank, *results[rank], process.read_stderr()) for rank, process in enumerate(processes)]
+        self.close()
+        return RankError("\n".join([title, *texts]))
 
     def close(self) -> None:
         """End all processes."""
@@ -202,11 +228,16 @@ class Ranks:
             process = None
         if process is None:
             self._started += 1
-            process = self._processes[rank] = _Process(self._folder, self._started)
+            env = self._env[rank] if self._env else {}
+            process = self._processes[rank] = _Process(self._folder, self._started, env)
         return process
 
     def _collect(self, processes: list[_Process], deadline_s: float) -> list[tuple[str, Any]]:
-        """Return each call's outcome ("returned", "raised", "killed", "exited", "hung") and its value or traceback."""
+        """Return each rank's next message: an outcome and its value or traceback.
+
+        The outcomes are "returned", "raised", "killed", "exited" and "hung"; and "ended" once a rank on a GPU has
+        destroyed its process groups.
+        """
         results: list[tuple[str, Any]] = [("hung", "")] * len(processes)
         by_pipe = {process.pipe: rank for rank, process in enumerate(processes)}
         # A process that misses its deadline prints its stacks and exits; the grace time is for that.
@@ -278,7 +309,12 @@ def work(pipe_number: int) -> None:
             pipe.send(result)
             with contextlib.suppress(EOFError):
                 pipe.recv()  # every rank has returned
+            if job.device is not None:
+                faulthandler.dump_traceback_later(_END_S, exit=True)
+                _free_graphs()
         faulthandler.cancel_dump_traceback_later()
+        if job.device is not None:
+            pipe.send(("ended", None))
 
 
 def _call(job: _Job, stack: contextlib.ExitStack) -> Any:
@@ -292,13 +328,24 @@ def _call(job: _Job, stack: contextlib.ExitStack) -> Any:
     )
     _side[:] = [side]
     stack.callback(_tear_down)
-    device = torch.device("cuda", job.rank) if "cuda" in job.backend else None
+    device = None if job.device is None else torch.device("cuda", job.device)
     if device is not None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         job.backend, store=store, rank=job.rank, world_size=job.world_size, timeout=timeout, device_id=device
     )
     return getattr(module, job.function)(*job.arguments)
+
+
+def _free_graphs() -> None:
+    """Free the CUDA graphs that the run left: NCCL destroys a communicator only after all graphs with its calls.
+
+    Inductor keeps the graphs that it recorded. Others are in cycles of references, as when an exception's traceback
+    holds the frames that hold the graph.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
 
 
 def _tear_down() -> None:

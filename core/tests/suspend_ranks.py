@@ -1,4 +1,4 @@
-"""Backends that can be suspended, with a fault that a test asks for; and what runs in the ranks for test_suspend.py."""
+"""What runs in the ranks for test_suspend.py."""
 
 from __future__ import annotations
 
@@ -15,104 +15,13 @@ import torch
 import torch.distributed as dist
 from capture_ranks import capture, events, registered
 from comm_core._control.store import store_of
-from faulty_plugins import LOG, RELEASE, Session
+from faulty_plugins import LOG, RELEASE
 from handle_ranks import Outcome, hear, meet, outcome, say
-from leaving_ranks import SHAPES, WAYS, Ending, ending, resumed
+from leaving_ranks import SHAPES, Ending, ending, resumed
+from suspendable_plugins import FAULTS, plan, raise_error
 
-#: How this process's backends fail, by the backend and the point; each fault happens once.
-FAULTS: dict[tuple[str, str], Callable[[], object]] = {}
 # How long a rank is ahead of another one, in seconds.
 _AHEAD_S = 1.0
-
-
-class Suspends(recording.Records):
-    """Serves up to 8 bytes. Its sums fail while it is suspended; its hooks exchange something."""
-
-    NBYTES = 8
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.suspended: set[str] = set()
-
-    def reach(self, point: str) -> None:
-        FAULTS.pop((self.name, point), lambda: None)()
-
-    def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
-        assert topology.one_host
-        return comm.Available(self.priority, (comm.Range("all_reduce", max_nbytes=self.NBYTES),))
-
-    def sum(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
-        assert session.id not in self.suspended
-        self.reach("sum")
-        return super().sum(session, tensor)
-
-    @comm.hookimpl
-    def suspend(self, session: recording.Recorded) -> None:
-        self.change(session, "suspend")
-        self.suspended.add(session.id)
-
-    @comm.hookimpl
-    def resume(self, session: recording.Recorded) -> None:
-        self.change(session, "resume")
-        self.suspended.remove(session.id)
-
-    def change(self, session: recording.Recorded, hook: str) -> None:
-        assert threading.current_thread() is not threading.main_thread()
-        assert (session.id in self.suspended) is (hook == "resume")
-        self.note(session, hook)
-        self.reach(hook)
-        gathered = session.control.all_gather([hook, session.rank, session.id])
-        assert gathered == [[hook, rank, session.id] for rank in range(session.world_size)]
-        self.reach(f"{hook}, later")
-
-    @comm.hookimpl
-    def check(self, session: recording.Recorded) -> None:
-        assert session.id not in self.suspended
-        self.reach("check")
-
-    @comm.hookimpl
-    def limits(self, session: recording.Recorded) -> dict[str, float]:
-        assert session.id not in self.suspended
-        return {"none": 1.0}
-
-
-class SuspendsMore(Suspends):
-    NBYTES = 128
-
-
-class Minimal:
-    """A plugin without `connect`: its session is the context."""
-
-    COMM_HOOK_API = (1, 0)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    @comm.hookimpl
-    def all_reduce(self, session: comm.GroupContext, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        out = tensor.clone() if out is None else out.copy_(tensor)
-        dist.all_reduce(out, group=session.group)
-        return out
-
-    @comm.hookimpl
-    def suspend(self, session: comm.GroupContext) -> None:
-        LOG.append(("minimal", "", f"suspend {session.control.all_gather(session.rank)}"))
-
-    @comm.hookimpl
-    def resume(self, session: comm.GroupContext) -> None:
-        LOG.append(("minimal", "", f"resume {session.control.all_gather(session.rank)}"))
-
-
-def _raise() -> None:
-    raise MemoryError("no room for 12 GiB")
-
-
-def plan(name: str, point: str, way: str, rank: int) -> None:
-    """Let a backend fail at a point on one rank; clear earlier plans."""
-    FAULTS.clear()
-    RELEASE.clear()
-    if dist.get_rank() == rank:
-        FAULTS[name, point] = {**WAYS, "raises": _raise}[way]
 
 
 def sums(backend: comm.Backend) -> list[bool]:
@@ -282,6 +191,20 @@ def checked(rank: int) -> dict[str, Any]:
     return found
 
 
+def dropped(rank: int) -> dict[str, Any]:
+    """Suspend a group of which a backend was dropped that had served calls."""
+    backend = comm.get_backend()
+    plan("first", "pre_capture_init", "raises", rank)
+    comm.pre_capture_init(**SHAPES)
+    LOG.clear()
+    comm.suspend()
+    comm.resume()
+    found: dict[str, Any] = {"verdict": backend.decision.candidate("first").verdict, "sums": sums(backend)}
+    found["events"] = events()
+    comm.close()
+    return found
+
+
 def interrupted_before_hooks(rank: int) -> dict[str, Any]:
     """One rank is interrupted before any hook runs."""
     backend = comm.get_backend()
@@ -401,7 +324,7 @@ def _blaming(hook: str, culprit: int) -> Iterator[None]:
 
     def fail_late() -> None:
         time.sleep(_AHEAD_S)
-        _raise()
+        raise_error()
 
     def blame() -> None:
         raise comm.CommTimeoutError("a peer didn't come", (culprit,))

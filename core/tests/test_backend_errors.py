@@ -299,3 +299,27 @@ def test_a_handle_explains_itself() -> None:
     assert repr(backend) == f"<comm_core.Backend 'fast' of {TITLE}>"
     assert backend.explain().startswith(f"{TITLE}: 2 ranks on one host, CPU tensors")
     assert "fast any size" in backend.explain()
+
+
+def test_a_time_out_names_the_groups_that_share_the_gpu() -> None:
+    error = comm.CommTimeoutError("rank 1 didn't come within 15 s", (1,))
+    handles = [one_backend(error=error)[0] for _ in range(3)]
+    for number, handle in enumerate(handles):
+        serving = handle._serving
+        serving.title, serving.control = f"group {number}", object()  # type: ignore[assignment]
+        serving.device = torch.device("cuda", number % 2)
+    assert handles[1]._serving.describe_other_groups() == ""
+    text = handles[0]._serving.describe_other_groups()
+    assert text.startswith(". Calls of group 2 use cuda:0, too: calls of two groups on two streams must be launched")
+    handles[2]._serving.control = None
+    handles[2]._serving.retire("it was closed")
+    assert handles[0]._serving.describe_other_groups() == ""
+
+
+def test_only_time_outs_name_other_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, named in ((comm.CommTimeoutError("late", (1,)), True), (RuntimeError("illegal address"), False)):
+        backend, _, _ = one_backend(error=error)
+        monkeypatch.setattr(backend._serving, "describe_other_groups", lambda: ". Calls of others")
+        with pytest.raises(comm.CommError) as raised:
+            backend.all_reduce(aligned(16))
+        assert (". Calls of others" in str(raised.value)) is named

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import suspend_ranks
+import suspendable_plugins
 from faulty_plugins import Good, install_kind
 from harness import DEAD
 
@@ -25,8 +26,8 @@ SUSPENDED = "is suspended. Call comm.resume(group) on all its ranks first"
 def path(tmp_path: Path) -> list[Path]:
     """Two backends that can be suspended, and one that can't."""
     return [
-        install_kind(tmp_path / "first", suspend_ranks.Suspends, "first", 300),
-        install_kind(tmp_path / "second", suspend_ranks.SuspendsMore, "second", 200),
+        install_kind(tmp_path / "first", suspendable_plugins.Suspends, "first", 300),
+        install_kind(tmp_path / "second", suspendable_plugins.SuspendsMore, "second", 200),
         install_kind(tmp_path / "third", Good, "third", 100),
     ]
 
@@ -164,6 +165,14 @@ def test_a_rank_that_doesnt_come_changes_nothing(ranks: Ranks, path: list[Path],
         assert found["sums"] == [True] * 4
 
 
+def test_a_dropped_backend_is_suspended_too(ranks: Ranks, path: list[Path]) -> None:
+    # Graphs captured before it was dropped may replay on its session.
+    for found in ranks.run(suspend_ranks.dropped, RANK, path=[path] * 2, env=LONG):
+        assert found["verdict"] == "failed"
+        assert found["sums"] == [True] * 4
+        assert found["events"] == [f"{name} {hook}" for hook in ("suspend", "resume") for name in ("first", "second")]
+
+
 def test_an_error_of_a_kernel_isnt_lost(ranks: Ranks, path: list[Path]) -> None:
     for rank, found in enumerate(ranks.run(suspend_ranks.checked, RANK, path=[path] * 2, env=LONG)):
         for kind, text, _ in (found["first"], found["second"]):
@@ -232,7 +241,7 @@ def test_a_capture_refuses_both(ranks: Ranks, path: list[Path]) -> None:
 @pytest.mark.parametrize("debug", ["0", "1"])
 @pytest.mark.parametrize("minimal", [False, True], ids=["torch.distributed", "a plugin without connect"])
 def test_any_group_can_be_suspended(ranks: Ranks, tmp_path: Path, minimal: bool, debug: str) -> None:
-    folder = install_kind(tmp_path, suspend_ranks.Minimal, "minimal", 300) if minimal else tmp_path  # type: ignore[arg-type]
+    folder = install_kind(tmp_path, suspendable_plugins.Minimal, "minimal", 300) if minimal else tmp_path  # type: ignore[arg-type]
     for found in ranks.run(suspend_ranks.simple, path=[[folder]] * 2, env=LONG | {"COMM_CORE_DEBUG": debug}):
         check_refused(found["calls"], SUSPENDED)
         assert found["sums"] == [True] * 4

@@ -11,8 +11,8 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from comm_plugin_customar_v2 import memory
 from harness import Ranks, install
+from torch.distributed import _symmetric_memory as symmetric_memory
 
 pytestmark = pytest.mark.gpus(2)
 GPUS = "cpu:gloo,cuda:nccl"
@@ -144,8 +144,8 @@ def pools(kind: str) -> int:
     with comm.capture():
         for numel in numels:
             if kind == "symmetric memory":
-                kept.append(memory.allocate(2 * numel, device))
-                x = kept[-1].tensor.view(torch.bfloat16)
+                kept.append(symmetric_memory.empty(numel, dtype=torch.bfloat16, device=device))
+                x = kept[-1]
             elif kind == "torch.cuda.MemPool":
                 kept.append(torch.cuda.MemPool())
                 with torch.cuda.use_mem_pool(kept[-1]):

@@ -153,7 +153,7 @@ def test_more_ranks(ranks: Ranks, found: list[list[Path]], world_size: int) -> N
 
 
 def test_messages_beyond_a_slot_go_in_several_launches(ranks: Ranks, found: list[list[Path]]) -> None:
-    env = {"COMM_CORE_MEMORY_BUDGET_NBYTES": str(1 << 20)}
+    env = {"COMM_CORE_MEMORY_BUDGET_NBYTES": str(2 << 20)}
     messages = ((41, 7168), (300, 1024), (17, 16384), (2, 131072))
     rows = (ROWS[0], ROWS[8], NormRow(_ANY, "twoshot_push_norm", 2, pipeline_depth=1), ROWS[-1])
     results = ranks.run(fused, messages, rows, backend=GPUS, path=found, env=env, deadline_s=200)

@@ -272,6 +272,8 @@ class CheckedCalls:
         text = f"backend {name!r} of {self._serving.title} failed in {hook}: {str(error) or type(error).__name__}"
         if isinstance(error, CaptureError):
             raise CaptureError(text) from error
+        if isinstance(error, CommTimeoutError):
+            text += self._serving.describe_other_groups()
         cause = self._serving.fail(f"{text}. This handle refuses further calls; close it and create a new group")
         # Serving engines catch the first type and retry with a smaller batch; a new group can serve it.
         if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):

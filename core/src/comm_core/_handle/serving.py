@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ __all__ = ["Serving"]
 
 # The stage that the first rank whose handle stops aborts.
 _FAILED = "failed"
+# The most groups that a time-out's text names.
+_OTHERS = 3
+# All groups' objects in this process.
+_servings: weakref.WeakSet[Serving] = weakref.WeakSet()
 # The shortest time between two looks for other ranks' failures, in seconds: a look takes a round trip to the store.
 _PEERS_CHECK_S = 1.0
 
@@ -78,6 +83,7 @@ class Serving:
         self.control = control
         self.wait_timeout_s = wait_timeout_s
         self._peers_checked_s = 0.0
+        _servings.add(self)
         self._graphs = False
         self.all_reduce_routes: Routes | CaptureRoutes
         self.fused_routes: Routes | CaptureRoutes
@@ -158,6 +164,21 @@ class Serving:
         failed = Stage(self.control, _FAILED).peek()
         if failed is not None:
             self.fail(f"{self.title}: {self._describe(failed)}. This handle refuses further calls; close it")
+
+    def describe_other_groups(self) -> str:
+        """Describe how calls of other groups on the same GPU may have caused a time-out; "" without such groups."""
+        others = sorted(
+            other.title
+            for other in list(_servings)
+            if other is not self and other.failure is None and other.device == self.device and other.control is not None
+        )
+        if not others or self.device.type != "cuda":
+            return ""
+        return (
+            f". Calls of {', '.join(others[:_OTHERS])} use {self.device}, too: calls of two groups on two streams must "
+            "be launched in the same order on all ranks, or else each rank may wait for the call that its peer hasn't "
+            "room for"
+        )
 
     def _describe(self, failed: StageAbortedError) -> str:
         label = "another rank" if failed.rank is None or self.control is None else self.control.label(failed.rank)
