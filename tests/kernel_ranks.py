@@ -224,6 +224,33 @@ def closed(name: str) -> list[int]:
     return free
 
 
+def slept(name: str, numels: tuple[int, ...]) -> list[int]:
+    """Replay graphs from before a suspension after it, three times; return the memory that each one freed, in bytes."""
+    handle = backend(name)
+    x = [torch.zeros(numel, device="cuda", dtype=torch.bfloat16) for numel in numels]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums = [handle.all_reduce(tensor) for tensor in x]
+    freed = []
+    for step in range(3):
+        for calls in range(3):  # so that the launch counters differ from the first one
+            for tensor in x:
+                tensor.fill_(step + calls + dist.get_rank())
+            graph.replay()
+            for tensor, replayed in zip(x, sums, strict=True):
+                eager = handle.all_reduce(tensor)
+                assert torch.equal(replayed, torch.full_like(tensor, total(step + calls)))
+                assert torch.equal(eager, replayed)
+        torch.cuda.synchronize()
+        before = torch.cuda.mem_get_info()[0]
+        comm.suspend()
+        freed.append(torch.cuda.mem_get_info()[0] - before)
+        comm.resume()
+    handle.check()
+    comm.close()
+    return freed
+
+
 #: Messages of two ranks that no kernel may sum: numels, and names of dtypes.
 DIFFERENT_MESSAGES = (
     ((1000, 1008), ("bfloat16", "bfloat16")),

@@ -6,14 +6,18 @@ import dataclasses
 import importlib.util
 import pkgutil
 import re
+import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import comm_core
+import torch
 from comm_core import errors, hookspecs
+from comm_core._memory.cpu import CpuMemory
 from comm_core._plugins import discovery
 from comm_core._plugins.validation import HOOKS
 from comm_core.env import PREFIX, Settings
+from test_memory import on_ranks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -58,6 +62,39 @@ def test_the_plugin_that_is_shown_loads() -> None:
     plugin = ModuleType("comm_plugin_mine")
     exec(source, vars(plugin))  # noqa: S102 - the page's own text
     assert discovery.load_object("mine", plugin).has("all_reduce")
+
+
+def test_the_backend_with_shared_memory_that_is_shown_sums_also_after_a_sleep() -> None:
+    blocks = re.findall(r"^```python\n(.+?)^```$", page("kernels.md"), re.MULTILINE | re.DOTALL)
+    (source,) = [block for block in blocks if "memory.share" in block]
+    plugin = ModuleType("comm_plugin_mine")
+    exec(source, vars(plugin))  # noqa: S102 - the page's own text
+    hooks = discovery.load_object("mine", plugin).hooks
+    both = threading.Barrier(2)
+
+    class Native:
+        """Stands for the kernel: stores the message behind the flags of the rank's buffer, and reads all buffers."""
+
+        def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor, addresses: list[int], rank: int) -> None:
+            slots = [CpuMemory().view(address + plugin.FLAGS_NBYTES, tensor.nbytes) for address in addresses]
+            assert not slots[rank].any(), "the buffer's first contents"
+            slots[rank].view(tensor.dtype).copy_(tensor)
+            both.wait(60)
+            out.copy_(sum(slot.view(tensor.dtype) for slot in slots))  # type: ignore[arg-type]
+            both.wait(60)
+
+    def work(context: comm_core.GroupContext) -> None:
+        session = hooks["connect"](None, context)
+        x = torch.full((5,), 1.0 + context.rank)
+        assert hooks["all_reduce"](session, x, None).tolist() == [3.0] * 5
+        hooks["suspend"](session)
+        context.control.barrier()
+        hooks["resume"](session)
+        assert hooks["all_reduce"](session, x, x).tolist() == [3.0] * 5
+        hooks["close"](session, True)
+
+    vars(plugin)["LIBRARY"] = SimpleNamespace(load=Native)
+    assert on_ranks(2, work) == [None] * 2
 
 
 def test_every_hook_says_in_the_specs_when_it_may_fail_and_what_then() -> None:

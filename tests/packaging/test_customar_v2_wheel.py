@@ -47,7 +47,7 @@ def installed(built: Built, build_wheel: BuildWheel, pip: Pip, tmp_path_factory:
     core = build_wheel(ROOT / "core")
     for wheel in (core, built.wheel):
         (dist / wheel.name).symlink_to(wheel)
-    fresh = Venv(folder, [*(read_metadata(core).requires or []), "apache-tvm-ffi"])
+    fresh = Venv(folder, [*(read_metadata(core).requires or []), "apache-tvm-ffi", "cuda-bindings", "numpy"])
     pip("--python", fresh.python, "install", "--no-index", "--find-links", dist, "comm-plugin-customar-v2")
     return fresh
 

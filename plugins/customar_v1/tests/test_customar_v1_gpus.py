@@ -147,6 +147,11 @@ def test_close_gives_the_memory_back(ranks: Ranks, found: list[list[Path]]) -> N
         assert free[-1] >= free[0] - (8 << 20), free
 
 
+def test_a_suspension_gives_the_memory_back_and_graphs_replay_after_it(ranks: Ranks, found: list[list[Path]]) -> None:
+    for freed in ranks.run(kernel_ranks.slept, NAME, (7, 4096, 3 << 20), backend=GPUS, path=found):
+        assert all(nbytes >= 18 << 20 for nbytes in freed), freed
+
+
 def expandable() -> None:
     """The caller's tensors are in segments of virtual memory; the backend's buffers don't come from torch."""
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
