@@ -5,6 +5,8 @@ The fixture `ranks` runs functions in real processes; see tests/harness.py.
 A test marked `@pytest.mark.gpus(2)` needs two GPUs. By default such tests skip, and the report lists them. `pytest
 --require-gpus 2` runs the tests that need up to two GPUs. That run ends at once if the machine has fewer GPUs or no GPU
 test was selected, and it fails if one of these tests, or a whole file, skips. Tests that need more GPUs still skip.
+
+`pytest --random-order` shuffles the tests across files and prints the seed, for `--random-order-seed`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool.close()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # With pytest-random-order, which is off by default: the order is shuffled across files, not within each.
+    if str(config.getoption("random_order_bucket", "")).startswith("default:"):
+        config.option.random_order_bucket = "default:global"
     # For every connection to a store, torch looks up the host name of the address. 127.0.0.1 in IPv6 notation has none,
     # and if the name server drops the query, each connection waits for the resolver's 5 seconds. A process reads this
     # variable once, at its first query.

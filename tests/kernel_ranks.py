@@ -1,14 +1,17 @@
 """Functions that test a backend of CUDA kernels on ranks with GPUs; the tests of each such plugin run them.
 
-Each function's first parameter is the backend's name. `harness.Ranks` runs it on two or more ranks, one GPU each.
+`harness.Ranks` runs those with a parameter `name`, the backend's, on two or more ranks, one GPU each. Those with a
+parameter `handle` are parts of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import comm_core as comm
@@ -66,8 +69,72 @@ def backend(name: str) -> comm.Backend:
     return handle
 
 
-def sums(name: str, sizes: tuple[int, ...]) -> int:
-    handle, rank, checked = backend(name), dist.get_rank(), 0
+@contextlib.contextmanager
+def opened(name: str, environ: Mapping[str, str] | None = None) -> Iterator[comm.Backend]:
+    """Negotiate the world's handle under these environment variables; close all handles at the end.
+
+    Raises:
+        AssertionError: the block raised; the text has the backend and the variables.
+    """
+    environ = environ or {}
+    os.environ.update(environ)
+    try:
+        handle = backend(name)
+        yield handle
+        handle.check()
+        comm.close()
+    except Exception as error:
+        raise AssertionError(f"{name}, {dict(environ)}: {type(error).__name__}: {error}") from error
+    finally:
+        for variable in environ:
+            del os.environ[variable]
+
+
+def every(
+    name: str, settings: Sequence[Mapping[str, str]], sizes: Sequence[int], replayed: Sequence[int], count: int
+) -> list[dict[str, Any]]:
+    """Check, under each of the settings, sums of all sizes and `count` replays of graphs with calls of some sizes.
+
+    Args:
+        name: the backend.
+        settings: environment variables of which the backend makes a new session each.
+        sizes: bytes.
+        replayed: bytes of the calls in graphs, one graph each.
+        count: the number of replays of each graph.
+
+    Returns:
+        For each of the settings how much was compared, and the algorithms of a small, a medium and the largest message.
+    """
+    found = []
+    for environ in settings:
+        with opened(name, environ) as handle:
+            session: Any = handle._serving.sessions[name].value
+            algorithms = [session.algorithm_of(nbytes) for nbytes in (16, 1 << 20, max(sizes))]
+            checked = sums(handle, sizes)
+            for nbytes in replayed:
+                replay(handle, nbytes // 2, count)
+        found.append({"algorithms": algorithms, "sums": checked, "replays": len(replayed) * count})
+    return found
+
+
+def check_every(
+    results: list[list[dict[str, Any]]],
+    settings: Sequence[Mapping[str, str]],
+    sizes: Sequence[int],
+    replayed: Sequence[int],
+    count: int,
+) -> None:
+    """Check what the ranks returned from `every`: everything ran, and a forced algorithm served all sizes."""
+    for found in results:
+        assert len(found) == len(settings)
+        for environ, each in zip(settings, found, strict=True):
+            assert (each["sums"], each["replays"]) == (2 * len(DTYPES) * len(sizes), len(replayed) * count)
+            (forced,) = [text.split(":")[0] for name, text in environ.items() if name.endswith("_ALGORITHM")]
+            assert not forced or each["algorithms"] == [forced] * 3, environ
+
+
+def sums(handle: comm.Backend, sizes: Sequence[int]) -> int:
+    rank, checked = dist.get_rank(), 0
     ranks = range(dist.get_world_size())
     for dtype, size in itertools.product(DTYPES, sizes):
         nbytes = size - size % dtype.itemsize
@@ -88,22 +155,11 @@ def sums(name: str, sizes: tuple[int, ...]) -> int:
     zeros = torch.zeros(4096, device="cuda", dtype=torch.bfloat16)
     assert same(handle.all_reduce(zeros), zeros)
     assert same(handle.all_reduce(-zeros), -zeros)
-    handle.check()
-    comm.close()
     return checked
 
 
-def replays(name: str, sizes: tuple[int, ...], count: int) -> int:
-    """Replay, for each size, a graph of calls between other kernels; the ranks drift apart between replays."""
-    handle = backend(name)
-    for nbytes in sizes:
-        replay(handle, nbytes // 2, count)
-    handle.check()
-    comm.close()
-    return len(sizes) * count
-
-
 def replay(handle: comm.Backend, numel: int, count: int) -> None:
+    """Replay a graph of calls between other kernels; the ranks drift apart between replays."""
     rank, size = dist.get_rank(), dist.get_world_size()
     x = torch.zeros(numel, device="cuda", dtype=torch.bfloat16)
     handle.all_reduce(x)
@@ -136,36 +192,9 @@ def total(value: Any) -> Any:
     return size * value + size * (size - 1) // 2
 
 
-def two_streams(name: str) -> None:
-    handle, rank = backend(name), dist.get_rank()
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    inputs = [torch.full((1 << 18,), value + rank, device="cuda", dtype=torch.bfloat16) for value in range(50)]
-    torch.cuda.synchronize()
-    results = []
-    for call, tensor in enumerate(inputs):
-        with torch.cuda.stream(streams[(call + rank) % 2]):
-            results.append(handle.all_reduce(tensor))
-    torch.cuda.synchronize()
-    for value, result in enumerate(results):
-        assert torch.equal(result, torch.full_like(result, total(value)))
-    comm.close()
-
-
-def refused(name: str) -> str:
-    handle = backend(name)
-    x = torch.ones(64, device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        handle.all_reduce(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
-        y = handle.all_reduce(x)
-        with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(comm.CommError) as caught:
-            handle.all_reduce(x)
-    graph.replay()
-    assert torch.equal(y, dist.get_world_size() * x)
-    return str(caught.value)
+def soak_calls() -> int:
+    """Return the number of calls of `mixed`; the variable `SOAK_CALLS` makes it larger."""
+    return int(os.environ.get("SOAK_CALLS", "5000"))
 
 
 def mixed(name: str, calls: int) -> int:
@@ -186,69 +215,33 @@ def mixed(name: str, calls: int) -> int:
     return calls
 
 
-def killed(name: str, in_a_replay: bool) -> str:
-    handle, rank = backend(name), dist.get_rank()
+def killed(name: str) -> list[str]:
+    """Rank 1 dies; the texts of the errors of the others' next call, and of a check after a replay in another group."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    eager, recorded = backend(name), comm.get_backend(dist.new_group(range(size), backend="nccl"), backends=(name,))
     x = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
-    handle.all_reduce(x)
+    for handle in (eager, recorded):
+        handle.all_reduce(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(160):
-            handle.all_reduce(x)
+            recorded.all_reduce(x)
     graph.replay()
     torch.cuda.synchronize()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    started = time.monotonic()
-    if in_a_replay:
-        graph.replay()
-    else:
-        handle.all_reduce(x)
-    torch.cuda.synchronize()
-    took_s = time.monotonic() - started
-    assert took_s < 20, took_s
-    with pytest.raises(comm.CommTimeoutError) as caught:
-        handle.check() if in_a_replay else handle.all_reduce(x)
-    assert caught.value.ranks == (1,)
-    return str(caught.value)
-
-
-def closed(name: str) -> list[int]:
-    free = []
-    for _ in range(4):
-        handle = backend(name)
-        handle.all_reduce(torch.ones(64, device="cuda"))
-        comm.close()
-        del handle
+    texts = []
+    for wait, ask in ((lambda: eager.all_reduce(x), lambda: eager.all_reduce(x)), (graph.replay, recorded.check)):
+        started = time.monotonic()
+        wait()
         torch.cuda.synchronize()
-        free.append(torch.cuda.mem_get_info()[0])
-    return free
-
-
-def slept(name: str, numels: tuple[int, ...]) -> list[int]:
-    """Replay graphs from before a suspension after it, three times; return the memory that each one freed, in bytes."""
-    handle = backend(name)
-    x = [torch.zeros(numel, device="cuda", dtype=torch.bfloat16) for numel in numels]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        sums = [handle.all_reduce(tensor) for tensor in x]
-    freed = []
-    for step in range(3):
-        for calls in range(3):  # so that the launch counters differ from the first one
-            for tensor in x:
-                tensor.fill_(step + calls + dist.get_rank())
-            graph.replay()
-            for tensor, replayed in zip(x, sums, strict=True):
-                eager = handle.all_reduce(tensor)
-                assert torch.equal(replayed, torch.full_like(tensor, total(step + calls)))
-                assert torch.equal(eager, replayed)
-        torch.cuda.synchronize()
-        before = torch.cuda.mem_get_info()[0]
-        comm.suspend()
-        freed.append(torch.cuda.mem_get_info()[0] - before)
-        comm.resume()
-    handle.check()
-    comm.close()
-    return freed
+        took_s = time.monotonic() - started
+        assert took_s < 20, took_s
+        with pytest.raises(comm.CommTimeoutError) as caught:
+            ask()
+        assert caught.value.ranks == (1,)
+        texts.append(str(caught.value))
+    return texts
 
 
 #: Messages of two ranks that no kernel may sum: numels, and names of dtypes.
@@ -261,16 +254,27 @@ DIFFERENT_MESSAGES = (
 )
 
 
-def differing(name: str, numels: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> str:
-    """Call once with this rank's own message, then with a common one; return the error's text, "" if there is none."""
-    handle = backend(name)
-    rank = dist.get_rank()
+def check_differing(results: list[list[str]]) -> None:
+    """Check what the ranks returned from `differing`: on some rank each of the messages timed out."""
+    assert all(len(texts) == len(DIFFERENT_MESSAGES) for texts in results)
+    for message, *texts in zip(DIFFERENT_MESSAGES, *results, strict=True):
+        timed_out = ["didn't come within 2 s, or called with another size or dtype" in text for text in texts]
+        assert any(timed_out), (message, texts)
+
+
+def differing(name: str) -> list[str]:
+    """For each of the messages, call with this rank's own one and then with a common one; the errors' texts or ""."""
+    return [_differing(name, numels, dtypes) for numels, dtypes in DIFFERENT_MESSAGES]
+
+
+def _differing(name: str, numels: tuple[int, int], dtypes: tuple[str, str]) -> str:
+    handle, rank = backend(name), dist.get_rank()
     common = torch.ones(64, device="cuda", dtype=torch.bfloat16)
     handle.all_reduce(common)
     torch.cuda.synchronize()
     text = ""
     try:
-        for tensor in (torch.ones(numels[rank], device="cuda", dtype=dtypes[rank]), common):
+        for tensor in (torch.ones(numels[rank], device="cuda", dtype=getattr(torch, dtypes[rank])), common):
             handle.all_reduce(tensor)
             torch.cuda.synchronize()
             handle.check()

@@ -114,3 +114,22 @@ def test_a_marker_without_a_number_is_an_error(run: pytest.Pytester, marker: str
     result = run.runpytest()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*test_it: write the marker as gpus(2)*"])
+
+
+def test_a_run_is_shuffled_across_files_only_if_asked(run: pytest.Pytester) -> None:
+    names = [f"test_{letter}{number}" for letter in "ab" for number in range(8)]
+    bodies = {f"test_{letter}": "" for letter in "ab"}
+    for name in names:
+        bodies[name[:6]] += f"def {name}():\n    pass\n"
+    run.makepyfile(**bodies)
+
+    def order(*arguments: str) -> list[str]:
+        lines = run.runpytest("-v", "-p", "no:xdist", *arguments).stdout.lines
+        return [line.split("::")[1].split()[0] for line in lines if " PASSED" in line]
+
+    assert order() == names
+    shuffled = order("--random-order", "--random-order-seed=7")
+    assert sorted(shuffled) == names
+    assert [name[:6] for name in shuffled] not in (["test_a"] * 8 + ["test_b"] * 8, ["test_b"] * 8 + ["test_a"] * 8)
+    result = run.runpytest("--random-order", "--random-order-seed=7")
+    result.stdout.fnmatch_lines(["Using --random-order-bucket=global", "Using --random-order-seed=7"])

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from comm_core._probe import nvml
 from comm_plugin_customar_v1 import policy
 from harness import DEAD, Ranks, install
-from kernel_ranks import DTYPES
 
 pytestmark = pytest.mark.gpus(2)
 NAME, GPUS = "customar_v1", "cpu:gloo,cuda:nccl"
@@ -25,6 +24,8 @@ SHAPES = (
     *("one_stage", "one_stage:vecs=4,threads=512,blocks=132", "one_stage:vecs=2,threads=32,blocks=3"),
     *("two_stage", "two_stage:vecs=4,threads=512", "two_stage:vecs=2,threads=128,blocks=77"),
 )
+SETTINGS = tuple({policy.OPTION: shape} for shape in ("", *SHAPES))
+REPLAYED = (2, 1024, 8190, 256 << 10, (6 << 20) + 14)  # bytes
 # customar_v2 unchanged, and a customar_v2 that can't connect on the second rank.
 V2 = "import comm_plugin_customar_v2 as plugin\n"
 V2_FAILS = """
@@ -56,114 +57,53 @@ def found(tmp_path: Path) -> list[list[Path]]:
     return [[install(tmp_path, NAME, "import comm_plugin_customar_v1 as plugin\n")]] * 2
 
 
-@pytest.mark.parametrize("shape", ["", *SHAPES])
-def test_sums_have_the_bits_of_the_reference(ranks: Ranks, found: list[list[Path]], shape: str) -> None:
-    env = {policy.OPTION: shape}
-    results = ranks.run(kernel_ranks.sums, NAME, SIZES, backend=GPUS, path=found, env=env, deadline_s=280)
-    assert results == [2 * len(DTYPES) * len(SIZES)] * 2
-
-
-@pytest.mark.parametrize("shape", ["one_stage", "two_stage:threads=128"])
-def test_a_message_larger_than_the_staging_goes_in_several_launches(
-    ranks: Ranks, found: list[list[Path]], shape: str
+def test_sums_and_replays_of_every_algorithm_have_the_bits_of_the_reference(
+    ranks: Ranks, found: list[list[Path]]
 ) -> None:
-    env = {policy.OPTION: shape, "COMM_CORE_MEMORY_BUDGET_NBYTES": str(2 << 20)}
+    arguments = (SETTINGS, SIZES, REPLAYED, 100)
+    results = ranks.run(kernel_ranks.every, NAME, *arguments, backend=GPUS, path=found, deadline_s=280)
+    kernel_ranks.check_every(results, *arguments)
+
+
+def test_a_message_larger_than_the_staging_goes_in_several_launches(ranks: Ranks, found: list[list[Path]]) -> None:
+    budget = {"COMM_CORE_MEMORY_BUDGET_NBYTES": str(2 << 20)}
+    settings = [{policy.OPTION: shape, **budget} for shape in ("one_stage", "two_stage:threads=128")]
     sizes = (14, 512 << 10, (512 << 10) + 2, (5 << 20) + 46, policy.MAX_NBYTES)
-    results = ranks.run(kernel_ranks.sums, NAME, sizes, backend=GPUS, path=found, env=env, deadline_s=280)
-    assert results == [2 * len(DTYPES) * len(sizes)] * 2
-
-
-@pytest.mark.parametrize("shape", ["", *SHAPES])
-def test_replays_of_a_graph(ranks: Ranks, found: list[list[Path]], shape: str) -> None:
-    sizes = (2, 1024, 8190, 256 << 10, (6 << 20) + 14)
-    env = {policy.OPTION: shape}
-    results = ranks.run(kernel_ranks.replays, NAME, sizes, 200, backend=GPUS, path=found, env=env, deadline_s=280)
-    assert results == [200 * len(sizes)] * 2
-
-
-def forced() -> list[str]:
-    handle = kernel_ranks.backend(NAME)
-    session: Any = handle._serving.sessions[NAME].value
-    algorithms = [session.algorithm_of(nbytes) for nbytes in (16, 1 << 20, policy.MAX_NBYTES)]
-    comm.close()
-    return algorithms
+    arguments = (settings, sizes, (), 0)
+    results = ranks.run(kernel_ranks.every, NAME, *arguments, backend=GPUS, path=found, deadline_s=280)
+    kernel_ranks.check_every(results, *arguments)
 
 
 @pytest.mark.gpus(4)
-@pytest.mark.parametrize("shape", ["", "one_stage", "two_stage:vecs=2"])
-def test_four_ranks(ranks: Ranks, found: list[list[Path]], shape: str) -> None:
-    job: dict[str, Any] = {"world_size": 4, "backend": GPUS, "path": found[:1] * 4}
-    job |= {"env": {policy.OPTION: shape}, "deadline_s": 280}
-    assert ranks.run(kernel_ranks.sums, NAME, SIZES, **job) == [2 * len(DTYPES) * len(SIZES)] * 4
-    sizes = (2, 8190, 256 << 10, (6 << 20) + 14)
-    assert ranks.run(kernel_ranks.replays, NAME, sizes, 50, **job) == [50 * len(sizes)] * 4
-    assert ranks.run(kernel_ranks.mixed, NAME, 2000, **job) == [2000] * 4
-
-
-@pytest.mark.parametrize("algorithm", policy.ALGORITHMS)
-def test_an_algorithm_that_is_forced_serves_every_size(ranks: Ranks, found: list[list[Path]], algorithm: str) -> None:
-    results = ranks.run(forced, backend=GPUS, path=found, env={policy.OPTION: algorithm})
-    assert results == [[algorithm] * 3] * 2
-
-
-def test_calls_on_two_streams_are_ordered(ranks: Ranks, found: list[list[Path]]) -> None:
-    ranks.run(kernel_ranks.two_streams, NAME, backend=GPUS, path=found)
-
-
-def test_a_call_beside_a_capture_that_cant_be_ordered_is_refused(ranks: Ranks, found: list[list[Path]]) -> None:
-    for text in ranks.run(kernel_ranks.refused, NAME, backend=GPUS, path=found):
-        assert "can't be ordered after it" in text
+def test_four_ranks(ranks: Ranks, found: list[list[Path]]) -> None:
+    job: dict[str, Any] = {"world_size": 4, "backend": GPUS, "path": found[:1] * 4, "deadline_s": 280}
+    settings = [{policy.OPTION: shape} for shape in ("", "one_stage", "two_stage:vecs=2")]
+    arguments = (settings, SIZES, (2, 8190, 256 << 10, (6 << 20) + 14), 50)
+    kernel_ranks.check_every(ranks.run(kernel_ranks.every, NAME, *arguments, **job), *arguments)
+    for setting in settings:
+        assert ranks.run(kernel_ranks.mixed, NAME, 2000, env=setting, **job) == [2000] * 4
 
 
 def test_mixed_calls(ranks: Ranks, found: list[list[Path]]) -> None:
-    calls = int(os.environ.get("SOAK_CALLS", "20000"))
+    calls = kernel_ranks.soak_calls()
     deadline_s = max(200, calls // 2000)
     results = ranks.run(kernel_ranks.mixed, NAME, calls, backend=GPUS, path=found, deadline_s=deadline_s)
     assert results == [calls] * 2
 
 
-@pytest.mark.parametrize("in_a_replay", [False, True])
-def test_a_killed_peer_is_named(ranks: Ranks, found: list[list[Path]], in_a_replay: bool) -> None:
+def test_a_killed_peer_is_named_after_a_call_and_after_a_replay(ranks: Ranks, found: list[list[Path]]) -> None:
     # torch.distributed's NCCL, which is connected as the fallback, would end the process.
     env = {"COMM_CORE_WAIT_TIMEOUT_S": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-    results = ranks.run(kernel_ranks.killed, NAME, in_a_replay, backend=GPUS, path=found, env=env, dying=[1])
-    assert results[1] == DEAD
-    assert "rank 1 didn't come within 2 s" in results[0]
+    texts, dead = ranks.run(kernel_ranks.killed, NAME, backend=GPUS, path=found, env=env, dying=[1])
+    assert dead == DEAD
+    assert len(texts) == 2
+    assert all("rank 1 didn't come within 2 s" in text for text in texts), texts
 
 
-@pytest.mark.parametrize(("numels", "dtypes"), kernel_ranks.DIFFERENT_MESSAGES)
-def test_ranks_that_come_with_different_messages_time_out(
-    ranks: Ranks, found: list[list[Path]], numels: tuple[int, int], dtypes: tuple[str, str]
-) -> None:
+def test_ranks_that_come_with_different_messages_time_out(ranks: Ranks, found: list[list[Path]]) -> None:
     env = {"COMM_CORE_WAIT_TIMEOUT_S": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-    types = tuple(getattr(torch, dtype) for dtype in dtypes)
-    texts = ranks.run(kernel_ranks.differing, NAME, numels, types, backend=GPUS, path=found, env=env)
-    assert any("didn't come within 2 s, or called with another size or dtype" in text for text in texts), texts
-
-
-def test_close_gives_the_memory_back(ranks: Ranks, found: list[list[Path]]) -> None:
-    for free in ranks.run(kernel_ranks.closed, NAME, backend=GPUS, path=found):
-        # Less than one of the 18 MiB buffers.
-        assert free[-1] >= free[0] - (8 << 20), free
-
-
-def test_a_suspension_gives_the_memory_back_and_graphs_replay_after_it(ranks: Ranks, found: list[list[Path]]) -> None:
-    for freed in ranks.run(kernel_ranks.slept, NAME, (7, 4096, 3 << 20), backend=GPUS, path=found):
-        assert all(nbytes >= 18 << 20 for nbytes in freed), freed
-
-
-def expandable() -> None:
-    """The caller's tensors are in segments of virtual memory; the backend's buffers don't come from torch."""
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
-    try:
-        kernel_ranks.sums(NAME, (14, 8192, (4 << 20) + 46))
-    finally:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
-        torch.cuda.empty_cache()  # a segment that is left would change a later test's topology
-
-
-def test_expandable_segments_dont_matter(ranks: Ranks, found: list[list[Path]]) -> None:
-    ranks.run(expandable, backend=GPUS, path=found)
+    results = ranks.run(kernel_ranks.differing, NAME, backend=GPUS, path=found, env=env)
+    kernel_ranks.check_differing(results)
 
 
 def wrong_data() -> dict[str, str]:
@@ -191,8 +131,9 @@ def test_wrong_data_drops_the_backend_on_all_ranks(ranks: Ranks, found: list[lis
         assert "rank 1: the driver reports peer access, but 1024 of 1024 words" in result["reason"]
 
 
-def serving(nvlink: bool) -> dict[str, Any]:
+def serving(nvlink: bool, environ: dict[str, str]) -> dict[str, Any]:
     """Which backend serves and why the others don't, after a sum and the replay of a recorded one."""
+    os.environ.update(environ)
     link = nvml._link
     if not nvlink:
 
@@ -220,34 +161,35 @@ def serving(nvlink: bool) -> dict[str, Any]:
         "text": handle.explain(),
     }
     comm.close()
+    for variable in environ:
+        del os.environ[variable]
     return found
 
 
-@pytest.mark.parametrize(
-    ("v2", "env", "nvlink", "name", "verdict", "reason"),
-    [
-        (V2, {}, True, "customar_v2", "serves", ""),
-        (V2, {"COMM_CORE_DISABLE": "customar_v2"}, True, NAME, "blocked", "COMM_CORE_DISABLE"),
-        (V2_FAILS, {}, True, NAME, "failed", "no shared memory today"),
-        (V2, {}, False, NAME, "unavailable", "have no NVLink between them"),
-    ],
+def serving_in_turn(cases: list[tuple[bool, dict[str, str]]]) -> list[dict[str, Any]]:
+    return [serving(*case) for case in cases]
+
+
+# Whether NVML reports NVLink, and variables; what serves then, the verdict on customar_v2, and the text that says why.
+SERVING = (
+    (True, {}, "customar_v2", "serves", ""),
+    (True, {"COMM_CORE_DISABLE": "customar_v2"}, NAME, "blocked", "COMM_CORE_DISABLE"),
+    (False, {}, NAME, "unavailable", "have no NVLink between them"),
 )
+FAILING = ((True, {}, NAME, "failed", "no shared memory today"),)
+
+
+@pytest.mark.parametrize(("v2", "cases"), [(V2, SERVING), (V2_FAILS, FAILING)])
 def test_it_is_never_skipped_on_the_way_from_v2_to_nccl(
-    ranks: Ranks,
-    found: list[list[Path]],
-    tmp_path: Path,
-    v2: str,
-    env: dict[str, str],
-    nvlink: bool,
-    name: str,
-    verdict: str,
-    reason: str,
+    ranks: Ranks, found: list[list[Path]], tmp_path: Path, v2: str, cases: tuple[tuple[Any, ...], ...]
 ) -> None:
     path = [[*found[0], install(tmp_path / "v2", "customar_v2", v2)]] * 2
-    results = ranks.run(serving, nvlink, backend=GPUS, path=path, env=env)
+    results = ranks.run(serving_in_turn, [case[:2] for case in cases], backend=GPUS, path=path)
     assert results[0] == results[1]
-    assert results[0]["name"] == name, results[0]["text"]
-    assert results[0]["verdicts"]["customar_v2"] == verdict
-    assert reason in results[0]["text"]
-    assert results[0]["order"][0] == name
-    assert results[0]["order"][-1] == "torch_distributed"
+    for case, result in zip(cases, results[0], strict=True):
+        *_, name, verdict, reason = case
+        assert result["name"] == name, (case, result["text"])
+        assert result["verdicts"]["customar_v2"] == verdict, case
+        assert reason in result["text"], case
+        assert result["order"][0] == name, case
+        assert result["order"][-1] == "torch_distributed", case

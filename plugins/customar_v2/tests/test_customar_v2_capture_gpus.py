@@ -11,14 +11,14 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric
 from harness import Ranks, install
-from torch.distributed import _symmetric_memory as symmetric_memory
 
 pytestmark = pytest.mark.gpus(2)
 GPUS = "cpu:gloo,cuda:nccl"
 # Elements of bf16: less than a vector; a part of the grid; odd; and large.
 NUMELS = (3, 1024, 8190, (1 << 20) + 5, 20 << 20)
-REPLAYS = 200
+REPLAYS = 100
 STEPS = range(20)
 
 Layers = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -83,15 +83,16 @@ def check_replays(
     return len(steps) * len(results)
 
 
-def replays(numels: tuple[int, ...], count: int, entered: bool) -> int:
+def replays(numels: tuple[int, ...], count: int) -> int:
     group = dist.new_group([0, 1], backend="nccl")
     handles = [handle_of(), handle_of(group)]
     layers = layers_of(*handles)
     graphs = []
-    with comm.capture() if entered else contextlib.nullcontext():
-        for numel in numels:
-            x = torch.zeros(numel, device="cuda", dtype=torch.bfloat16)
-            graphs.append((*captured(layers, x), x))
+    for around in (comm.capture, contextlib.nullcontext):
+        with around():
+            for numel in numels:
+                x = torch.zeros(numel, device="cuda", dtype=torch.bfloat16)
+                graphs.append((*captured(layers, x), x))
     compared = 0
     # Interleaved: the graphs take turns.
     for begin in range(0, count, 20):
@@ -104,38 +105,46 @@ def replays(numels: tuple[int, ...], count: int, entered: bool) -> int:
     return compared
 
 
-@pytest.mark.parametrize("entered", [True, False])
-def test_replays_of_two_groups_calls(ranks: Ranks, found: list[list[Path]], entered: bool) -> None:
-    results = ranks.run(replays, NUMELS, REPLAYS, entered, backend=GPUS, path=found, deadline_s=280)
-    assert results == [len(NUMELS) * REPLAYS * 6] * 2
+def test_replays_of_two_groups_calls(ranks: Ranks, found: list[list[Path]]) -> None:
+    results = ranks.run(replays, NUMELS, REPLAYS, backend=GPUS, path=found, deadline_s=280)
+    assert results == [2 * len(NUMELS) * REPLAYS * 6] * 2
 
 
-def raises_inside(raising: tuple[int, ...]) -> int:
-    handle, rank = handle_of(), dist.get_rank()
+def raises_inside() -> int:
+    """Both ranks raise in a capture, then one of them does; each time the next capture works."""
+    handle, rank, compared = handle_of(), dist.get_rank(), 0
     layers, x = layers_of(handle), torch.zeros(8190, device="cuda", dtype=torch.bfloat16)
-    with contextlib.suppress(KeyError, comm.CaptureError), comm.capture():
-        captured(layers, x)
-        if rank in raising:
-            raise KeyError("the model")
-    with comm.capture():
-        graph, results = captured(layers, x)
-    compared = check_replays(graph, results, layers, x)
+    for raising in ((0, 1), (1,)):
+        with contextlib.suppress(KeyError, comm.CaptureError), comm.capture():
+            captured(layers, x)
+            if rank in raising:
+                raise KeyError("the model")
+        with comm.capture():
+            graph, results = captured(layers, x)
+        compared += check_replays(graph, results, layers, x)
     handle.check()
     comm.close()
     return compared
 
 
-@pytest.mark.parametrize("raising", [(0, 1), (1,)])
-def test_an_exception_inside_and_then_a_fresh_capture(
-    ranks: Ranks, found: list[list[Path]], raising: tuple[int, ...]
-) -> None:
-    assert ranks.run(raises_inside, raising, backend=GPUS, path=found) == [len(STEPS) * 6] * 2
+def test_an_exception_inside_and_then_a_fresh_capture(ranks: Ranks, found: list[list[Path]]) -> None:
+    assert ranks.run(raises_inside, backend=GPUS, path=found) == [2 * len(STEPS) * 6] * 2
 
 
-def pools(kind: str) -> int:
-    """Inputs and graphs in memory of several kinds; the inputs of two graphs share a pool, and addresses."""
+KINDS = ("torch's allocator", "torch.cuda.MemPool", "symmetric memory")
+
+
+def pools() -> list[int]:
+    """Inputs and graphs in memory of several kinds."""
     handle = handle_of()
-    device = torch.device("cuda", torch.cuda.current_device())
+    compared = [pool_of(kind, handle) for kind in KINDS]
+    handle.check()
+    comm.close()
+    return compared
+
+
+def pool_of(kind: str, handle: comm.Backend) -> int:
+    """The inputs of two graphs share a pool, and addresses."""
     layers = layers_of(handle)
     kept: list[Any] = []
     numels = (8190, 24 << 20)  # the second in several pieces where pieces are of 2 or 20 MiB
@@ -144,8 +153,7 @@ def pools(kind: str) -> int:
     with comm.capture():
         for numel in numels:
             if kind == "symmetric memory":
-                kept.append(symmetric_memory.empty(numel, dtype=torch.bfloat16, device=device))
-                x = kept[-1]
+                x = symmetric.empty(numel, device="cuda", dtype=torch.bfloat16)
             elif kind == "torch.cuda.MemPool":
                 kept.append(torch.cuda.MemPool())
                 with torch.cuda.use_mem_pool(kept[-1]):
@@ -156,39 +164,14 @@ def pools(kind: str) -> int:
             direct = lambda x: [handle.all_reduce(x), *layers(x)]  # noqa: E731
             graphs.append((*captured(direct, x, pool), direct, x))
     compared = sum(check_replays(graph, results, direct, x) for graph, results, direct, x in graphs)
-    handle.check()
-    comm.close()
+    torch.cuda.synchronize()
     del graphs, direct, x
     kept.clear()
     return compared
 
 
-COMPARED = 2 * len(STEPS) * 7  # by `pools`
-
-
-@pytest.mark.parametrize("kind", ["torch's allocator", "torch.cuda.MemPool", "symmetric memory"])
-def test_memory_of_every_kind(ranks: Ranks, found: list[list[Path]], kind: str) -> None:
-    assert ranks.run(pools, kind, backend=GPUS, path=found) == [COMPARED] * 2
-
-
-def test_expandable_segments(tmp_path: Path, found: list[list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Read when a process first allocates, so these are processes of their own.
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.setenv(name, "expandable_segments:True")
-    expandable = Ranks(tmp_path)
-    try:
-        assert expandable.run(pools, "torch's allocator", backend=GPUS, path=found) == [COMPARED] * 2
-        assert expandable.run(by_the_name, backend=GPUS, path=found) == [True] * 2
-    finally:
-        expandable.close()
-
-
-def by_the_name() -> bool:
-    """That the ranks really allocate so."""
-    handle = handle_of()
-    found = [info.allocator for info in handle.topology.ranks] == ["expandable_segments"] * 2
-    comm.close()
-    return found
+def test_memory_of_every_kind(ranks: Ranks, found: list[list[Path]]) -> None:
+    assert ranks.run(pools, backend=GPUS, path=found) == [[2 * len(STEPS) * 7] * len(KINDS)] * 2
 
 
 def closed() -> list[int]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from comm_plugin_customar_v2.norm_policy import NormRow
 from harness import DEAD, Ranks, install
-from kernel_ranks import DTYPES, backend, same, with_a_canary
+from kernel_ranks import DTYPES, backend, same, soak_calls, with_a_canary
 
 pytestmark = pytest.mark.gpus(2)
 NAME, GPUS = "customar_v2", "cpu:gloo,cuda:nccl"
@@ -71,7 +71,7 @@ def near(norm: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def same_everywhere(tensor: torch.Tensor) -> bool:
     """Whether every rank holds the first one's bits."""
-    mine = tensor.cpu().contiguous().view(torch.uint8)
+    mine = tensor.contiguous().view(torch.uint8)
     first = mine.clone()
     dist.broadcast(first, 0)
     return torch.equal(mine, first)
@@ -263,7 +263,7 @@ def mixed(calls: int) -> int:
 
 
 def test_mixed_fused_and_plain_calls(ranks: Ranks, found: list[list[Path]]) -> None:
-    calls = int(os.environ.get("SOAK_CALLS", "20000"))
+    calls = soak_calls()
     assert ranks.run(mixed, calls, backend=GPUS, path=found, deadline_s=max(250, calls // 1000)) == [calls] * 2
 
 

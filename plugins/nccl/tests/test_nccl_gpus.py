@@ -55,7 +55,7 @@ def found(tmp_path: Path) -> Path:
     return install_entry_point(tmp_path, "comm_plugin_nccl")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def far_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Separate processes, since NCCL reads its variables once per process."""
     pool = Ranks(tmp_path_factory.mktemp("far"))
@@ -220,6 +220,9 @@ def two_streams() -> None:
     for value, result in enumerate(results):
         assert torch.equal(result, torch.full_like(result, 2 * value + 1))
     comm.close()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            assert library.current_stream_function()(torch.cuda.current_device()) == stream.cuda_stream
 
 
 def test_calls_on_two_streams_are_ordered(ranks: Ranks, found: Path) -> None:
@@ -300,7 +303,7 @@ def test_the_end_of_a_peer_beyond_a_network_raises_nccls_error(far_ranks: Ranks,
 def closed(graph_exists: bool) -> list[int]:
     free = []
     graphs = []
-    for _ in range(4):
+    for _ in range(2 if graph_exists else 4):  # `close` waits for seconds for a graph
         handle = backend()
         x = torch.ones(4096, device="cuda")
         handle.all_reduce(x)
@@ -326,13 +329,3 @@ def closed(graph_exists: bool) -> list[int]:
 def test_close_gives_the_memory_back(ranks: Ranks, found: Path, graph_exists: bool) -> None:
     for free in ranks.run(closed, graph_exists, backend=GPUS, path=[[found]] * 2, deadline_s=200):
         assert graph_exists or free[-1] >= free[0] - (64 << 20), free
-
-
-def current_stream() -> bool:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        return library.current_stream_function()(torch.cuda.current_device()) == stream.cuda_stream
-
-
-def test_the_current_stream(ranks: Ranks, found: Path) -> None:
-    assert ranks.run(current_stream, backend=GPUS, path=[[found]] * 2) == [True, True]
