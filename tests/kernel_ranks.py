@@ -11,7 +11,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comm_core as comm
@@ -215,25 +215,43 @@ def mixed(name: str, calls: int) -> int:
     return calls
 
 
-def killed(name: str) -> list[str]:
-    """Rank 1 dies; the texts of the errors of the others' next call, and of a check after a replay in another group."""
+def killed(name: str, fused: bool = False) -> list[str]:
+    """Rank 1 dies; the texts of the errors of the others' next calls, each in a group of its own.
+
+    Args:
+        name: the backend.
+        fused: whether it also serves the fused operation, which is then called third.
+
+    Returns:
+        The text after a call, that of a check after a replay, and that after a fused call.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
-    eager, recorded = backend(name), comm.get_backend(dist.new_group(range(size), backend="nccl"), backends=(name,))
-    x = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
-    for handle in (eager, recorded):
-        handle.all_reduce(x)
+    others = [dist.new_group(range(size), backend="nccl") for _ in range(1 + fused)]
+    handles = [backend(name), *(comm.get_backend(group, backends=(name,)) for group in others)]
+    x = torch.ones((8, 4096), device="cuda", dtype=torch.bfloat16)
+    weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
+    steps: list[tuple[Callable[[], object], Callable[[], object]]] = []
+
+    def step(call: Callable[[], object], ask: Callable[[], object] | None = None) -> None:
+        call()
+        torch.cuda.synchronize()
+        steps.append((call, ask or call))
+
+    step(lambda: handles[0].all_reduce(x))
+    handles[1].all_reduce(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(160):
-            recorded.all_reduce(x)
-    graph.replay()
-    torch.cuda.synchronize()
+            handles[1].all_reduce(x)
+    step(graph.replay, handles[1].check)
+    if fused:
+        step(lambda: handles[2].all_reduce_add_rms_norm(x, x, weight, 0.1))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     texts = []
-    for wait, ask in ((lambda: eager.all_reduce(x), lambda: eager.all_reduce(x)), (graph.replay, recorded.check)):
+    for call, ask in steps:
         started = time.monotonic()
-        wait()
+        call()
         torch.cuda.synchronize()
         took_s = time.monotonic() - started
         assert took_s < 20, took_s

@@ -55,12 +55,12 @@ def test_mixed_calls(ranks: Ranks, found: list[list[Path]]) -> None:
     assert results == [calls] * 2
 
 
-def test_a_killed_peer_is_named_after_a_call_and_after_a_replay(ranks: Ranks, found: list[list[Path]]) -> None:
+def test_a_killed_peer_is_named_after_a_call_a_replay_and_a_fused_call(ranks: Ranks, found: list[list[Path]]) -> None:
     # NCCL at the route's end would take the process with it.
     env = {"COMM_CORE_WAIT_TIMEOUT_S": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-    texts, dead = ranks.run(kernel_ranks.killed, NAME, backend=GPUS, path=found, env=env, dying=[1])
+    texts, dead = ranks.run(kernel_ranks.killed, NAME, True, backend=GPUS, path=found, env=env, dying=[1])
     assert dead == DEAD
-    assert len(texts) == 2
+    assert len(texts) == 3
     assert all("rank 1 didn't come within 2 s" in text for text in texts), texts
 
 
