@@ -1,0 +1,338 @@
+"""What a rank does in a conformance test: the functions that `Kit.run` runs in real processes.
+
+Each has the backend's name as its first parameter, and raises `AssertionError` with the broken rule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import comm_core as comm
+from comm_core._testing import inputs
+from comm_core._testing.inputs import largest_error, make_inputs, make_integers, sizes_of, sum_exactly
+
+# After so many handles, the process has loaded and cached all that it keeps.
+_WARM_HANDLES = 3
+_OP = "all_reduce"
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Negotiate a group, and return the outcome for the backend."""
+    try:
+        backend = comm.get_backend()
+    except comm.CommError as error:
+        return {"verdict": "failed", "reason": str(error), "decision": None}
+    candidate = backend.decision.candidate(name)
+    outcome = {
+        "verdict": "absent" if candidate is None else candidate.verdict,
+        "reason": "" if candidate is None else candidate.reason,
+        "modes": sorted({mode for mode, *_ in _cells(backend, name, _OP)}),
+        "fused": bool(list(_cells(backend, name, "all_reduce_add_rms_norm"))),
+        "hooks": sorted(_hooks(backend, name)),
+    }
+    comm.close()
+    return outcome
+
+
+def _hooks(backend: comm.Backend, name: str) -> list[str]:
+    session = backend._serving.sessions.get(name)
+    return [] if session is None else list(session.plugin.hooks)
+
+
+def _cells(
+    backend: comm.Backend, name: str, op: str
+) -> Iterator[tuple[str, torch.device, torch.dtype, tuple[Any, ...]]]:
+    """Yield the modes, devices and dtypes of which the backend serves some message, with their rules."""
+    for route in backend.decision.routes:
+        if route.op == op and any(rule.backend == name for rule in route.rules):
+            device = backend.device if route.device_type == backend.device.type else torch.device(route.device_type)
+            yield route.mode, device, getattr(torch, route.dtype), route.rules
+
+
+def _eager_cells(
+    backend: comm.Backend, name: str, most_nbytes: int = inputs.SMALL_NBYTES
+) -> Iterator[tuple[torch.device, torch.dtype, list[int]]]:
+    for mode, device, dtype, rules in _cells(backend, name, _OP):
+        sizes = sizes_of(rules, name, dtype.itemsize, most_nbytes)
+        if mode == "eager" and sizes:
+            yield device, dtype, sizes
+
+
+@contextlib.contextmanager
+def _handle(name: str, group: dist.ProcessGroup | None = None) -> Iterator[comm.Backend]:
+    """Get a handle that the backend serves, check it, and close it."""
+    backend = comm.get_backend(group, backends=(name,))
+    yield backend
+    _synchronize(backend)
+    backend.check()
+    comm.close(group)
+
+
+def _synchronize(backend: comm.Backend) -> None:
+    if backend.device.type == "cuda":
+        torch.cuda.synchronize(backend.device)
+
+
+def _members(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def sums_are_near_the_reference(name: str) -> int:
+    rank, world_size = _members(None)
+    checked = 0
+    with _handle(name) as backend:
+        for device, dtype, sizes in _eager_cells(backend, name, 1 << 17):
+            for numel in sizes:
+                every = [make_inputs(r, numel, dtype) for r in range(world_size)]
+                result = backend.all_reduce(every[rank].to(device, copy=True))
+                error = largest_error(result, every)
+                assert error <= 1, f"{numel} elements of {dtype} on {device}: {error:.3g} times the error of rounding"
+                checked += 1
+    return checked
+
+
+def integers_are_exact(name: str) -> int:
+    rank, world_size = _members(None)
+    checked = 0
+    with _handle(name) as backend:
+        for device, dtype, sizes in _eager_cells(backend, name):
+            for numel in sizes:
+                every = [make_integers(r, world_size, numel, dtype) for r in range(world_size)]
+                result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
+                wrong = (result != sum_exactly(every).to(dtype)).nonzero().flatten()
+                assert not len(wrong), (
+                    f"{numel} elements of {dtype} on {device}: {len(wrong)} are wrong, the first at {wrong[0]}"
+                )
+                checked += 1
+    return checked
+
+
+def outputs_go_where_they_should(name: str) -> None:
+    """The input is kept unless it is the output; nothing beyond the output is written."""
+    rank, world_size = _members(None)
+    with _handle(name) as backend:
+        for device, dtype, sizes in _eager_cells(backend, name, 1 << 20):
+            for numel in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
+                every = [make_integers(r, world_size, numel, dtype) for r in range(world_size)]
+                expected = sum_exactly(every).to(dtype)
+                what = f"{numel} elements of {dtype} on {device}"
+                mine = every[rank].to(device, copy=True)
+                result = backend.all_reduce(mine)
+                assert torch.equal(mine.cpu(), every[rank]), f"{what}: the input changed"
+                assert result.data_ptr() != mine.data_ptr(), f"{what}: the result is the input"
+                guard = 64
+                room = torch.full((numel + guard,), 77, device=device, dtype=dtype)
+                out = room[:numel]
+                assert backend.all_reduce(mine, out=out) is out, f"{what}: `out` isn't returned"
+                assert torch.equal(out.cpu(), expected), f"{what}: `out` has a wrong sum"
+                assert bool((room[numel:] == 77).all()), f"{what}: memory behind `out` was written"
+                assert torch.equal(mine.cpu(), every[rank]), f"{what}: the input changed in a call with `out`"
+                room[:numel] = mine
+                assert backend.all_reduce(out, out=out) is out, f"{what}: in place, `out` isn't returned"
+                assert torch.equal(out.cpu(), expected), f"{what}: in place, the sum is wrong"
+                assert bool((room[numel:] == 77).all()), f"{what}: in place, memory behind the tensor was written"
+
+
+def any_layout_is_summed(name: str) -> None:
+    """Core stages what kernels can't take; the backend sees the copy, and the caller its own tensor's shape."""
+    rank, world_size = _members(None)
+    with _handle(name) as backend:
+        for device, dtype, sizes in _eager_cells(backend, name, 1 << 16):
+            numel = sizes[-1]
+            flat = [make_integers(r, world_size, 2 * numel + 1, dtype) for r in range(world_size)]
+            total = sum_exactly(flat).to(dtype)
+            for what, part in (("strided", slice(0, 2 * numel, 2)), ("misaligned", slice(1, 1 + numel))):
+                result = backend.all_reduce(flat[rank].to(device)[part])
+                assert torch.equal(result.cpu(), total[part]), f"a {what} tensor of {dtype} on {device}: a wrong sum"
+            empty = backend.all_reduce(torch.empty(0, 3, device=device, dtype=dtype))
+            assert empty.shape == (0, 3), f"an empty tensor of {dtype} on {device}: its shape became {empty.shape}"
+
+
+def results(name: str, most_nbytes: int) -> list[tuple[str, bytes]]:
+    """Return a digest of each result's bits; two runs, and all ranks, can be compared."""
+    import hashlib
+
+    rank, _ = _members(None)
+    found = []
+    with _handle(name) as backend:
+        for device, dtype, sizes in _eager_cells(backend, name, most_nbytes):
+            for numel in sizes[::3]:
+                result = backend.all_reduce(make_inputs(rank, numel, dtype).to(device)).cpu()
+                digest = hashlib.sha256(bytes(result.view(torch.uint8).tolist())).digest()
+                found.append((f"{numel} elements of {dtype} on {device}", digest))
+    return found
+
+
+def many_calls(name: str, count: int) -> None:
+    """Calls of changing sizes without waiting between them; ranks that come late, in turn."""
+    rank, world_size = _members(None)
+    with _handle(name) as backend:
+        cells = list(_eager_cells(backend, name, 1 << 18))
+        kept = []
+        for call in range(count):
+            device, dtype, sizes = cells[call % len(cells)]
+            numel = sizes[(7 * call) % len(sizes)]
+            every = [make_integers(r, world_size, numel, dtype, call) for r in range(world_size)]
+            if call % 50 == rank:
+                time.sleep(0.002 * (call % 7))
+            kept.append((call, every, backend.all_reduce(every[rank].to(device, copy=True))))
+            if len(kept) == 20 or call == count - 1:
+                for number, terms, result in kept:
+                    expected = sum_exactly(terms).to(result.dtype)
+                    assert torch.equal(result.cpu(), expected), f"call {number}, of {expected.numel()} elements"
+                kept.clear()
+
+
+def groups_dont_mix(name: str) -> None:
+    """Two groups of all ranks, their calls alternating, and values that differ between the groups."""
+    rank, world_size = _members(None)
+    kind = dist.get_backend_config()
+    second = dist.new_group(range(world_size), backend=str(kind))
+    with _handle(name) as one, _handle(name, second) as other:
+        for call in range(30):
+            for salt, backend in enumerate((one, other) if call % 2 else (other, one)):
+                for device, dtype, sizes in itertools.islice(_eager_cells(backend, name, 1 << 14), 2):
+                    numel = sizes[call % len(sizes)]
+                    every = [make_integers(r, world_size, numel, dtype, salt + call) for r in range(world_size)]
+                    result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
+                    assert torch.equal(result, sum_exactly(every).to(dtype)), f"call {call} of group {salt}"
+
+
+def sub_groups_are_served(name: str) -> list[str]:
+    """Groups that leave out the first rank, and then the last; a group of their own for those that are left out."""
+    rank, world_size = _members(None)
+    kind = str(dist.get_backend_config())
+    served = []
+    for members in (range(1, world_size), range(world_size - 1)):
+        group = dist.new_group(list(members), backend=kind)
+        if rank in members:
+            backend = comm.get_backend(group)
+            for device, dtype, sizes in _eager_cells(backend, name, 1 << 16):
+                for numel in sizes[:: max(1, len(sizes) // 4)]:
+                    every = [make_integers(member, world_size, numel, dtype) for member in members]
+                    result = backend.all_reduce(every[members.index(rank)].to(device, copy=True)).cpu()
+                    assert torch.equal(result, sum_exactly(every).to(dtype)), f"ranks {list(members)}, {numel} elements"
+                    served.append(f"{list(members)}")
+            comm.close(group)
+        dist.barrier()
+    return served
+
+
+def preparing_is_repeatable(name: str) -> None:
+    """`pre_capture_init` twice for one shape, then for larger ones; earlier shapes stay served."""
+    rank, world_size = _members(None)
+    with _handle(name) as backend:
+        for max_tokens in (4, 4, 16, 64):
+            comm.pre_capture_init(max_tokens=max_tokens, hidden_size=64, dtype=torch.float32)
+            candidate = backend.decision.candidate(name)
+            assert candidate is not None
+            assert candidate.verdict != "failed", f"{max_tokens} tokens: {candidate.reason}"
+            for tokens in (1, 4):
+                every = [make_integers(r, world_size, tokens * 64, torch.float32) for r in range(world_size)]
+                mine = every[rank].view(tokens, 64).to(backend.device)
+                result = backend.all_reduce(mine).cpu().flatten()
+                assert torch.equal(result, sum_exactly(every).float()), f"{tokens} tokens after {max_tokens}"
+
+
+def open_and_close(name: str, count: int) -> list[dict[str, int]]:
+    """Get and close handles; return what the process holds after each."""
+    rank, world_size = _members(None)
+    held = []
+    for _ in range(_WARM_HANDLES + count):
+        with _handle(name) as backend:
+            for device, dtype, sizes in itertools.islice(_eager_cells(backend, name, 1 << 16), 1):
+                every = [make_integers(r, world_size, sizes[-1], dtype) for r in range(world_size)]
+                assert torch.equal(
+                    backend.all_reduce(every[rank].to(device, copy=True)).cpu(), sum_exactly(every).to(dtype)
+                )
+        del backend
+        gc.collect()
+        dist.barrier()
+        held.append(_held())
+    comm.close()  # a second close does nothing
+    return held[_WARM_HANDLES - 1 :]
+
+
+def _held() -> dict[str, int]:
+    found = {
+        "open descriptors": len(list(Path("/proc/self/fd").iterdir())),
+        "threads": threading.active_count(),
+        "shared mappings": sum(line.split()[1][3] == "s" for line in Path("/proc/self/maps").read_text().splitlines()),
+        "segments in /dev/shm": len(list(Path("/dev/shm").iterdir())),  # noqa: S108 - only counted
+    }
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        found["MiB of GPU memory"] = -(torch.cuda.mem_get_info()[0] >> 20)
+    return found
+
+
+def suspended_and_resumed(name: str) -> None:
+    rank, world_size = _members(None)
+    with _handle(name) as backend:
+        device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
+        every = [make_integers(r, world_size, sizes[-1], dtype) for r in range(world_size)]
+        for _ in range(3):
+            comm.suspend()
+            try:
+                backend.all_reduce(every[rank].to(device, copy=True))
+            except comm.CommError:
+                pass
+            else:
+                raise AssertionError("a call between suspend and resume didn't raise")
+            comm.resume()
+            for _ in range(3):
+                result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
+                assert torch.equal(result, sum_exactly(every).to(dtype)), "a wrong sum after resume"
+
+
+def a_peer_is_killed(name: str) -> tuple[str, str, float]:
+    """The last rank dies; the others' next call must raise within the wait's limit."""
+    rank, world_size = _members(None)
+    backend = comm.get_backend(backends=(name,))
+    device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
+    x = torch.ones(sizes[-1], device=device, dtype=dtype)
+    backend.all_reduce(x)
+    _synchronize(backend)
+    if rank == world_size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        for _ in range(3):
+            backend.all_reduce(x)
+            _synchronize(backend)
+            backend.check()
+    except comm.CommError as error:
+        outcome = (type(error).__name__, str(error), time.monotonic() - start)
+    else:
+        raise AssertionError("calls without the killed rank returned")
+    try:
+        backend.all_reduce(x)
+    except comm.CommError:
+        return outcome
+    raise AssertionError("a call after the failure returned")
+
+
+def a_rank_is_slow(name: str, delay_s: float) -> None:
+    """Each rank in turn comes late by less than the wait's limit."""
+    rank, world_size = _members(None)
+    with _handle(name) as backend:
+        device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
+        every = [make_integers(r, world_size, sizes[-1], dtype) for r in range(world_size)]
+        for late in range(world_size):
+            if rank == late:
+                time.sleep(delay_s)
+            result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
+            assert torch.equal(result, sum_exactly(every).to(dtype)), f"rank {late} came late by {delay_s} s"

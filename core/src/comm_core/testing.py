@@ -1,0 +1,163 @@
+"""The conformance kit: tests that a backend plugin keeps the contract of `comm_core.hookspecs`.
+
+```python
+from comm_core.testing import BackendConformance
+
+
+class TestMine(BackendConformance):
+    backend = "mine"
+```
+
+pytest runs the standard tests in real processes, the ranks of groups on this machine: on its GPUs if there are enough
+for the group, else on CPUs. Tests of a group that the backend says it can't serve here are skipped, with its reason.
+
+Requires the extra `testing` of comm-core, and the plugin installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from comm_core._testing import cases
+from comm_core._testing.kit import WAIT_TIMEOUT_S, Kit
+from comm_core._testing.ranks import DEAD
+
+__all__ = ["BackendConformance"]
+
+
+class BackendConformance:
+    """The standard tests of a backend; subclass it, and name the backend.
+
+    A standard test can't be left out or replaced: a subclass that defines one must mark it with
+    `pytest.mark.xfail(reason=...)`, which pytest's report lists (`pytest -rx`), and call it by `super()`.
+
+    Attributes:
+        backend: the name of the installed backend.
+        world_sizes: the sizes of the groups in which sums are tested.
+        repeatable: whether the backend promises the same bits for the same inputs.
+        equal_bits: whether the backend promises the same bits on all ranks.
+        path: folders in which the ranks find the backend instead of this environment's; for the kit's own tests.
+
+    Raises:
+        TypeError: on definition of a subclass that has no `backend`, or that replaces a standard test.
+    """
+
+    backend: ClassVar[str]
+    world_sizes: ClassVar[tuple[int, ...]] = (2, 3)
+    repeatable: ClassVar[bool] = False
+    equal_bits: ClassVar[bool] = False
+    path: ClassVar[Sequence[Path] | None] = None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Refuse a subclass that leaves standard tests out."""
+        super().__init_subclass__(**keywords)
+        if not isinstance(getattr(cls, "backend", None), str):
+            raise TypeError(f'{cls.__name__} names no backend: set backend = "..."')
+        for name, test in vars(cls).items():
+            if name in vars(BackendConformance) and name.startswith("test_") and not _may_fail(test):
+                raise TypeError(
+                    f"{cls.__name__}.{name} replaces a standard test. To say that the backend can't keep this rule yet, "
+                    f"mark it with pytest.mark.xfail(reason=...) and call super().{name}"
+                )
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def kit(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
+        """The processes of the class's tests."""
+        kit = Kit(cls.backend, tmp_path_factory.mktemp("ranks"), cls.path)
+        yield kit
+        kit.close()
+
+    def test_it_serves_a_group_or_says_why_not(self, kit: Kit) -> None:
+        """A group of two: the backend serves it, or its `is_available` refuses it; it doesn't fail."""
+        outcome = kit.describe(2)
+        assert outcome["verdict"] != "absent", f"'{self.backend}' isn't installed, or can't be loaded: comm-core doctor"
+        assert outcome["verdict"] in ("serves", "unavailable"), f"{outcome['verdict']}: {outcome['reason']}"
+
+    def test_sums_are_as_near_as_rounding_allows(self, kit: Kit) -> None:
+        """Random numbers of every dtype, at sizes around the edges of every range and odd ones, against float64."""
+        for world_size in self.world_sizes:
+            assert min(kit.run(cases.sums_are_near_the_reference, world_size=world_size)) > 0
+
+    def test_integers_are_summed_exactly(self, kit: Kit) -> None:
+        """Integers that differ between all ranks and places, as an off-by-one at the end would show."""
+        for world_size in self.world_sizes:
+            assert min(kit.run(cases.integers_are_exact, world_size=world_size)) > 0
+
+    def test_inputs_are_kept_and_only_outputs_written(self, kit: Kit) -> None:
+        """Without `out`, with `out`, and in place."""
+        kit.run(cases.outputs_go_where_they_should)
+
+    def test_tensors_of_any_layout_are_summed(self, kit: Kit) -> None:
+        """Strided, misaligned and empty tensors."""
+        kit.run(cases.any_layout_is_summed)
+
+    def test_a_rerun_gives_the_same_bits(self, kit: Kit) -> None:
+        """If `repeatable`: two runs with the same inputs."""
+        self._require(self.repeatable, "repeatable")
+        for first, second in zip(*(kit.run(cases.results, 1 << 18) for _ in range(2)), strict=True):
+            assert [what for (what, bits), (_, others) in zip(first, second, strict=True) if bits != others] == []
+
+    def test_all_ranks_get_the_same_bits(self, kit: Kit) -> None:
+        """If `equal_bits`: the results of all ranks."""
+        self._require(self.equal_bits, "equal_bits")
+        for world_size in self.world_sizes:
+            first, *others = kit.run(cases.results, 1 << 18, world_size=world_size)
+            for other in others:
+                assert [what for (what, bits), (_, theirs) in zip(first, other, strict=True) if bits != theirs] == []
+
+    def test_many_calls_in_a_row_are_right(self, kit: Kit) -> None:
+        """Calls of changing sizes, without a pause; the ranks drift apart."""
+        kit.run(cases.many_calls, 400)
+
+    def test_a_rank_that_comes_late_is_waited_for(self, kit: Kit) -> None:
+        """A delay below the wait's limit changes nothing."""
+        kit.run(cases.a_rank_is_slow, 0.5)
+
+    def test_two_groups_dont_mix(self, kit: Kit) -> None:
+        """Alternating calls in two groups of the same ranks."""
+        kit.run(cases.groups_dont_mix)
+
+    def test_sub_groups_are_served(self, kit: Kit) -> None:
+        """Groups that leave out the first or the last of three ranks."""
+        results = kit.run(cases.sub_groups_are_served, world_size=3)
+        assert all(results), results
+
+    def test_preparing_again_and_for_larger_shapes_works(self, kit: Kit) -> None:
+        """`comm.pre_capture_init` for one shape twice, then for larger ones."""
+        kit.run(cases.preparing_is_repeatable)
+
+    def test_closed_groups_leave_nothing(self, kit: Kit) -> None:
+        """Descriptors, threads, shared mappings, segments and GPU memory, over six handles; `close` twice."""
+        for held in kit.run(cases.open_and_close, 6):
+            before, *_, after = held
+            # Each of the six would add one; other programs may add a segment.
+            grown = {what: [step[what] for step in held] for what in before if after[what] - before[what] >= 6}
+            assert not grown, f"left behind by closed groups: {grown}"
+
+    def test_suspended_groups_resume(self, kit: Kit) -> None:
+        """If the backend has the hooks `suspend` and `resume`: three times, with right sums afterwards."""
+        self._require("suspend" in kit.describe(2).get("hooks", ()), "the hooks suspend and resume")
+        kit.run(cases.suspended_and_resumed)
+
+    def test_a_killed_rank_ends_the_others_calls(self, kit: Kit) -> None:
+        """The peers of a process that died get an error within the wait's limit, and so does every later call."""
+        results = kit.run(cases.a_peer_is_killed, world_size=2, dying=[1])
+        kind, text, waited_s = results[0]
+        assert results[1] == DEAD
+        assert waited_s < WAIT_TIMEOUT_S + 60, f"{kind} came after {waited_s:.0f} s: {text}"
+
+    def _require(self, condition: bool, claim: str) -> None:
+        """Skip a test of something that the backend doesn't claim."""
+        if not condition:
+            pytest.skip(f"'{self.backend}' doesn't claim this: {claim}")
+
+
+def _may_fail(test: Callable[..., Any] | None) -> bool:
+    """Return whether a test is marked as one that may fail, with a reason."""
+    marks = getattr(test, "pytestmark", [])
+    return any(mark.name == "xfail" and mark.kwargs.get("reason") for mark in marks)
