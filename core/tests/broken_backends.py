@@ -18,8 +18,10 @@ class Session:
         self.context, self.group, self.rank = context, context.group, context.rank
         self.calls = self.prepared = 0
         self.lost = False
+        NUMBER[0] += 1
+        self.number = NUMBER[0]
 
-LAST, TURNS, KEPT = [None, None], [0], []
+NUMBER, LAST, TURNS, KEPT = [0], [None, None], [0], []
 
 class Plugin:
     COMM_HOOK_API = (1, 0)
@@ -77,12 +79,11 @@ def _broken(*tests: str, **lines: str) -> Broken:
     return Broken(frozenset(tests), **lines)
 
 
-SERVES, KEPT, LEFT = (
-    "it_serves_a_group_or_says_why_not",
-    "inputs_are_kept_and_only_outputs_written",
-    "closed_groups_leave_nothing",
-)
+SERVES, LEFT = "it_serves_a_group_or_says_why_not", "closed_groups_leave_nothing"
+KEPT = "inputs_are_kept_and_only_outputs_written"
 SUMS, INTEGERS = "sums_are_as_near_as_rounding_allows", "integers_are_summed_exactly"
+# Changes what isn't an integer: the admission test sums integers.
+_FRACTIONS = "x = torch.where(x != x.round(), {}, x) if x.is_floating_point() else x"
 _SUSPEND = """
     @comm.hookimpl
     def suspend(self, session):
@@ -96,9 +97,10 @@ _SUSPEND = """
 BROKEN = {
     "wrong_on_one_rank": _broken(SERVES, all_reduce="x.view(-1)[-1] += session.rank"),
     "raises_in_connect": _broken(SERVES, connect="if session.rank: raise RuntimeError('no room on this rank')"),
-    "rounds_too_early": _broken(SUMS, all_reduce="x = x.bfloat16().to(x.dtype) if x.is_floating_point() else x"),
+    "rounds_too_early": _broken(SERVES, all_reduce="x = x.bfloat16().to(x.dtype) if x.is_floating_point() else x"),
+    "loses_precision": _broken(SUMS, all_reduce=_FRACTIONS.format("x * (1 + 2e-6)")),
     "off_by_one_at_one_size": _broken(
-        INTEGERS, SUMS, all_reduce="if numel == 250: x.view(-1)[-1] = tensor.view(-1)[-1]"
+        *(INTEGERS, SUMS), all_reduce="if numel == 250: x.view(-1)[-1] = tensor.view(-1)[-1]"
     ),
     "refuses_a_size_in_its_range": _broken(
         INTEGERS, SUMS, all_reduce="if numel == 250: raise ValueError('an odd size')"
@@ -111,13 +113,10 @@ BROKEN = {
         "out.as_strided((numel + 1,), (1,))[-1] = 0",
     ),
     "other_bits_in_a_rerun": _broken(
-        "a_rerun_gives_the_same_bits",
-        all_reduce="x = torch.where(x != x.round(), x * (1 + 2e-7 * (id(session) // 64 % 2 + dist.get_rank() * 0)), x)"
-        " if x.is_floating_point() else x",
+        "a_rerun_gives_the_same_bits", all_reduce=_FRACTIONS.format("x * (1 + 1.2e-7 * (session.number % 2))")
     ),
     "other_bits_on_other_ranks": _broken(
-        "all_ranks_get_the_same_bits",
-        all_reduce="x = torch.where(x != x.round(), x * (1 + 1.2e-7 * session.rank), x) if x.is_floating_point() else x",
+        "all_ranks_get_the_same_bits", all_reduce=_FRACTIONS.format("x * (1 + 1.2e-7 * session.rank)")
     ),
     "wrong_after_300_calls": _broken("many_calls_in_a_row_are_right", all_reduce="if session.calls > 300: x.zero_()"),
     "impatient": _broken(

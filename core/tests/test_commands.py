@@ -100,7 +100,7 @@ def test_commands_are_listed_by_their_summary_and_not_imported(
     assert err == ""
     assert "greet 100% of what greet does" in out
     assert "broken 100% of what broken does" in out
-    assert all(name in out for name in ("demo", "doctor", "explain"))
+    assert all(name in out for name in ("check", "demo", "doctor", "explain", "new"))
     assert cli.main(["doctor"]) in (0, 1)
     assert not {"third_party_listed", "third_party_unlisted"} & set(sys.modules)
 

@@ -12,10 +12,11 @@ import pytest
 from comm_core import cli
 from comm_core._plugins import discovery
 from comm_core._probe.rank import Sources
+from comm_core._topologies import load_topologies
 from comm_core.cli._report import PluginLine, Report, diagnose, render, to_json
 from comm_core.cli.doctor import collect
 from comm_core.env import Settings
-from comm_core.topology import Device, Host, Link, Topology
+from comm_core.topology import Device, Host, Link
 from fake_nvml import UUIDS, FakeNvml
 
 ROOM = 8 << 30
@@ -151,8 +152,7 @@ def test_what_other_software_says_is_printed_without_its_control_characters() ->
 
 
 def test_the_link_matrix() -> None:
-    path = Path(__file__).parent / "topologies/dgx-h100.json"
-    ranks = Topology.from_json(json.loads(path.read_text(encoding="utf-8"))).ranks
+    ranks = load_topologies()["dgx-h100"].ranks
     devices = [info.device for info in ranks if info.device is not None]
     refused = Link(nvlinks=0, p2p=False, reason="NVML: P2P_STATUS_CHIPSET_NOT_SUPPORTED")
     changed = {devices[1].uuid: refused, devices[2].uuid: Link(nvlinks=0, p2p=True), devices[3].uuid: Link()}

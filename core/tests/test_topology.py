@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from comm_core._schema import printable
+from comm_core._topologies import load_topologies
 from comm_core.topology import SCHEMA, Device, Host, Link, RankInfo, Topology
 from hypothesis import given
 from hypothesis import strategies as st
-
-RECORDED = sorted((Path(__file__).parent / "topologies").glob("*.json"))
 
 # Others become printable: see test_control_characters_from_another_rank_are_replaced.
 texts = st.text(max_size=12).map(printable)
@@ -51,8 +49,7 @@ topologies = st.builds(
 
 
 def recorded(name: str) -> Topology:
-    path = next(path for path in RECORDED if path.stem == name)
-    return Topology.from_json(json.loads(path.read_text(encoding="utf-8")))
+    return load_topologies()[name]
 
 
 @given(topologies)
@@ -116,5 +113,8 @@ def test_a_link_that_one_side_alone_reports_counts() -> None:
     assert topology.link(0, 1) == topology.link(1, 0) == seen
 
 
-def test_what_is_recorded_is_what_is_tested() -> None:
-    assert [path.stem for path in RECORDED] == ["cpus-one-host", "dgx-h100", "two-hosts-of-4", "two-pcie-p2p"]
+def test_core_brings_recorded_machines_and_groups_of_cpus() -> None:
+    sizes = {name: topology.world_size for name, topology in load_topologies().items()}
+    recorded_sizes = {"cpus-one-host": 4, "dgx-h100": 8, "two-hosts-of-4": 8, "two-pcie-p2p": 2}
+    assert sizes == recorded_sizes | {"cpus-1-rank": 1, "cpus-3-ranks": 3, "cpus-8-ranks": 8, "cpus-64-ranks": 64}
+    assert len({info.host.id for info in load_topologies()["cpus-64-ranks"].ranks}) == 8

@@ -26,7 +26,7 @@ print(library.missing(), *library.load().constants())
 """
 
 # Two ranks without a CUDA device.
-TOPOLOGY = ROOT / "core" / "tests" / "topologies" / "cpus-one-host.json"
+TOPOLOGY = ROOT / "core" / "src" / "comm_core" / "_topologies" / "cpus-one-host.json"
 
 
 @pytest.fixture(scope="module")

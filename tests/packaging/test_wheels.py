@@ -45,6 +45,14 @@ def test_core_wheel_has_its_script_and_no_backend(build_wheel: BuildWheel) -> No
     assert entry_points(wheel, "comm_core.commands") == []
 
 
+def test_core_wheel_has_the_data_of_its_commands(build_wheel: BuildWheel) -> None:
+    source = ROOT / "core" / "src"
+    files = [*source.glob("comm_core/_template/*.template"), *source.glob("comm_core/_topologies/*.json")]
+    assert {path.suffix for path in files} == {".template", ".json"}
+    with zipfile.ZipFile(build_wheel(ROOT / "core")) as archive:
+        assert {path.relative_to(source).as_posix() for path in files} <= set(archive.namelist())
+
+
 def test_the_benchmark_is_only_in_its_own_wheel(build_wheel: BuildWheel) -> None:
     core, bench = (build_wheel(ROOT / project) for project in ("core", "bench"))
     with zipfile.ZipFile(core) as archive:

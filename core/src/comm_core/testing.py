@@ -60,8 +60,8 @@ class BackendConformance:
         for name, test in vars(cls).items():
             if name in vars(BackendConformance) and name.startswith("test_") and not _may_fail(test):
                 raise TypeError(
-                    f"{cls.__name__}.{name} replaces a standard test. To say that the backend can't keep this rule yet, "
-                    f"mark it with pytest.mark.xfail(reason=...) and call super().{name}"
+                    f"{cls.__name__}.{name} replaces a standard test. If the backend can't keep this rule yet, mark it "
+                    f"with pytest.mark.xfail(reason=...) and call super().{name}"
                 )
 
     @pytest.fixture(scope="class")
@@ -77,6 +77,7 @@ class BackendConformance:
         outcome = kit.describe(2)
         assert outcome["verdict"] != "absent", f"'{self.backend}' isn't installed, or can't be loaded: comm-core doctor"
         assert outcome["verdict"] in ("serves", "unavailable"), f"{outcome['verdict']}: {outcome['reason']}"
+        assert not outcome["dropped"], f"the admission test found faults: {outcome['dropped']}"
 
     def test_sums_are_as_near_as_rounding_allows(self, kit: Kit) -> None:
         """Random numbers of every dtype, at sizes around the edges of every range and odd ones, against float64."""

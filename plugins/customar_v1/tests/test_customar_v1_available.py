@@ -17,7 +17,7 @@ from made_up_topologies import HERE, cuda_group
 
 FACTS: dict[str, Any] = {"missing": None, "forced": None}
 PCIE = comm.Link(0, True, "NVML: P2P_STATUS_NOT_SUPPORTED")
-TWO_PCIE = Path(__file__).parents[3] / "core" / "tests" / "topologies" / "two-pcie-p2p.json"
+TWO_PCIE = Path(comm.__file__).parent / "_topologies" / "two-pcie-p2p.json"
 
 
 group = functools.partial(cuda_group, "customar_v1", FACTS)

@@ -32,6 +32,7 @@ __all__ = [
     "discover",
     "gather_local_inputs",
     "other_device_types",
+    "read_facts",
     "topology_of_one",
 ]
 
@@ -202,17 +203,27 @@ def _probe_plugins(
     timer = HookTimer(device, len(probing), timeout_s)
     for name, plugin in probing.items():
         try:
-            found = timer.run(plugin.hooks["probe"], f"probe of {name}")
-            text = json.dumps(found, allow_nan=False)
-            if not isinstance(found, dict) or len(text) > FACTS_NBYTES:
-                raise ValueError(f"expected a JSON object of at most {FACTS_NBYTES} bytes; got {text[:60]}")
-            # Read as the other ranks will: a copy, which the plugin can't change any more.
-            facts[name] = load_json(text, depth=_FACTS_DEPTH)
-            if json.dumps(facts[name]) != text:
-                raise ValueError("expected a JSON object with each name once")
+            facts[name] = read_facts(timer.run(plugin.hooks["probe"], f"probe of {name}"))
         except Exception as error:  # noqa: BLE001, PERF203 - plugin boundary: any failure drops only the plugin
             unusable[name] = f"probe() failed: {_truncate(describe(error))}"
     return facts, unusable
+
+
+def read_facts(found: Any) -> Any:
+    """Return what a plugin's `probe` returned as the other ranks will read it.
+
+    The result is a copy, which the plugin can't change any more.
+
+    Raises:
+        TypeError, ValueError: it isn't JSON, or exceeds a limit; also what an object's own methods raise.
+    """
+    text = json.dumps(found, allow_nan=False)
+    if not isinstance(found, dict) or len(text) > FACTS_NBYTES:
+        raise ValueError(f"expected a JSON object of at most {FACTS_NBYTES} bytes; got {text[:60]}")
+    facts = load_json(text, depth=_FACTS_DEPTH)
+    if json.dumps(facts) != text:
+        raise ValueError("expected a JSON object with each name once")
+    return facts
 
 
 def answers_of(

@@ -33,22 +33,17 @@ def describe(name: str) -> dict[str, Any]:
     try:
         backend = comm.get_backend()
     except comm.CommError as error:
-        return {"verdict": "failed", "reason": str(error), "decision": None}
+        return {"verdict": "failed", "reason": str(error), "dropped": "", "hooks": []}
     candidate = backend.decision.candidate(name)
+    session = backend._serving.sessions.get(name)
     outcome = {
         "verdict": "absent" if candidate is None else candidate.verdict,
         "reason": "" if candidate is None else candidate.reason,
-        "modes": sorted({mode for mode, *_ in _cells(backend, name, _OP)}),
-        "fused": bool(list(_cells(backend, name, "all_reduce_add_rms_norm"))),
-        "hooks": sorted(_hooks(backend, name)),
+        "dropped": "" if session is None or not session.failed_cells else session.describe_failed_cells(),
+        "hooks": [] if session is None else sorted(session.plugin.hooks),
     }
     comm.close()
     return outcome
-
-
-def _hooks(backend: comm.Backend, name: str) -> list[str]:
-    session = backend._serving.sessions.get(name)
-    return [] if session is None else list(session.plugin.hooks)
 
 
 def _cells(
@@ -254,9 +249,8 @@ def open_and_close(name: str, count: int) -> list[dict[str, int]]:
         with _handle(name) as backend:
             for device, dtype, sizes in itertools.islice(_eager_cells(backend, name, 1 << 16), 1):
                 every = [make_integers(r, world_size, sizes[-1], dtype) for r in range(world_size)]
-                assert torch.equal(
-                    backend.all_reduce(every[rank].to(device, copy=True)).cpu(), sum_exactly(every).to(dtype)
-                )
+                result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
+                assert torch.equal(result, sum_exactly(every).to(dtype))
         del backend
         gc.collect()
         dist.barrier()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_COMMANDS = ("demo", "doctor", "explain")
+_COMMANDS = ("check", "demo", "doctor", "explain", "new")
 #: This project's subcommands in other distributions, with the distributions' names.
 _SEPARATE_DISTRIBUTIONS = {"bench": "comm-bench"}
 

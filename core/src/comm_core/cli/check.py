@@ -1,0 +1,55 @@
+"""`comm-core check`: the faults of one plugin that show without other ranks, each with its remedy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from comm_core._schema import printable
+from comm_core.cli._report import encodable
+from comm_core.command import table
+from comm_core.env import Settings
+
+if TYPE_CHECKING:
+    from comm_core.cli._faults import Examination
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "check",
+        help="find the faults of one plugin, without other ranks",
+        description="Load the backend NAME, call its probe(), and ask its is_available about topologies that come with "
+        "comm-core. Exits with 0 if it finds no fault, else 1.",
+    )
+    parser.add_argument("name", metavar="NAME", help="the backend's name: that of its entry point")
+    parser.set_defaults(run=run, fail=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the faults; return 1 if there are some, else 0."""
+    from comm_core.cli._faults import examine
+
+    try:
+        settings = Settings.read()
+    except ValueError as error:
+        args.fail(printable(str(error)))
+    found = examine(args.name, settings)
+    print(encodable("\n".join(_lines(args.name, found)), sys.stdout))
+    return 1 if found.faults else 0
+
+
+def _lines(name: str, found: Examination) -> list[str]:
+    title = f"backend '{name}'" + (f" ({found.source})" if found.source else "")
+    lines = [f"{printable(title)}: {len(found.faults) or 'no'} fault{'' if len(found.faults) == 1 else 's'} found"]
+    if found.answers:
+        answers = ((f"  {topology}", printable(answer)) for topology, answer in found.answers.items())
+        lines += ["", "Its is_available says:", table(list(answers))]
+    for number, fault in enumerate(found.faults, 1):
+        lines += ["", f"{number}. {printable(fault.what)}"]
+        lines += [f"   at {printable(fault.place)}"] if fault.place else []
+        lines += [f"   {printable(fault.remedy)}"]
+    return lines
