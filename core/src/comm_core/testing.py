@@ -16,15 +16,14 @@ Requires the extra `testing` of comm-core, and the plugin installed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
 
 from comm_core._testing import cases
 from comm_core._testing.kit import WAIT_TIMEOUT_S, Kit
-from comm_core._testing.ranks import DEAD
+from comm_core._testing.ranks import DEAD, Ranks
 
 __all__ = ["BackendConformance"]
 
@@ -40,7 +39,6 @@ class BackendConformance:
         world_sizes: the sizes of the groups in which sums are tested.
         repeatable: whether the backend promises the same bits for the same inputs.
         equal_bits: whether the backend promises the same bits on all ranks.
-        path: folders in which the ranks find the backend instead of this environment's; for the kit's own tests.
 
     Raises:
         TypeError: on definition of a subclass that has no `backend`, or that replaces a standard test.
@@ -50,7 +48,6 @@ class BackendConformance:
     world_sizes: ClassVar[tuple[int, ...]] = (2, 3)
     repeatable: ClassVar[bool] = False
     equal_bits: ClassVar[bool] = False
-    path: ClassVar[Sequence[Path] | None] = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Refuse a subclass that leaves standard tests out."""
@@ -68,9 +65,9 @@ class BackendConformance:
     @classmethod
     def kit(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
         """The processes of the class's tests."""
-        kit = Kit(cls.backend, tmp_path_factory.mktemp("ranks"), cls.path)
-        yield kit
-        kit.close()
+        ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+        yield Kit(cls.backend, ranks)
+        ranks.close()
 
     def test_it_serves_a_group_or_says_why_not(self, kit: Kit) -> None:
         """A group of two: the backend serves it, or its `is_available` refuses it; it doesn't fail."""

@@ -236,7 +236,7 @@ def preparing_is_repeatable(name: str) -> None:
             assert candidate.verdict != "failed", f"{max_tokens} tokens: {candidate.reason}"
             for tokens in (1, 4):
                 every = [make_integers(r, world_size, tokens * 64, torch.float32) for r in range(world_size)]
-                mine = every[rank].view(tokens, 64).to(backend.device)
+                mine = every[rank].view(tokens, 64).to(backend.device, copy=True)
                 result = backend.all_reduce(mine).cpu().flatten()
                 assert torch.equal(result, sum_exactly(every).float()), f"{tokens} tokens after {max_tokens}"
 
@@ -266,7 +266,7 @@ def _held() -> dict[str, int]:
         "shared mappings": sum(line.split()[1][3] == "s" for line in Path("/proc/self/maps").read_text().splitlines()),
         "segments in /dev/shm": len(list(Path("/dev/shm").iterdir())),  # noqa: S108 - only counted
     }
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         found["MiB of GPU memory"] = -(torch.cuda.mem_get_info()[0] >> 20)

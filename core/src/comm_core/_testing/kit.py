@@ -24,18 +24,14 @@ class Kit:
 
     Args:
         backend: the backend's name.
-        folder: an empty folder for the processes' output.
+        ranks: the processes.
         path: folders in which every rank finds the backend; None: it is installed.
     """
 
-    def __init__(self, backend: str, folder: Path, path: Sequence[Path] | None = None) -> None:
+    def __init__(self, backend: str, ranks: Ranks, path: Sequence[Path] | None = None) -> None:
         self._backend = backend
         self._path = path
-        self._ranks = Ranks(folder)
-
-    def close(self) -> None:
-        """End the processes."""
-        self._ranks.close()
+        self._ranks = ranks
 
     def run(
         self,

@@ -43,6 +43,7 @@ from comm_core._plugins import discovery, installed
 
 __all__ = ["DEAD", "RankError", "Ranks", "install", "side_store"]
 
+_dist: Any = dist  # torch lists some of its public names only at run time
 #: What `Ranks.run` returns for a rank that was expected to die and did.
 DEAD = "dead"
 # The timeout of Gloo and of the stores, in seconds: shorter than a run's deadline, because their errors say more.
@@ -173,7 +174,7 @@ class Ranks:
         if on_gpus and devices is None:
             devices = range(world_size)
         # Port 0: the kernel chooses a free port. The parent serves the stores, so they survive the death of any rank.
-        stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
+        stores = [_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
         file = sys.modules[function.__module__].__file__
         assert file is not None
         processes = [self._process(rank) for rank in range(world_size)]
@@ -334,7 +335,7 @@ def _call(job: _Job, stack: contextlib.ExitStack) -> Any:
     stack.enter_context(_environment(job))
     timeout = timedelta(seconds=_TORCH_TIMEOUT_S)
     store, side = (
-        dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout) for port in (job.store_port, job.side_port)
+        _dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout) for port in (job.store_port, job.side_port)
     )
     _side[:] = [side]
     stack.callback(_tear_down)
@@ -368,7 +369,7 @@ def _tear_down() -> None:
 @contextlib.contextmanager
 def _environment(job: _Job) -> Iterator[None]:
     """Set the job's environment variables, and limit the discovery of plugins as the job says."""
-    environ, path, metadata = dict(os.environ), list(sys.path), installed.metadata
+    environ, path, metadata = dict(os.environ), list(sys.path), vars(installed)["metadata"]
     os.environ.update(job.env)
     # The test's own folder, too: a plugin may be a class of the test's module.
     sys.path[:0] = [*job.path, str(Path(job.file).parent)]
