@@ -41,11 +41,14 @@ def missing() -> str | None:
 
     Local and cheap. Meant for a plugin's `probe()`, as `comm_core.kernels.Library.missing`.
     """
-    try:
-        found = importlib.util.find_spec("cuda.bindings")
-    except (ImportError, ValueError):  # there is no package "cuda", or another one of that name
-        found = None
-    return None if found else "cuda-bindings isn't installed (pip install 'comm-core[memory]')"
+    for distribution, module in (("cuda-bindings", "cuda.bindings"), ("numpy", "numpy")):
+        try:
+            found = importlib.util.find_spec(module)
+        except (ImportError, ValueError):  # there is no package "cuda", or another one of that name
+            found = None
+        if not found:
+            return f"{distribution} isn't installed (pip install 'comm-core[memory]')"
+    return None
 
 
 def share(
