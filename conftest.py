@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["pytester"]
 
-# The files, or parts of their paths, that take a minute or so.
-LONG_FILES = (
-    *("packaging/", "_emulated", "test_suspend", "test_testing", "test_leaving", "test_kernels", "test_shm_session"),
-    *("test_bench.py", "test_memory_ranks", "test_harness", "test_negotiation", "test_misuse", "test_new"),
-)
-
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
@@ -70,9 +64,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
-        # The workers of `make test` take file after file; a long one at the end would keep one of them alone.
-        items.sort(key=lambda item: not any(name in item.nodeid for name in LONG_FILES))
     promised = config.getoption("require_gpus")
     for item in items:
         needed = gpus_needed(item)
