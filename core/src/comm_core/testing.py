@@ -141,7 +141,7 @@ class BackendConformance:
 
     def test_suspended_groups_resume(self, kit: Kit) -> None:
         """If the backend has the hooks `suspend` and `resume`: three times, with right sums afterwards."""
-        self._require("suspend" in kit.describe(2).get("hooks", ()), "the hooks suspend and resume")
+        self._require("suspend" in kit.describe(2)["hooks"], "the hooks suspend and resume")
         kit.run(cases.suspended_and_resumed)
 
     def test_a_killed_rank_ends_the_others_calls(self, kit: Kit) -> None:

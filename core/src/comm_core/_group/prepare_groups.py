@@ -12,7 +12,7 @@ from comm_core._control.deadline import describe
 from comm_core._control.stage import Stage, StageAbortedError, end_incarnation
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._group.prepare import is_prepared, prepare, stage_name
-from comm_core._group.states import GroupState, translate_stage_errors
+from comm_core._group.states import GroupState, change_all, translate_stage_errors
 from comm_core._group.step import run_in_worker
 from comm_core.context import Shapes
 from comm_core.errors import BackendUnavailableError, CommError
@@ -47,26 +47,17 @@ def prepare_groups(states: Sequence[GroupState], shapes: Shapes) -> None:
     Raises:
         CommError: the first failure, after all groups had their turn.
     """
-    failures = [failure for state in states if (failure := _try_to_prepare(state, shapes)) is not None]
-    try:
-        if failures:
-            raise failures[0]
-    finally:
-        failures.clear()  # an error's traceback holds this frame: a reference cycle would keep tensors alive
+    change_all(states, functools.partial(_prepare_or_explain, shapes=shapes))
 
 
-def _try_to_prepare(state: GroupState, shapes: Shapes) -> CommError | None:
-    """Prepare a group; return its error instead of raising it."""
+def _prepare_or_explain(state: GroupState, shapes: Shapes) -> None:
+    """Prepare a group; every error is a `CommError`, so that the other groups have their turn."""
     try:
-        with state.lock:
-            _prepare_group(state, shapes)
-    except CommError as error:
-        return error
-    except Exception as error:  # noqa: BLE001 - raised after the other groups had their turn
-        failure = CommError(f"{state.title}: {describe(error)}")
-        failure.__cause__ = error
-        return failure
-    return None
+        _prepare_group(state, shapes)
+    except CommError:
+        raise
+    except Exception as error:
+        raise CommError(f"{state.title}: {describe(error)}") from error
 
 
 def _prepare_group(state: GroupState, shapes: Shapes) -> None:

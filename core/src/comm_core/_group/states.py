@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch.distributed as dist
 
@@ -19,11 +19,12 @@ from comm_core._handle import operators
 from comm_core._handle.backend import Backend
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
-from comm_core.errors import CommTimeoutError, NegotiationError
+from comm_core.errors import CommError, CommTimeoutError, NegotiationError
 
 __all__ = [
     "GroupState",
     "all_states",
+    "change_all",
     "get_or_create_state",
     "is_alive",
     "is_current",
@@ -219,6 +220,34 @@ def remove_destroyed() -> None:
         if state.group is not None and not is_alive(state.group):
             remove(state)
             state.close_without_peers()
+
+
+def change_all(states: Sequence[GroupState], change: Callable[[GroupState], None]) -> None:
+    """Change every group, even after one failed: the ranks of the other groups wait for this rank.
+
+    Args:
+        states: the groups.
+        change: called for each group, with its lock held.
+
+    Raises:
+        CommError: the first failure, after all groups had their turn.
+    """
+    failures = [failure for state in states if (failure := _try_to_change(state, change)) is not None]
+    try:
+        if failures:
+            raise failures[0]
+    finally:
+        failures.clear()  # an error's traceback holds this frame: a reference cycle would keep tensors alive
+
+
+def _try_to_change(state: GroupState, change: Callable[[GroupState], None]) -> CommError | None:
+    """Change a group; return its error instead of raising it."""
+    try:
+        with state.lock:
+            change(state)
+    except CommError as error:
+        return error
+    return None
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from comm_core._control.deadline import describe
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError, end_incarnation
-from comm_core._group.states import GroupState
+from comm_core._group.states import GroupState, change_all
 from comm_core._group.step import Step, run_in_worker
 from comm_core.errors import CommError, CommTimeoutError
 
@@ -40,22 +40,7 @@ def change_groups(states: Sequence[GroupState], hook: Hook) -> None:
     Raises:
         CommError: the first failure, after all groups had their turn.
     """
-    failures = [failure for state in states if (failure := _try_to_change(state, hook)) is not None]
-    try:
-        if failures:
-            raise failures[0]
-    finally:
-        failures.clear()  # an error's traceback holds this frame: a reference cycle would keep tensors alive
-
-
-def _try_to_change(state: GroupState, hook: Hook) -> CommError | None:
-    """Suspend or resume a group; return its error instead of raising it."""
-    try:
-        with state.lock:
-            _change_group(state, hook)
-    except CommError as error:
-        return error
-    return None
+    change_all(states, functools.partial(_change_group, hook=hook))
 
 
 def _change_group(state: GroupState, hook: Hook) -> None:

@@ -30,6 +30,7 @@ class CudaMemory:
         from cuda.bindings import driver
 
         self._driver = driver
+        self._context: Any = None  # until the device is known to the driver
         self._device = device
         handle_types = driver.CUmemAllocationHandleType
         self._fabric = fabric
@@ -111,11 +112,10 @@ class CudaMemory:
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
         """Make the device's context current, once it is known, and restore the previous one."""
-        context = getattr(self, "_context", None)
-        if context is None:
+        if self._context is None:
             yield
             return
-        self._driver.cuCtxPushCurrent(context)
+        self._driver.cuCtxPushCurrent(self._context)
         try:
             yield
         finally:

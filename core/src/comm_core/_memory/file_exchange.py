@@ -52,14 +52,16 @@ def exchange_files(file: int, context: GroupContext) -> Iterator[dict[int, int]]
             boxes = context.control.all_gather([box.getsockname().hex(), secret])
             peers = [(rank + step) % world_size for step in range(1, world_size)]
             for start in range(0, len(peers), _BATCH):
-                failures = []
+                failure = None
                 for peer in peers[start : start + _BATCH]:
                     address, theirs = boxes[peer]
                     label = rank_label(peer, context.global_ranks[peer])
-                    failures.append(_try_to_send(box, bytes.fromhex(address), f"{theirs}{rank}", file, label))
+                    error = _try_to_send(box, bytes.fromhex(address), f"{theirs}{rank}", file, label)
+                    failure = failure or error
                 # If a socket is gone because its rank failed, this raises that rank's reason.
                 context.control.barrier()
-                _raise_first(failures)
+                if failure is not None:
+                    raise failure
                 _receive_all(box, secret, received)
         missing = [rank_label(peer, context.global_ranks[peer]) for peer in sorted(set(peers) - received.keys())]
         if missing:
@@ -87,12 +89,6 @@ def _try_to_send(box: socket.socket, address: bytes, message: str, file: int, la
     except OSError as error:
         return RuntimeError(f"an open file can't be sent to rank {label}: {error}")
     return None
-
-
-def _raise_first(failures: list[RuntimeError | None]) -> None:
-    for failure in failures:
-        if failure is not None:
-            raise failure
 
 
 def _receive_all(box: socket.socket, secret: str, received: dict[int, int]) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from comm_core._testing.inputs import largest_error, make_inputs, make_integers,
 
 # After so many handles, the process has loaded and cached all that it keeps.
 _WARM_HANDLES = 3
-_OP = "all_reduce"
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -46,23 +46,17 @@ def describe(name: str) -> dict[str, Any]:
     return outcome
 
 
-def _cells(
-    backend: comm.Backend, name: str, op: str
-) -> Iterator[tuple[str, torch.device, torch.dtype, tuple[Any, ...]]]:
-    """Yield the modes, devices and dtypes of which the backend serves some message, with their rules."""
-    for route in backend.decision.routes:
-        if route.op == op and any(rule.backend == name for rule in route.rules):
-            device = backend.device if route.device_type == backend.device.type else torch.device(route.device_type)
-            yield route.mode, device, getattr(torch, route.dtype), route.rules
-
-
 def _eager_cells(
     backend: comm.Backend, name: str, most_nbytes: int = inputs.SMALL_NBYTES
 ) -> Iterator[tuple[torch.device, torch.dtype, list[int]]]:
-    for mode, device, dtype, rules in _cells(backend, name, _OP):
-        sizes = sizes_of(rules, name, dtype.itemsize, most_nbytes)
-        if mode == "eager" and sizes:
-            yield device, dtype, sizes
+    """Yield the devices and dtypes of which the backend serves some eager message, with sizes in elements."""
+    for route in backend.decision.routes:
+        if (route.op, route.mode) == ("all_reduce", "eager"):
+            dtype = getattr(torch, route.dtype)
+            sizes = sizes_of(route.rules, name, dtype.itemsize, most_nbytes)
+            if sizes:
+                device = backend.device if route.device_type == backend.device.type else torch.device(route.device_type)
+                yield device, dtype, sizes
 
 
 @contextlib.contextmanager
@@ -80,12 +74,25 @@ def _synchronize(backend: comm.Backend) -> None:
         torch.cuda.synchronize(backend.device)
 
 
-def _members(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    return dist.get_rank(group), dist.get_world_size(group)
+def _check_sum(
+    backend: comm.Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    numel: int,
+    what: str,
+    members: Sequence[int] | None = None,
+    salt: int = 0,
+) -> None:
+    """Sum integers over the ranks of a group, by default all, and check every element."""
+    world_size = dist.get_world_size()
+    members = range(world_size) if members is None else members
+    every = [make_integers(member, world_size, numel, dtype, salt) for member in members]
+    result = backend.all_reduce(every[members.index(dist.get_rank())].to(device, copy=True)).cpu()
+    assert torch.equal(result, sum_exactly(every).to(dtype)), f"{what}: wrong sums of {numel} elements of {dtype}"
 
 
 def sums_are_near_the_reference(name: str) -> int:
-    rank, world_size = _members(None)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     checked = 0
     with _handle(name) as backend:
         for device, dtype, sizes in _eager_cells(backend, name, 1 << 17):
@@ -99,7 +106,7 @@ def sums_are_near_the_reference(name: str) -> int:
 
 
 def integers_are_exact(name: str) -> int:
-    rank, world_size = _members(None)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     checked = 0
     with _handle(name) as backend:
         for device, dtype, sizes in _eager_cells(backend, name):
@@ -116,9 +123,9 @@ def integers_are_exact(name: str) -> int:
 
 def outputs_go_where_they_should(name: str) -> None:
     """The input is kept unless it is the output; nothing beyond the output is written."""
-    rank, world_size = _members(None)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     with _handle(name) as backend:
-        for device, dtype, sizes in _eager_cells(backend, name, 1 << 20):
+        for device, dtype, sizes in _eager_cells(backend, name):
             for numel in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
                 every = [make_integers(r, world_size, numel, dtype) for r in range(world_size)]
                 expected = sum_exactly(every).to(dtype)
@@ -142,7 +149,7 @@ def outputs_go_where_they_should(name: str) -> None:
 
 def any_layout_is_summed(name: str) -> None:
     """Core stages what kernels can't take; the backend sees the copy, and the caller its own tensor's shape."""
-    rank, world_size = _members(None)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     with _handle(name) as backend:
         for device, dtype, sizes in _eager_cells(backend, name, 1 << 16):
             numel = sizes[-1]
@@ -157,9 +164,7 @@ def any_layout_is_summed(name: str) -> None:
 
 def results(name: str, most_nbytes: int) -> list[tuple[str, bytes]]:
     """Return a digest of each result's bits; two runs, and all ranks, can be compared."""
-    import hashlib
-
-    rank, _ = _members(None)
+    rank = dist.get_rank()
     found = []
     with _handle(name) as backend:
         for device, dtype, sizes in _eager_cells(backend, name, most_nbytes):
@@ -172,7 +177,7 @@ def results(name: str, most_nbytes: int) -> list[tuple[str, bytes]]:
 
 def many_calls(name: str, count: int) -> None:
     """Calls of changing sizes without waiting between them; ranks that come late, in turn."""
-    rank, world_size = _members(None)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     with _handle(name) as backend:
         cells = list(_eager_cells(backend, name, 1 << 18))
         kept = []
@@ -192,22 +197,19 @@ def many_calls(name: str, count: int) -> None:
 
 def groups_dont_mix(name: str) -> None:
     """Two groups of all ranks, their calls alternating, and values that differ between the groups."""
-    rank, world_size = _members(None)
     kind = dist.get_backend_config()
-    second = dist.new_group(range(world_size), backend=str(kind))
+    second = dist.new_group(range(dist.get_world_size()), backend=str(kind))
     with _handle(name) as one, _handle(name, second) as other:
         for call in range(30):
             for salt, backend in enumerate((one, other) if call % 2 else (other, one)):
                 for device, dtype, sizes in itertools.islice(_eager_cells(backend, name, 1 << 14), 2):
                     numel = sizes[call % len(sizes)]
-                    every = [make_integers(r, world_size, numel, dtype, salt + call) for r in range(world_size)]
-                    result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
-                    assert torch.equal(result, sum_exactly(every).to(dtype)), f"call {call} of group {salt}"
+                    _check_sum(backend, device, dtype, numel, f"call {call} of group {salt}", salt=salt + call)
 
 
 def sub_groups_are_served(name: str) -> list[str]:
     """Groups that leave out the first rank, and then the last; a group of their own for those that are left out."""
-    rank, world_size = _members(None)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     kind = str(dist.get_backend_config())
     served = []
     for members in (range(1, world_size), range(world_size - 1)):
@@ -216,9 +218,7 @@ def sub_groups_are_served(name: str) -> list[str]:
             backend = comm.get_backend(group)
             for device, dtype, sizes in _eager_cells(backend, name, 1 << 16):
                 for numel in sizes[:: max(1, len(sizes) // 4)]:
-                    every = [make_integers(member, world_size, numel, dtype) for member in members]
-                    result = backend.all_reduce(every[members.index(rank)].to(device, copy=True)).cpu()
-                    assert torch.equal(result, sum_exactly(every).to(dtype)), f"ranks {list(members)}, {numel} elements"
+                    _check_sum(backend, device, dtype, numel, f"ranks {list(members)}", members)
                     served.append(f"{list(members)}")
             comm.close(group)
         dist.barrier()
@@ -227,7 +227,7 @@ def sub_groups_are_served(name: str) -> list[str]:
 
 def preparing_is_repeatable(name: str) -> None:
     """`pre_capture_init` twice for one shape, then for larger ones; earlier shapes stay served."""
-    rank, world_size = _members(None)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     with _handle(name) as backend:
         for max_tokens in (4, 4, 16, 64):
             comm.pre_capture_init(max_tokens=max_tokens, hidden_size=64, dtype=torch.float32)
@@ -243,14 +243,11 @@ def preparing_is_repeatable(name: str) -> None:
 
 def open_and_close(name: str, count: int) -> list[dict[str, int]]:
     """Get and close handles; return what the process holds after each."""
-    rank, world_size = _members(None)
     held = []
     for _ in range(_WARM_HANDLES + count):
         with _handle(name) as backend:
             for device, dtype, sizes in itertools.islice(_eager_cells(backend, name, 1 << 16), 1):
-                every = [make_integers(r, world_size, sizes[-1], dtype) for r in range(world_size)]
-                result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
-                assert torch.equal(result, sum_exactly(every).to(dtype))
+                _check_sum(backend, device, dtype, sizes[-1], "a new handle")
         del backend
         gc.collect()
         dist.barrier()
@@ -274,27 +271,24 @@ def _held() -> dict[str, int]:
 
 
 def suspended_and_resumed(name: str) -> None:
-    rank, world_size = _members(None)
     with _handle(name) as backend:
         device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
-        every = [make_integers(r, world_size, sizes[-1], dtype) for r in range(world_size)]
         for _ in range(3):
             comm.suspend()
             try:
-                backend.all_reduce(every[rank].to(device, copy=True))
+                backend.all_reduce(torch.ones(sizes[-1], device=device, dtype=dtype))
             except comm.CommError:
                 pass
             else:
                 raise AssertionError("a call between suspend and resume didn't raise")
             comm.resume()
             for _ in range(3):
-                result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
-                assert torch.equal(result, sum_exactly(every).to(dtype)), "a wrong sum after resume"
+                _check_sum(backend, device, dtype, sizes[-1], "after resume")
 
 
 def a_peer_is_killed(name: str) -> tuple[str, str, float]:
     """The last rank dies; the others' next call must raise within the wait's limit."""
-    rank, world_size = _members(None)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     backend = comm.get_backend(backends=(name,))
     device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
     x = torch.ones(sizes[-1], device=device, dtype=dtype)
@@ -321,12 +315,9 @@ def a_peer_is_killed(name: str) -> tuple[str, str, float]:
 
 def a_rank_is_slow(name: str, delay_s: float) -> None:
     """Each rank in turn comes late by less than the wait's limit."""
-    rank, world_size = _members(None)
     with _handle(name) as backend:
         device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
-        every = [make_integers(r, world_size, sizes[-1], dtype) for r in range(world_size)]
-        for late in range(world_size):
-            if rank == late:
+        for late in range(dist.get_world_size()):
+            if dist.get_rank() == late:
                 time.sleep(delay_s)
-            result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
-            assert torch.equal(result, sum_exactly(every).to(dtype)), f"rank {late} came late by {delay_s} s"
+            _check_sum(backend, device, dtype, sizes[-1], f"rank {late} came late by {delay_s} s")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from comm_core.types import Decision, Rule
+    from comm_core.types import Rule
 
-__all__ = ["SMALL_NBYTES", "dtypes_of", "largest_error", "make_inputs", "make_integers", "sizes_of", "sum_exactly"]
+__all__ = ["SMALL_NBYTES", "largest_error", "make_inputs", "make_integers", "sizes_of", "sum_exactly"]
 
 #: The largest message of most tests, in bytes: a rank computes the inputs of all ranks.
 SMALL_NBYTES = 1 << 20
@@ -18,16 +18,6 @@ SMALL_NBYTES = 1 << 20
 _INNER = (1, 2, 3, 4, 7, 15, 16, 17, 30, 33, 48, 250, 255, 1000, 1023, 1025, 4095, 4097, 8190, 65_534, 65_538, 300_006)
 # Integers of floating-point dtypes whose sums are exact: up to this number, of all ranks together.
 _EXACT = 256
-
-
-def dtypes_of(decision: Decision, name: str, op: str, mode: str, device_type: str) -> list[str]:
-    """Return the names of the dtypes of which the backend serves some message."""
-    return [
-        route.dtype
-        for route in decision.routes
-        if (route.op, route.mode, route.device_type) == (op, mode, device_type)
-        and any(rule.backend == name for rule in route.rules)
-    ]
 
 
 def sizes_of(rules: Sequence[Rule], name: str, itemsize: int, most_nbytes: int = SMALL_NBYTES) -> list[int]:

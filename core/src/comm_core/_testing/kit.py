@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,13 @@ class Kit:
         case: Callable[..., Any],
         *arguments: Any,
         world_size: int = 2,
-        env: Mapping[str, str] | None = None,
         dying: Collection[int] = (),
     ) -> list[Any]:
         """Run a function of `cases` on every rank; return the results by rank. Skips if the backend can't serve."""
         outcome = self.describe(world_size)
         if outcome["verdict"] != "serves":
             pytest.skip(f"'{self._backend}' doesn't serve {world_size} ranks here: {outcome['reason']}")
-        return self._run(case, *arguments, world_size=world_size, env=env, dying=dying)
+        return self._run(case, *arguments, world_size=world_size, dying=dying)
 
     @functools.cache  # noqa: B019 - a kit lives as long as its tests
     def describe(self, world_size: int) -> dict[str, Any]:
@@ -58,7 +57,6 @@ class Kit:
         case: Callable[..., Any],
         *arguments: Any,
         world_size: int,
-        env: Mapping[str, str] | None = None,
         dying: Collection[int] = (),
     ) -> list[Any]:
         settings = {"COMM_CORE_BACKENDS": self._backend, "COMM_CORE_WAIT_TIMEOUT_S": str(WAIT_TIMEOUT_S)}
@@ -69,7 +67,7 @@ class Kit:
             *arguments,
             world_size=world_size,
             backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-            env={**settings, **(env or {})},
+            env=settings,
             path=[self._path or ()] * world_size,
             installed=self._path is None,
             deadline_s=240.0,

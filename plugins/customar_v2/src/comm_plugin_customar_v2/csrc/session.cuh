@@ -108,19 +108,10 @@ class Session {
     // Ends every wait of kernels in flight, as a timeout would.
     void abort() { error_->abort(params_.rank); }
 
-    // Serves a message, in several launches if a slot doesn't hold it.
+    // Serves a message.
     void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
-        const Shape& shape = shape_of(nbytes);
         order_->begin(stream);
-        const int64_t most = capacity(shape);
-        for (int64_t done = 0; done < nbytes; done += most) {
-            launch(static_cast<const char*>(input) + done,
-                   static_cast<char*>(output) + done,
-                   std::min(most, nbytes - done),
-                   element,
-                   shape,
-                   stream);
-        }
+        sum(input, output, nbytes, element, stream);
         order_->end(stream);
     }
 
@@ -136,6 +127,20 @@ class Session {
 
   private:
     friend class Norms;  // the fused calls, norm_session.cuh
+
+    // Sums a message, in several launches if a slot doesn't hold it. The caller orders them.
+    void sum(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
+        const Shape& shape = shape_of(nbytes);
+        const int64_t most = capacity(shape);
+        for (int64_t done = 0; done < nbytes; done += most) {
+            launch(static_cast<const char*>(input) + done,
+                   static_cast<char*>(output) + done,
+                   std::min(most, nbytes - done),
+                   element,
+                   shape,
+                   stream);
+        }
+    }
 
     // Loads a kernel. Code compiled for older devices has no wait for the kernels before it, so it must not start
     // before they end.
