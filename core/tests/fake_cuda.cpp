@@ -33,13 +33,16 @@ void* at(CUdeviceptr address) {
 
 }  // namespace
 
+// cuda-bindings calls without Python's lock.
+#define LOCKED const std::lock_guard<std::mutex> guard(lock)
 #define NEEDS_CONTEXT                                  \
     if (depth == 0) return CUDA_ERROR_INVALID_CONTEXT; \
-    const std::lock_guard<std::mutex> guard(lock)
+    LOCKED
 
 extern "C" {
 
 int fake_open() {
+    LOCKED;
     int count = static_cast<int>(mapped.size() + reserved.size()) + depth;
     for (const auto& [handle, allocation] : physical) count += allocation.references;
     return count;
@@ -141,18 +144,21 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle,
     return CUDA_SUCCESS;
 }
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
+    LOCKED;
     if (physical.count(handle) == 0 || physical.at(handle).references == 0) return CUDA_ERROR_INVALID_VALUE;
     --physical.at(handle).references;
     return CUDA_SUCCESS;
 }
 
 CUresult cuMemAddressReserve(CUdeviceptr* address, size_t nbytes, size_t, CUdeviceptr, unsigned long long) {
+    LOCKED;
     void* const found = mmap(nullptr, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     *address = reinterpret_cast<CUdeviceptr>(found);
     reserved[*address] = nbytes;
     return CUDA_SUCCESS;
 }
 CUresult cuMemAddressFree(CUdeviceptr address, size_t nbytes) {
+    LOCKED;
     const bool used = mapped.count(address) != 0;
     if (reserved.count(address) == 0 || reserved.at(address) != nbytes || used) return CUDA_ERROR_INVALID_VALUE;
     munmap(at(address), nbytes);
@@ -161,6 +167,7 @@ CUresult cuMemAddressFree(CUdeviceptr address, size_t nbytes) {
 }
 CUresult cuMemMap(
     CUdeviceptr address, size_t nbytes, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long) {
+    LOCKED;
     if (physical.count(handle) == 0 || offset != 0 || nbytes > physical.at(handle).nbytes) {
         return CUDA_ERROR_INVALID_VALUE;
     }
@@ -170,6 +177,7 @@ CUresult cuMemMap(
     return CUDA_SUCCESS;
 }
 CUresult cuMemSetAccess(CUdeviceptr address, size_t nbytes, const CUmemAccessDesc* access, size_t count) {
+    LOCKED;
     if (count != 1 || access->location.type != CU_MEM_LOCATION_TYPE_DEVICE || access->location.id != 0) {
         return CUDA_ERROR_INVALID_VALUE;
     }
@@ -177,6 +185,7 @@ CUresult cuMemSetAccess(CUdeviceptr address, size_t nbytes, const CUmemAccessDes
     return CUDA_SUCCESS;
 }
 CUresult cuMemUnmap(CUdeviceptr address, size_t nbytes) {
+    LOCKED;
     if (mapped.count(address) == 0 || mapped.at(address) != nbytes) return CUDA_ERROR_INVALID_VALUE;
     mmap(at(address), nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     mapped.erase(address);
