@@ -7,27 +7,31 @@ import dataclasses
 __all__ = ["BROKEN", "Broken", "source_of"]
 
 _TEMPLATE = """
-import mmap, os, threading, time
+import contextlib, mmap, os, threading, time
 import torch, torch.distributed as dist
 import comm_core as comm
 
 NBYTES = {nbytes}
+LAST, TURNS, GROUPS, KEPT = [None], [0], [0], []
 
 class Session:
+    calls = prepared = 0
+    lost = capturing = False
+
     def __init__(self, context):
         self.context, self.group, self.rank = context, context.group, context.rank
-        self.calls = self.prepared = 0
-        self.lost = False
-
-LAST, TURNS, KEPT = [None], [0], []
 
 class Plugin:
     COMM_HOOK_API = (1, 0)
 
     @comm.hookimpl
     def is_available(self, topology):
-        dtypes = ("float32", "int32")
-        return comm.Available(500, (comm.Range("all_reduce", dtypes=dtypes, device_types=("cpu",), max_nbytes=NBYTES),))
+        priority, dtypes = 500, ("float32", "int32")
+        ranges = [comm.Range("all_reduce", dtypes=dtypes, device_types=("cpu",), max_nbytes=NBYTES)]
+        if hasattr(self, "all_reduce_add_rms_norm"):
+            ranges += [comm.Range("all_reduce_add_rms_norm", dtypes=("float32",), max_nbytes=1 << 17)]
+        {available}
+        return comm.Available(priority, ranges)
 
     @comm.hookimpl
     def connect(self, topology, context):
@@ -37,6 +41,7 @@ class Plugin:
 
     @comm.hookimpl
     def all_reduce(self, session, tensor, out):
+        {before}
         x = tensor.clone()
         start = time.monotonic()
         dist.all_reduce(x, group=session.group)
@@ -62,40 +67,128 @@ class Broken:
 
     Attributes:
         tests: the standard tests that must fail, without `test_`; all others must pass.
-        all_reduce, connect, prepare: the fault's line in a hook.
+        available, connect, before, all_reduce, prepare: the fault's line in a hook; `before` comes before the sum.
+        slow: whether a test takes more than ten seconds to find it.
         nbytes: the largest message that the backend serves, in bytes.
         hooks: further hooks.
     """
 
     tests: frozenset[str]
-    all_reduce: str = "pass"
+    available: str = "pass"
     connect: str = "pass"
+    before: str = "pass"
+    all_reduce: str = "pass"
     prepare: str = "pass"
     nbytes: int = 4 << 10
     hooks: str = ""
+    slow: bool = False
 
 
-def _broken(*tests: str, nbytes: int = 4 << 10, **lines: str) -> Broken:
-    return Broken(frozenset(tests), nbytes=nbytes, **lines)
+def _broken(*tests: str, nbytes: int = 4 << 10, slow: bool = False, **lines: str) -> Broken:
+    return Broken(frozenset(tests), nbytes=nbytes, slow=slow, **lines)
 
 
-SERVES, LEFT = "it_serves_a_group_or_says_why_not", "closed_groups_leave_nothing"
+SERVES, ANSWERS = "it_serves_a_group_or_says_why_not", "it_answers_validly_about_every_topology"
+LEFT = "closed_groups_leave_nothing"
 KEPT = "inputs_are_kept_and_only_outputs_written"
 MANY = "many_calls_in_a_row_are_right"
 SUMS, INTEGERS = "sums_are_as_near_as_rounding_allows", "integers_are_summed_exactly"
+CAPTURED, CAPTURE_FAILS = "captured_calls_are_replayed", "a_capture_that_fails_on_one_rank_is_forgotten"
+FUSED = "fused_calls_are_right"
+CONNECT_FAILS = "a_fault_in_connect_is_agreed_and_leaves_nothing"
+CALL_RAISES, CALL_MISSING = "a_call_that_raises_on_one_rank_ends_the_others_calls", "a_call_without_one_rank_ends"
+PREPARING_FAILS = "a_fault_in_preparation_is_agreed_and_leaves_nothing"
+SUSPENSION_FAILS = "a_fault_in_suspension_stops_the_handle"
 # Changes what isn't an integer: the admission test sums integers.
 _FRACTIONS = "x = torch.where(x != x.round(), {}, x) if x.is_floating_point() else x"
 _SUSPEND = """
     @comm.hookimpl
     def suspend(self, session):
-        pass
+        {}
 
     @comm.hookimpl
     def resume(self, session):
-        session.lost = True
+        {}
 """
+_FUSED = """
+    @comm.hookimpl
+    def all_reduce_add_rms_norm(self, session, tensor, residual, weight, eps, weight_offset, out, residual_out):
+        x = tensor.clone()
+        dist.all_reduce(x, group=session.group)
+        s = x + residual
+        w = weight + weight_offset
+        {}
+        y = (s.double() * torch.rsqrt(s.double().square().mean(-1, keepdim=True) + eps) * w.double()).to(x.dtype)
+        return (y if out is None else out.copy_(y)), (s if residual_out is None else residual_out.copy_(s))
+"""
+_CAPTURE = """
+    @comm.hookimpl
+    @contextlib.contextmanager
+    def capture_ctx(self, session):
+        {}
+        session.capturing = True
+        yield
+        session.capturing = False
+"""
+_CLOSE = """
+    @comm.hookimpl
+    def close(self, session, orderly):
+        {}
+"""
+_OPEN = "session.file = os.open('/dev/null', os.O_RDONLY)"
+
+SOUND = Broken(
+    frozenset(),
+    connect=_OPEN,
+    hooks=_FUSED.format("pass")
+    + _CAPTURE.format("pass").replace("yield", "try: yield\n        finally: session.capturing = False")
+    + _CLOSE.format("os.close(session.file)")
+    + _SUSPEND.format("pass", "pass"),
+)
+"""A backend without a fault, with all hooks that the faults need."""
 
 BROKEN = {
+    "answers_by_chance": _broken(ANSWERS, available="priority += time.monotonic_ns() % 1_000_003"),
+    "expects_two_ranks": _broken(ANSWERS, available="topology.ranks[1]"),
+    "has_another_signature": _broken(ANSWERS, hooks=_CLOSE.format("pass").replace("orderly", "force")),
+    "wrong_beyond_2_gib": _broken(
+        "messages_beyond_2_gib_are_summed",
+        nbytes=3 << 30,
+        slow=True,
+        before="if tensor.nbytes > 2 << 30: return tensor.clone()",
+    ),
+    "exchanges_in_a_capture": _broken(
+        CAPTURED, CAPTURE_FAILS, hooks=_CAPTURE.format("session.context.control.barrier()")
+    ),
+    "keeps_a_failed_capture": _broken(
+        CAPTURE_FAILS, hooks=_CAPTURE.format("if session.capturing: raise RuntimeError('a capture is open')")
+    ),
+    "forgets_the_weights_offset": _broken(FUSED, hooks=_FUSED.format("w = weight")),
+    "changes_the_residual": _broken(FUSED, hooks=_FUSED.format("if len(x) == 3: residual.copy_(s)")),
+    "wrong_at_seven_tokens": _broken(FUSED, hooks=_FUSED.format("if len(x) == 7: s[-1, -1] += 1")),
+    "keeps_a_descriptor_if_a_peer_fails": _broken(
+        CONNECT_FAILS, connect="file = os.dup(0); context.control.barrier(); os.close(file)"
+    ),
+    "frees_only_in_order": _broken(
+        CALL_RAISES,
+        CALL_MISSING,
+        connect=_OPEN,
+        hooks=_CLOSE.format("if orderly: os.close(session.file)"),
+    ),
+    "keeps_a_descriptor_if_a_peer_fails_to_prepare": _broken(
+        PREPARING_FAILS, prepare="file = os.dup(0); session.context.control.barrier(); os.close(file)"
+    ),
+    "keeps_what_was_suspended": _broken(
+        SUSPENSION_FAILS,
+        connect=_OPEN,
+        hooks=_CLOSE.format("if not session.lost: os.close(session.file)")
+        + _SUSPEND.format("session.lost = True", "session.lost = False"),
+    ),
+    "raises_in_close": _broken(LEFT, hooks=_CLOSE.format("raise RuntimeError('not now')")),
+    "hangs_in_close": _broken(
+        LEFT, slow=True, hooks=_CLOSE.format("GROUPS[0] += 1; GROUPS[0] == 5 and threading.Event().wait(60)")
+    ),
+    "keeps_the_state_of_earlier_groups": _broken(LEFT, connect="GROUPS[0] += 1", all_reduce="if GROUPS[0] > 8: x += 1"),
     "wrong_on_one_rank": _broken(SERVES, all_reduce="x.view(-1)[-1] += session.rank"),
     "raises_in_connect": _broken(SERVES, connect="if session.rank: raise RuntimeError('no room on this rank')"),
     "rounds_too_early": _broken(SERVES, all_reduce="x = x.bfloat16().to(x.dtype) if x.is_floating_point() else x"),
@@ -126,7 +219,7 @@ BROKEN = {
     ),
     "wrong_after_300_calls": _broken(MANY, all_reduce="if session.calls > 300: x.zero_()"),
     "impatient": _broken(
-        "a_rank_that_comes_late_is_waited_for", all_reduce="if waited_s > 0.4: raise RuntimeError('too late')"
+        "a_rank_that_comes_late_is_waited_for", all_reduce="if waited_s > 1.2: raise RuntimeError('too late')"
     ),
     "mixes_groups": _broken(
         "two_groups_dont_mix",
@@ -143,7 +236,9 @@ BROKEN = {
     "keeps_a_thread": _broken(LEFT, connect="threading.Thread(target=threading.Event().wait, daemon=True).start()"),
     "keeps_a_mapping": _broken(LEFT, connect="KEPT.append(mmap.mmap(-1, 4096))"),
     "loses_its_state_in_suspension": _broken(
-        "suspended_groups_resume", all_reduce="if session.lost: x.zero_()", hooks=_SUSPEND
+        "suspended_groups_resume",
+        all_reduce="if session.lost: x.zero_()",
+        hooks=_SUSPEND.format("pass", "session.lost = True"),
     ),
 }
 

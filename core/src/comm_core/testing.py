@@ -16,13 +16,13 @@ Requires the extra `testing` of comm-core, and the plugin installed.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
 
-from comm_core._testing import cases
+from comm_core._testing import capture_cases, cases, fault_cases
+from comm_core._testing.examine import describe_faults
 from comm_core._testing.kit import WAIT_TIMEOUT_S, Kit
 from comm_core._testing.ranks import DEAD, Ranks
 
@@ -40,6 +40,7 @@ class BackendConformance:
         world_sizes: the sizes of the groups in which sums are tested.
         repeatable: whether the backend promises the same bits for the same inputs.
         equal_bits: whether the backend promises the same bits on all ranks.
+        huge_on_cpus: whether to sum a message beyond 2 GiB also on CPUs, where that takes up to a minute.
 
     Raises:
         TypeError: on definition of a subclass that has no `backend`, or that replaces a standard test.
@@ -49,6 +50,7 @@ class BackendConformance:
     world_sizes: ClassVar[tuple[int, ...]] = (2, 3)
     repeatable: ClassVar[bool] = False
     equal_bits: ClassVar[bool] = False
+    huge_on_cpus: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Refuse a subclass that leaves standard tests out."""
@@ -67,16 +69,17 @@ class BackendConformance:
     def kit(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
         """The processes of the class's tests."""
         ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-        yield Kit(cls.backend, ranks)
+        yield Kit(cls.backend, ranks, pytest.skip)
         ranks.close()
 
     def test_it_serves_a_group_or_says_why_not(self, kit: Kit) -> None:
         """A group of two: the backend serves it, or its `is_available` refuses it; it doesn't fail."""
-        outcome = kit.describe(2)
-        assert outcome["verdict"] != "absent", f"'{self.backend}' isn't installed, or can't be loaded: comm-core doctor"
-        assert outcome["verdict"] in ("serves", "unavailable"), f"{outcome['verdict']}: {outcome['reason']}"
-        if "is_available" in outcome["hooks"]:  # without it, the backend claims no dtype
-            assert not outcome["dropped"], f"the admission test found faults: {outcome['dropped']}"
+        kit.check_outcome(2)
+
+    def test_it_answers_validly_about_every_topology(self, kit: Kit) -> None:
+        """`comm-core check` finds no fault: `is_available` answers about each recorded topology, twice the same."""
+        (faults,) = kit.run_anyway(describe_faults, world_size=1)
+        assert not faults, "\n".join(faults)
 
     def test_sums_are_as_near_as_rounding_allows(self, kit: Kit) -> None:
         """Random numbers of every dtype, at sizes around the edges of every range and odd ones, against float64."""
@@ -96,15 +99,20 @@ class BackendConformance:
         """Strided, misaligned and empty tensors."""
         kit.run(cases.any_layout_is_summed)
 
+    def test_messages_beyond_2_gib_are_summed(self, kit: Kit) -> None:
+        """If a range takes so many bytes, and this machine has the memory: elements at the ends, and around 2 GiB."""
+        for missing in kit.run(cases.a_huge_message_is_summed, self.huge_on_cpus):
+            kit.require(not missing, missing)
+
     def test_a_rerun_gives_the_same_bits(self, kit: Kit) -> None:
         """If `repeatable`: two runs with the same inputs."""
-        self._require(self.repeatable, "repeatable")
+        kit.require(self.repeatable, "repeatable")
         for first, second in zip(*(kit.run(cases.results, 1 << 18) for _ in range(2)), strict=True):
             assert [what for (what, bits), (_, others) in zip(first, second, strict=True) if bits != others] == []
 
     def test_all_ranks_get_the_same_bits(self, kit: Kit) -> None:
         """If `equal_bits`: the results of all ranks."""
-        self._require(self.equal_bits, "equal_bits")
+        kit.require(self.equal_bits, "equal_bits")
         for world_size in self.world_sizes:
             first, *others = kit.run(cases.results, 1 << 18, world_size=world_size)
             for other in others:
@@ -116,7 +124,7 @@ class BackendConformance:
 
     def test_a_rank_that_comes_late_is_waited_for(self, kit: Kit) -> None:
         """A delay below the wait's limit changes nothing."""
-        kit.run(cases.a_rank_is_slow, 0.5)
+        kit.run(cases.a_rank_is_slow, 1.5)
 
     def test_two_groups_dont_mix(self, kit: Kit) -> None:
         """Alternating calls in two groups of the same ranks."""
@@ -131,30 +139,65 @@ class BackendConformance:
         """`comm.pre_capture_init` for one shape twice, then for larger ones."""
         kit.run(cases.preparing_is_repeatable)
 
+    def test_captured_calls_are_replayed(self, kit: Kit) -> None:
+        """Warm-ups inside `comm.capture()`; on GPUs, graphs of several sizes, replayed with other data, twice."""
+        kit.run(capture_cases.captured_calls_are_replayed)
+
+    def test_a_capture_that_fails_on_one_rank_is_forgotten(self, kit: Kit) -> None:
+        """The rank sees its own error, the others at most a CaptureError; the next capture works."""
+        kit.run(capture_cases.a_capture_fails_on_one_rank)
+
+    def test_fused_calls_are_right(self, kit: Kit) -> None:
+        """If the backend serves `all_reduce_add_rms_norm`: every shape that its ranges take, also in place."""
+        kit.require("all_reduce_add_rms_norm" in kit.describe(2)["hooks"], "the hook all_reduce_add_rms_norm")
+        assert min(kit.run(capture_cases.fused_calls_are_right)) > 0
+
     def test_closed_groups_leave_nothing(self, kit: Kit) -> None:
         """Descriptors, threads, shared mappings, segments and GPU memory, over six handles; `close` twice."""
-        for held in kit.run(cases.open_and_close, 6):
-            counts = {what: [step[what] for step in held] for what in held[0]}
-            # Other programs may add a segment now and then.
-            grown = {what: row for what, row in counts.items() if all(a < b for a, b in itertools.pairwise(row))}
-            assert not grown, f"left behind by closed groups, counted after each: {grown}"
+        kit.run(cases.closed_groups_leave_nothing, 6)
 
     def test_suspended_groups_resume(self, kit: Kit) -> None:
         """If the backend has the hooks `suspend` and `resume`: three times, with right sums afterwards."""
-        self._require("suspend" in kit.describe(2)["hooks"], "the hooks suspend and resume")
+        kit.require("suspend" in kit.describe(2)["hooks"], "the hooks suspend and resume")
         kit.run(cases.suspended_and_resumed)
+
+    def test_a_fault_in_connect_is_agreed_and_leaves_nothing(self, kit: Kit) -> None:
+        """`connect` raises on one rank, at its begin and in each exchange, then hangs: all ranks drop the backend."""
+        kit.run(fault_cases.connect_fails, kit.settle_s)
+
+    def test_a_rank_that_is_slow_in_connect_is_waited_for(self, kit: Kit) -> None:
+        """A delay at its begin and before each exchange changes nothing."""
+        kit.run(fault_cases.connect_is_slow, 0.3)
+
+    def test_a_rank_killed_in_connect_releases_the_others(self, kit: Kit) -> None:
+        """The peers of a process that dies in `connect` get an error, and keep nothing."""
+        results = kit.run(fault_cases.a_rank_is_killed_in_connect, kit.settle_s, dying=[1])
+        assert results[1] == DEAD
+
+    def test_a_fault_in_preparation_is_agreed_and_leaves_nothing(self, kit: Kit) -> None:
+        """If the backend has `pre_capture_init`: it raises on one rank, and all ranks drop the backend."""
+        kit.require("pre_capture_init" in kit.describe(2)["hooks"], "the hook pre_capture_init")
+        kit.run(fault_cases.preparing_fails, kit.settle_s)
+
+    def test_a_fault_in_suspension_stops_the_handle(self, kit: Kit) -> None:
+        """If the backend has `suspend`: it, and then `resume`, raises on one rank."""
+        kit.require("suspend" in kit.describe(2)["hooks"], "the hooks suspend and resume")
+        kit.run(fault_cases.suspending_fails, kit.settle_s)
+
+    def test_a_call_that_raises_on_one_rank_ends_the_others_calls(self, kit: Kit) -> None:
+        """All ranks get an error, and at every later call; the closed group leaves nothing."""
+        kit.run(fault_cases.a_call_fails, False, kit.settle_s)
+
+    def test_a_call_without_one_rank_ends(self, kit: Kit) -> None:
+        """One rank doesn't call: the others' calls end by the wait's limit, and then that rank's, too."""
+        kit.run(fault_cases.a_call_fails, True, kit.settle_s)
 
     def test_a_killed_rank_ends_the_others_calls(self, kit: Kit) -> None:
         """The peers of a process that died get an error within the wait's limit, and so does every later call."""
-        results = kit.run(cases.a_peer_is_killed, world_size=2, dying=[1])
+        results = kit.run(cases.a_peer_is_killed, dying=[1])
         kind, text, waited_s = results[0]
         assert results[1] == DEAD
         assert waited_s < WAIT_TIMEOUT_S + 60, f"{kind} came after {waited_s:.0f} s: {text}"
-
-    def _require(self, condition: bool, claim: str) -> None:
-        """Skip a test of something that the backend doesn't claim."""
-        if not condition:
-            pytest.skip(f"'{self.backend}' doesn't claim this: {claim}")
 
 
 def _may_fail(test: Callable[..., Any] | None) -> bool:

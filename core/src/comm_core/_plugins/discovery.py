@@ -6,11 +6,12 @@ group would disagree with the others.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from comm_core._control.deadline import describe, run_with_deadline
@@ -38,6 +39,7 @@ __all__ = [
     "discover",
     "installed_plugins",
     "load_object",
+    "replaced_hook",
     "reset",
 ]
 
@@ -89,6 +91,28 @@ def reset() -> None:
     with _lock:
         _results.clear()
         installed_plugins.cache_clear()
+
+
+@contextlib.contextmanager
+def replaced_hook(name: str, hook: str, replacement: Callable[..., Any], timeout_s: float = 60.0) -> Iterator[None]:
+    """Let this process call `replacement(original, *arguments)` for a hook of an installed backend, for tests.
+
+    Sessions that are connected meanwhile keep the replacement. Without `connect`, a plugin's session is its context.
+    """
+    discover(lambda other: other == name, timeout_s)
+    entry, plugin = next(
+        (entry, plugin) for entry, plugin in _results.items() if entry.name == name and isinstance(plugin, Plugin)
+    )
+    original = plugin.hooks.get(hook) or (lambda _topology, context: context)
+    with _lock:
+        _results[entry] = dataclasses.replace(
+            plugin, hooks={**plugin.hooks, hook: functools.partial(replacement, original)}
+        )
+    try:
+        yield
+    finally:
+        with _lock:
+            _results[entry] = plugin
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import hashlib
 import itertools
+import logging
 import os
 import signal
 import threading
@@ -24,8 +25,8 @@ import comm_core as comm
 from comm_core._testing import inputs
 from comm_core._testing.inputs import largest_error, make_inputs, make_integers, sizes_of, sum_exactly
 
-# After so many handles, the process has loaded and cached all that it keeps.
-_WARM_HANDLES = 3
+#: After so many handles, the process has loaded and cached all that it keeps.
+WARM_HANDLES = 3
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -46,35 +47,51 @@ def describe(name: str) -> dict[str, Any]:
     return outcome
 
 
-def _eager_cells(
-    backend: comm.Backend, name: str, most_nbytes: int = inputs.SMALL_NBYTES
+def eager_cells(
+    backend: comm.Backend, name: str, most_nbytes: int = inputs.SMALL_NBYTES, least_nbytes: int = 1
 ) -> Iterator[tuple[torch.device, torch.dtype, list[int]]]:
     """Yield the devices and dtypes of which the backend serves some eager message, with sizes in elements."""
     for route in backend.decision.routes:
         if (route.op, route.mode) == ("all_reduce", "eager"):
             dtype = getattr(torch, route.dtype)
-            sizes = sizes_of(route.rules, name, dtype.itemsize, most_nbytes)
+            sizes = sizes_of(route.rules, name, dtype.itemsize, most_nbytes, least_nbytes)
             if sizes:
                 device = backend.device if route.device_type == backend.device.type else torch.device(route.device_type)
                 yield device, dtype, sizes
 
 
 @contextlib.contextmanager
-def _handle(name: str, group: dist.ProcessGroup | None = None) -> Iterator[comm.Backend]:
+def open_handle(name: str, group: dist.ProcessGroup | None = None) -> Iterator[comm.Backend]:
     """Get a handle that the backend serves, check it, and close it."""
     backend = comm.get_backend(group, backends=(name,))
     yield backend
-    _synchronize(backend)
+    synchronize(backend)
     backend.check()
     comm.close(group)
 
 
-def _synchronize(backend: comm.Backend) -> None:
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Require that core logs no warning, such as of a hook `close` that raised or hung."""
+    logged: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("comm_core")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    assert not logged, f"core logged: {logged}"
+
+
+def synchronize(backend: comm.Backend) -> None:
+    """Wait for the group's GPU, if it has one."""
     if backend.device.type == "cuda":
         torch.cuda.synchronize(backend.device)
 
 
-def _check_sum(
+def check_sum(
     backend: comm.Backend,
     device: torch.device,
     dtype: torch.dtype,
@@ -94,8 +111,8 @@ def _check_sum(
 def sums_are_near_the_reference(name: str) -> int:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     checked = 0
-    with _handle(name) as backend:
-        for device, dtype, sizes in _eager_cells(backend, name, 1 << 17):
+    with open_handle(name) as backend:
+        for device, dtype, sizes in eager_cells(backend, name, 1 << 17):
             for numel in sizes:
                 every = [make_inputs(r, numel, dtype) for r in range(world_size)]
                 result = backend.all_reduce(every[rank].to(device, copy=True))
@@ -108,8 +125,8 @@ def sums_are_near_the_reference(name: str) -> int:
 def integers_are_exact(name: str) -> int:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     checked = 0
-    with _handle(name) as backend:
-        for device, dtype, sizes in _eager_cells(backend, name):
+    with open_handle(name) as backend:
+        for device, dtype, sizes in eager_cells(backend, name):
             for numel in sizes:
                 every = [make_integers(r, world_size, numel, dtype) for r in range(world_size)]
                 result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
@@ -124,8 +141,8 @@ def integers_are_exact(name: str) -> int:
 def outputs_go_where_they_should(name: str) -> None:
     """The input is kept unless it is the output; nothing beyond the output is written."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    with _handle(name) as backend:
-        for device, dtype, sizes in _eager_cells(backend, name):
+    with open_handle(name) as backend:
+        for device, dtype, sizes in eager_cells(backend, name):
             for numel in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
                 every = [make_integers(r, world_size, numel, dtype) for r in range(world_size)]
                 expected = sum_exactly(every).to(dtype)
@@ -150,8 +167,8 @@ def outputs_go_where_they_should(name: str) -> None:
 def any_layout_is_summed(name: str) -> None:
     """Core stages what kernels can't take; the backend sees the copy, and the caller its own tensor's shape."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    with _handle(name) as backend:
-        for device, dtype, sizes in _eager_cells(backend, name, 1 << 16):
+    with open_handle(name) as backend:
+        for device, dtype, sizes in eager_cells(backend, name, 1 << 16):
             numel = sizes[-1]
             flat = [make_integers(r, world_size, 2 * numel + 1, dtype) for r in range(world_size)]
             total = sum_exactly(flat).to(dtype)
@@ -162,12 +179,55 @@ def any_layout_is_summed(name: str) -> None:
             assert empty.shape == (0, 3), f"an empty tensor of {dtype} on {device}: its shape became {empty.shape}"
 
 
+def a_huge_message_is_summed(name: str, on_cpus: bool) -> str:
+    """Sum the smallest message beyond 2 GiB that the backend serves; return what is missing for that."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with open_handle(name) as backend:
+        found = [
+            (device, dtype, numels[0])
+            for device, dtype, numels in eager_cells(backend, name, (2 << 30) + (1 << 20), least_nbytes=2 << 30)
+        ]
+        if not found:
+            return "messages beyond 2 GiB"
+        if backend.device.type == "cpu" and not on_cpus:
+            return "huge_on_cpus = True"
+        # On a GPU the one with the most elements, beyond 32-bit indices; on CPUs that takes a minute.
+        device, dtype, numel = (max if backend.device.type == "cuda" else min)(found, key=lambda cell: cell[2])
+        # The input, the output, and what the backend stages.
+        needed = 4 * numel * dtype.itemsize
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() // world_size
+        short = torch.tensor(int(free < needed), device=backend.device)
+        dist.all_reduce(short)
+        if short.item():
+            return f"{needed >> 30} GiB of free memory for each rank"
+        x = torch.full((numel,), rank + 1, device=device, dtype=dtype)
+        limits = ((1 << 31) // dtype.itemsize, 1 << 31)
+        marked = sorted({at % numel for limit in limits for at in (limit - 1, limit)} | {0, numel - 1})
+        for number, at in enumerate(marked):
+            x[at] = number + rank
+        result = backend.all_reduce(x)
+        total, pairs = sum(range(1, world_size + 1)), sum(range(world_size))
+        for number, at in enumerate(marked):
+            expected = world_size * number + pairs
+            assert result[at].item() == expected, f"element {at} of {numel} of {dtype} is wrong"
+            result[at] = total
+        for part in torch.split(result, 1 << 26):
+            assert bool((part == total).all()), f"wrong sums of {numel} elements of {dtype}"
+    return ""
+
+
+def _free_memory() -> int:
+    """Return the memory that this machine's processes can still take, in bytes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+
+
 def results(name: str, most_nbytes: int) -> list[tuple[str, bytes]]:
     """Return a digest of each result's bits; two runs, and all ranks, can be compared."""
     rank = dist.get_rank()
     found = []
-    with _handle(name) as backend:
-        for device, dtype, sizes in _eager_cells(backend, name, most_nbytes):
+    with open_handle(name) as backend:
+        for device, dtype, sizes in eager_cells(backend, name, most_nbytes):
             for numel in sizes[::3]:
                 result = backend.all_reduce(make_inputs(rank, numel, dtype).to(device)).cpu()
                 digest = hashlib.sha256(bytes(result.view(torch.uint8).tolist())).digest()
@@ -178,8 +238,8 @@ def results(name: str, most_nbytes: int) -> list[tuple[str, bytes]]:
 def many_calls(name: str, count: int) -> None:
     """Calls of changing sizes without waiting between them; ranks that come late, in turn."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    with _handle(name) as backend:
-        cells = list(_eager_cells(backend, name, 1 << 18))
+    with open_handle(name) as backend:
+        cells = list(eager_cells(backend, name, 1 << 18))
         kept = []
         for call in range(count):
             device, dtype, sizes = cells[call % len(cells)]
@@ -199,12 +259,12 @@ def groups_dont_mix(name: str) -> None:
     """Two groups of all ranks, their calls alternating, and values that differ between the groups."""
     kind = dist.get_backend_config()
     second = dist.new_group(range(dist.get_world_size()), backend=str(kind))
-    with _handle(name) as one, _handle(name, second) as other:
+    with open_handle(name) as one, open_handle(name, second) as other:
         for call in range(30):
             for salt, backend in enumerate((one, other) if call % 2 else (other, one)):
-                for device, dtype, sizes in itertools.islice(_eager_cells(backend, name, 1 << 14), 2):
+                for device, dtype, sizes in itertools.islice(eager_cells(backend, name, 1 << 14), 2):
                     numel = sizes[call % len(sizes)]
-                    _check_sum(backend, device, dtype, numel, f"call {call} of group {salt}", salt=salt + call)
+                    check_sum(backend, device, dtype, numel, f"call {call} of group {salt}", salt=salt + call)
 
 
 def sub_groups_are_served(name: str) -> list[str]:
@@ -216,9 +276,9 @@ def sub_groups_are_served(name: str) -> list[str]:
         group = dist.new_group(list(members), backend=kind)
         if rank in members:
             backend = comm.get_backend(group)
-            for device, dtype, sizes in _eager_cells(backend, name, 1 << 16):
+            for device, dtype, sizes in eager_cells(backend, name, 1 << 16):
                 for numel in sizes[:: max(1, len(sizes) // 4)]:
-                    _check_sum(backend, device, dtype, numel, f"ranks {list(members)}", members)
+                    check_sum(backend, device, dtype, numel, f"ranks {list(members)}", members)
                     served.append(f"{list(members)}")
             comm.close(group)
         dist.barrier()
@@ -228,7 +288,7 @@ def sub_groups_are_served(name: str) -> list[str]:
 def preparing_is_repeatable(name: str) -> None:
     """`pre_capture_init` twice for one shape, then for larger ones; earlier shapes stay served."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    with _handle(name) as backend:
+    with open_handle(name) as backend:
         for max_tokens in (4, 4, 16, 64):
             comm.pre_capture_init(max_tokens=max_tokens, hidden_size=64, dtype=torch.float32)
             candidate = backend.decision.candidate(name)
@@ -241,22 +301,26 @@ def preparing_is_repeatable(name: str) -> None:
                 assert torch.equal(result, sum_exactly(every).float()), f"{tokens} tokens after {max_tokens}"
 
 
-def open_and_close(name: str, count: int) -> list[dict[str, int]]:
-    """Get and close handles; return what the process holds after each."""
+def closed_groups_leave_nothing(name: str, count: int) -> None:
+    """Get and close handles; what the process holds mustn't grow with each."""
     held = []
-    for _ in range(_WARM_HANDLES + count):
-        with _handle(name) as backend:
-            for device, dtype, sizes in itertools.islice(_eager_cells(backend, name, 1 << 16), 1):
-                _check_sum(backend, device, dtype, sizes[-1], "a new handle")
+    for _ in range(WARM_HANDLES + count):
+        with _no_warnings(), open_handle(name) as backend:
+            for device, dtype, sizes in itertools.islice(eager_cells(backend, name, 1 << 16), 1):
+                check_sum(backend, device, dtype, sizes[-1], "a new handle")
         del backend
-        gc.collect()
         dist.barrier()
-        held.append(_held())
+        held.append(count_held())
     comm.close()  # a second close does nothing
-    return held[_WARM_HANDLES - 1 :]
+    counts = {what: [step[what] for step in held[WARM_HANDLES - 1 :]] for what in held[0]}
+    # Other programs may add a segment now and then.
+    grown = {what: row for what, row in counts.items() if all(a < b for a, b in itertools.pairwise(row))}
+    assert not grown, f"left behind by closed groups, counted after each: {grown}"
 
 
-def _held() -> dict[str, int]:
+def count_held() -> dict[str, int]:
+    """Count what this process holds, by kind; GPU memory in MiB, as a negative number of what is free."""
+    gc.collect()
     found = {
         "open descriptors": len(list(Path("/proc/self/fd").iterdir())),
         "threads": threading.active_count(),
@@ -271,8 +335,8 @@ def _held() -> dict[str, int]:
 
 
 def suspended_and_resumed(name: str) -> None:
-    with _handle(name) as backend:
-        device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
+    with open_handle(name) as backend:
+        device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
         for _ in range(3):
             comm.suspend()
             try:
@@ -283,24 +347,24 @@ def suspended_and_resumed(name: str) -> None:
                 raise AssertionError("a call between suspend and resume didn't raise")
             comm.resume()
             for _ in range(3):
-                _check_sum(backend, device, dtype, sizes[-1], "after resume")
+                check_sum(backend, device, dtype, sizes[-1], "after resume")
 
 
 def a_peer_is_killed(name: str) -> tuple[str, str, float]:
     """The last rank dies; the others' next call must raise within the wait's limit."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     backend = comm.get_backend(backends=(name,))
-    device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
+    device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
     x = torch.ones(sizes[-1], device=device, dtype=dtype)
     backend.all_reduce(x)
-    _synchronize(backend)
+    synchronize(backend)
     if rank == world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
     try:
         for _ in range(3):
             backend.all_reduce(x)
-            _synchronize(backend)
+            synchronize(backend)
             backend.check()
     except comm.CommError as error:
         outcome = (type(error).__name__, str(error), time.monotonic() - start)
@@ -315,9 +379,9 @@ def a_peer_is_killed(name: str) -> tuple[str, str, float]:
 
 def a_rank_is_slow(name: str, delay_s: float) -> None:
     """Each rank in turn comes late by less than the wait's limit."""
-    with _handle(name) as backend:
-        device, dtype, sizes = next(_eager_cells(backend, name, 1 << 16))
+    with open_handle(name) as backend:
+        device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
         for late in range(dist.get_world_size()):
             if dist.get_rank() == late:
                 time.sleep(delay_s)
-            _check_sum(backend, device, dtype, sizes[-1], f"rank {late} came late by {delay_s} s")
+            check_sum(backend, device, dtype, sizes[-1], f"rank {late} came late by {delay_s} s")

@@ -20,7 +20,9 @@ _INNER = (1, 2, 3, 4, 7, 15, 16, 17, 30, 33, 48, 250, 255, 1000, 1023, 1025, 409
 _EXACT = 256
 
 
-def sizes_of(rules: Sequence[Rule], name: str, itemsize: int, most_nbytes: int = SMALL_NBYTES) -> list[int]:
+def sizes_of(
+    rules: Sequence[Rule], name: str, itemsize: int, most_nbytes: int = SMALL_NBYTES, least_nbytes: int = 1
+) -> list[int]:
     """Return sizes that the backend serves, in elements, ascending: the edges of its rules, and sizes between them."""
     nbytes = set(_INNER)
     for rule in rules:
@@ -28,7 +30,7 @@ def sizes_of(rules: Sequence[Rule], name: str, itemsize: int, most_nbytes: int =
         for edge in (rule.min_nbytes, most_nbytes if rule.max_nbytes is None else min(rule.max_nbytes, most_nbytes)):
             nbytes.update(edge // step * step + step * offset for offset in (-1, 0, 1))
         nbytes.update(size * step for size in (1, 3, 5, 127, 1001))
-    whole = {size // itemsize for size in nbytes if 0 < size <= most_nbytes and size % itemsize == 0}
+    whole = {size // itemsize for size in nbytes if least_nbytes <= size <= most_nbytes and size % itemsize == 0}
     return sorted(numel for numel in whole if numel and _owner(rules, numel * itemsize) == name)
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import pytest
 import torch
 
 from comm_core._testing import cases
 from comm_core._testing.ranks import Ranks
 
-__all__ = ["Kit"]
+__all__ = ["WAIT_TIMEOUT_S", "Kit"]
 
 #: The limit of a hot-path wait in the tests, in seconds.
-WAIT_TIMEOUT_S = 20.0
+WAIT_TIMEOUT_S = 10.0
 
 
 class Kit:
@@ -25,13 +24,24 @@ class Kit:
     Args:
         backend: the backend's name.
         ranks: the processes.
+        skip: raises an exception that says why a test doesn't apply to the backend, such as `pytest.skip`.
         path: folders in which every rank finds the backend; None: it is installed.
+        settle_s: how long what a fault left may take to go away, in seconds: threads end after their deadlines.
     """
 
-    def __init__(self, backend: str, ranks: Ranks, path: Sequence[Path] | None = None) -> None:
-        self._backend = backend
+    def __init__(
+        self,
+        backend: str,
+        ranks: Ranks,
+        skip: Callable[[str], NoReturn],
+        path: Sequence[Path] | None = None,
+        settle_s: float = 20.0,
+    ) -> None:
+        self.backend = backend
+        self.settle_s = settle_s
         self._path = path
         self._ranks = ranks
+        self._skip = skip
 
     def run(
         self,
@@ -40,30 +50,45 @@ class Kit:
         world_size: int = 2,
         dying: Collection[int] = (),
     ) -> list[Any]:
-        """Run a function of `cases` on every rank; return the results by rank. Skips if the backend can't serve."""
+        """Run a function of the `cases` modules on every rank; return the results by rank. Skips if it can't serve."""
         outcome = self.describe(world_size)
         if outcome["verdict"] != "serves":
-            pytest.skip(f"'{self._backend}' doesn't serve {world_size} ranks here: {outcome['reason']}")
-        return self._run(case, *arguments, world_size=world_size, dying=dying)
+            self._skip(f"'{self.backend}' doesn't serve {world_size} ranks here: {outcome['reason']}")
+        return self.run_anyway(case, *arguments, world_size=world_size, dying=dying)
+
+    def require(self, condition: bool, claim: str) -> None:
+        """Skip a test of something that the backend doesn't claim."""
+        if not condition:
+            self._skip(f"'{self.backend}' doesn't claim this: {claim}")
 
     @functools.cache  # noqa: B019 - a kit lives as long as its tests
     def describe(self, world_size: int) -> dict[str, Any]:
         """Return the outcome of a negotiation for the backend."""
-        found: dict[str, Any] = self._run(cases.describe, world_size=world_size)[0]
+        found: dict[str, Any] = self.run_anyway(cases.describe, world_size=world_size)[0]
         return found
 
-    def _run(
+    def check_outcome(self, world_size: int) -> None:
+        """The backend serves a group, or its `is_available` refuses it; anything else is an `AssertionError`."""
+        outcome = self.describe(world_size)
+        verdict = outcome["verdict"]
+        assert verdict != "absent", f"'{self.backend}' isn't installed, or can't be loaded: comm-core doctor"
+        assert verdict in ("serves", "unavailable"), f"{verdict}: {outcome['reason']}"
+        if "is_available" in outcome["hooks"]:  # without it, the backend claims no dtype
+            assert not outcome["dropped"], f"the admission test found faults: {outcome['dropped']}"
+
+    def run_anyway(
         self,
         case: Callable[..., Any],
         *arguments: Any,
         world_size: int,
         dying: Collection[int] = (),
     ) -> list[Any]:
-        settings = {"COMM_CORE_BACKENDS": self._backend, "COMM_CORE_WAIT_TIMEOUT_S": str(WAIT_TIMEOUT_S)}
+        """Run a function on every rank, whether or not the backend can serve."""
+        settings = {"COMM_CORE_BACKENDS": self.backend, "COMM_CORE_WAIT_TIMEOUT_S": str(WAIT_TIMEOUT_S)}
         on_gpus = torch.cuda.device_count() >= world_size
         return self._ranks.run(
             case,
-            self._backend,
+            self.backend,
             *arguments,
             world_size=world_size,
             backend="cpu:gloo,cuda:nccl" if on_gpus else "gloo",

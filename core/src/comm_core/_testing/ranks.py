@@ -9,8 +9,8 @@
         assert ranks.run(total, 5, world_size=2) == [11, 11]
 
 The processes stay for the whole test session, because importing torch takes seconds. Each run is a separate job with a
-new store. A process that a test has killed is replaced before the next run. A failed run ends all processes, as does a
-run on GPUs in which a process was killed.
+new store. A process that a test has killed is replaced before the next run. A run in which a rank hung or died ends all
+processes, as does a failed run on GPUs, or one there in which a process was killed.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Ranks:
 
         Raises:
             RankError: a rank raised, died unexpectedly, didn't return in time or, on a GPU, didn't destroy its process
-                groups in time; all processes were killed.
+                groups in time.
         """
         envs = [env or {}] * world_size if env is None or isinstance(env, Mapping) else list(env)
         paths = [tuple(map(str, folders)) for folders in path] or [()] * world_size
@@ -200,27 +200,39 @@ class Ranks:
         results = self._collect(processes, deadline_s)
         wrong = [rank for rank, (kind, _) in enumerate(results) if kind != ("killed" if rank in dying else "returned")]
         if wrong:
-            raise self._failure(f"ranks {wrong} of {function.__name__} failed", results, processes)
+            error = self._failure(f"ranks {wrong} of {function.__name__} failed", results, processes)
+            if on_gpus or any(kind not in ("returned", "raised") for kind, _ in results):
+                self.close()
+            else:
+                self._go_on(processes)
+            raise error
         values = [value for _, value in results]
         if on_gpus and dying:
             # What a dead peer leaves in the others, such as NCCL's communicators, mustn't meet the next run.
             self.close()
             return values
         # Only now may the ranks destroy their process groups; until here, others may be in their last collective.
-        for process in processes:
-            with contextlib.suppress(BrokenPipeError):
-                process.pipe.send(None)
+        self._go_on(processes)
         if on_gpus:
             # A rank that hangs here would otherwise fail the next test, which isn't to blame.
             ends = self._collect(processes, _END_S)
             if any(kind != "ended" for kind, _ in ends):
-                raise self._failure(f"ranks of {function.__name__} can't destroy their process groups", ends, processes)
+                error = self._failure(
+                    f"ranks of {function.__name__} can't destroy their process groups", ends, processes
+                )
+                self.close()
+                raise error
         return values
 
+    def _go_on(self, processes: list[_Process]) -> None:
+        """Let the processes leave a run, in which all ranks have returned or raised."""
+        for process in processes:
+            with contextlib.suppress(BrokenPipeError):
+                process.pipe.send(None)
+
     def _failure(self, title: str, results: list[tuple[str, Any]], processes: list[_Process]) -> RankError:
-        """End all processes and return the error."""
+        """Return the error of a failed run."""
         texts = [_describe(rank, *results[rank], process.read_stderr()) for rank, process in enumerate(processes)]
-        self.close()
         return RankError("\n".join([title, *texts]))
 
     def close(self) -> None:

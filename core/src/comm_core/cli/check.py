@@ -1,4 +1,4 @@
-"""`comm-core check`: the faults of one plugin that show without other ranks, each with its remedy."""
+"""`comm-core check`: the faults of one plugin, each with its remedy; with `--ranks`, those that need other ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from comm_core.command import table
 from comm_core.env import Settings
 
 if TYPE_CHECKING:
-    from comm_core.cli._faults import Examination
+    from comm_core._testing.examine import Examination
 
 __all__ = ["add_parser", "run"]
 
@@ -21,25 +21,46 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "check",
-        help="find the faults of one plugin, without other ranks",
+        help="find the faults of one plugin",
         description="Load the backend NAME, call its probe(), and ask its is_available about topologies that come with "
         "comm-core. Exits with 0 if it finds no fault, else 1.",
     )
     parser.add_argument("name", metavar="NAME", help="the backend's name: that of its entry point")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="then run the quick tests of the conformance kit in N processes on this machine, on its GPUs if it has N",
+    )
     parser.set_defaults(run=run, fail=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the faults; return 1 if there are some, else 0."""
-    from comm_core.cli._faults import examine
+    from comm_core._testing.examine import examine
 
     try:
         settings = Settings.read()
     except ValueError as error:
         args.fail(printable(str(error)))
+    if args.ranks is not None and args.ranks < 2:
+        args.fail(f"--ranks {args.ranks}: expected at least 2")
     found = examine(args.name, settings)
-    print(encodable("\n".join(_lines(args.name, found)), sys.stdout))
-    return 1 if found.faults else 0
+    print(encodable("\n".join(_lines(args.name, found)), sys.stdout), flush=True)
+    if found.faults:
+        return 1
+    return 0 if args.ranks is None else _run_quick_tests(args.name, args.ranks)
+
+
+def _run_quick_tests(name: str, ranks: int) -> int:
+    """Run the quick half of the conformance kit, and print a line for each test; return 1 if one fails."""
+    from comm_core._testing.quick import run_quick_tests
+
+    failed = 0
+    for test, outcome, text in run_quick_tests(name, ranks):
+        failed += outcome == "failed"
+        print(encodable(f"{outcome:>7}  {printable(test)}" + (f": {text}" if text else ""), sys.stdout), flush=True)
+    return 1 if failed else 0
 
 
 def _lines(name: str, found: Examination) -> list[str]:

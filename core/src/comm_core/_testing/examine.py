@@ -1,4 +1,4 @@
-"""The faults of one plugin that show on this host alone, without other ranks: for `comm-core check`."""
+"""The faults of one plugin that show in one process: of its loading, its `probe`, and its `is_available`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from comm_core.env import Settings
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
-__all__ = ["Examination", "Fault", "examine"]
+__all__ = ["Examination", "Fault", "describe_faults", "examine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,15 @@ class Examination:
     source: str = ""
     faults: list[Fault] = dataclasses.field(default_factory=list)
     answers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def describe_faults(name: str) -> list[str]:
+    """Return the faults of the backend `name` as texts."""
+    found = examine(name, Settings.read())
+    return [
+        " ".join(filter(None, (f"{fault.what}.", fault.place and f"({fault.place})", fault.remedy)))
+        for fault in found.faults
+    ]
 
 
 def examine(name: str, settings: Settings) -> Examination:

@@ -1,0 +1,287 @@
+"""What ranks do in conformance tests with a fault: a hook of the backend fails on the last rank of a group.
+
+As in `cases`, each function has the backend's name as its first parameter, and raises `AssertionError` with the broken
+rule. After each fault, all live ranks must agree, what the backend took must be given back within `settle_s` seconds,
+and a new group must work.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import comm_core as comm
+from comm_core._plugins.discovery import replaced_hook
+from comm_core._testing.cases import WARM_HANDLES, check_sum, count_held, eager_cells, open_handle, synchronize
+
+__all__ = [
+    "a_call_fails",
+    "a_rank_is_killed_in_connect",
+    "connect_fails",
+    "connect_is_slow",
+    "preparing_fails",
+    "suspending_fails",
+]
+
+#: The text of the error that a hook raises.
+FAULT = "a fault made by the conformance kit"
+# The timeout of `get_backend` for a group in which a rank hangs, in seconds.
+_HANG_TIMEOUT_S = 5.0
+# The timeout of `get_backend` for a group in which a rank's call is missing, in seconds: below torch's in the kit.
+_CALL_TIMEOUT_S = 15.0
+# How long a rank hangs at most, in seconds.
+_HANG_S = 60.0
+
+
+class _Control:
+    """A channel that calls a function before each exchange, with the number of the exchange from 1."""
+
+    def __init__(self, control: comm.ControlChannel, before: Callable[[int], None]) -> None:
+        self._control, self._before, self._calls = control, before, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self._calls += 1
+        self._before(self._calls)
+        return getattr(self._control, name)
+
+
+def _is_last() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def _warm_up(name: str) -> dict[str, int]:
+    for _ in range(WARM_HANDLES):
+        _works(name)
+    return count_held()
+
+
+def _works(name: str) -> None:
+    """A new handle of the backend is right, also for the next test."""
+    with open_handle(name) as backend:
+        _sum_once(name, backend, "after a fault")
+
+
+def _sum_once(name: str, backend: comm.Backend, what: str) -> None:
+    device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
+    check_sum(backend, device, dtype, sizes[-1], what)
+
+
+def _nothing_is_left(before: dict[str, int], what: str, settle_s: float) -> None:
+    """Compare what the process holds with `before`, for as long as threads of the fault may take to end."""
+    end = time.monotonic() + settle_s
+    while (left := {kind: n - before[kind] for kind, n in count_held().items() if n > before[kind]}) and (
+        time.monotonic() < end
+    ):
+        time.sleep(0.1)
+    assert not left, f"{what} left on rank {dist.get_rank()}: {left}"
+
+
+def _refused(name: str, what: str, reason: str, timeout_s: float | None = None) -> None:
+    """Get a handle that the backend can't serve, on all ranks for the same reason; its sums are right all the same."""
+    backend = comm.get_backend(timeout_s=timeout_s)
+    candidate = backend.decision.candidate(name)
+    assert candidate is not None
+    assert candidate.verdict == "failed", f"{what}: the verdict is {candidate.verdict}"
+    assert reason in candidate.reason, f"{what}: the reason is {candidate.reason!r}"
+    check_sum(backend, backend.device, torch.float32, 1000, f"the fallback after {what}")
+    synchronize(backend)
+    comm.close()
+
+
+def connect_fails(name: str, settle_s: float) -> None:
+    """`connect` raises on the last rank: at its begin and at each exchange; then it hangs."""
+    last, before = _is_last(), _warm_up(name)
+    exchanges, hanging = [0], threading.Event()
+
+    def counted(original: Callable[..., Any], topology: Any, context: comm.GroupContext) -> Any:
+        def count(number: int) -> None:
+            exchanges[0] = number
+
+        return original(topology, _with_control(context, count))
+
+    def failing(original: Callable[..., Any], topology: Any, context: comm.GroupContext, *, at: int) -> Any:
+        def fail(number: int) -> None:
+            if last and number == at:
+                raise RuntimeError(FAULT)
+
+        fail(0)
+        return original(topology, _with_control(context, fail))
+
+    def hang(original: Callable[..., Any], topology: Any, context: comm.GroupContext) -> Any:
+        if last:
+            hanging.wait(_HANG_S)
+        return original(topology, context)
+
+    with replaced_hook(name, "connect", counted):
+        _works(name)
+    for at in range(exchanges[0] + 1):
+        where = f"connect that raised on one rank in exchange {at}" if at else "connect that raised on one rank"
+        with replaced_hook(name, "connect", functools.partial(failing, at=at)):
+            for _ in range(2):
+                _refused(name, where, FAULT)
+        _nothing_is_left(before, where, settle_s)
+    where = "connect that hung on one rank"
+    with replaced_hook(name, "connect", hang):
+        _refused(name, where, "", _HANG_TIMEOUT_S)
+    hanging.set()  # it goes on, too late
+    dist.barrier()
+    _nothing_is_left(before, where, settle_s)
+    _works(name)
+
+
+def _with_control(context: comm.GroupContext, before: Callable[[int], None]) -> comm.GroupContext:
+    """Return the context with another channel."""
+    changed = copy.copy(context)  # unlike `dataclasses.replace`, it doesn't read `group`, which makes one
+    vars(changed)["control"] = _Control(context.control, before)
+    return changed
+
+
+def connect_is_slow(name: str, delay_s: float) -> None:
+    """The last rank comes late to `connect`, and late into each of its exchanges."""
+
+    def slow(original: Callable[..., Any], topology: Any, context: comm.GroupContext) -> Any:
+        def wait(_: int) -> None:
+            if _is_last():
+                time.sleep(delay_s)
+
+        wait(0)
+        return original(topology, _with_control(context, wait))
+
+    with replaced_hook(name, "connect", slow):
+        _works(name)
+
+
+def a_rank_is_killed_in_connect(name: str, settle_s: float) -> str:
+    """The last rank dies at the first exchange of `connect`, or at its end; return the error of the others."""
+    before = _warm_up(name)
+
+    def die(original: Callable[..., Any], topology: Any, context: comm.GroupContext) -> Any:
+        def kill(_: int) -> None:
+            if _is_last():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        original(topology, _with_control(context, kill))
+        kill(0)
+        raise AssertionError("connect returned without the killed rank's exchange")
+
+    with replaced_hook(name, "connect", die):
+        try:
+            comm.get_backend(timeout_s=_HANG_TIMEOUT_S)
+        except comm.CommError as error:
+            text = str(error)
+        else:
+            raise AssertionError("get_backend returned without the killed rank")
+    _nothing_is_left(before, "connect, during which a rank was killed,", settle_s)
+    return text
+
+
+def a_call_fails(name: str, absent: bool, settle_s: float) -> str:
+    """The last rank's `all_reduce` raises, or isn't called: every rank's calls end in an error, and keep to it."""
+    last, before = _is_last(), _warm_up(name)
+    fails = threading.Event()
+
+    def failing(original: Callable[..., Any], session: Any, tensor: torch.Tensor, out: torch.Tensor | None) -> Any:
+        if last and fails.is_set():
+            raise RuntimeError(FAULT)
+        return original(session, tensor, out)
+
+    what = "a call without one rank" if absent else "a call that raised on one rank"
+    with replaced_hook(name, "all_reduce", failing):
+        # Calls in `context.group` over Gloo wait as long as `connect` may take.
+        backend = comm.get_backend(backends=(name,), timeout_s=_CALL_TIMEOUT_S)
+        _sum_once(name, backend, "before the fault")
+        synchronize(backend)
+        if not absent:
+            fails.set()
+        error = ""
+        if not (absent and last):
+            error = _error_of_calls(name, backend, what)
+            assert not last or FAULT in error, f"{what}: that rank's error is {error!r}"
+        dist.barrier()
+        if absent and last:  # it hears of its peers' time-out
+            error = _error_of_calls(name, backend, what)
+        again = _error_of_calls(name, backend, f"a call after {what}")
+        assert again, "a later call must raise, too"
+        comm.close()
+    del backend  # it holds a connection to the store
+    _nothing_is_left(before, what, settle_s)
+    dist.barrier()
+    _works(name)
+    return error
+
+
+def _error_of_calls(name: str, backend: comm.Backend, what: str) -> str:
+    """Call three times, and return the error: a kernel's shows in `check`, or in the next call."""
+    device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
+    x = torch.ones(sizes[-1], device=device, dtype=dtype)
+    try:
+        for _ in range(3):
+            backend.all_reduce(x)
+            synchronize(backend)
+            backend.check()
+    except comm.CommError as error:
+        return str(error)
+    except RuntimeError as error:
+        assert FAULT in str(error), f"{what} raised {type(error).__name__}, not a CommError: {error}"
+        return str(error)
+    raise AssertionError(f"{what} returned on rank {dist.get_rank()}")
+
+
+def preparing_fails(name: str, settle_s: float) -> None:
+    """`pre_capture_init` raises on the last rank."""
+    last, before = _is_last(), _warm_up(name)
+
+    def failing(original: Callable[..., Any], session: Any, shapes: Any) -> Any:
+        if last:
+            raise RuntimeError(FAULT)
+        return original(session, shapes)
+
+    what = "pre_capture_init that raised on one rank"
+    with replaced_hook(name, "pre_capture_init", failing):
+        backend = comm.get_backend()
+        comm.pre_capture_init(max_tokens=4, hidden_size=64, dtype=torch.float32)
+        candidate = backend.decision.candidate(name)
+        assert candidate is not None
+        assert (candidate.verdict, FAULT in candidate.reason) == ("failed", True), f"{what}: {candidate}"
+        check_sum(backend, backend.device, torch.float32, 256, f"the fallback after {what}")
+        synchronize(backend)
+        comm.close()
+    del backend  # it holds a connection to the store
+    _nothing_is_left(before, what, settle_s)
+    _works(name)
+
+
+def suspending_fails(name: str, settle_s: float) -> None:
+    """`suspend`, and then `resume`, raises on the last rank: the handle stops on all ranks, and can be closed."""
+    last, before = _is_last(), _warm_up(name)
+
+    def failing(original: Callable[..., Any], session: Any) -> Any:
+        if last:
+            raise RuntimeError(FAULT)
+        return original(session)
+
+    for hook in ("suspend", "resume"):
+        what = f"{hook} that raised on one rank"
+        with replaced_hook(name, hook, failing):
+            backend = comm.get_backend(backends=(name,))
+            try:
+                comm.suspend()
+                comm.resume()
+            except comm.CommError as error:
+                assert FAULT in str(error), f"{what}: the error is {error}"
+            else:
+                raise AssertionError(f"{what} raised nothing on rank {dist.get_rank()}")
+            _error_of_calls(name, backend, f"a call after {what}")
+            comm.close()
+        del backend
+        _nothing_is_left(before, what, settle_s)
+    _works(name)
