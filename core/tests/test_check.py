@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from broken_backends import BROKEN, source_of
 from comm_core import cli
 from comm_core._plugins import discovery, installed
 from comm_core._topologies import load_topologies
@@ -26,7 +28,7 @@ class Plugin:
         raise NotImplementedError
 """
 
-Check = Callable[[str], tuple[int, str]]
+Check = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
@@ -40,9 +42,9 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         SimpleNamespace(distributions=lambda **kwargs: metadata.distributions(path=[str(folder)], **kwargs)),
     )
 
-    def run(hooks: str) -> tuple[int, str]:
+    def run(hooks: str, *arguments: str) -> tuple[int, str]:
         install(folder, "mine", f"{HEAD}\n{textwrap.indent(textwrap.dedent(hooks), '    ')}\nplugin = Plugin()\n")
-        status = cli.main(["check", "mine"])
+        status = cli.main(["check", "mine", *arguments])
         return status, capsys.readouterr().out
 
     discovery.reset()
@@ -212,6 +214,28 @@ def test_a_backend_that_isnt_installed(check: Check, capsys: pytest.CaptureFixtu
     assert "no installed distribution has a backend 'mime'" in text
     assert "installed are: mine" in text
     assert "Did you mean mine?" in text
+
+
+def test_the_quick_tests_run_on_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The ranks' processes get this process's path, and find the backend by its metadata.
+    monkeypatch.syspath_prepend(str(install(tmp_path / "site", "broken", source_of(BROKEN["changes_its_input"]))))
+    discovery.reset()
+    try:
+        assert cli.main(["check", "broken", "--ranks", "2"]) == 1
+    finally:
+        discovery.reset()
+    outcomes = re.findall(r"^ *(passed|failed|skipped)  ([^:\n]*)", capsys.readouterr().out, re.MULTILINE)
+    assert [name for outcome, name in outcomes if outcome == "failed"] == ["inputs are kept and only outputs written"]
+    assert len([name for outcome, name in outcomes if outcome == "passed"]) == len(outcomes) - 1 > 5
+
+
+def test_a_group_of_one_has_no_quick_tests(check: Check, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        check("", "--ranks", "1")
+    assert ended.value.code == 2
+    assert "expected at least 2" in capsys.readouterr().err
 
 
 def test_a_setting_that_cannot_be_read_is_a_usage_error(
