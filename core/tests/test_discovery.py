@@ -346,6 +346,12 @@ def test_a_plugin_for_another_core_is_refused_before_its_import(site: Site) -> N
     assert "plugin_one" not in sys.modules
 
 
+def test_a_plugin_for_other_hooks_is_refused_with_the_command_that_mends_it(site: Site) -> None:
+    failure = broken_beside_good(site, textwrap.dedent(GOOD).replace("(1, 0)", "(2, 0)"))
+    assert "written for version 2.0 of the hooks" in failure.reason
+    assert failure.remedy.endswith(": pip install --upgrade plugin-broken comm-core")
+
+
 @pytest.mark.parametrize(
     ("requirement", "running", "fits"),
     [

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from wheelhouse import ROOT, BuildWheel, Pip, Venv, read_metadata
+from wheelhouse import ROOT, BuildWheel, Pip, Venv
 
 WORLD_SIZE = 2
 
@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 
-import comm  # Jupyter's
 import comm_core
 import thirdparty_collectives
 import torch
@@ -32,7 +31,7 @@ backend = comm_core.get_backend(group)
 x = torch.full((1024,), float(rank + 1))
 y = backend.all_reduce(x)
 facts = {
-    "files": [module.__file__ for module in (comm, comm_core, thirdparty_collectives)],
+    "files": [module.__file__ for module in (comm_core, thirdparty_collectives)],
     "entry_points": [entry.name for entry in importlib.metadata.entry_points(group="comm_core.backends")],
     "name": backend.name,
     "routed_to": backend.decision.route("all_reduce", "eager", "cpu", "float32").backend_for(x.nbytes),
@@ -40,7 +39,6 @@ facts = {
     "sum": y.unique().tolist(),
     "in_place": backend.all_reduce(x, out=x) is x and torch.equal(x, y),
     "explained": "thirdparty" in str(backend.explain()),
-    "jupyter": type(comm.create_comm(target_name="greeting")).__module__,
 }
 comm_core.close(group)
 dist.destroy_process_group()
@@ -68,7 +66,7 @@ def installed(third_party: Path, build_wheel: BuildWheel, pip: Pip, tmp_path_fac
     core = build_wheel(ROOT / "core")
     for wheel in (core, build_wheel(third_party)):
         (wheels / wheel.name).symlink_to(wheel)
-    fresh = Venv(folder, read_metadata(core).requires or [])
+    fresh = Venv(folder, ["comm-core"])
     pip(
         "--python", fresh.python, "install", "--no-index", "--find-links", wheels, "comm-core", "thirdparty-collectives"
     )
@@ -99,10 +97,7 @@ def test_without_comm_bench_its_command_says_what_to_install(installed: Venv, cl
     assert done.stderr.splitlines()[-1] == "comm-core: error: 'bench' isn't installed: pip install comm-bench"
 
 
-def test_plugin_serves_a_group_beside_jupyters_comm(
-    installed: Venv, pip: Pip, clean_environ: dict[str, str], tmp_path: Path
-) -> None:
-    pip("--python", installed.python, "install", "comm")
+def test_plugin_serves_a_group(installed: Venv, clean_environ: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(JOB)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}", "job.py"]
     job = subprocess.Popen(
@@ -125,7 +120,6 @@ def test_plugin_serves_a_group_beside_jupyters_comm(
         facts = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert facts == {
             "files": [
-                str(site / "comm" / "__init__.py"),
                 str(site / "comm_core" / "__init__.py"),
                 str(site / "thirdparty_collectives.py"),
             ],
@@ -136,5 +130,4 @@ def test_plugin_serves_a_group_beside_jupyters_comm(
             "sum": [3],
             "in_place": True,
             "explained": True,
-            "jupyter": "comm",
         }

@@ -1,56 +1,85 @@
-"""The contents of the wheels, and the packages that the development root installs."""
+"""The contents and the metadata of the wheels, and the packages that the development root installs."""
 
 from __future__ import annotations
 
 import json
 import re
 import zipfile
-from importlib.metadata import EntryPoint
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
-from wheelhouse import ROOT, BuildWheel, Pip, read_metadata
+from packaging.requirements import Requirement
+from packaging.version import Version
+from wheelhouse import PLUGINS, PROJECTS, ROOT, BuildWheel, Pip, entry_points, module_of, read_metadata
 
-PLUGINS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("plugins/*/pyproject.toml"))
-PROJECTS = ["core", "bench", *PLUGINS]
-
-
-def module_of(project: str) -> str:
-    return f"comm_{project}" if project not in PLUGINS else f"comm_plugin_{Path(project).name}"
-
-
-def entry_points(wheel: Path, group: str) -> list[EntryPoint]:
-    return [entry for entry in read_metadata(wheel).entry_points if entry.group == group]
+CORE_VERSION = Version(re.findall(r'"(.+)"', (ROOT / "core/src/comm_core/_version.py").read_text())[-1])
 
 
 @pytest.mark.parametrize("project", PROJECTS)
-def test_wheel_has_one_typed_package_and_its_licence(project: str, build_wheel: BuildWheel) -> None:
-    wheel, module = build_wheel(ROOT / project), module_of(project)
+def test_wheel_has_its_package_and_nothing_else(project: str, build_wheel: BuildWheel) -> None:
+    wheel, module, source = build_wheel(ROOT / project), module_of(project), ROOT / project / "src"
     with zipfile.ZipFile(wheel) as archive:
-        names = [PurePosixPath(name) for name in archive.namelist()]
-        (licence,) = (name for name in names if name.match("*.dist-info/licenses/LICENSE"))
-        assert archive.read(str(licence)) == (ROOT / "LICENSE").read_bytes()
-    top_level = {name.parts[0] for name in names}
-    assert top_level == {module, licence.parts[0]}
-    assert PurePosixPath(module, "py.typed") in names
-    assert not [name for name in names if "tests" in name.parts or name.name.startswith(("test_", "conftest"))]
+        names = set(archive.namelist())
+        info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
+        assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    described = {name for name in names if name.startswith(f"{info}/")}
+    assert described == {
+        f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    }
+    # The source folder may have caches; a wheel must not.
+    sources = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    sources = {name for name in sources if not name.endswith((".pyc", ".so"))}
+    assert names - described == sources
+    assert {name.partition("/")[0] for name in sources} == {module}
+    assert f"{module}/py.typed" in sources
+    assert not [name for name in sources if re.search(r"(^|/)(tests/|test_|conftest)", name)]
 
 
-def test_core_wheel_has_its_script_and_no_backend(build_wheel: BuildWheel) -> None:
-    wheel = build_wheel(ROOT / "core")
-    assert [(entry.name, entry.value) for entry in entry_points(wheel, "console_scripts")] == [
-        ("comm-core", "comm_core.cli:main")
-    ]
-    assert entry_points(wheel, "comm_core.backends") == []
-    assert entry_points(wheel, "comm_core.commands") == []
+@pytest.mark.parametrize("project", PROJECTS)
+def test_metadata(project: str, build_wheel: BuildWheel) -> None:
+    wheel, module = build_wheel(ROOT / project), module_of(project)
+    found = read_metadata(wheel)
+    assert found.metadata["Name"] == module.replace("_", "-")
+    assert found.metadata["Requires-Python"] == ">=3.10"
+    assert found.metadata["License-Expression"] == "Apache-2.0"
+    assert Version(found.version).release
+    on_core = [item for item in map(Requirement, found.requires or []) if item.name == "comm-core"]
+    if project == "core":
+        assert (Version(found.version), on_core) == (CORE_VERSION, [])
+        return
+    (requirement,) = on_core
+    # From this minor version of core to before the next one, which may break plugins.
+    assert CORE_VERSION in requirement.specifier
+    major, minor, _ = CORE_VERSION.release
+    assert [*requirement.specifier.filter(["0", f"{major}.{minor + 1}", f"{major + 1}.0"])] == []
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_entry_points_are_this_projects_own(project: str, build_wheel: BuildWheel) -> None:
+    wheel = build_wheel(ROOT / project)
+    module, backends = module_of(project), entry_points(wheel, "comm_core.backends")
+    # Jupyter owns the name `comm`, also as a script.
+    scripts = {"comm-core": "comm_core.cli:main"} if project == "core" else {}
+    assert {entry.name: entry.value for entry in entry_points(wheel, "console_scripts")} == scripts
+    assert {entry.name: entry.value for entry in backends} == (
+        {Path(project).name: module} if project in PLUGINS else {}
+    )
+    points = read_metadata(wheel).entry_points
+    assert points
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for entry in points:
+        path = entry.module.replace(".", "/")
+        assert {f"{path}.py", f"{path}/__init__.py"} & names, entry
+        assert path.partition("/")[0] == module
 
 
 def test_core_wheel_has_the_data_of_its_commands(build_wheel: BuildWheel) -> None:
-    source = ROOT / "core" / "src"
-    files = [*source.glob("comm_core/_template/*.template"), *source.glob("comm_core/_topologies/*.json")]
-    assert {path.suffix for path in files} == {".template", ".json"}
     with zipfile.ZipFile(build_wheel(ROOT / "core")) as archive:
-        assert {path.relative_to(source).as_posix() for path in files} <= set(archive.namelist())
+        names = set(archive.namelist())
+    suffixes = {"_template": ".template", "_topologies": ".json", "include/comm_core": ".cuh"}
+    for folder, suffix in suffixes.items():
+        assert [name for name in names if name.startswith(f"comm_core/{folder}/") and name.endswith(suffix)]
 
 
 def test_the_benchmark_is_only_in_its_own_wheel(build_wheel: BuildWheel) -> None:
@@ -62,18 +91,9 @@ def test_the_benchmark_is_only_in_its_own_wheel(build_wheel: BuildWheel) -> None
     assert [(entry.name, entry.value) for entry in entry_points(bench, "comm_core.commands")] == [
         ("bench", "comm_bench.cli")
     ]
+    assert entry_points(core, "comm_core.commands") == []
     extras = {path: read_metadata(path).metadata.get_all("Provides-Extra") for path in (core, bench)}
     assert extras == {core: ["kernels", "memory", "testing"], bench: ["plot"]}
-
-
-@pytest.mark.parametrize("project", PROJECTS)
-def test_names_are_this_projects_own(project: str, build_wheel: BuildWheel) -> None:
-    wheel = build_wheel(ROOT / project)
-    assert read_metadata(wheel).metadata["Name"] == module_of(project).replace("_", "-")
-    # Jupyter owns the name `comm`.
-    assert "comm" not in [entry.name for entry in entry_points(wheel, "console_scripts")]
-    backends = [entry.name for entry in entry_points(wheel, "comm_core.backends")]
-    assert backends == ([Path(project).name] if project in PLUGINS else [])
 
 
 @pytest.mark.parametrize("project", PROJECTS)

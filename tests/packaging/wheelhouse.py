@@ -1,24 +1,31 @@
-"""Helpers of the packaging tests: build wheels with kernels, read wheels, make virtual environments."""
+"""Helpers of the packaging tests: list the projects, build and read wheels, make virtual environments."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
+import json
 import os
 import re
 import shutil
+import subprocess
 import sysconfig
+import tempfile
 import venv
 import zipfile
 from collections.abc import Callable, Iterable
-from importlib.metadata import PathDistribution
+from importlib.metadata import EntryPoint, PathDistribution
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
+# Every distribution that is uploaded, by its folder.
+PLUGINS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("plugins/*/pyproject.toml"))
+PROJECTS = ["core", "bench", *PLUGINS]
 
 Pip = Callable[..., str]
 BuildWheel = Callable[[Path], Path]
@@ -28,18 +35,56 @@ KERNEL_ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores", re.DOTALL
 )
 
+# Imports torch once. Then runs, for each line with JSON of an output file and arguments, `comm-core` in a fork of this
+# process, which sees the distributions that are installed by then.
+SERVE_COMMANDS = """
+import importlib, json, os, runpy, sys, traceback
+import torch
+
+for line in sys.stdin:
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    output, *sys.argv[1:] = json.loads(line)
+    sys.stdout = sys.stderr = open(output, "w")
+    importlib.invalidate_caches()
+    status = 1
+    try:
+        runpy.run_module("comm_core", run_name="__main__", alter_sys=True)
+    except SystemExit as exit:
+        status = exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)
+"""
+
 
 class Built(NamedTuple):
     wheel: Path
     log: str  # nvcc's
 
 
-def compile_wheel(
-    project: Path, build_wheel: BuildWheel, pip: Pip, clean_environ: dict[str, str], folder: Path
-) -> Built:
+def module_of(project: str) -> str:
+    return f"comm_{project}" if project not in PLUGINS else f"comm_plugin_{Path(project).name}"
+
+
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Call `make` with an empty folder, and move it to `folder`; pytest's other processes wait and share the result."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+            make(scratch)
+            scratch.rename(folder)
+    return folder
+
+
+def compile_wheel(project: Path, core_wheel: Path, pip: Pip, clean_environ: dict[str, str], folder: Path) -> None:
     """Build a project's wheel as `make wheels` does, with an nvcc that makes the assembler report on each kernel.
 
-    Skips the test without nvcc. `folder` must be empty.
+    Skips the test without nvcc. In `folder`, which must be empty, `dist` gets the wheel and `logs` nvcc's output.
     """
     search = os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")])
     nvcc = shutil.which("nvcc", path=search)
@@ -51,15 +96,13 @@ def compile_wheel(
     wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@" -Xptxas=-v 2>"{folder}/logs/$$"\n')
     wrapper.chmod(0o755)
     # Core from its wheel, with the build hook and the headers.
-    pip("install", "--target", folder / "core", "--no-deps", "--no-index", build_wheel(ROOT / "core"))
+    pip("install", "--target", folder / "core", "--no-deps", "--no-index", core_wheel)
     chosen = {"CUDA_HOME": str(folder), "HATCH_BUILD_HOOKS_ENABLE": "1", "PYTHONPATH": str(folder / "core")}
     pip(
         *("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "dist"),
         project,
         environ={**clean_environ, **chosen},
     )
-    (wheel,) = (folder / "dist").glob("*.whl")
-    return Built(wheel, "\n".join(path.read_text() for path in sorted((folder / "logs").iterdir())))
 
 
 def read_metadata(wheel: Path) -> PathDistribution:
@@ -67,12 +110,16 @@ def read_metadata(wheel: Path) -> PathDistribution:
     return PathDistribution(folder)
 
 
+def entry_points(wheel: Path, group: str) -> list[EntryPoint]:
+    return [entry for entry in read_metadata(wheel).entry_points if entry.group == group]
+
+
 class Venv:
     """A virtual environment in `folder` that doesn't see this checkout.
 
     Packages such as torch are too large to install again, so `requirements` and their dependencies are linked from this
     interpreter's environment. The others stay out, because pip and entry points would see the checkout's editable
-    installs.
+    installs; those are looked through for their dependencies, and not linked.
     """
 
     def __init__(self, folder: Path, requirements: Iterable[str]) -> None:
@@ -87,20 +134,74 @@ class Venv:
             (borrowed / path.name).symlink_to(path)
         (self.site_packages / "borrowed.pth").write_text(f"{borrowed}\n")
 
+    def files(self) -> set[Path]:
+        """Return all files and folders of the environment."""
+        return {path.relative_to(self.folder) for path in self.folder.rglob("*")}
+
+
+class Commands:
+    """Runs `comm-core` with the distributions of a venv, and imports torch only once for all runs."""
+
+    def __init__(self, venv: Venv, environ: dict[str, str], folder: Path) -> None:
+        self._output = folder / "output"
+        self._process = subprocess.Popen(
+            [venv.python, "-c", SERVE_COMMANDS],
+            cwd=folder,
+            env={name: value for name, value in environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Return the exit status and what was printed."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(self._output), *arguments]) + "\n")
+        self._process.stdin.flush()
+        status = int(self._process.stdout.readline())
+        return status, self._output.read_text()
+
+    def plugins(self) -> dict[str, dict[str, Any]]:
+        """Return the plugins of `comm-core doctor`, by name."""
+        _, text = self.run("doctor", "--json")
+        return {line["name"]: line for line in json.loads(text)["plugins"]}
+
+    def close(self) -> None:
+        self._process.communicate()
+
 
 def paths_of_dependencies(requirements: Iterable[str]) -> Iterable[Path]:
-    """Return the files and folders of `requirements` and their dependencies in this interpreter's site-packages."""
+    """Return the files and folders of `requirements` and their dependencies in this interpreter's site-packages.
+
+    Raises:
+        PackageNotFoundError: one isn't installed.
+    """
     found: dict[Path, None] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [Requirement(text) for text in requirements]
     while waiting:
         requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        if name in seen or (requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})):
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if (name, extras) in seen:
             continue
-        seen.add(name)
+        seen.add((name, extras))
         distribution = importlib.metadata.distribution(name)
-        waiting += [Requirement(text) for text in distribution.requires or []]
+        needed = [Requirement(text) for text in distribution.requires or []]
+        waiting += [
+            item for item in needed if not item.marker or any(item.marker.evaluate({"extra": x}) for x in ("", *extras))
+        ]
+        if name.startswith("comm-"):
+            continue  # this checkout's
         tops = {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
         found.update(dict.fromkeys(Path(str(distribution.locate_file(top))) for top in tops))
     return found
+
+
+def missing_dependency(project: str) -> str | None:
+    """Return the name of a distribution that a project needs and this interpreter lacks; None if it has all."""
+    try:
+        paths_of_dependencies([module_of(project).replace("_", "-")])
+    except importlib.metadata.PackageNotFoundError as error:
+        return error.name
+    return None

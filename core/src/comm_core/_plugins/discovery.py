@@ -201,7 +201,7 @@ def _import_plugin(entry: InstalledPlugin) -> Plugin:
 
 
 def _build(name: str, plugin: object, distribution: str | None, version: str | None) -> Plugin:
-    return Plugin(name, distribution, version, validation.validate(name, plugin))
+    return Plugin(name, distribution, version, validation.validate(name, plugin, distribution))
 
 
 def _module_name(entry: InstalledPlugin) -> str:

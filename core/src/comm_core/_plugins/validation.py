@@ -51,12 +51,13 @@ class _Problem(NamedTuple):
     remedy: str
 
 
-def validate(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
+def validate(name: str, plugin: object, distribution: str | None = None) -> dict[str, Callable[..., Any]]:
     """Validate a plugin and register its hooks with a manager of its own.
 
     Args:
         name: the backend's name.
         plugin: a module, or an object with the hooks as attributes.
+        distribution: its distribution's name, for remedies; None if unknown.
 
     Returns:
         The hooks as plain callables, by name.
@@ -64,7 +65,7 @@ def validate(name: str, plugin: object) -> dict[str, Callable[..., Any]]:
     Raises:
         PluginRejectedError: the plugin breaks rules; the reason lists all faults of the first failing check.
     """
-    _reject_if(_api_problems(plugin))
+    _reject_if(_api_problems(plugin, distribution))
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     marked, unmarked = _functions(plugin, manager)
@@ -97,7 +98,7 @@ def _reject_if(problems: Iterator[_Problem] | list[_Problem]) -> None:
         raise PluginRejectedError("; ".join(problem.reason for problem in found), " ".join(remedies))
 
 
-def _api_problems(plugin: object) -> Iterator[_Problem]:
+def _api_problems(plugin: object, distribution: str | None) -> Iterator[_Problem]:
     value = getattr(plugin, _API, None)
     ours = ".".join(map(str, hookspecs.API))
     write = f"Set {_API} = {hookspecs.API} in the module or object that the entry point names."
@@ -108,7 +109,8 @@ def _api_problems(plugin: object) -> Iterator[_Problem]:
     elif value[0] != hookspecs.API[0]:
         yield _Problem(
             f"it is written for version {value[0]}.{value[1]} of the hooks; this comm-core has {ours}",
-            f"Install a release of the plugin for version {hookspecs.API[0]}, or a comm-core with version {value[0]}.",
+            f"Install a release of the plugin for version {hookspecs.API[0]}, or a comm-core with version {value[0]}"
+            + (f": pip install --upgrade {distribution} comm-core" if distribution else "."),
         )
     elif value[1] > hookspecs.API[1]:
         yield _Problem(
