@@ -47,7 +47,7 @@ def test_core_wheel_has_its_script_and_no_backend(build_wheel: BuildWheel) -> No
 
 def test_core_wheel_has_the_data_of_its_commands(build_wheel: BuildWheel) -> None:
     source = ROOT / "core" / "src"
-    files = [*source.glob("comm_core/_template/*.template"), *source.glob("comm_core/_topologies/*.json")]
+    files = [*source.glob("comm_core/_template/**/*.template"), *source.glob("comm_core/_topologies/*.json")]
     assert {path.suffix for path in files} == {".template", ".json"}
     with zipfile.ZipFile(build_wheel(ROOT / "core")) as archive:
         assert {path.relative_to(source).as_posix() for path in files} <= set(archive.namelist())
