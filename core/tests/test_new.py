@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import subprocess
 import sys
@@ -28,10 +29,46 @@ if TYPE_CHECKING:
 NAME = "my_ring_"
 
 
-def pip(*arguments: object) -> None:
+def pip(*arguments: object, **environ: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def installed_in(folder: Path, project: Path, **environ: str) -> Path:
+    """Build the project's wheel, with these environment variables; return a folder in which it is installed."""
+    wheels = folder / "wheels"
+    pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", wheels, project, **environ)
+    (wheel,) = wheels.glob("*.whl")
+    pip("install", "--no-deps", "--no-index", "--target", folder / "packages", wheel)
+    return folder / "packages"
+
+
+@contextlib.contextmanager
+def only(site: Path) -> Iterator[None]:
+    """Let this process see the plugins of `site`, and no others."""
+    metadata, before = vars(installed)["metadata"], set(sys.modules)
+    seen = SimpleNamespace(distributions=lambda **kwargs: metadata.distributions(path=[str(site)], **kwargs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site))
+        patch.setattr(installed, "metadata", seen)
+        discovery.reset()
+        yield
+    discovery.reset()
+    for name in set(sys.modules) - before:
+        if name.startswith("comm_plugin_"):
+            del sys.modules[name]
+
+
+def pytest_command(project: Path) -> list[str]:
+    """Return the command that runs the project's written test."""
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(project)]
+    return [sys.executable, "-m", "pytest", *options, str(project / "tests")]
+
+
+def pytest_environ(site: Path) -> dict[str, str]:
+    """Return the environment for it, without GPUs."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +81,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def site(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the project is installed from its wheel."""
-    folder = tmp_path_factory.mktemp("site")
-    wheels = folder / "wheels"
-    pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", wheels, project)
-    (wheel,) = wheels.glob("*.whl")
-    pip("install", "--no-deps", "--no-index", "--target", folder / "packages", wheel)
-    return folder / "packages"
-
-
-@pytest.fixture
-def only_the_site(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    metadata = installed.metadata
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setattr(
-        installed,
-        "metadata",
-        SimpleNamespace(distributions=lambda **kwargs: metadata.distributions(path=[str(site)], **kwargs)),
-    )
-    discovery.reset()
-    yield
-    discovery.reset()
-    sys.modules.pop(f"comm_plugin_{NAME}", None)
+    return installed_in(tmp_path_factory.mktemp("site"), project)
 
 
 def test_the_files(project: Path) -> None:
@@ -93,8 +110,9 @@ def test_the_distribution(site: Path) -> None:
     assert str(required["comm-core", "testing"].marker) == 'extra == "test"'
 
 
-def test_it_passes_the_check(only_the_site: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", NAME]) == 0
+def test_it_passes_the_check(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with only(site):
+        assert cli.main(["check", NAME]) == 0
     assert "no faults found" in capsys.readouterr().out
 
 
@@ -129,10 +147,15 @@ def test_two_ranks_choose_it_and_sum(site: Path, ranks: Ranks) -> None:
 
 
 def test_the_written_test_runs_the_conformance_kit(project: Path, site: Path) -> None:
-    path = os.pathsep.join([str(site), *sys.path])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", project, project / "tests"]
-    environ = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(
+        pytest_command(project),
+        cwd=project,
+        env=pytest_environ(site),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
     assert "failed" not in done.stdout

@@ -17,13 +17,25 @@ from comm_core._version import __version__
 
 __all__ = ["add_parser", "run"]
 
-#: The template of each file, by its path in the project.
+#: The templates of each file, one after another, by its path in the project.
 _FILES = {
-    "pyproject.toml": "pyproject.toml",
-    "README.md": "README.md",
-    "src/${module}/__init__.py": "plugin.py",
-    "tests/test_${name}.py": "test.py",
+    "pyproject.toml": ("pyproject.toml",),
+    "README.md": ("README.md",),
+    "src/${module}/__init__.py": ("plugin.py",),
+    "tests/test_${name}.py": ("test.py",),
 }
+#: The files that differ, or are added, with native code of that kind.
+_KERNEL_FILES = {
+    kernel: {
+        "pyproject.toml": ("pyproject.toml", "hook.toml"),
+        "README.md": (f"{kernel}/README.md",),
+        "src/${module}/__init__.py": (f"{kernel}/plugin.py",),
+        **{f"src/${{module}}/csrc/{source}": (f"{kernel}/{source}",) for source in sources},
+    }
+    for kernel, sources in {"cpp": ["kernel.cpp"], "cuda": ["kernel.cuh", "binding.cu"]}.items()
+}
+#: The extras of comm-core that the native code needs.
+_EXTRAS = {"cpp": "[kernels]", "cuda": "[kernels,memory]"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,11 +43,17 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "new",
         help="write the project of a new backend plugin",
-        description="Write a project with the backend NAME, which sums through torch.distributed: a place to begin.",
+        description="Write a project with the backend NAME, which sums through torch.distributed, or by native code of "
+        "its own: a place to begin.",
     )
     parser.add_argument("name", metavar="NAME", help="the backend's name: a-z, 0-9 and _, beginning with a letter")
     parser.add_argument(
         "--folder", type=pathlib.Path, metavar="PATH", help="the project's folder, a new one; default: comm-plugin-NAME"
+    )
+    parser.add_argument(
+        "--kernel",
+        choices=sorted(_KERNEL_FILES),
+        help="with native code: cpp sums CPU tensors over shared memory, cuda by a kernel that reads its peers' memory",
     )
     parser.set_defaults(run=run, fail=parser.error)
 
@@ -52,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.folder or pathlib.Path(f"comm-plugin-{name}")
     try:
         folder.mkdir(parents=True)
-        _write(folder, name)
+        _write(folder, name, args.kernel)
     except FileExistsError:
         args.fail(f"{printable(str(folder))} exists; nothing was written. Name a new folder with --folder PATH")
     except OSError as error:
@@ -62,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(folder: pathlib.Path, name: str) -> None:
+def _write(folder: pathlib.Path, name: str, kernel: str | None) -> None:
     values = {
         "name": name,
         "module": f"comm_plugin_{name}",
@@ -70,12 +88,13 @@ def _write(folder: pathlib.Path, name: str) -> None:
         "distribution": f"comm-plugin-{name.replace('_', '-').strip('-')}",
         "title": "".join(word.capitalize() for word in name.split("_")),
         "core": _compatible(__version__),
+        "extras": _EXTRAS.get(kernel or "", ""),
     }
     templates = resources.files("comm_core") / "_template"
-    for path, template in _FILES.items():
+    for path, names in {**_FILES, **_KERNEL_FILES.get(kernel or "", {})}.items():
         file = folder / string.Template(path).substitute(values)
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = (templates / f"{template}.template").read_text(encoding="utf-8")
+        text = "".join((templates / f"{each}.template").read_text(encoding="utf-8") for each in names)
         file.write_text(string.Template(text).substitute(values), encoding="utf-8")
 
 
