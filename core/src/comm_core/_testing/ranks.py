@@ -200,11 +200,9 @@ class Ranks:
         results = self._collect(processes, deadline_s)
         wrong = [rank for rank, (kind, _) in enumerate(results) if kind != ("killed" if rank in dying else "returned")]
         if wrong:
-            error = self._failure(f"ranks {wrong} of {function.__name__} failed", results, processes)
-            if on_gpus or any(kind not in ("returned", "raised") for kind, _ in results):
-                self.close()
-            else:
-                self._go_on(processes)
+            error = _failure(f"ranks {wrong} of {function.__name__} failed", results, processes)
+            unusable = on_gpus or any(kind not in ("returned", "raised") for kind, _ in results)
+            self.close() if unusable else self._go_on(processes)
             raise error
         values = [value for _, value in results]
         if on_gpus and dying:
@@ -217,9 +215,7 @@ class Ranks:
             # A rank that hangs here would otherwise fail the next test, which isn't to blame.
             ends = self._collect(processes, _END_S)
             if any(kind != "ended" for kind, _ in ends):
-                error = self._failure(
-                    f"ranks of {function.__name__} can't destroy their process groups", ends, processes
-                )
+                error = _failure(f"ranks of {function.__name__} can't destroy their process groups", ends, processes)
                 self.close()
                 raise error
         return values
@@ -229,11 +225,6 @@ class Ranks:
         for process in processes:
             with contextlib.suppress(BrokenPipeError):
                 process.pipe.send(None)
-
-    def _failure(self, title: str, results: list[tuple[str, Any]], processes: list[_Process]) -> RankError:
-        """Return the error of a failed run."""
-        texts = [_describe(rank, *results[rank], process.read_stderr()) for rank, process in enumerate(processes)]
-        return RankError("\n".join([title, *texts]))
 
     def close(self) -> None:
         """End all processes."""
@@ -274,6 +265,11 @@ class Ranks:
                 if results[rank][0] == "raised":
                     end = min(end, time.monotonic() + _GRACE_S)
         return results
+
+
+def _failure(title: str, results: list[tuple[str, Any]], processes: list[_Process]) -> RankError:
+    texts = [_describe(rank, *results[rank], process.read_stderr()) for rank, process in enumerate(processes)]
+    return RankError("\n".join([title, *texts]))
 
 
 def _describe(rank: int, kind: str, value: Any, stderr: str) -> str:
