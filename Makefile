@@ -31,7 +31,7 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 
 # Most tests wait for deadlines or other processes. Those on GPUs share the GPUs' memory, so they run one by one.
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
-	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 2 --dist loadfile) $(ARGS)
+	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 3 --dist loadfile) $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, import-linter and clang-format; change no file
 	$(BIN)/ruff check

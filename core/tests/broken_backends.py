@@ -135,6 +135,7 @@ _CLOSE = """
     def close(self, session, orderly):
         {}
 """
+_THREAD = "session.ends = threading.Event(); threading.Thread(target=session.ends.wait, daemon=True).start()"
 _OPEN = "session.file = os.open('/dev/null', os.O_RDONLY)"
 
 SOUND = Broken(
@@ -158,7 +159,7 @@ BROKEN = {
         before="if tensor.nbytes > 2 << 30: return tensor.clone()",
     ),
     "exchanges_in_a_capture": _broken(
-        CAPTURED, CAPTURE_FAILS, hooks=_CAPTURE.format("session.context.control.barrier()")
+        CAPTURED, CAPTURE_FAILS, slow=True, hooks=_CAPTURE.format("session.context.control.barrier()")
     ),
     "keeps_a_failed_capture": _broken(
         CAPTURE_FAILS, hooks=_CAPTURE.format("if session.capturing: raise RuntimeError('a capture is open')")
@@ -169,19 +170,16 @@ BROKEN = {
     "keeps_a_descriptor_if_a_peer_fails": _broken(
         CONNECT_FAILS, connect="file = os.dup(0); context.control.barrier(); os.close(file)"
     ),
-    "frees_only_in_order": _broken(
-        CALL_RAISES,
-        CALL_MISSING,
-        connect=_OPEN,
-        hooks=_CLOSE.format("if orderly: os.close(session.file)"),
+    "keeps_a_thread_after_a_failed_call": _broken(
+        CALL_RAISES, CALL_MISSING, slow=True, connect=_THREAD, hooks=_CLOSE.format("if orderly: session.ends.set()")
     ),
     "keeps_a_descriptor_if_a_peer_fails_to_prepare": _broken(
         PREPARING_FAILS, prepare="file = os.dup(0); session.context.control.barrier(); os.close(file)"
     ),
-    "keeps_what_was_suspended": _broken(
+    "keeps_a_thread_if_suspended": _broken(
         SUSPENSION_FAILS,
-        connect=_OPEN,
-        hooks=_CLOSE.format("if not session.lost: os.close(session.file)")
+        connect=_THREAD,
+        hooks=_CLOSE.format("if not session.lost: session.ends.set()")
         + _SUSPEND.format("session.lost = True", "session.lost = False"),
     ),
     "raises_in_close": _broken(LEFT, hooks=_CLOSE.format("raise RuntimeError('not now')")),
@@ -195,7 +193,7 @@ BROKEN = {
     "loses_precision": _broken(SUMS, all_reduce=_FRACTIONS.format("x * (1 + 2e-6)")),
     # The largest message but one: the admission test sums the largest.
     "off_by_one_at_one_size": _broken(
-        INTEGERS, nbytes=300_008, all_reduce="if numel == 75_001: x.view(-1)[-1] = tensor.view(-1)[-1]"
+        INTEGERS, slow=True, nbytes=300_008, all_reduce="if numel == 75_001: x.view(-1)[-1] = tensor.view(-1)[-1]"
     ),
     "refuses_a_size_in_its_range": _broken(
         INTEGERS, nbytes=300_008, all_reduce="if numel == 75_001: raise ValueError('an odd size')"
@@ -219,7 +217,9 @@ BROKEN = {
     ),
     "wrong_after_300_calls": _broken(MANY, all_reduce="if session.calls > 300: x.zero_()"),
     "impatient": _broken(
-        "a_rank_that_comes_late_is_waited_for", all_reduce="if waited_s > 1.2: raise RuntimeError('too late')"
+        "a_rank_that_comes_late_is_waited_for",
+        slow=True,
+        all_reduce="if waited_s > 1.2: raise RuntimeError('too late')",
     ),
     "mixes_groups": _broken(
         "two_groups_dont_mix",

@@ -44,7 +44,7 @@ def failing(ranks: Ranks, folder: Path, broken: Broken, tests: Sequence[str], se
 
 
 def test_a_backend_without_a_fault_passes(ranks: Ranks, tmp_path: Path) -> None:
-    # The other tests run on the backend of test_new.py, which has no faults either.
+    # The other tests run on the plugin of docs/writing-a-plugin.md, which has no faults either.
     tests = STANDARD if SOAK else [test for test in STANDARD if any(word in test for word in OPTIONAL)]
     assert failing(ranks, tmp_path, SOUND, tests, 20.0) == {}
 

@@ -75,12 +75,22 @@ def _sum_once(name: str, backend: comm.Backend, what: str) -> None:
     check_sum(backend, device, dtype, sizes[-1], what)
 
 
-def _nothing_is_left(before: dict[str, int], what: str, settle_s: float) -> None:
-    """Compare what the process holds with `before`, for as long as threads of the fault may take to end."""
+def _nothing_is_left(before: dict[str, int], what: str, settle_s: float, *, in_use: bool = False) -> None:
+    """Compare what the process holds with `before`, for as long as threads of the fault may take to end.
+
+    Args:
+        before: what it held before.
+        what: the fault, for the error.
+        settle_s: how long it may take, in seconds.
+        in_use: whether calls of the session may not have ended: it may keep its memory, which peers may still write.
+    """
+    kinds = ("threads", "segments in /dev/shm") if in_use else tuple(before)
     end = time.monotonic() + settle_s
-    while (left := {kind: n - before[kind] for kind, n in count_held().items() if n > before[kind]}) and (
-        time.monotonic() < end
-    ):
+    while True:
+        held = count_held()
+        left = {kind: held[kind] - before[kind] for kind in kinds if held[kind] > before[kind]}
+        if not left or time.monotonic() > end:
+            break
         time.sleep(0.1)
     assert not left, f"{what} left on rank {dist.get_rank()}: {left}"
 
@@ -212,8 +222,8 @@ def a_call_fails(name: str, absent: bool, settle_s: float) -> str:
         again = _error_of_calls(name, backend, f"a call after {what}")
         assert again, "a later call must raise, too"
         comm.close()
-    del backend  # it holds a connection to the store
-    _nothing_is_left(before, what, settle_s)
+    del backend
+    _nothing_is_left(before, what, settle_s, in_use=True)
     dist.barrier()
     _works(name)
     return error
@@ -283,5 +293,5 @@ def suspending_fails(name: str, settle_s: float) -> None:
             _error_of_calls(name, backend, f"a call after {what}")
             comm.close()
         del backend
-        _nothing_is_left(before, what, settle_s)
+        _nothing_is_left(before, what, settle_s, in_use=True)
     _works(name)
