@@ -29,9 +29,10 @@ demo: $(STAMP)  ## two CPU processes agree on a backend and sum a tensor
 bench: $(STAMP)  ## every backend beside torch.distributed and the machine's limits; ARGS="-b 8K -e 8M --plot out.png"
 	$(BIN)/comm-core bench $(ARGS)
 
-# Most tests wait for deadlines or other processes. Those on GPUs share the GPUs' memory, so they run one by one.
+# Many tests wait for deadlines or other processes, so there are more workers than CI has cores; they take the files in
+# the order of `testpaths`. Tests on GPUs share the GPUs' memory, so they run one by one.
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
-	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 3 --dist loadfile) $(ARGS)
+	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 3 --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, import-linter and clang-format; change no file
 	$(BIN)/ruff check

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ STANDARD = tuple(name for name in vars(BackendConformance) if name.startswith("t
 OPTIONAL = ("serves_a_group", "captur", "fused", "suspen", "prepar", "same_bits", "leave")
 # SOAK_KIT=1 runs every standard test on every backend with a fault, and the slow ones.
 SOAK = bool(os.environ.get("SOAK_KIT"))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """A pool of its own, of processes that stay after a broken backend has made them raise."""
+    pool = Ranks(tmp_path_factory.mktemp("ranks"), lasting=True)
+    yield pool
+    pool.close()
 
 
 def failing(ranks: Ranks, folder: Path, broken: Broken, tests: Sequence[str], settle_s: float) -> dict[str, str]:

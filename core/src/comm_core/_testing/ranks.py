@@ -9,8 +9,8 @@
         assert ranks.run(total, 5, world_size=2) == [11, 11]
 
 The processes stay for the whole test session, because importing torch takes seconds. Each run is a separate job with a
-new store. A process that a test has killed is replaced before the next run. A run in which a rank hung or died ends all
-processes, as does a failed run on GPUs, or one there in which a process was killed.
+new store. A process that a test has killed is replaced before the next run. A failed run ends all processes, unless the
+pool is a lasting one, as does a run on GPUs in which a process was killed.
 """
 
 from __future__ import annotations
@@ -123,10 +123,12 @@ class Ranks:
     Args:
         folder: the folder for the processes' stdout and stderr.
         env: variables that the processes start with, by rank; for those that CUDA or torch reads once per process.
+        lasting: whether the processes stay after a run on CPUs in which a rank has raised, and none hung or died.
     """
 
-    def __init__(self, folder: Path, env: Sequence[Mapping[str, str]] = ()) -> None:
+    def __init__(self, folder: Path, env: Sequence[Mapping[str, str]] = (), *, lasting: bool = False) -> None:
         self._folder = folder
+        self._lasting = lasting
         self._env = env
         self._processes: dict[int, _Process] = {}
         self._started = 0
@@ -152,9 +154,8 @@ class Ranks:
             world_size: the number of ranks.
             backend: the default process group's backend; if it names CUDA, each rank uses one GPU, see `devices`.
             env: environment variables for the call: one mapping for all ranks, or one mapping per rank.
-            path: folders in front of `sys.path` for the call, one sequence per rank; see `install`. The ranks don't see
-                backends in other folders, such as those installed on this machine.
-            installed: whether the ranks do see the backends that are installed on this machine.
+            path: folders in front of `sys.path` for the call, one sequence per rank; see `install`.
+            installed: whether the ranks see also the backends that are installed on this machine.
             deadline_s: the whole run's deadline, in seconds.
             dying: the ranks that the test kills by a signal.
             devices: each rank's GPU, by the index that it has in that process; None: the rank.
@@ -168,15 +169,14 @@ class Ranks:
         """
         envs = [env or {}] * world_size if env is None or isinstance(env, Mapping) else list(env)
         paths = [tuple(map(str, folders)) for folders in path] or [()] * world_size
-        if len(envs) != world_size or len(paths) != world_size:
+        if {len(envs), len(paths)} != {world_size}:
             raise ValueError(f"{len(envs)} environments and {len(paths)} paths for {world_size} ranks")
         on_gpus = "cuda" in backend
         if on_gpus and devices is None:
             devices = range(world_size)
         # Port 0: the kernel chooses a free port. The parent serves the stores, so they survive the death of any rank.
         stores = [_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
-        file = sys.modules[function.__module__].__file__
-        assert file is not None
+        file = str(sys.modules[function.__module__].__file__)
         processes = [self._process(rank) for rank in range(world_size)]
         for rank, process in enumerate(processes):
             job = _Job(
@@ -201,8 +201,8 @@ class Ranks:
         wrong = [rank for rank, (kind, _) in enumerate(results) if kind != ("killed" if rank in dying else "returned")]
         if wrong:
             error = _failure(f"ranks {wrong} of {function.__name__} failed", results, processes)
-            unusable = on_gpus or any(kind not in ("returned", "raised") for kind, _ in results)
-            self.close() if unusable else self._go_on(processes)
+            usable = self._lasting and not on_gpus and all(kind in ("returned", "raised") for kind, _ in results)
+            self._go_on(processes) if usable else self.close()
             raise error
         values = [value for _, value in results]
         if on_gpus and dying:
@@ -268,7 +268,7 @@ class Ranks:
 
 
 def _failure(title: str, results: list[tuple[str, Any]], processes: list[_Process]) -> RankError:
-    texts = [_describe(rank, *results[rank], process.read_stderr()) for rank, process in enumerate(processes)]
+    texts = (_describe(rank, *results[rank], process.read_stderr()) for rank, process in enumerate(processes))
     return RankError("\n".join([title, *texts]))
 
 
