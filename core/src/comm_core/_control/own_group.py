@@ -1,9 +1,4 @@
-"""A candidate's own process group: no call of a backend that fails is ever paired with the terminal fallback's calls.
-
-`dist.new_group` can't make it: either all ranks of the job must call, or the name differs between ranks that are in
-unequal numbers of groups. So this module alone uses torch's private functions for the creation and the registration of
-process groups. Tests pin them on every supported torch release.
-"""
+"""A candidate's own process group: no call of a backend that fails is paired with the terminal fallback's calls."""
 
 from __future__ import annotations
 
@@ -16,20 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from comm_core._control.deadline import describe, run_with_deadline
 from comm_core._control.guard import raise_if_capturing
 from comm_core._control.stage import Stage
 from comm_core._control.store import Control, can_clone, store_of
+from comm_core._control.unlisted_group import backends_in, forget_group, make_group
 from comm_core.errors import CommError, CommTimeoutError
 
 __all__ = ["OwnGroup"]
 
 _log = logging.getLogger("comm_core")
-# torch declares none of the private names.
-_c10d: Any = distributed_c10d
-
 # The longest wait for the abort of a group, in seconds: NCCL's may hang, and the caller has other groups to free.
 _ABORT_S = 10.0
 # NCCL ends the process when one of its calls times out. So its timeout is this much longer than the deadlines by which
@@ -131,85 +123,34 @@ class OwnGroup:
         return CommError(f"{self._name}: there is no such group any more: {self._failure}")
 
 
-class _Names(dict[Any, str]):
-    """torch's names of process groups, in which `[group]` also finds a group that isn't counted."""
-
-    def __missing__(self, group: Any) -> str:
-        return str(group.group_name)
-
-
 def _make(parent: dist.ProcessGroup, name: str, timeout_s: float) -> dist.ProcessGroup:
     """Create a group with the ranks and the kinds of backends of `parent`. Collective."""
-    ranks = dist.get_process_group_ranks(parent)
     store = store_of(parent)
     shared = not can_clone(store)
     if not shared:
         store = store.clone()  # a blocked read holds the client's lock
     timeout = timedelta(seconds=timeout_s)
-    has_nccl = "nccl" in str(dist.get_backend_config(parent))
-    if has_nccl and not shared:
+    if "nccl" in str(dist.get_backend_config(parent)) and not shared:
         store.set_timeout(timeout)  # for the exchange of NCCL's identifier
-    group: dist.ProcessGroup = _c10d._new_process_group_helper(  # noqa: SLF001 - see the module's docstring
-        len(ranks),
+    group = make_group(
+        dist.get_process_group_ranks(parent),
         dist.get_rank(parent),
-        ranks,
         dist.get_backend(parent),
         store,
         name,
-        backend_options=_nccl_options(timeout) if has_nccl else None,
         timeout=timeout,
-        pg_tag=name,
-        group_desc="comm_core: a backend's own group",
-    )[0]
-    world = _c10d._world  # noqa: SLF001
-    world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
-    # torch names the groups of `new_group(use_local_synchronization=True)` by the number of names, and finds groups of
-    # given ranks by their tag: this group must not be counted, nor found.
-    names = world.pg_names
-    names.pop(group, None)
-    if names is _c10d._pg_names and not isinstance(names, _Names):  # noqa: SLF001
-        _c10d._pg_names = _Names(names)  # noqa: SLF001
-    world.tags_to_pg.pop(world.pg_to_tag.pop(group, None), None)
-    if has_nccl:
-        for backend in _backends(group):
-            if isinstance(backend, dist.ProcessGroupNCCL):
-                backend._set_default_timeout(timeout + timedelta(seconds=_NCCL_GRACE_S))  # noqa: SLF001
+        desc="comm_core: a backend's own group",
+    )
+    for backend in backends_in(group):
+        if dist.is_nccl_available() and isinstance(backend, dist.ProcessGroupNCCL):
+            backend._set_default_timeout(timeout + timedelta(seconds=_NCCL_GRACE_S))  # noqa: SLF001
     return group
-
-
-def _nccl_options(timeout: timedelta) -> Any:
-    """Return options with which torch doesn't split the new communicator from the job's.
-
-    It does that if the default group is bound to a device, and then every rank of the job would have to take part.
-    """
-
-    class Unsplit(dist.ProcessGroupNCCL.Options):
-        split_from = property(lambda _self: None, lambda _self, _backend: None)
-
-    options = Unsplit()
-    options._timeout = timeout  # noqa: SLF001 - torch warns if it differs from its own argument
-    return options
-
-
-def _backends(group: dist.ProcessGroup) -> list[Any]:
-    """Return the group's backends; one that serves several kinds of devices once."""
-    found: list[Any] = []
-    for device in group._device_types:  # noqa: SLF001
-        backend = group._get_backend(device)  # noqa: SLF001
-        backend = getattr(backend, "wrapped_pg", backend)  # the wrapper of TORCH_DISTRIBUTED_DEBUG=DETAIL
-        if all(backend is not other for other in found):
-            found.append(backend)
-    return found
 
 
 def _abort(group: dist.ProcessGroup, title: str) -> None:
     """Remove a group from torch's registries, and end its connections and the calls that wait in it."""
-    world = _c10d._world  # noqa: SLF001
-    for registry in (world.pg_map, world.pg_group_ranks, world.pg_backend_config, world.pg_coalesce_state):
-        registry.pop(group, None)
-    with contextlib.suppress(RuntimeError):  # torch has destroyed the job's groups, and forgotten all names
-        _c10d._unregister_process_group(group.group_name)  # noqa: SLF001
-    for backend in _backends(group):
+    forget_group(group, group.group_name)
+    for backend in backends_in(group):
         end = functools.partial(_end_gloo, backend) if isinstance(backend, dist.ProcessGroupGloo) else backend.abort
         try:
             run_with_deadline(end, _ABORT_S, name=f"abort of {title}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from comm_core._control.plain_group import plain_group
 from comm_core._group.capture import capture_sessions, join_or_open, refuse_in_capture
 from comm_core._group.close import close_group
 from comm_core._group.create import create_serving
@@ -77,8 +78,9 @@ def _get_or_create_backend(state: GroupState, request: Request) -> Backend:
     else:
         backend = state.backend
     # A cached handle too: "" finds the world's handle while there is a world, else the one of this process alone.
-    world = state.group is not None and state.group is dist.group.WORLD
-    operators.register((state.name, "") if world else (state.name,), backend)
+    world = dist.group.WORLD if state.group is not None else None
+    is_world = world is not None and state.group is plain_group(world)
+    operators.register((state.name, "") if is_world else (state.name,), backend)
     return backend
 
 
@@ -187,7 +189,7 @@ def resume(group: dist.ProcessGroup | None = None) -> None:
 
 def _states_of(group: dist.ProcessGroup | None) -> list[GroupState]:
     """Return the state of a group, if it has one; of all groups for None."""
-    return [state for state in all_states() if group is None or state.group is group]
+    return [state for state in all_states() if group is None or state.group is plain_group(group)]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch.distributed as dist
 
+from comm_core._control.plain_group import plain_group
 from comm_core._control.stage import StageAbortedError, StageTimeoutError
 from comm_core._control.store import Control
 from comm_core._group.local_inputs import Request
@@ -157,6 +158,7 @@ def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> Gr
             )
         if not is_alive(member):
             raise ValueError(_describe_unknown(member))
+        member = plain_group(member)
         name = member.group_name
     elif isinstance(group, dist.ProcessGroup):
         raise ValueError(_describe_unknown(group))

@@ -1,0 +1,1 @@
+"""The backend "comm" of torch.distributed: its process groups, and their creation."""
