@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C import _distributed_c10d
 
 from comm_core._control.unlisted_group import forget_group
 from comm_core._group.api import close
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CommProcessGroup"]
 
+# torch's stubs lack some of the names.
 _dist: Any = dist
+_create_work: Any = _distributed_c10d._create_work_from_future  # type: ignore[attr-defined]  # noqa: SLF001
 _AllreduceOptions = _dist.AllreduceOptions
 _SUM, _AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
 # Sums of CUDA tensors beyond this size that the caller waits for later go to NCCL, in bytes: NCCL has a stream of its
@@ -41,7 +43,7 @@ class CommProcessGroup(dist.ProcessGroup):
     """
 
     def __init__(self, plain: dist.ProcessGroup, plain_name: str, handle: Backend | None) -> None:
-        super().__init__(plain.rank(), plain.size())
+        super().__init__(plain.rank(), plain.size())  # type: ignore[call-arg]
         self.plain = plain
         self._plain_name = plain_name
         self._handle = handle
@@ -142,7 +144,8 @@ def _finished(tensors: list[torch.Tensor]) -> dist.Work:
     device = tensors[0].device
     future: Any = torch.futures.Future(devices=[device] if device.type == "cuda" else None)
     future.set_result(tensors)
-    return _create_work_from_future(future)
+    work: dist.Work = _create_work(future)
+    return work
 
 
 def _delegated(name: str) -> Callable[..., Any]:

@@ -1,0 +1,119 @@
+"""`init_process_group("comm")`: programs for torch.distributed get the handle's sums, and torch's own of the rest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import c10d_ranks
+import pytest
+import torch.distributed as dist
+from comm_core._c10d import process_group
+
+if TYPE_CHECKING:
+    from harness import Ranks
+
+SHM = {"COMM_CORE_BACKENDS": "shm"}
+
+# The calls that the handle serves in each case of c10d_ranks.py; the others are served by torch's own backends.
+SERVED = {
+    "sum": 1,
+    **{f"sum of {name}": 1 for name in ("float64", "float16", "bfloat16", "int64", "int32", "int8", "uint8")},
+    "average": 1,
+    "maximum": 0,
+    "minimum": 0,
+    "product": 0,
+    "bitwise or": 0,
+    "asynchronous": 1,
+    "future": 1,
+    "complex": 1,
+    "transposed": 1,
+    "empty": 1,
+    "parameter": 1,
+    "sparse": 0,
+    "coalesced": 2,
+    "by the group's method": 3,
+    "broadcast": 0,
+    "reduce": 0,
+    "all_gather": 0,
+    "gather and scatter": 0,
+    "reduce_scatter": 0,
+    "all_to_all_single": 0,
+    "barrier": 0,
+    "send and recv": 0,
+    "objects": 0,
+    "functional.all_reduce": 1,
+    "functional average": 1,
+    "functional.all_reduce_coalesced": 2,
+    "functional.all_gather_tensor": 0,
+    "compiled functional": 1,
+    "compiled all_reduce": 1,
+    "init_device_mesh": 1,
+    "DTensor": 2,
+    "parallelize_module": 1,
+    "DistributedDataParallel": 3,
+    "DistributedDataParallel, a hook": 3,
+    "fully_shard": 1,
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_operation_is_right_and_sums_go_to_the_handle(ranks: Ranks, world_size: int) -> None:
+    for served in ranks.run(
+        c10d_ranks.served_by_case, world_size=world_size, backend="comm", env=SHM, installed=True, deadline_s=240
+    ):
+        assert served == SERVED
+
+
+def test_groups_have_handles_of_their_own(ranks: Ranks) -> None:
+    for found in ranks.run(c10d_ranks.groups, world_size=3, backend="comm", env=SHM, installed=True):
+        assert found["sums"] == found["expected"]
+        kinds = {name: "gloo" if name == "gloo" else "comm" for name in found["sums"]}
+        assert found["kinds"] == kinds
+        assert (found["handles"], found["config"], found["operator"]) == ("shm", "cpu:comm,cuda:comm", True)
+        # Of the world, and of the group of one rank, which isn't destroyed.
+        assert found["left"] == [False, True]
+
+
+@pytest.mark.parametrize("backend", ["cpu:comm,cuda:comm", "cpu:gloo,cuda:comm"])
+def test_other_names_of_the_backend(ranks: Ranks, backend: str) -> None:
+    assert ranks.run(c10d_ranks.again, backend, backend="comm", env=SHM, installed=True) == [[3.0] * 3] * 2
+
+
+def test_ranks_that_cant_negotiate_are_served_by_torch_alone(ranks: Ranks) -> None:
+    differ = [{"COMM_CORE_DISABLE": "shm"}, {}]
+    for found in ranks.run(c10d_ranks.alone_after_a_failure, backend="comm", env=differ, installed=True):
+        assert found == {"sum": 3.0, "handle": None, "states": 0}
+
+
+def test_a_group_whose_rank_is_killed_raises(ranks: Ranks) -> None:
+    limits = {**SHM, "COMM_CORE_WAIT_TIMEOUT_S": "5"}
+    error, _ = ranks.run(c10d_ranks.a_peer_is_killed, backend="comm", env=limits, installed=True, dying=[1])
+    assert "rank 1" in error
+
+
+def test_torch_registers_the_backend_and_imports_nothing_else_of_core() -> None:
+    program = (
+        "import sys, {first}; import torch.distributed as dist; ours = ('comm_core.', '_comm_core'); "
+        "print(dist.Backend.COMM, sorted(name for name in sys.modules if name.startswith(ours)))"
+    )
+    for first, modules in (("torch", "['_comm_core_torch']"), ("comm_core", None)):
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(first=first)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        kind, _, found = done.stdout.strip().partition(" ")
+        assert kind == "comm"
+        assert modules in (found, None)
+
+
+def test_every_method_of_a_process_group_is_delegated_or_its_own() -> None:
+    """torch's C++ may call any of them by Python: see process_group.py."""
+    for name in dir(dist.ProcessGroup):
+        method = getattr(dist.ProcessGroup, name)
+        if not name.startswith("__") and callable(method) and not isinstance(method, type):
+            own = name in process_group._OWN
+            delegated = getattr(process_group.CommProcessGroup, name).__module__ == process_group.__name__
+            assert own or delegated, name
