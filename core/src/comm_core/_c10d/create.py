@@ -72,11 +72,14 @@ def _negotiate(plain: dist.ProcessGroup, options: Any) -> Backend | None:
 def _all_agree(ok: bool, options: Any) -> bool:
     """Return whether all ranks of the group are `ok`. Collective, over the group's store."""
     store, size = options.store, options.group_size
-    store.add("comm_core/failed", int(not ok))
-    if store.add("comm_core/arrived", 1) == size:
-        store.set("comm_core/verdict", str(store.add("comm_core/failed", 0)))
-    store.wait(["comm_core/verdict"], options.timeout)
-    return bool(store.get("comm_core/verdict") == b"0")
+    # A job that destroys its groups and makes them again may use the same store, with the same names.
+    incarnation = (store.add("comm_core/arrived", 1) - 1) // size
+    key = f"comm_core/{incarnation}"
+    store.add(f"{key}/failed", int(not ok))
+    if store.add(f"{key}/voted", 1) == size:
+        store.set(f"{key}/verdict", str(store.add(f"{key}/failed", 0)))
+    store.wait([f"{key}/verdict"], options.timeout)
+    return bool(store.get(f"{key}/verdict") == b"0")
 
 
 @contextlib.contextmanager
