@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from comm_core._group.states import all_states
+from harness import side_store
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +29,7 @@ class Counting:
 
     def __init__(self, handle: comm.Backend) -> None:
         self._handle = handle
+        self.failure = handle.failure
         self.served = 0
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -60,9 +62,8 @@ def reduced(op: Any, value: float, dtype: torch.dtype = torch.float32) -> bool:
     return holds(x, value)
 
 
-def reductions() -> dict[str, Case]:
-    _, size, total = place()
-    ops = dist.ReduceOp
+def asynchronous_sums() -> dict[str, Case]:
+    _, _, total = place()
 
     def asynchronous() -> bool:
         x = mine()
@@ -71,11 +72,47 @@ def reductions() -> dict[str, Case]:
         work.wait()
         return holds(x, total) and work.is_completed()
 
+    def meets_a_message() -> bool:
+        """A sum that one rank begins before a message, and the other calls after it."""
+        rank, x, y = dist.get_rank(), mine(), mine()
+        if rank == 0:
+            work = dist.all_reduce(x, async_op=True)
+            dist.send(y, 1)
+            assert work is not None
+            work.wait()
+        else:
+            if rank == 1:
+                dist.recv(y, 0)
+            dist.all_reduce(x)
+        return holds(x, total) and (rank > 1 or holds(y, 1))
+
+    def several_in_flight() -> bool:
+        xs = [mine() for _ in range(20)]
+        works = [dist.all_reduce(x, async_op=True) for x in xs]
+        x = mine()
+        dist.all_reduce(x)
+        for work in works:
+            assert work is not None
+            work.wait()
+        return all(holds(each, total) for each in (*xs, x))
+
     def future() -> bool:
         work = dist.all_reduce(mine(), async_op=True)
         assert work is not None
         doubled = work.get_future().then(lambda done: done.value()[0] * 2).wait()
         return holds(doubled, 2 * total)
+
+    return {
+        "asynchronous": asynchronous,
+        "a message between": meets_a_message,
+        "several in flight": several_in_flight,
+        "future": future,
+    }
+
+
+def reductions() -> dict[str, Case]:
+    _, size, total = place()
+    ops = dist.ReduceOp
 
     def complex_numbers() -> bool:
         x = torch.complex(mine(), -mine())
@@ -115,6 +152,8 @@ def reductions() -> dict[str, Case]:
         world().allreduce([xs[1]], ops.SUM).wait()
         options: Any = dist.AllreduceOptions()
         world().allreduce([xs[2]], options).wait()
+        xs.append(mine())
+        world().allreduce([xs[3]], op=ops.SUM).wait()
         return all(holds(x, total) for x in xs)
 
     dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8)
@@ -126,8 +165,6 @@ def reductions() -> dict[str, Case]:
         "minimum": lambda: reduced(ops.MIN, 1),
         "product": lambda: reduced(ops.PRODUCT, {2: 2, 3: 6}[size]),
         "bitwise or": lambda: reduced(ops.BOR, 3, torch.int32),
-        "asynchronous": asynchronous,
-        "future": future,
         "complex": complex_numbers,
         "transposed": transposed,
         "empty": empty,
@@ -313,7 +350,7 @@ def served_by_case() -> dict[str, int | str]:
     """Run every case; return the calls that the handle served, or what was wrong."""
     counting = world()._handle = Counting(world()._handle)
     found: dict[str, int | str] = {}
-    for cases in (reductions(), other_collectives(), functional_collectives(), clients()):
+    for cases in (reductions(), asynchronous_sums(), other_collectives(), functional_collectives(), clients()):
         for name, case in cases.items():
             before = counting.served
             found[name] = counting.served - before if case() else "wrong"
@@ -366,7 +403,7 @@ def again(backend: str) -> list[float]:
         x = mine()
         dist.all_reduce(x)
         sums.append(x[0].item())
-        store = dist.PrefixStore(f"again {number}", world().get_group_store())
+        store = dist.PrefixStore(f"again {number}", side_store())
         rank, size = dist.get_rank(), dist.get_world_size()
         dist.destroy_process_group()
         assert all_states() == []

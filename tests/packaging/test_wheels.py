@@ -16,8 +16,8 @@ CORE_VERSION = Version(re.findall(r'"(.+)"', (ROOT / "core/src/comm_core/_versio
 
 
 def beside(project: str) -> list[str]:
-    """The modules beside a project's package."""
-    return ["_comm_core_torch.py"] if project == "core" else []
+    """The packages beside a project's package."""
+    return ["_comm_core_torch"] if project == "core" else []
 
 
 @pytest.mark.parametrize("project", PROJECTS)
@@ -76,7 +76,7 @@ def test_entry_points_are_this_projects_own(project: str, build_wheel: BuildWhee
     for entry in points:
         path = entry.module.replace(".", "/")
         assert {f"{path}.py", f"{path}/__init__.py"} & names, entry
-        assert path.partition("/")[0] in {module, *(name.removesuffix(".py") for name in beside(project))}
+        assert path.partition("/")[0] in {module, *beside(project)}
 
 
 def test_core_wheel_has_the_data_of_its_commands(build_wheel: BuildWheel) -> None:

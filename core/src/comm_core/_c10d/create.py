@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 
 from comm_core._c10d.process_group import CommProcessGroup
 from comm_core._control.deadline import describe
-from comm_core._control.unlisted_group import make_group
+from comm_core._control.unlisted_group import forget_group, make_group
 from comm_core._group.api import close, get_backend
 
 if TYPE_CHECKING:
@@ -48,42 +48,57 @@ def create_group(options: Any, backend_options: Any = None) -> CommProcessGroup:
         desc="comm_core: torch's own backends of a group of the backend comm",
         options=backend_options,
     )
-    # As torch names the group itself in a moment, and thereby the backends that both share.
+    # torch will give the outer group this name, and rename the shared backends; the plain group must match.
     plain._set_group_name(options.group_id)  # noqa: SLF001
-    return CommProcessGroup(plain, name, _negotiate(plain, options))
+    try:
+        return CommProcessGroup(plain, name, _negotiate(plain, options))
+    except BaseException:
+        plain.abort()
+        forget_group(plain, name)
+        raise
 
 
 def _negotiate(plain: dist.ProcessGroup, options: Any) -> Backend | None:
-    """Negotiate a handle; return None, on all ranks, if any rank has none."""
+    """Negotiate a handle; return None on all ranks if any rank failed to get one."""
     handle, failure = None, ""
-    with _has_world(plain):
+    with _temporary_world(plain):
         try:
             handle = get_backend(plain)
         except Exception as error:  # noqa: BLE001 - whatever it is, torch's own backends can serve
             failure = describe(error)
-        if not _all_agree(handle is not None, options) and handle is not None:
+        except BaseException as error:  # it leaves, and the others mustn't wait for its vote
+            _vote(describe(error), options)
+            raise
+        failures = _gather_votes(failure, options)
+        if failures and handle is not None:
             close(plain)
-            handle, failure = None, "another rank has no handle"
-    if handle is None and options.group_rank == 0:
-        _log.warning("comm_core: torch's own backends serve group %r alone: %s", options.group_id, failure)
-    return handle
+    if failures and options.group_rank == 0:
+        _log.warning(
+            "comm_core: torch's own backends serve all calls of group %r: %s", options.group_id, "; ".join(failures)
+        )
+    return None if failures else handle
 
 
-def _all_agree(ok: bool, options: Any) -> bool:
-    """Return whether all ranks of the group are `ok`. Collective, over the group's store."""
+def _vote(failure: str, options: Any) -> str:
+    """Send this rank's failure, "" for none, over the group's store; return the prefix of the votes' keys."""
     store, size = options.store, options.group_size
     # A job that destroys its groups and makes them again may use the same store, with the same names.
-    incarnation = (store.add("comm_core/arrived", 1) - 1) // size
-    key = f"comm_core/{incarnation}"
-    store.add(f"{key}/failed", int(not ok))
-    if store.add(f"{key}/voted", 1) == size:
-        store.set(f"{key}/verdict", str(store.add(f"{key}/failed", 0)))
-    store.wait([f"{key}/verdict"], options.timeout)
-    return bool(store.get(f"{key}/verdict") == b"0")
+    key = f"comm_core/votes {(store.add('comm_core/arrived', 1) - 1) // size}"
+    store.set(f"{key}/{options.group_rank}", failure)
+    return key
+
+
+def _gather_votes(failure: str, options: Any) -> list[str]:
+    """Vote, and return the failures of all ranks, the same on each. Collective."""
+    key = _vote(failure, options)
+    keys = [f"{key}/{rank}" for rank in range(options.group_size)]
+    options.store.wait(keys, options.timeout)
+    votes = [options.store.get(each).decode(errors="replace") for each in keys]
+    return [f"rank {rank}: {vote}" for rank, vote in enumerate(votes) if vote]
 
 
 @contextlib.contextmanager
-def _has_world(plain: dist.ProcessGroup) -> Iterator[None]:
+def _temporary_world(plain: dist.ProcessGroup) -> Iterator[None]:
     """Let the plain group be torch's default group while torch creates that: negotiations need the job's ranks."""
     if dist.is_initialized():
         yield

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +27,8 @@ _dist: Any = dist
 _create_work: Any = _distributed_c10d._create_work_from_future  # type: ignore[attr-defined]  # noqa: SLF001
 _AllreduceOptions = _dist.AllreduceOptions
 _SUM, _AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
-# Sums of CUDA tensors beyond this size that the caller waits for later go to NCCL, in bytes: NCCL has a stream of its
-# own, so they overlap with the caller's kernels, as those of DistributedDataParallel do.
+# In bytes. Asynchronous sums of larger CUDA tensors go to NCCL: its own stream lets them overlap with the caller's
+# kernels, as DistributedDataParallel expects.
 _OVERLAPPED_NBYTES = 1 << 20
 
 
@@ -47,6 +50,7 @@ class CommProcessGroup(dist.ProcessGroup):
         self.plain = plain
         self._plain_name = plain_name
         self._handle = handle
+        self._queue = _Queue()
         for device in plain._device_types:  # noqa: SLF001 - torch has no public name
             backend: Any = plain._get_backend(device)  # noqa: SLF001
             kind = getattr(dist.ProcessGroup.BackendType, backend.name().upper(), dist.ProcessGroup.BackendType.CUSTOM)
@@ -64,65 +68,95 @@ class CommProcessGroup(dist.ProcessGroup):
             The work to wait for; None if `opts` says that the caller doesn't wait.
         """
         if opts.__class__ is not _AllreduceOptions or more or named:
-            return self._allreduce_by_arguments(tensors, opts, *more, **named)
+            arguments = more if opts is None else (opts, *more)
+            return self._allreduce_by_arguments(tensors, *arguments, **named)
         handle = self._handle
         if handle is None or len(tensors) != 1:
             return self.plain.allreduce(tensors, opts)
         reduce_op, tensor = opts.reduceOp, tensors[0]
-        waits_later = opts.asyncOp
-        if reduce_op == _SUM and not waits_later and not tensor.requires_grad:
-            # The most frequent call, without the calls of the rest.
+        if opts.asyncOp:
+            return self._start(handle, tensors, opts)
+        if self._queue.last is not None:
+            self._queue.finish()
+        if reduce_op == _SUM and not tensor.requires_grad:
+            # Fast path: what `_sum` does, without its call.
             try:
                 handle.all_reduce(tensor, tensor)
-            except (TypeError, ValueError):  # as in `_sum`
+            except (TypeError, ValueError):
+                self._raise_if_stopped(handle)
                 return self.plain.allreduce(tensors, opts)
             return None
-        overlaps = waits_later and tensor.is_cuda and tensor.nbytes > _OVERLAPPED_NBYTES
-        if overlaps or not self._sum(handle, tensor, reduce_op):
-            return self.plain.allreduce(tensors, opts)
-        return _finished(tensors) if waits_later else None
+        return None if self._sum(handle, tensor, reduce_op) else self.plain.allreduce(tensors, opts)
 
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> dist.Work:
         """Reduce several tensors in place: `all_reduce_coalesced`, and the coalescing manager's calls."""
-        handle = self._handle
+        handle, tensors = self._handle, list(tensors)
         opts = _dist.AllreduceCoalescedOptions() if opts is None else opts
-        if handle is None:
-            return self.plain.allreduce_coalesced(list(tensors), opts)
+        if handle is None or not tensors:
+            return self.plain.allreduce_coalesced(tensors, opts)
+        self._queue.finish()
         rest = [tensor for tensor in tensors if not self._sum(handle, tensor, opts.reduceOp)]
         if rest:
             self.plain.allreduce_coalesced(rest, opts).wait()
-        return _finished(list(tensors))
+        return _finished(tensors)
 
     def shutdown(self) -> None:
-        """Close the handle and the plain group's backends. Collective, as `torch.distributed.destroy_process_group`."""
-        self._close()
-        self.plain.shutdown()
-        forget_group(self.plain, self._plain_name)
+        """Close the handle and the plain group's backends.
+
+        Collective: it waits for the group's other ranks, as `comm_core.close`.
+        """
+        try:
+            if self._handle is not None:
+                self._queue.finish()
+                close(self.plain)
+                self._handle = None
+        finally:
+            self._queue.end()
+            self.plain.shutdown()
+            forget_group(self.plain, self._plain_name)
 
     def abort(self) -> None:
         """Abort the plain group's backends, without waiting for other ranks."""
         self.plain.abort()
 
-    def _close(self) -> None:
-        if self._handle is not None:
-            self._handle = None
-            close(self.plain)
+    def _start(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> dist.Work:
+        """Begin a sum that the caller waits for later.
+
+        On CPUs a thread makes it, since it waits for the peers. On GPUs it is queued on the current stream.
+        """
+        tensor, reduce_op = tensors[0], opts.reduceOp
+        if not _is_served(tensor, reduce_op) or (tensor.is_cuda and tensor.nbytes > _OVERLAPPED_NBYTES):
+            return self.plain.allreduce(tensors, opts)
+        if tensor.is_cpu:
+            return _create_work(self._queue.put(lambda: self._sum_or_plainly(handle, tensors, opts)))  # type: ignore[no-any-return]
+        self._sum_or_plainly(handle, tensors, opts)
+        return _finished(tensors)
+
+    def _sum_or_plainly(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> list[torch.Tensor]:
+        if not self._sum(handle, tensors[0], opts.reduceOp):
+            self.plain.allreduce(tensors, opts).wait()
+        return tensors
 
     def _sum(self, handle: Backend, tensor: torch.Tensor, reduce_op: Any) -> bool:
-        """Sum or average a tensor in place; return False, on all ranks, if that is for the plain group."""
-        # A `ReduceOp` stands on the left: it equals one of its kinds, but no kind equals it.
-        average = reduce_op == _AVG
-        if not (reduce_op == _SUM or (average and tensor.is_floating_point())):
+        """Sum or average a tensor in place; return False, on all ranks alike, if the plain group must serve it."""
+        if not _is_served(tensor, reduce_op):
             return False
         if tensor.requires_grad:
-            tensor = tensor.detach()  # torch's backends take it without a word
+            tensor = tensor.detach()  # torch's backends accept it, without a warning
         try:
             handle.all_reduce(tensor, tensor)
         except (TypeError, ValueError):  # its dtype, layout or device, before anything is sent
+            self._raise_if_stopped(handle)
             return False
-        if average:
+        if reduce_op == _AVG:
             tensor.div_(self.size())
         return True
+
+    @staticmethod
+    def _raise_if_stopped(handle: Backend) -> None:
+        """Raise the error that is being handled, if the handle has stopped: its peers may wait."""
+        if handle.failure is not None:
+            raise  # noqa: PLE0704 - see above
 
     def _allreduce_by_arguments(
         self, tensors: Any, op: Any = None, timeout: timedelta | None = None, opts: Any = None
@@ -136,10 +170,58 @@ class CommProcessGroup(dist.ProcessGroup):
         return self.allreduce([tensors] if isinstance(tensors, torch.Tensor) else tensors, opts)
 
 
-def _finished(tensors: list[torch.Tensor]) -> dist.Work:
-    """Return the work of a call that this thread has made: on a GPU, it is done once the current stream has come here.
+class _Queue:
+    """Sums that a thread makes one after the other; it starts with the first.
 
-    A later `wait()` lets the waiting stream wait for that; so does the future.
+    Attributes:
+        last: the future of the last sum that was put; None if there is none to wait for.
+    """
+
+    def __init__(self) -> None:
+        self.last: Any = None
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, call: Callable[[], Any]) -> Any:
+        """Let the thread make a call; return the future of its result."""
+        if self._thread is None:
+            # A daemon: a peer that never comes mustn't keep the process alive.
+            self._thread = threading.Thread(target=self._work, name="comm-core c10d", daemon=True)
+            self._thread.start()
+        future: Any = torch.futures.Future()
+        self.last = future
+        self._calls.put((call, future))
+        return future
+
+    def finish(self) -> None:
+        """Wait until the thread has made all calls; their futures have the errors."""
+        if self.last is not None:
+            with contextlib.suppress(Exception):
+                self.last.wait()
+            self.last = None
+
+    def end(self) -> None:
+        """Let the thread end, once it has made all calls."""
+        self._calls.put(None)
+        self._thread = None
+
+    def _work(self) -> None:
+        for call, future in iter(self._calls.get, None):
+            try:
+                future.set_result(call())
+            except Exception as error:  # noqa: BLE001, PERF203 - it is raised where the caller waits
+                future.set_exception(error)
+
+
+def _is_served(tensor: torch.Tensor, reduce_op: Any) -> bool:
+    # A `ReduceOp` stands on the left: it equals one of its kinds, but no kind equals it.
+    return bool(reduce_op == _SUM or (reduce_op == _AVG and tensor.is_floating_point()))
+
+
+def _finished(tensors: list[torch.Tensor]) -> dist.Work:
+    """Return the work of sums that have been made (CPU), or are queued on the current stream (CUDA).
+
+    A later `wait()` orders the waiting stream after them; so does the future.
     """
     device = tensors[0].device
     future: Any = torch.futures.Future(devices=[device] if device.type == "cuda" else None)
@@ -157,7 +239,7 @@ def _delegated(name: str) -> Callable[..., Any]:
     return method
 
 
-# What a group does with itself: its place, names, and the backends that are registered above.
+# Not delegated: the group's rank, size and names, its registered backends, and the methods defined above.
 _OWN = {
     *("rank", "size", "name", "boxed", "unbox", "shutdown", "abort", "allreduce", "allreduce_coalesced"),
     *("_backend_id", "_get_backend", "_get_backend_name", "_has_hooks", "_id", "_register_backend"),

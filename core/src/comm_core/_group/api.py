@@ -8,13 +8,20 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from comm_core._control.plain_group import plain_group
 from comm_core._group.capture import capture_sessions, join_or_open, refuse_in_capture
 from comm_core._group.close import close_group
 from comm_core._group.create import create_serving
 from comm_core._group.local_inputs import Request
 from comm_core._group.prepare_groups import check_shapes, prepare_groups
-from comm_core._group.states import GroupState, all_states, get_or_create_state, is_current, remove, remove_destroyed
+from comm_core._group.states import (
+    GroupState,
+    all_states,
+    get_or_create_state,
+    is_current,
+    plain_group,
+    remove,
+    remove_destroyed,
+)
 from comm_core._group.suspend import change_groups
 from comm_core._handle import operators
 from comm_core._handle.backend import Backend

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch.distributed as dist
 
-from comm_core._control.plain_group import plain_group
 from comm_core._control.stage import StageAbortedError, StageTimeoutError
 from comm_core._control.store import Control
 from comm_core._group.local_inputs import Request
@@ -29,6 +28,7 @@ __all__ = [
     "get_or_create_state",
     "is_alive",
     "is_current",
+    "plain_group",
     "remove",
     "remove_destroyed",
     "translate_stage_errors",
@@ -250,6 +250,12 @@ def _try_to_change(state: GroupState, change: Callable[[GroupState], None]) -> C
     except CommError as error:
         return error
     return None
+
+
+def plain_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return the plain group under a group of the backend "comm", which core works with; any other group itself."""
+    plain: dist.ProcessGroup = getattr(group, "plain", group)
+    return plain
 
 
 def is_alive(group: dist.ProcessGroup) -> bool:
