@@ -30,7 +30,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool.close()
 
 
-def failing(ranks: Ranks, folder: Path, broken: Broken, tests: Sequence[str], settle_s: float) -> dict[str, str]:
+def failing(ranks: Ranks, folder: Path, broken: Broken, tests: Sequence[str], release_s: float) -> dict[str, str]:
     """The standard tests, of those given, that fail for a backend, with the reason."""
 
     class Tests(BackendConformance):
@@ -39,7 +39,7 @@ def failing(ranks: Ranks, folder: Path, broken: Broken, tests: Sequence[str], se
         huge_on_cpus = SOAK
         repeatable = equal_bits = True
 
-    kit = Kit("broken", ranks, pytest.skip, [install(folder / "plugin", "broken", source_of(broken))], settle_s)
+    kit = Kit("broken", ranks, pytest.skip, [install(folder / "plugin", "broken", source_of(broken))], release_s)
     failed = {}
     for name in tests:
         try:

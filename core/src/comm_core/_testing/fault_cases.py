@@ -1,8 +1,8 @@
-"""What ranks do in conformance tests with a fault: a hook of the backend fails on the last rank of a group.
+"""What ranks do in conformance tests with a fault: a hook of the last rank fails, hangs, is late, or its process dies.
 
 As in `cases`, each function has the backend's name as its first parameter, and raises `AssertionError` with the broken
-rule. After each fault, all live ranks must agree, what the backend took must be given back within `settle_s` seconds,
-and a new group must work.
+rule. After each fault the live ranks must report the same outcome, what the backend took must be given back within
+`release_s` seconds, and a new group must work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HANG_S = 60.0
 
 
 class _Control:
-    """A channel that calls a function before each exchange, with the number of the exchange from 1."""
+    """A channel that calls a function before each exchange (each use of the channel), numbered from 1."""
 
     def __init__(self, control: comm.ControlChannel, before: Callable[[int], None]) -> None:
         self._control, self._before, self._calls = control, before, 0
@@ -65,7 +65,7 @@ def _warm_up(name: str) -> dict[str, int]:
 
 
 def _works(name: str) -> None:
-    """A new handle of the backend is right, also for the next test."""
+    """Get a new handle of the backend, and check one sum."""
     with open_handle(name) as backend:
         _sum_once(name, backend, "after a fault")
 
@@ -75,17 +75,17 @@ def _sum_once(name: str, backend: comm.Backend, what: str) -> None:
     check_sum(backend, device, dtype, sizes[-1], what)
 
 
-def _nothing_is_left(before: dict[str, int], what: str, settle_s: float, *, in_use: bool = False) -> None:
+def _nothing_is_left(before: dict[str, int], what: str, release_s: float, *, in_use: bool = False) -> None:
     """Compare what the process holds with `before`, for as long as threads of the fault may take to end.
 
     Args:
         before: what it held before.
         what: the fault, for the error.
-        settle_s: how long it may take, in seconds.
+        release_s: how long it may take, in seconds.
         in_use: whether calls of the session may not have ended: it may keep its memory, which peers may still write.
     """
     kinds = ("threads", "segments in /dev/shm") if in_use else tuple(before)
-    end = time.monotonic() + settle_s
+    end = time.monotonic() + release_s
     while True:
         held = count_held()
         left = {kind: held[kind] - before[kind] for kind in kinds if held[kind] > before[kind]}
@@ -107,7 +107,7 @@ def _refused(name: str, what: str, reason: str, timeout_s: float | None = None) 
     comm.close()
 
 
-def connect_fails(name: str, settle_s: float) -> None:
+def connect_fails(name: str, release_s: float) -> None:
     """`connect` raises on the last rank: at its begin and at each exchange; then it hangs."""
     last, before = _is_last(), _warm_up(name)
     exchanges, hanging = [0], threading.Event()
@@ -138,13 +138,13 @@ def connect_fails(name: str, settle_s: float) -> None:
         with replaced_hook(name, "connect", functools.partial(failing, at=at)):
             for _ in range(2):
                 _refused(name, where, FAULT)
-        _nothing_is_left(before, where, settle_s)
+        _nothing_is_left(before, where, release_s)
     where = "connect that hung on one rank"
     with replaced_hook(name, "connect", hang):
         _refused(name, where, "", _HANG_TIMEOUT_S)
     hanging.set()  # it goes on, too late
     dist.barrier()
-    _nothing_is_left(before, where, settle_s)
+    _nothing_is_left(before, where, release_s)
     _works(name)
 
 
@@ -170,7 +170,7 @@ def connect_is_slow(name: str, delay_s: float) -> None:
         _works(name)
 
 
-def a_rank_is_killed_in_connect(name: str, settle_s: float) -> str:
+def a_rank_is_killed_in_connect(name: str, release_s: float) -> str:
     """The last rank dies at the first exchange of `connect`, or at its end; return the error of the others."""
     before = _warm_up(name)
 
@@ -190,11 +190,11 @@ def a_rank_is_killed_in_connect(name: str, settle_s: float) -> str:
             text = str(error)
         else:
             raise AssertionError("get_backend returned without the killed rank")
-    _nothing_is_left(before, "connect, during which a rank was killed,", settle_s)
+    _nothing_is_left(before, "connect, during which a rank was killed,", release_s)
     return text
 
 
-def a_call_fails(name: str, absent: bool, settle_s: float) -> str:
+def a_call_fails(name: str, absent: bool, release_s: float) -> str:
     """The last rank's `all_reduce` raises, or isn't called: every rank's calls end in an error, and keep to it."""
     last, before = _is_last(), _warm_up(name)
     fails = threading.Event()
@@ -223,7 +223,7 @@ def a_call_fails(name: str, absent: bool, settle_s: float) -> str:
         assert again, "a later call must raise, too"
         comm.close()
     del backend
-    _nothing_is_left(before, what, settle_s, in_use=True)
+    _nothing_is_left(before, what, release_s, in_use=True)
     dist.barrier()
     _works(name)
     return error
@@ -246,7 +246,7 @@ def _error_of_calls(name: str, backend: comm.Backend, what: str) -> str:
     raise AssertionError(f"{what} returned on rank {dist.get_rank()}")
 
 
-def preparing_fails(name: str, settle_s: float) -> None:
+def preparing_fails(name: str, release_s: float) -> None:
     """`pre_capture_init` raises on the last rank."""
     last, before = _is_last(), _warm_up(name)
 
@@ -266,11 +266,11 @@ def preparing_fails(name: str, settle_s: float) -> None:
         synchronize(backend)
         comm.close()
     del backend  # it holds a connection to the store
-    _nothing_is_left(before, what, settle_s)
+    _nothing_is_left(before, what, release_s)
     _works(name)
 
 
-def suspending_fails(name: str, settle_s: float) -> None:
+def suspending_fails(name: str, release_s: float) -> None:
     """`suspend`, and then `resume`, raises on the last rank: the handle stops on all ranks, and can be closed."""
     last, before = _is_last(), _warm_up(name)
 
@@ -293,5 +293,5 @@ def suspending_fails(name: str, settle_s: float) -> None:
             _error_of_calls(name, backend, f"a call after {what}")
             comm.close()
         del backend
-        _nothing_is_left(before, what, settle_s, in_use=True)
+        _nothing_is_left(before, what, release_s, in_use=True)
     _works(name)

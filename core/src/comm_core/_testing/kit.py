@@ -26,7 +26,7 @@ class Kit:
         ranks: the processes.
         skip: raises an exception that says why a test doesn't apply to the backend, such as `pytest.skip`.
         path: folders in which every rank finds the backend; None: it is installed.
-        settle_s: how long what a fault left may take to go away, in seconds: threads end after their deadlines.
+        release_s: how long what a fault left may take to go away, in seconds: threads end after their deadlines.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Kit:
         ranks: Ranks,
         skip: Callable[[str], NoReturn],
         path: Sequence[Path] | None = None,
-        settle_s: float = 20.0,
+        release_s: float = 20.0,
     ) -> None:
         self.backend = backend
-        self.settle_s = settle_s
+        self.release_s = release_s
         self._path = path
         self._ranks = ranks
         self._skip = skip
@@ -50,7 +50,10 @@ class Kit:
         world_size: int = 2,
         dying: Collection[int] = (),
     ) -> list[Any]:
-        """Run a function of the `cases` modules on every rank; return the results by rank. Skips if it can't serve."""
+        """Run a function of the `cases` modules on every rank; return the results by rank.
+
+        Skip the test if the backend doesn't serve a group of this size.
+        """
         outcome = self.describe(world_size)
         if outcome["verdict"] != "serves":
             self._skip(f"'{self.backend}' doesn't serve {world_size} ranks here: {outcome['reason']}")

@@ -1,4 +1,4 @@
-"""The quick half of the conformance kit, for `comm-core check --ranks N`: without pytest, and without waits."""
+"""The quick half of the conformance kit, for `comm-core check --ranks N`: without pytest and without time-outs."""
 
 from __future__ import annotations
 
