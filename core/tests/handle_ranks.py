@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +16,7 @@ import faulty_plugins as faulty
 import torch
 import torch.distributed as dist
 from comm_core._group import states
+from comm_core._testing.cases import warnings_of_core
 from harness import side_store
 
 #: ("ok", who serves) or (an error's type, its text).
@@ -44,19 +44,6 @@ def hear(what: str, ranks: Iterable[int]) -> None:
 def meet(what: str) -> None:
     say(what)
     hear(what, range(dist.get_world_size()))
-
-
-@contextlib.contextmanager
-def warnings_of_core() -> Iterator[list[str]]:
-    texts: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("comm_core")
-    logger.addHandler(handler)
-    try:
-        yield texts
-    finally:
-        logger.removeHandler(handler)
 
 
 def summed(backend: comm.Backend, group: dist.ProcessGroup | None = None) -> bool:

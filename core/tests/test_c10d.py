@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import c10d_groups
 import c10d_ranks
 import pytest
 import torch.distributed as dist
@@ -69,7 +70,7 @@ def test_every_operation_is_right_and_sums_go_to_the_handle(ranks: Ranks, world_
 
 
 def test_groups_have_handles_of_their_own(ranks: Ranks) -> None:
-    for found in ranks.run(c10d_ranks.groups, world_size=3, backend="comm", env=SHM, installed=True):
+    for found in ranks.run(c10d_groups.groups, world_size=3, backend="comm", env=SHM, installed=True):
         assert found["sums"] == found["expected"]
         kinds = {name: "gloo" if name == "gloo" else "comm" for name in found["sums"]}
         assert found["kinds"] == kinds
@@ -80,18 +81,18 @@ def test_groups_have_handles_of_their_own(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu:comm,cuda:comm", "cpu:gloo,cuda:comm"])
 def test_other_names_of_the_backend(ranks: Ranks, backend: str) -> None:
-    assert ranks.run(c10d_ranks.again, backend, backend="comm", env=SHM, installed=True) == [[3.0] * 3] * 2
+    assert ranks.run(c10d_groups.again, backend, backend="comm", env=SHM, installed=True) == [[3.0] * 3] * 2
 
 
 def test_ranks_that_cant_negotiate_are_served_by_torch_alone(ranks: Ranks) -> None:
     differ = [{"COMM_CORE_DISABLE": "shm"}, {}]
-    for found in ranks.run(c10d_ranks.alone_after_a_failure, backend="comm", env=differ, installed=True):
+    for found in ranks.run(c10d_groups.alone_after_a_failure, backend="comm", env=differ, installed=True):
         assert found == {"sum": 3.0, "handle": None, "states": 0}
 
 
 def test_a_group_whose_rank_is_killed_raises(ranks: Ranks) -> None:
     limits = {**SHM, "COMM_CORE_WAIT_TIMEOUT_S": "5"}
-    error, _ = ranks.run(c10d_ranks.a_peer_is_killed, backend="comm", env=limits, installed=True, dying=[1])
+    error, _ = ranks.run(c10d_groups.a_peer_is_killed, backend="comm", env=limits, installed=True, dying=[1])
     assert "rank 1" in error
 
 

@@ -13,8 +13,11 @@ from torch.distributed import distributed_c10d
 
 from comm_core._c10d.process_group import CommProcessGroup
 from comm_core._control.deadline import describe
+from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError, end_incarnation
+from comm_core._control.store import Control
 from comm_core._control.unlisted_group import forget_group, make_group
 from comm_core._group.api import close, get_backend
+from comm_core._group.states import used_incarnations
 
 if TYPE_CHECKING:
     from comm_core._handle.backend import Backend
@@ -51,25 +54,31 @@ def create_group(options: Any, backend_options: Any = None) -> CommProcessGroup:
     # torch will give the outer group this name, and rename the shared backends; the plain group must match.
     plain._set_group_name(options.group_id)  # noqa: SLF001
     try:
-        return CommProcessGroup(plain, name, _negotiate(plain, options))
+        return CommProcessGroup(plain, name, _negotiate(plain, name, options))
     except BaseException:
         plain.abort()
         forget_group(plain, name)
         raise
 
 
-def _negotiate(plain: dist.ProcessGroup, options: Any) -> Backend | None:
+def _negotiate(plain: dist.ProcessGroup, name: str, options: Any) -> Backend | None:
     """Negotiate a handle; return None on all ranks if any rank failed to get one."""
     handle, failure = None, ""
     with _temporary_world(plain):
+        # Apart from the negotiation's, which may have failed on one rank alone.
+        store = _c10d.PrefixStore("comm_core_vote", options.store)
+        ranks = tuple(dist.get_process_group_ranks(plain))
+        control = Control(store, options.group_rank, ranks, options.timeout.total_seconds())
+        control.join(used_incarnations.setdefault(name, set()))
         try:
             handle = get_backend(plain)
         except Exception as error:  # noqa: BLE001 - whatever it is, torch's own backends can serve
             failure = describe(error)
         except BaseException as error:  # it leaves, and the others mustn't wait for its vote
-            _vote(describe(error), options)
+            end_incarnation(control, error)
             raise
-        failures = _gather_votes(failure, options)
+        failures = _gather_failures(control, failure)
+        control.finish()
         if failures and handle is not None:
             close(plain)
     if failures and options.group_rank == 0:
@@ -79,21 +88,15 @@ def _negotiate(plain: dist.ProcessGroup, options: Any) -> Backend | None:
     return None if failures else handle
 
 
-def _vote(failure: str, options: Any) -> str:
-    """Send this rank's failure, "" for none, over the group's store; return the prefix of the votes' keys."""
-    store, size = options.store, options.group_size
-    # A job that destroys its groups and makes them again may use the same store, with the same names.
-    key = f"comm_core/votes {(store.add('comm_core/arrived', 1) - 1) // size}"
-    store.set(f"{key}/{options.group_rank}", failure)
-    return key
-
-
-def _gather_votes(failure: str, options: Any) -> list[str]:
-    """Vote, and return the failures of all ranks, the same on each. Collective."""
-    key = _vote(failure, options)
-    keys = [f"{key}/{rank}" for rank in range(options.group_size)]
-    options.store.wait(keys, options.timeout)
-    votes = [options.store.get(each).decode(errors="replace") for each in keys]
+def _gather_failures(control: Control, failure: str) -> list[str]:
+    """Return the failures of all ranks, the same on each; `failure` is this rank's, "" for none. Collective."""
+    try:
+        with Stage(control, "vote") as stage:
+            votes = stage.all_gather(failure)
+    except StageTimeoutError:
+        raise
+    except StageAbortedError as error:  # a rank has left
+        votes = [error.reason if rank == error.rank else "" for rank in range(control.world_size)]
     return [f"rank {rank}: {vote}" for rank, vote in enumerate(votes) if vote]
 
 

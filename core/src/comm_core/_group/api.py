@@ -85,9 +85,8 @@ def _get_or_create_backend(state: GroupState, request: Request) -> Backend:
     else:
         backend = state.backend
     # A cached handle too: "" finds the world's handle while there is a world, else the one of this process alone.
-    world = dist.group.WORLD if state.group is not None else None
-    is_world = world is not None and state.group is plain_group(world)
-    operators.register((state.name, "") if is_world else (state.name,), backend)
+    world = state.group is not None and state.group is plain_group(dist.group.WORLD)
+    operators.register((state.name, "") if world else (state.name,), backend)
     return backend
 
 

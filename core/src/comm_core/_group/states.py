@@ -158,8 +158,8 @@ def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> Gr
             )
         if not is_alive(member):
             raise ValueError(_describe_unknown(member))
-        member = plain_group(member)
         name = member.group_name
+        member = plain_group(member)
     elif isinstance(group, dist.ProcessGroup):
         raise ValueError(_describe_unknown(group))
     elif group is not None:
@@ -252,9 +252,9 @@ def _try_to_change(state: GroupState, change: Callable[[GroupState], None]) -> C
     return None
 
 
-def plain_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def plain_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """Return the plain group under a group of the backend "comm", which core works with; any other group itself."""
-    plain: dist.ProcessGroup = getattr(group, "plain", group)
+    plain: dist.ProcessGroup | None = getattr(group, "plain", group)
     return plain
 
 

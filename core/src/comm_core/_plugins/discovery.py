@@ -82,6 +82,9 @@ class Discovery:
     listed: dict[str, str]
 
 
+# The longest import of a plugin with a replaced hook, in seconds.
+_IMPORT_S = 60.0
+
 _results: dict[InstalledPlugin, Plugin | LoadFailure] = {}
 _lock = threading.RLock()
 
@@ -94,12 +97,12 @@ def reset() -> None:
 
 
 @contextlib.contextmanager
-def replaced_hook(name: str, hook: str, replacement: Callable[..., Any], timeout_s: float = 60.0) -> Iterator[None]:
+def replaced_hook(name: str, hook: str, replacement: Callable[..., Any]) -> Iterator[None]:
     """Let this process call `replacement(original, *arguments)` for a hook of an installed backend, for tests.
 
     Sessions that are connected meanwhile keep the replacement. Without `connect`, a plugin's session is its context.
     """
-    discover(lambda other: other == name, timeout_s)
+    discover(lambda other: other == name, _IMPORT_S)
     entry, plugin = next(
         (entry, plugin) for entry, plugin in _results.items() if entry.name == name and isinstance(plugin, Plugin)
     )

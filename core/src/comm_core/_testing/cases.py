@@ -71,24 +71,31 @@ def open_handle(name: str, group: dist.ProcessGroup | None = None) -> Iterator[c
 
 
 @contextlib.contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Require that core logs no warning, such as of a hook `close` that raised or hung."""
-    logged: list[str] = []
+def warnings_of_core() -> Iterator[list[str]]:
+    """Yield a list that gains the warnings that core logs, such as of a hook `close` that raised or hung."""
+    texts: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("comm_core")
     logger.addHandler(handler)
     try:
-        yield
+        yield texts
     finally:
         logger.removeHandler(handler)
-    assert not logged, f"core logged: {logged}"
 
 
 def synchronize(backend: comm.Backend) -> None:
     """Wait for the group's GPU, if it has one."""
     if backend.device.type == "cuda":
         torch.cuda.synchronize(backend.device)
+
+
+def call_and_check(backend: comm.Backend, x: torch.Tensor) -> None:
+    """Call three times, and check: a kernel's error shows in `check`, or in the next call."""
+    for _ in range(3):
+        backend.all_reduce(x)
+        synchronize(backend)
+        backend.check()
 
 
 def check_sum(
@@ -305,9 +312,10 @@ def closed_groups_leave_nothing(name: str, count: int) -> None:
     """Get and close handles; what the process holds mustn't grow with each."""
     held = []
     for _ in range(WARM_HANDLES + count):
-        with _no_warnings(), open_handle(name) as backend:
+        with warnings_of_core() as logged, open_handle(name) as backend:
             for device, dtype, sizes in itertools.islice(eager_cells(backend, name, 1 << 16), 1):
                 check_sum(backend, device, dtype, sizes[-1], "a new handle")
+        assert not logged, f"core logged: {logged}"
         del backend
         dist.barrier()
         held.append(count_held())
@@ -362,10 +370,7 @@ def a_peer_is_killed(name: str) -> tuple[str, str, float]:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
     try:
-        for _ in range(3):
-            backend.all_reduce(x)
-            synchronize(backend)
-            backend.check()
+        call_and_check(backend, x)
     except comm.CommError as error:
         outcome = (type(error).__name__, str(error), time.monotonic() - start)
     else:

@@ -21,7 +21,15 @@ import torch.distributed as dist
 
 import comm_core as comm
 from comm_core._plugins.discovery import replaced_hook
-from comm_core._testing.cases import WARM_HANDLES, check_sum, count_held, eager_cells, open_handle, synchronize
+from comm_core._testing.cases import (
+    WARM_HANDLES,
+    call_and_check,
+    check_sum,
+    count_held,
+    eager_cells,
+    open_handle,
+    synchronize,
+)
 
 __all__ = [
     "a_call_fails",
@@ -56,6 +64,13 @@ class _Control:
 
 def _is_last() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
+
+
+def _raise_on_last(original: Callable[..., Any], *arguments: Any) -> Any:
+    """Replace a hook that raises on the last rank."""
+    if _is_last():
+        raise RuntimeError(FAULT)
+    return original(*arguments)
 
 
 def _warm_up(name: str) -> dict[str, int]:
@@ -171,8 +186,8 @@ def connect_is_slow(name: str, delay_s: float) -> None:
         _works(name)
 
 
-def a_rank_is_killed_in_connect(name: str, release_s: float) -> str:
-    """The last rank dies at the first exchange of `connect`, or at its end; return the error of the others."""
+def a_rank_is_killed_in_connect(name: str, release_s: float) -> None:
+    """The last rank dies at the first exchange of `connect`, or at its end: the others get an error."""
     before = _warm_up(name)
 
     def die(original: Callable[..., Any], topology: Any, context: comm.GroupContext) -> Any:
@@ -187,15 +202,14 @@ def a_rank_is_killed_in_connect(name: str, release_s: float) -> str:
     with replaced_hook(name, "connect", die):
         try:
             comm.get_backend(timeout_s=_HANG_TIMEOUT_S)
-        except comm.CommError as error:
-            text = str(error)
+        except comm.CommError:
+            pass
         else:
             raise AssertionError("get_backend returned without the killed rank")
     _nothing_is_left(before, "connect, during which a rank was killed,", release_s)
-    return text
 
 
-def a_call_fails(name: str, absent: bool, release_s: float) -> str:
+def a_call_fails(name: str, absent: bool, release_s: float) -> None:
     """The last rank's `all_reduce` raises, or isn't called: every rank's calls end in an error, and keep to it."""
     last, before = _is_last(), _warm_up(name)
     fails = threading.Event()
@@ -213,13 +227,12 @@ def a_call_fails(name: str, absent: bool, release_s: float) -> str:
         synchronize(backend)
         if not absent:
             fails.set()
-        error = ""
         if not (absent and last):
             error = _error_of_calls(name, backend, what)
             assert not last or FAULT in error, f"{what}: that rank's error is {error!r}"
         dist.barrier()
         if absent and last:  # it hears of its peers' time-out
-            error = _error_of_calls(name, backend, what)
+            _error_of_calls(name, backend, what)
         again = _error_of_calls(name, backend, f"a call after {what}")
         assert again, "a later call must raise, too"
         comm.close()
@@ -227,18 +240,14 @@ def a_call_fails(name: str, absent: bool, release_s: float) -> str:
     _nothing_is_left(before, what, release_s, in_use=True)
     dist.barrier()
     _works(name)
-    return error
 
 
 def _error_of_calls(name: str, backend: comm.Backend, what: str) -> str:
-    """Call three times, and return the error: a kernel's shows in `check`, or in the next call."""
+    """Call, and return the error."""
     device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
     x = torch.ones(sizes[-1], device=device, dtype=dtype)
     try:
-        for _ in range(3):
-            backend.all_reduce(x)
-            synchronize(backend)
-            backend.check()
+        call_and_check(backend, x)
     except comm.CommError as error:
         return str(error)
     except RuntimeError as error:
@@ -249,15 +258,9 @@ def _error_of_calls(name: str, backend: comm.Backend, what: str) -> str:
 
 def preparing_fails(name: str, release_s: float) -> None:
     """`pre_capture_init` raises on the last rank."""
-    last, before = _is_last(), _warm_up(name)
-
-    def failing(original: Callable[..., Any], session: Any, shapes: Any) -> Any:
-        if last:
-            raise RuntimeError(FAULT)
-        return original(session, shapes)
-
+    before = _warm_up(name)
     what = "pre_capture_init that raised on one rank"
-    with replaced_hook(name, "pre_capture_init", failing):
+    with replaced_hook(name, "pre_capture_init", _raise_on_last):
         backend = comm.get_backend()
         comm.pre_capture_init(max_tokens=4, hidden_size=64, dtype=torch.float32)
         candidate = backend.decision.candidate(name)
@@ -273,16 +276,10 @@ def preparing_fails(name: str, release_s: float) -> None:
 
 def suspending_fails(name: str, release_s: float) -> None:
     """`suspend`, and then `resume`, raises on the last rank: the handle stops on all ranks, and can be closed."""
-    last, before = _is_last(), _warm_up(name)
-
-    def failing(original: Callable[..., Any], session: Any) -> Any:
-        if last:
-            raise RuntimeError(FAULT)
-        return original(session)
-
+    before = _warm_up(name)
     for hook in ("suspend", "resume"):
         what = f"{hook} that raised on one rank"
-        with replaced_hook(name, hook, failing):
+        with replaced_hook(name, hook, _raise_on_last):
             backend = comm.get_backend(backends=(name,))
             try:
                 comm.suspend()
