@@ -60,6 +60,11 @@ def test_a_skip_inside_a_gpu_test_fails(run: pytest.Pytester, body: str) -> None
     result.stdout.fnmatch_lines(["*test_two skipped in a run that promises its GPUs: *"])
 
 
+def test_the_conformance_kit_may_skip_what_a_backend_doesnt_claim(run: pytest.Pytester) -> None:
+    run.makepyfile(MARKED.format(body="pytest.skip(\"'mine' doesn't claim this: repeatable\")"))
+    run.runpytest("--require-gpus", "2").assert_outcomes(passed=1, skipped=1)
+
+
 def test_a_skip_by_a_second_marker_or_in_a_fixture_fails(run: pytest.Pytester) -> None:
     run.makepyfile("""
         import pytest

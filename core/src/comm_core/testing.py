@@ -132,7 +132,7 @@ class BackendConformance:
 
     def test_sub_groups_are_served(self, kit: Kit) -> None:
         """Groups that leave out the first or the last of three ranks."""
-        results = kit.run(cases.sub_groups_are_served, world_size=3)
+        results = kit.run(cases.sub_groups_are_served, world_size=3, group_size=2)
         assert all(results), results
 
     def test_preparing_again_and_for_larger_shapes_works(self, kit: Kit) -> None:

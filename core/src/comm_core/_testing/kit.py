@@ -48,16 +48,25 @@ class Kit:
         case: Callable[..., Any],
         *arguments: Any,
         world_size: int = 2,
+        group_size: int | None = None,
         dying: Collection[int] = (),
     ) -> list[Any]:
         """Run a function of the `cases` modules on every rank; return the results by rank.
 
         Skip the test if the backend doesn't serve a group of this size.
+
+        Args:
+            case: the function.
+            arguments: its arguments after the backend's name.
+            world_size: the number of ranks.
+            group_size: the size of the groups, each of neighbouring ranks, that the backend serves; None: all ranks.
+            dying: the ranks that are killed.
         """
-        outcome = self.describe(world_size)
+        group_size = group_size or world_size
+        outcome = self.describe(group_size)
         if outcome["verdict"] != "serves":
-            self._skip(f"'{self.backend}' doesn't serve {world_size} ranks here: {outcome['reason']}")
-        return self.run_anyway(case, *arguments, world_size=world_size, dying=dying)
+            self._skip(f"'{self.backend}' doesn't serve {group_size} ranks here: {outcome['reason']}")
+        return self.run_anyway(case, *arguments, world_size=world_size, group_size=group_size, dying=dying)
 
     def require(self, condition: bool, claim: str) -> None:
         """Skip a test of something that the backend doesn't claim."""
@@ -84,11 +93,18 @@ class Kit:
         case: Callable[..., Any],
         *arguments: Any,
         world_size: int,
+        group_size: int | None = None,
         dying: Collection[int] = (),
     ) -> list[Any]:
-        """Run a function on every rank, whether or not the backend can serve."""
-        settings = {"COMM_CORE_BACKENDS": self.backend, "COMM_CORE_WAIT_TIMEOUT_S": str(WAIT_TIMEOUT_S)}
-        on_gpus = torch.cuda.device_count() >= world_size
+        """Run a function on every rank, whether or not the backend can serve; see `run`."""
+        settings = {
+            "COMM_CORE_BACKENDS": self.backend,
+            "COMM_CORE_WAIT_TIMEOUT_S": str(WAIT_TIMEOUT_S),
+            # Otherwise torch ends the process when a peer of its NCCL communicator, the fallback's, is killed.
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        }
+        gpus = torch.cuda.device_count()
+        on_gpus = gpus >= (group_size or world_size)
         return self._ranks.run(
             case,
             self.backend,
@@ -100,4 +116,6 @@ class Kit:
             installed=self._path is None,
             deadline_s=240.0,
             dying=dying,
+            # Ranks that are in no group together may share a GPU.
+            devices=[rank % gpus for rank in range(world_size)] if on_gpus else None,
         )

@@ -72,6 +72,7 @@ class _Job:
     world_size: int
     backend: str
     device: int | None
+    shares_gpus: bool
     store_port: int
     side_port: int
     env: Mapping[str, str]
@@ -158,7 +159,8 @@ class Ranks:
             installed: whether the ranks see also the backends that are installed on this machine.
             deadline_s: the whole run's deadline, in seconds.
             dying: the ranks that the test kills by a signal.
-            devices: each rank's GPU, by the index that it has in that process; None: the rank.
+            devices: each rank's GPU, by the index that it has in that process; None: the rank. If an index comes twice,
+                NCCL connects the default group only when it's used, which fails if the ranks share a GPU.
 
         Returns:
             Each rank's return value, by rank; `DEAD` for the ranks in `dying`.
@@ -188,6 +190,7 @@ class Ranks:
                 world_size,
                 backend,
                 devices[rank] if on_gpus and devices is not None else None,
+                devices is not None and len(set(devices)) < world_size,
                 stores[0].port,
                 stores[1].port,
                 envs[rank],
@@ -351,7 +354,12 @@ def _call(job: _Job, stack: contextlib.ExitStack) -> Any:
     if device is not None:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        job.backend, store=store, rank=job.rank, world_size=job.world_size, timeout=timeout, device_id=device
+        job.backend,
+        store=store,
+        rank=job.rank,
+        world_size=job.world_size,
+        timeout=timeout,
+        device_id=None if job.shares_gpus else device,
     )
     return getattr(module, job.function)(*job.arguments)
 
