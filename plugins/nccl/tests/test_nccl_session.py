@@ -141,8 +141,7 @@ def test_a_peer_that_ends_is_noticed_before_the_next_call(peer: subprocess.Popen
     assert binding.calls[1:] == ["abort"]
 
 
-@pytest.mark.parametrize("dead", [False, True])
-def test_a_peer_that_ends_while_nccl_waits_for_it(peer: subprocess.Popen[bytes], dead: bool) -> None:
+def test_a_peer_that_ends_while_nccl_waits_for_it(peer: subprocess.Popen[bytes]) -> None:
     arrived, late = threading.Event(), threading.Event()
 
     class Waiting(Recording):
@@ -152,17 +151,10 @@ def test_a_peer_that_ends_while_nccl_waits_for_it(peer: subprocess.Popen[bytes],
             return super().comm_init_rank(nranks, comm_id, rank)
 
     binding = Waiting()
-    if dead:
-        peer.kill()
-        peer.wait()
-    else:
-        threading.Thread(target=lambda: arrived.wait(60) and peer.kill(), daemon=True).start()
+    threading.Thread(target=lambda: arrived.wait(60) and peer.kill(), daemon=True).start()
     with pytest.raises(comm.CommTimeoutError, match=f"process {peer.pid}, has ended"):
         connect(binding, peer)
     late.set()
-    if dead:
-        assert not arrived.is_set()
-        return
     # A communicator that is created too late is aborted.
     wait_for(lambda: binding.calls == [("init", 2, 0), "abort"])
 
@@ -176,6 +168,15 @@ def test_an_error_while_connecting_has_nccls_text(peer: subprocess.Popen[bytes])
     binding.last_error = "no socket interface found"
     with pytest.raises(comm.CommError, match=r"NCCL: SystemError \(2\) .* \(no socket interface found\)"):
         connect(binding, peer)
+
+
+def test_a_peer_that_ended_before_leaves_no_unused_id(peer: subprocess.Popen[bytes]) -> None:
+    binding = Recording()
+    peer.kill()
+    peer.wait()
+    with pytest.raises(comm.CommTimeoutError, match=f"process {peer.pid}, has ended"):
+        connect(binding, peer)
+    assert binding.calls == [("init", 1, 0), "abort"]
 
 
 @pytest.mark.parametrize(("host", "namespace"), [(ELSEWHERE, ""), (HERE, "pid:[1]")])

@@ -44,7 +44,8 @@ __all__ = [
 FAULT = "a fault made by the conformance kit"
 # The timeout of `get_backend` for a group in which a rank hangs, in seconds.
 _HANG_TIMEOUT_S = 5.0
-# The timeout of `get_backend` for a group in which a rank's call is missing, in seconds: below torch's in the kit.
+# The timeout of `get_backend` for a group in which a rank's call in a hook is missing, in seconds: below torch's in the
+# kit.
 _CALL_TIMEOUT_S = 15.0
 # GPU memory that a rank may take for kernels which CUDA loads at their first call, in MiB.
 _LOADED_MIB = 8
@@ -267,7 +268,7 @@ def preparing_fails(name: str, release_s: float) -> None:
     before = _warm_up(name)
     what = "pre_capture_init that raised on one rank"
     with replaced_hook(name, "pre_capture_init", _raise_on_last):
-        backend = comm.get_backend()
+        backend = comm.get_backend(timeout_s=_CALL_TIMEOUT_S)
         comm.pre_capture_init(max_tokens=4, hidden_size=64, dtype=torch.float32)
         candidate = backend.decision.candidate(name)
         assert candidate is not None

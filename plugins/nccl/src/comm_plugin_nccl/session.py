@@ -161,9 +161,14 @@ def connect(
         CommTimeoutError: a peer's process has ended.
         CommError: NCCL failed; with its error text.
     """
-    unique_id = bytes(binding.get_unique_id()).hex() if context.rank == 0 else ""
-    exchanged = context.control.all_gather({"id": unique_id, **peers.own_process()})
-    processes = peers.open_processes(topology, context.rank, context.global_ranks, exchanged)
+    unique_id = bytes(binding.get_unique_id()) if context.rank == 0 else b""
+    try:
+        exchanged = context.control.all_gather({"id": unique_id.hex(), **peers.own_process()})
+        processes = peers.open_processes(topology, context.rank, context.global_ranks, exchanged)
+    except BaseException:
+        if unique_id:
+            _release_unused(binding, bytearray(unique_id), context.device)
+        raise
     try:
         communicator = _communicator(binding, bytearray.fromhex(exchanged[0]["id"]), context, processes)
     except BaseException:
@@ -184,7 +189,7 @@ def _communicator(
 
     def create() -> None:
         try:
-            with torch.cuda.device(context.device) if context.device.type == "cuda" else contextlib.nullcontext():
+            with _on_device(context.device):
                 communicator = binding.comm_init_rank(context.world_size, unique_id, context.rank)
         except BaseException as error:  # noqa: BLE001 - a thread's exception is lost unless the future carries it
             with contextlib.suppress(concurrent.futures.InvalidStateError):
@@ -204,6 +209,20 @@ def _communicator(
         return future.result()
     except binding.NCCLError as error:
         raise comm.CommError(f"NCCL: {error}{_last_error(binding, binding.Comm())}") from error
+
+
+def _release_unused(binding: Any, unique_id: bytearray, device: torch.device) -> None:
+    """Free what NCCL keeps for an id until its communicator is made: a thread and a socket that listens.
+
+    A communicator of one rank uses the id up (`bootstrapRoot` in NCCL's src/bootstrap.cc).
+    """
+    with _on_device(device):
+        _end(binding.comm_abort, binding.comm_init_rank(1, unique_id, 0), 0.0)
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _last_error(binding: Any, communicator: Any) -> str:
