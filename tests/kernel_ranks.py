@@ -276,7 +276,7 @@ def check_differing(results: list[list[str]]) -> None:
     """Check what the ranks returned from `differing`: on some rank each of the messages timed out."""
     assert all(len(texts) == len(DIFFERENT_MESSAGES) for texts in results)
     for message, *texts in zip(DIFFERENT_MESSAGES, *results, strict=True):
-        timed_out = ["didn't come within 2 s, or called with another size or dtype" in text for text in texts]
+        timed_out = ["didn't come within 1 s, or called with another size or dtype" in text for text in texts]
         assert any(timed_out), (message, texts)
 
 

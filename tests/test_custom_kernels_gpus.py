@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -204,48 +203,6 @@ def after_uneven_rendezvous() -> int:
 
 def test_ranks_after_unequal_numbers_of_rendezvous(ranks: Ranks, found: list[list[Path]]) -> None:
     assert len(set(ranks.run(after_uneven_rendezvous, backend=GPUS, path=found))) == 1
-
-
-def many_groups(count: int) -> dict[str, list[dict[str, int]]]:
-    """Open and close groups, for each backend; what the process holds after each."""
-    return {name: groups_of(name, count) for name in LARGE}
-
-
-def groups_of(name: str, count: int) -> list[dict[str, int]]:
-    held = []
-    for _ in range(count):
-        group = dist.new_group(range(dist.get_world_size()), backend="nccl")
-        handle = comm.get_backend(group, backends=(name,))
-        assert handle.name == name, handle.explain()
-        assert is_all(handle.all_reduce(filled(64)), total(1))
-        comm.close(group)
-        dist.destroy_process_group(group)
-        del group, handle
-        gc.collect()
-        torch.cuda.synchronize()
-        dist.barrier()
-        held.append(
-            {
-                "device memory": -torch.cuda.mem_get_info()[0],
-                "mappings": len(Path("/proc/self/maps").read_text().splitlines()),
-                "descriptors": len(list(Path("/proc/self/fd").iterdir())),
-            }
-        )
-    return held
-
-
-def test_closed_groups_leave_nothing(ranks: Ranks, found: list[list[Path]]) -> None:
-    count = int(os.environ.get("SOAK_GROUPS", "10"))
-    for by_name in ranks.run(many_groups, count, backend=GPUS, path=found, deadline_s=max(200, 10 * count)):
-        assert by_name.keys() == LARGE.keys()
-        for name, held in by_name.items():
-            assert len(held) == count
-            # The first groups load libraries and fill caches. Less than one mapping or descriptor a group is noise, and
-            # 8 MiB are less than one group's buffer.
-            warm, last, later = held[3], held[-1], count - 4
-            assert last["device memory"] - warm["device memory"] < 8 << 20, (name, held)
-            assert last["mappings"] - warm["mappings"] < later, (name, held)
-            assert last["descriptors"] - warm["descriptors"] < later, (name, held)
 
 
 def free_nbytes() -> int:

@@ -101,7 +101,7 @@ def test_a_killed_peer_is_named_after_a_call_and_after_a_replay(ranks: Ranks, fo
 
 
 def test_ranks_that_come_with_different_messages_time_out(ranks: Ranks, found: list[list[Path]]) -> None:
-    env = {"COMM_CORE_WAIT_TIMEOUT_S": "2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    env = {"COMM_CORE_WAIT_TIMEOUT_S": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     results = ranks.run(kernel_ranks.differing, NAME, backend=GPUS, path=found, env=env)
     kernel_ranks.check_differing(results)
 

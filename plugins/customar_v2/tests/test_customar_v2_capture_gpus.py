@@ -110,27 +110,6 @@ def test_replays_of_two_groups_calls(ranks: Ranks, found: list[list[Path]]) -> N
     assert results == [2 * len(NUMELS) * REPLAYS * 6] * 2
 
 
-def raises_inside() -> int:
-    """Both ranks raise in a capture, then one of them does; each time the next capture works."""
-    handle, rank, compared = handle_of(), dist.get_rank(), 0
-    layers, x = layers_of(handle), torch.zeros(8190, device="cuda", dtype=torch.bfloat16)
-    for raising in ((0, 1), (1,)):
-        with contextlib.suppress(KeyError, comm.CaptureError), comm.capture():
-            captured(layers, x)
-            if rank in raising:
-                raise KeyError("the model")
-        with comm.capture():
-            graph, results = captured(layers, x)
-        compared += check_replays(graph, results, layers, x)
-    handle.check()
-    comm.close()
-    return compared
-
-
-def test_an_exception_inside_and_then_a_fresh_capture(ranks: Ranks, found: list[list[Path]]) -> None:
-    assert ranks.run(raises_inside, backend=GPUS, path=found) == [2 * len(STEPS) * 6] * 2
-
-
 KINDS = ("torch's allocator", "torch.cuda.MemPool", "symmetric memory")
 
 

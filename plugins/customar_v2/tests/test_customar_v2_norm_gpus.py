@@ -157,28 +157,6 @@ def test_messages_beyond_a_slot_go_in_several_launches(ranks: Ranks, found: list
     assert results == [len(DTYPES) * len(messages) * 2 * len(rows)] * 2
 
 
-def integers(count: int) -> int:
-    """Of integers that the dtype holds, the sums are exact."""
-    handle, rank = backend(NAME), dist.get_rank()
-    for dtype, step in itertools.product(DTYPES, range(count)):
-        shape = (1 + 37 * step, 2880)
-        base = torch.arange(shape[0] * shape[1], device="cuda").reshape(shape)
-        terms = [(base * (r + 3) % 61 - 30).to(dtype) for r in (0, 1)]
-        residual, weight = (base % 41 - 20).to(dtype), torch.ones(shape[1], device="cuda", dtype=dtype)
-        y, s = handle.all_reduce_add_rms_norm(terms[rank], residual, weight, EPS)
-        assert torch.equal(s, terms[0] + terms[1] + residual), (dtype, shape)
-        assert near(y, norm_of(s, weight, 0.0)), (dtype, shape)
-    with pytest.raises(ValueError, match="expected one device; got cuda"):
-        handle.all_reduce_add_rms_norm(y, s, weight.cpu(), EPS)
-    handle.check()
-    comm.close()
-    return count
-
-
-def test_sums_of_integers_are_exact(ranks: Ranks, found: list[list[Path]]) -> None:
-    assert ranks.run(integers, 12, backend=GPUS, path=found) == [12, 12]
-
-
 def replays(messages: tuple[tuple[int, int], ...], rows: tuple[NormRow, ...], count: int) -> int:
     handle, newer = backend(NAME), torch.cuda.get_device_capability()[0] >= 9
     for shape, row in itertools.product(messages, rows):
