@@ -166,7 +166,7 @@ BROKEN = {
     ),
     "forgets_the_weights_offset": _broken(FUSED, hooks=_FUSED.format("w = weight")),
     "changes_the_residual": _broken(FUSED, hooks=_FUSED.format("if len(x) == 3: residual.copy_(s)")),
-    "wrong_at_seven_tokens": _broken(FUSED, hooks=_FUSED.format("if len(x) == 7: s[-1, -1] += 1")),
+    "wrong_at_sixteen_tokens": _broken(FUSED, hooks=_FUSED.format("if len(x) == 16: s[-1, -1] += 1")),
     "keeps_a_descriptor_if_a_peer_fails": _broken(
         CONNECT_FAILS, connect="file = os.dup(0); context.control.barrier(); os.close(file)"
     ),
@@ -188,18 +188,19 @@ BROKEN = {
     ),
     "keeps_the_state_of_earlier_groups": _broken(LEFT, connect="GROUPS[0] += 1", all_reduce="if GROUPS[0] > 8: x += 1"),
     "wrong_on_one_rank": _broken(SERVES, all_reduce="x.view(-1)[-1] += session.rank"),
+    "zeroes_odd_tails": _broken(SERVES, nbytes=1 << 20, all_reduce="if numel > 4096 and numel % 2: x.view(-1)[-1] = 0"),
     "raises_in_connect": _broken(SERVES, connect="if session.rank: raise RuntimeError('no room on this rank')"),
     "rounds_too_early": _broken(SERVES, all_reduce="x = x.bfloat16().to(x.dtype) if x.is_floating_point() else x"),
     "loses_precision": _broken(SUMS, all_reduce=_FRACTIONS.format("x * (1 + 2e-6)")),
     # The largest message but one: the admission test sums the largest.
     "off_by_one_at_one_size": _broken(
-        INTEGERS, slow=True, nbytes=300_008, all_reduce="if numel == 75_001: x.view(-1)[-1] = tensor.view(-1)[-1]"
+        INTEGERS, slow=True, nbytes=300_012, all_reduce="if numel == 75_002: x.view(-1)[-1] = tensor.view(-1)[-1]"
     ),
     "refuses_a_size_in_its_range": _broken(
-        INTEGERS, nbytes=300_008, all_reduce="if numel == 75_001: raise ValueError('an odd size')"
+        INTEGERS, nbytes=300_012, all_reduce="if numel == 75_002: raise ValueError('not this size')"
     ),
-    "changes_its_input": _broken(KEPT, all_reduce="if out is None and 1 < numel < 1000: tensor.copy_(x)"),
-    "returns_its_input": _broken(KEPT, all_reduce="if out is None and 1 < numel < 1000: x = tensor.copy_(x)"),
+    "changes_its_input": _broken(KEPT, all_reduce="if out is None and 100 < numel < 1000: tensor.copy_(x)"),
+    "returns_its_input": _broken(KEPT, all_reduce="if out is None and 100 < numel < 1000: x = tensor.copy_(x)"),
     "writes_behind_its_output": _broken(
         KEPT,
         all_reduce="if out is not None and out.untyped_storage().nbytes() > out.nbytes + 8: "

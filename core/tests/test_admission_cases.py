@@ -63,8 +63,18 @@ def test_both_edges_of_all_that_a_backend_owns_are_tested(made: tuple[Offer, ...
 
 def test_edges_are_sizes_of_the_dtype() -> None:
     made = [Offer("a", 300, (Range(ALL_REDUCE, min_nbytes=5, max_nbytes=4103),))]
-    assert shapes(made, "a") == [(2,), (1025,)]
-    assert shapes(made, "a", dtype="int8") == [(5,), (4103,)]
+    assert shapes(made, "a") == [(2,), (3,), (55,), (1025,)]
+    assert shapes(made, "a", dtype="int8") == [(5,), (143,), (4103,)]
+
+
+def test_odd_sizes_are_tested_near_both_ends_and_between() -> None:
+    assert shapes([Offer("a", 300, (Range(ALL_REDUCE, max_nbytes=64 << 20),))], "a", dtype="bfloat16") == [
+        *((1,), (725,), ((1 << 19) - 1,), (32 << 20,)),
+    ]
+    step = [Offer("a", 300, (Range(ALL_REDUCE, multiple_nbytes=16, min_nbytes=64, max_nbytes=4096),))]
+    assert [numel // 8 for (numel,) in shapes(step, "a", dtype="bfloat16")] == [4, 5, 37, 255, 256]
+    fused = shapes([Offer("a", 300, (Range(FUSED, hidden_multiple=8, max_tokens=100),))], "a", FUSED, "bfloat16")
+    assert fused == [(1, 1024), (1, 1032), (11, 1032), (99, 1032), (100, 1024)]
 
 
 def test_a_backend_that_owns_nothing_has_no_case() -> None:
@@ -74,7 +84,7 @@ def test_a_backend_that_owns_nothing_has_no_case() -> None:
 
 
 def test_sizes_are_bounded() -> None:
-    assert shapes([Offer("a", 300, (Range(ALL_REDUCE),))], "a") == [(1,), (UNBOUNDED_NBYTES // 4,)]
+    assert shapes([Offer("a", 300, (Range(ALL_REDUCE),))], "a")[-1] == (UNBOUNDED_NBYTES // 4,)
     large = [Offer("a", 300, (Range(ALL_REDUCE, max_nbytes=1 << 40), Range(FUSED, max_nbytes=1 << 40)))]
     assert shapes(large, "a")[-1] == (LARGEST_NBYTES[ALL_REDUCE] // 4,)
     assert math.prod(shapes(large, "a", FUSED)[-1]) * 4 == LARGEST_NBYTES[FUSED]
@@ -82,7 +92,7 @@ def test_sizes_are_bounded() -> None:
 
 def test_sizes_between_anothers_multiples_are_tested_at_both_edges() -> None:
     made = [Offer("a", 300, (Range(ALL_REDUCE, multiple_nbytes=16),)), Offer("b", 200, (Range(ALL_REDUCE),))]
-    assert shapes(made, "b") == [(1,), (UNBOUNDED_NBYTES // 4 - 1,)]
+    assert shapes(made, "b") == [(1,), (511,), (UNBOUNDED_NBYTES // 4 - 1,)]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +118,11 @@ def test_what_another_leaves_of_the_fused_operation_is_tested(first: Range, seco
 
 
 def test_the_fewest_and_the_most_tokens_are_tested() -> None:
-    assert shapes([Offer("a", 300, (Range(FUSED, max_tokens=100),))], "a", FUSED) == [(1, 1024), (100, 1024)]
+    found = shapes([Offer("a", 300, (Range(FUSED, max_tokens=100),))], "a", FUSED)
+    assert (found[0], found[-1]) == ((1, 1024), (100, 1024))
     second = [Offer("a", 300, (Range(FUSED, max_tokens=8),)), Offer("b", 200, (Range(FUSED, max_tokens=16),))]
-    assert shapes(second, "b", FUSED) == [(9, 1024), (16, 1024)]
+    found = shapes(second, "b", FUSED)
+    assert (found[0], found[-1]) == ((9, 1024), (16, 1024))
 
 
 def test_the_terminal_fallback_is_never_tested_by_mistake() -> None:

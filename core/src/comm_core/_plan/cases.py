@@ -1,8 +1,13 @@
-"""The messages of the admission test: both ends of every interval of sizes that a backend would own. Pure."""
+"""The messages of the admission test: both ends of each interval of sizes that a backend would own, and odd ones. Pure.
+
+A kernel moves vectors of several elements, and what is left at the end of an odd message by other code. That code is
+tested where the message is small, large, and between.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -16,6 +21,8 @@ __all__ = ["AdmissionCase", "admission_cases", "next_to_test", "untestable_cells
 LARGEST_NBYTES = {"all_reduce": 64 << 20, "all_reduce_add_rms_norm": 8 << 20}
 #: The largest size, in bytes, that is tested of a range without an upper bound.
 UNBOUNDED_NBYTES = 1 << 20
+#: The largest odd size that is tested, in bytes: a message that ends in the middle of a vector.
+LARGEST_ODD_NBYTES = 1 << 20
 # Elements a row in the fused operation's cases, rounded up to a rule's multiple: small sizes then have many rows.
 _BASE_HIDDEN_SIZE = 1024
 # The number of sizes or shapes tried next to an interval's end, until no other backend takes one.
@@ -38,19 +45,15 @@ class AdmissionCase:
 
 
 def admission_cases(routes: Iterable[Route], name: str) -> tuple[AdmissionCase, ...]:
-    """Return the cases that test the backend `name`: both ends of every interval of sizes that it owns."""
+    """Return the cases that test the backend `name`: both ends of each interval of sizes that it owns, and odd ones."""
     cases: dict[AdmissionCase, None] = {}
     for route in routes:
         cell = (route.op, route.mode, route.device_type, route.dtype)
         for index, rule in enumerate(route.rules):
             if rule.backend != name:
                 continue
-            for low, high in owned_intervals(route, index):
-                top = max(low, UNBOUNDED_NBYTES) if high is None else min(high, max(low, LARGEST_NBYTES[route.op]))
-                for shapes in (_shapes_from(route, index, low), _shapes_down_from(route, index, top)):
-                    shape = next((shape for shape in shapes if _is_served_by(route, shape, name)), None)
-                    if shape is not None:
-                        cases[AdmissionCase(cell, shape)] = None
+            for interval in owned_intervals(route, index):
+                cases.update((AdmissionCase(cell, shape), None) for shape in _shapes_in(route, index, interval))
     return tuple(cases)
 
 
@@ -77,6 +80,25 @@ def next_to_test(
         if todo or name not in tested:
             return name, todo
     return None, []
+
+
+def _shapes_in(route: Route, index: int, interval: tuple[int, int | None]) -> Iterator[tuple[int, ...]]:
+    """Yield the shapes that test an interval of sizes which rule `index` owns."""
+    low, high = interval
+    top = max(low, UNBOUNDED_NBYTES) if high is None else min(high, max(low, LARGEST_NBYTES[route.op]))
+
+    def find(shapes: Iterator[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        name = route.rules[index].backend
+        return list(itertools.islice((shape for shape in shapes if _is_served_by(route, shape, name)), 1))
+
+    small = find(_odd_shapes_from(route, index, low, top))
+    large = find(_odd_shapes_down_from(route, index, max(low, min(top, LARGEST_ODD_NBYTES))))
+    between = []
+    if small and large:
+        mean_nbytes = math.isqrt(math.prod(small[0]) * math.prod(large[0])) * DTYPES[route.dtype]
+        between = find(_odd_shapes_from(route, index, mean_nbytes, top))
+    first, last = find(_shapes_from(route, index, low)), find(_shapes_down_from(route, index, top))
+    yield from (*first, *small, *between, *large, *last)
 
 
 def _shapes_from(route: Route, index: int, low: int) -> Iterator[tuple[int, ...]]:
@@ -111,6 +133,49 @@ def _shapes_down_from(route: Route, index: int, top: int) -> Iterator[tuple[int,
         num_tokens = min(num_tokens, rule.max_tokens or num_tokens) // unit * unit
         if num_tokens:
             yield num_tokens, hidden_size
+
+
+def _odd_shapes_from(route: Route, index: int, low: int, top: int) -> Iterator[tuple[int, ...]]:
+    """Yield odd shapes of at least `low` and at most `top` bytes that rule `index` may own, starting with the smallest.
+
+    Odd are sizes, or rows and their number, that are an odd multiple of the smallest one that the rule takes.
+    """
+    rule, itemsize = route.rules[index], DTYPES[route.dtype]
+    step = math.lcm(itemsize, rule.multiple_nbytes)
+    if route.op == "all_reduce":
+        first = -(-low // step) | 1
+        yield from ((size // itemsize,) for size in range(first * step, top + 1, 2 * step)[:_MAX_NEIGHBOURS])
+        return
+    for hidden_size, unit in _odd_hidden_sizes(route, index):
+        row = hidden_size * itemsize
+        num_tokens = (-(-low // (row * unit)) | 1) * unit
+        if num_tokens * row <= top and num_tokens <= (rule.max_tokens or num_tokens):
+            yield num_tokens, hidden_size
+
+
+def _odd_shapes_down_from(route: Route, index: int, top: int) -> Iterator[tuple[int, ...]]:
+    """Yield odd shapes of at most `top` bytes that rule `index` may own, the largest first; see `_odd_shapes_from`."""
+    rule, itemsize = route.rules[index], DTYPES[route.dtype]
+    step = math.lcm(itemsize, rule.multiple_nbytes)
+    if route.op == "all_reduce":
+        last = _odd_down(top // step)
+        yield from ((size // itemsize,) for size in range(last * step, 0, -2 * step)[:_MAX_NEIGHBOURS])
+        return
+    for hidden_size, unit in _odd_hidden_sizes(route, index):
+        num_tokens = top // (hidden_size * itemsize)
+        multiple = _odd_down(min(num_tokens, rule.max_tokens or num_tokens) // unit)
+        if multiple > 0:
+            yield multiple * unit, hidden_size
+
+
+def _odd_down(number: int) -> int:
+    return number - 1 + number % 2
+
+
+def _odd_hidden_sizes(route: Route, index: int) -> Iterator[tuple[int, int]]:
+    """Yield those of `_hidden_sizes` that are an odd multiple of the rule's `hidden_multiple`."""
+    multiple = route.rules[index].hidden_multiple
+    return (found for found in _hidden_sizes(route, index) if found[0] // multiple % 2)
 
 
 def _hidden_sizes(route: Route, index: int) -> Iterator[tuple[int, int]]:

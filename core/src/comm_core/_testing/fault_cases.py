@@ -79,15 +79,16 @@ def _raise_on_last(original: Callable[..., Any], *arguments: Any) -> Any:
 def _warm_up(name: str) -> dict[str, int]:
     for _ in range(WARM_HANDLES):
         _works(name)
-    with open_handle(name) as backend:
-        dist.all_reduce(torch.ones(1000, device=backend.device))  # the fallback keeps its buffers
+    _works(name, fallback=True)
     return count_held()
 
 
-def _works(name: str) -> None:
-    """Get a new handle of the backend, and check one sum."""
+def _works(name: str, *, fallback: bool = False) -> None:
+    """Get a new handle of the backend, and check one sum; with `fallback`, call that, too, which keeps its buffers."""
     with open_handle(name) as backend:
         _sum_once(name, backend, "after a fault")
+        if fallback:
+            dist.all_reduce(torch.ones(1000, device=backend.device))
 
 
 def _sum_once(name: str, backend: comm.Backend, what: str) -> None:
