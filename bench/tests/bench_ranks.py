@@ -375,19 +375,6 @@ def measured_with(arguments: dict[str, Any]) -> dict[str, Any]:
         return measured(**arguments)
 
 
-def measured_only(only: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Measure only these contenders; return the absent ones with reasons, and the names of the rows."""
-    procedure = Procedure(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
-    document, rows = measure_all(
-        lambda device_type: [BenchCase(PLAIN, "eager", "in", "bfloat16", device_type, (512,))],
-        ["test"],
-        procedure,
-        only,
-        Listener(),
-    )
-    return document["absent"], [row.name for row in rows]
-
-
 def measured_nothing() -> str:
     procedure = Procedure(calls=1, launches=1, warmup=1, repetitions=1, checks=True)
     with pytest.raises(ValueError, match="no size to measure") as caught:

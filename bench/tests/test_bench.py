@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -47,7 +48,6 @@ from bench_ranks import (
     by_case,
     commanded,
     measured_nothing,
-    measured_only,
     measured_with,
     name_of,
     plant,
@@ -248,7 +248,7 @@ def test_long_chains_are_exact_to_their_end(ranks: Ranks, dtype: str, calls: int
 # The command as users run it.
 
 
-def bench(*arguments: str, launcher: Sequence[str] = (), path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
+def environment(path: Sequence[Path] = ()) -> dict[str, str]:
     left_out = ("COMM_CORE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     folders = [
@@ -258,10 +258,13 @@ def bench(*arguments: str, launcher: Sequence[str] = (), path: Sequence[Path] = 
         *filter(None, [environ.get("PYTHONPATH")]),
     ]
     environ |= {"PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    environ |= {"OMP_NUM_THREADS": "1", "RES_OPTIONS": "timeout:1 attempts:1"}
+    return environ | {"OMP_NUM_THREADS": "1", "RES_OPTIONS": "timeout:1 attempts:1"}
+
+
+def bench(*arguments: str, launcher: Sequence[str] = (), path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *launcher, "-m", "comm_core", "bench", *arguments],
-        env=environ,
+        env=environment(path),
         capture_output=True,
         text=True,
         timeout=240,
@@ -371,11 +374,31 @@ def test_the_command_needs_no_numpy(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["wrong"] == 0
 
 
-def test_an_unknown_contender_is_reported(ranks: Ranks) -> None:
-    results = ranks.run(measured_only, ("nosuch",))
-    for absent, names in results:
-        assert "nosuch" in absent
-        assert names == [TERMINAL, "limit:copy"]
+@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")])
+def test_an_unknown_contender_is_a_usage_error_of_one_rank(launcher: tuple[str, ...]) -> None:
+    done = bench("--backends", "nosuch", launcher=launcher)
+    assert done.returncode == (1 if launcher else 2)  # torchrun's own status is 1
+    assert done.stdout == ""
+    assert done.stderr.count("error: no installed backend or peer has the name nosuch; choose from ") == 1
+
+
+def test_ctrl_c_keeps_what_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    command = [sys.executable, "-m", "comm_core", "bench", "--repetitions", "7", "--json", str(path)]
+    running = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.lstrip()[:1].isdigit():  # a row
+            break
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    _, stderr = running.communicate(timeout=240)
+    assert (running.returncode, stderr) == (130, "")
+    document = json.loads(path.read_text())
+    schema().validate(document)
+    assert document["partial"]
+    assert document["rows"]
 
 
 def test_a_run_without_cases_is_an_error(ranks: Ranks) -> None:

@@ -52,34 +52,36 @@ def measured(*arguments: str, device_type: str = "cpu") -> list[BenchCase]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("-b 1.5K", "argument -b: '1.5K' isn't a size: '1.5K' isn't a number of bytes such as 8, 64K, 1M or 2G"),
+        ("-b 1.5K", "argument -b: '1.5K' isn't a number of bytes such as 8, 64K, 1M or 2G"),
         ("-b -1", "argument -b"),
         ("-b 0", "-b"),
         ("-b 2K -e 1K", "-e"),
-        ("-e 1T", "argument -e: '1T' isn't a size"),
+        ("-e 1T", "argument -e: '1T' isn't a number of bytes"),
         ("-f 1", "-f 1: sizes would stay the same; give a factor of at least 2, or a step with -i"),
-        ("-f 0", "argument -f: '0' isn't a valid number: the minimum is 1"),
-        ("-i x", "argument -i: 'x' isn't a size"),
-        ("-n 0", "argument -n: '0' isn't a valid number: the minimum is 1"),
-        ("-n many", "argument -n: 'many' isn't a valid number"),
-        ("-w 0", "argument -w: '0' isn't a valid number: the minimum is 1"),
+        ("-f 0", "argument -f: '0' isn't a whole number of at least 1"),
+        ("-i x", "argument -i: 'x' isn't a number of bytes"),
+        ("-n 0", "argument -n: '0' isn't a whole number of at least 1"),
+        ("-n many", "argument -n: 'many' isn't a whole number of at least 1"),
+        ("-w 0", "argument -w: '0' isn't a whole number of at least 1"),
         ("-c 2", "argument -c: invalid choice: 2"),
-        ("-d fp8", "argument -d: 'fp8' isn't a list of dtypes: choose from all, half, float, double, float32"),
-        ("-d half,", "argument -d: 'half,' isn't a list of dtypes"),
+        ("-d fp8", "argument -d: 'fp8': 'fp8' isn't one of all, half, float, double, float32"),
+        ("-d half,", "argument -d: 'half,': '' isn't one of all, half"),
         ("-G -1", "argument -G"),
-        ("-G x", "argument -G: 'x' isn't a valid number"),
+        ("-G x", "argument -G: 'x' isn't a whole number of at least 0"),
         ("--op sum", "argument --op: invalid choice: 'sum'"),
         ("--op fused -d int32,uint8", "-d int32,uint8: the fused operation needs a floating-point dtype"),
         ("--place here", "argument --place: invalid choice: 'here'"),
-        ("--tokens 1,0", "argument --tokens: '1,0' isn't a list of numbers: the minimum is 1"),
-        ("--tokens 1,,2", "argument --tokens: '1,,2' isn't a list of numbers"),
-        ("--hidden 0", "argument --hidden: '0' isn't a list of numbers"),
+        ("--tokens 1,0", "argument --tokens: '0' isn't a whole number of at least 1"),
+        ("--tokens 1,,2", "argument --tokens: '' isn't a whole number of at least 1"),
+        ("--hidden 0", "argument --hidden: '0' isn't a whole number of at least 1"),
         ("--repetitions 6", f"--repetitions 6: a confidence interval needs at least {stats.MIN_SAMPLES}"),
         ("--nproc 1", "a single rank has nothing to reduce; start at least two"),
-        ("--nproc 0", "argument --nproc: '0' isn't a valid number"),
+        ("--nproc 0", "argument --nproc: '0' isn't a whole number of at least 1"),
         ("--json {folder}/nowhere/x.json", "can't write x.json: the folder {folder}/nowhere doesn't exist"),
         ("--plot {folder}/nowhere/x.png", "can't write x.png: the folder {folder}/nowhere doesn't exist"),
         ("--colour", "unrecognized arguments: --colour"),
+        ("--tokens 1,2 -b 8", "--tokens takes the place of the sizes: leave -b, -e, -f and -i out"),
+        ("--read {folder}/nofile", "--read {folder}/nofile can't be read: FileNotFoundError"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_start_nothing(
@@ -299,11 +301,13 @@ def test_an_unreadable_file_is_reported_in_one_line(
     path = tmp_path / "garbage.json"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
-    assert cli.main(["bench", "--read", str(path)]) == 1
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--read", str(path)])
+    assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    (text,) = err.splitlines()
-    assert text.startswith(f"comm-core bench: {path} can't be read: ")
+    *_, text = err.splitlines()
+    assert f"--read {path} can't be read: " in text
     assert message in text
     assert launched == []
 

@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 from comm_bench import stats
-from comm_bench.document import SCHEMA, footer, heading, preamble, read_rows, tables
+from comm_bench.document import SCHEMA, footer, heading, preamble, read_rows, tables, with_partial_results
 from comm_bench.results import header, summaries, with_ratios
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL
 from made_up_bench import document, on_gpus, recorded, row
@@ -35,6 +35,7 @@ def test_documents_match_the_schema(validator: Any) -> None:
     found["settings"]["calls"] = None
     found["rows"][0]["wrong"] = None
     validator.validate(found)
+    validator.validate(with_partial_results(found, read_rows(found)))
 
 
 def paths(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

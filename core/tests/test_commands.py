@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import comm_core as comm
 import pytest
 from comm_core import cli
 from comm_core._plugins import installed
-from comm_core.command import GROUP
+from comm_core.command import GROUP, contention
 
 GREET = """
 import sys
@@ -82,6 +84,40 @@ def test_a_third_partys_command_runs_with_its_arguments_and_its_status(
     refused("greet", "--nothing")
     out, err = capsys.readouterr()
     assert (out, "--nothing" in err) == ("", True)
+
+
+def test_the_version_and_the_help_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"comm-core {comm.__version__}\n")
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: comm-core")
+
+
+def test_one_rank_prints_a_usage_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        refused("demo", "--nothing")
+        assert bool(capsys.readouterr().err) == lines
+
+
+@pytest.mark.parametrize(
+    ("cores", "load", "ranks", "text"),
+    [
+        (2, 0.3, 2, ""),
+        (8, 3.0, 4, ""),
+        (2, 1.5, 2, "this machine is busy: a load of 1.5 on 2 processors, without the 2 ranks"),
+        (2, 0.0, 3, "3 ranks share 2 processors, and wait for each other's turns"),
+        (1, 0.0, 2, "2 ranks share 1 processor, and wait for each other's turns"),
+    ],
+)
+def test_ranks_without_processors_of_their_own_are_told(
+    monkeypatch: pytest.MonkeyPatch, cores: int, load: float, ranks: int, text: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert contention(ranks) == text
 
 
 def test_an_object_can_be_a_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +197,7 @@ def test_comm_cores_own_command_wins_with_one_warning(
     _, err = capsys.readouterr()
     warning, *rest = err.splitlines()
     assert warning == "comm-core: the command 'demo' of dist-demo 1.5 isn't used: comm-core has one of that name"
-    assert "expected at least one process" in rest[-1]
+    assert "start at least two" in rest[-1]
     assert "isn't used" not in "\n".join(rest)
     # The ranks of a job say nothing: who started it has.
     monkeypatch.setenv("RANK", "0")

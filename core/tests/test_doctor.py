@@ -13,7 +13,7 @@ from comm_core import cli
 from comm_core._plugins import discovery
 from comm_core._probe.rank import Sources
 from comm_core._topologies import load_topologies
-from comm_core.cli._report import PluginLine, Report, diagnose, render, to_json
+from comm_core.cli._report import PluginLine, Problem, Report, diagnose, render, to_json
 from comm_core.cli.doctor import collect
 from comm_core.env import Settings
 from comm_core.topology import Device, Host, Link
@@ -73,6 +73,9 @@ CPU_TORCH = {**NO_TORCH, "torch": "2.13.0+cpu"}
 GLOO = {"cuda": False, "process_groups": ["gloo"]}
 
 
+BAD = Problem("is_available returned NoneType", "Return comm_core.Available or comm_core.Unavailable.")
+
+
 @pytest.mark.parametrize(
     ("changes", "what", "fix"),
     [
@@ -90,7 +93,11 @@ GLOO = {"cuda": False, "process_groups": ["gloo"]}
         ({"host": Host("node", "id", "boot", 64 << 20)}, "64.0 MiB", "--shm-size"),
         ({"settings": None, "unknown": {"settings": "ValueError: COMM_CORE_X='y'"}}, "COMM_CORE_X", "unset"),
         ({"misspelt": ("COMM_CORE_BACKEND",)}, "COMM_CORE_BACKEND means", "COMM_CORE_BACKENDS?"),
-        ({"settings": Settings(disable=("ncll",))}, "COMM_CORE_DISABLE names 'ncll'", "nccl, torch_distributed"),
+        ({"settings": Settings(disable=("ncll",))}, "COMM_CORE_DISABLE names 'ncll'", "Did you mean nccl?"),
+        ({"settings": Settings(backends=("NCCL",))}, "COMM_CORE_BACKENDS names 'NCCL'", "Did you mean nccl?"),
+        ({"settings": Settings(disable=("gone",))}, "COMM_CORE_DISABLE names 'gone'", "nccl, torch_distributed"),
+        ({"settings": Settings(disable=("torch_distributed",))}, "can't be disabled", "Remove the name"),
+        ({"plugins": (PluginLine("a", None, None, True, faults=(BAD,)),)}, "plugin 'a': is_available", "Return"),
         ({"unknown": {"plugins": "ImportError: x"}}, "can't be listed: ImportError", "comm-core"),
         ({"plugins": (PluginLine("a", None, None, False, "it broke", "Mend a."),)}, "'a' can't be used: it", "Mend a."),
     ],
@@ -125,6 +132,43 @@ def test_what_a_plugin_misses_is_to_be_fixed_where_there_are_gpus() -> None:
     assert "COMM_CORE_DISABLE=fast" in problem.fix
     assert diagnose(report(versions=CPU_TORCH, torch=GLOO, devices=(), plugins=(LACKING,))) == ()
     assert diagnose(report(plugins=(dataclasses.replace(LACKING, facts={"missing": None}),))) == ()
+
+
+@pytest.mark.parametrize("serves_cpus", [False, True])
+def test_what_a_plugin_for_cpus_misses_is_to_be_fixed_on_any_host(serves_cpus: bool) -> None:
+    plugin = PluginLine("shm", None, "0.1.0", usable=True, facts={"missing": "no compiler"}, serves_cpus=serves_cpus)
+    problems = diagnose(report(devices=(), torch=GLOO, versions=CPU_TORCH, plugins=(plugin,)))
+    assert [problem.what for problem in problems] == [
+        "plugin 'shm' can't serve on this host: no compiler"
+    ] * serves_cpus
+
+
+@pytest.mark.parametrize(
+    ("hooks", "words"),
+    [
+        ({"is_available": lambda topology: None}, "is_available returned NoneType"),
+        ({"is_available": lambda topology: 1 / 0}, "is_available raised ZeroDivisionError"),
+        ({"probe": lambda: [1]}, "the facts of probe can't be sent"),
+    ],
+)
+def test_a_hook_that_breaks_its_contract_is_to_be_fixed(
+    monkeypatch: pytest.MonkeyPatch, hooks: dict[str, Any], words: str
+) -> None:
+    plugin = discovery.Plugin("bad", "dist-bad", "1.0", hooks)
+    found = discovery.Discovery(plugins={"bad": plugin}, failures={}, listed={"bad": "1.0"})
+    monkeypatch.setattr(discovery, "discover", lambda wanted, timeout_s: found)
+    problems = diagnose(collect(Sources(environ={})))
+    (problem,) = [problem for problem in problems if "plugin 'bad'" in problem.what]
+    assert words in problem.what
+    assert f"It is at {__file__}:" in problem.fix
+    assert "COMM_CORE_DISABLE=bad" in problem.fix
+
+
+def test_a_plugin_for_cpus_without_its_compiler_is_found() -> None:
+    done = doctor(PATH="/nonexistent", CXX="")
+    assert done.returncode == 1
+    assert "plugin 'shm' can't serve on this host: it has to be compiled here" in done.stdout
+    assert "plugin 'nccl' can't serve" not in done.stdout
 
 
 def test_fixes_are_numbered() -> None:

@@ -9,21 +9,27 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from comm_core.command import enough_gpus, joined, launch, under_torchrun
+from comm_core.command import contention, enough_gpus, joined, launch, under_torchrun
 from comm_core.types import DTYPES, OPS
 
 from comm_bench import stats
 from comm_bench.cases import ALIASES, PLACES, BenchCase, parse_nbytes, shapes, sizes
-from comm_bench.document import Listener, footer, heading, preamble, read_rows, tables
+from comm_bench.document import Listener, footer, heading, preamble, read_rows, tables, with_partial_results
 from comm_bench.results import Row, format_row, header, title
 
 __all__ = ["add_parser", "run"]
 
 _LARGEST = {"cuda": "64M", "cpu": "16M"}
+_SMALLEST_NBYTES = 1 << 10
+# What the odd sizes of a run with default sizes have more than a power of two, in bytes: whole elements, but not whole
+# vectors, as what kernels do at a message's end has to be checked, too.
+_ODD_NBYTES = 12
 _HIDDEN_SIZE = 4096
 _NO_GRAPHS = "-G {}: only GPUs have CUDA graphs, and these ranks use CPUs; leave it out, or give -G 0"
 _OPS = {"all_reduce": OPS[:1], "fused": OPS[1:], "both": OPS}
@@ -38,12 +44,12 @@ def add_parser(subparsers: Any) -> None:
         "in which each call reads the previous one's output, alternates between the contenders, and compares the "
         "results exactly. The short flags have the same meaning as in nccl-tests.",
     )
-    size = _argument_type(parse_nbytes, "a size")
-    number = _argument_type(_positive, "a valid number")
-    parser.add_argument("-b", dest="first", type=size, default="1K", metavar="SIZE", help="smallest message (1K)")
+    size = _argument_type(parse_nbytes)
+    number = _argument_type(_positive)
+    parser.add_argument("-b", dest="first", type=size, metavar="SIZE", help="smallest message (1K)")
     parser.add_argument("-e", dest="last", type=size, metavar="SIZE", help="largest message (64M on GPUs, 16M on CPUs)")
-    parser.add_argument("-f", dest="factor", type=number, default=2, metavar="N", help="factor between sizes (2)")
-    parser.add_argument("-i", dest="increment", type=size, default=0, metavar="SIZE", help="step between sizes instead")
+    parser.add_argument("-f", dest="factor", type=number, metavar="N", help="factor between sizes (2)")
+    parser.add_argument("-i", dest="increment", type=size, metavar="SIZE", help="step between sizes instead")
     parser.add_argument("-n", dest="calls", type=number, metavar="N", help="calls in a chain (10 to 200, by size)")
     parser.add_argument("-w", dest="warmup", type=number, default=5, metavar="N", help="calls before the timing (5)")
     parser.add_argument(
@@ -52,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "-d",
         dest="dtypes",
-        type=_argument_type(_dtypes, "a list of dtypes"),
+        type=_argument_type(_dtypes),
         default="bfloat16",
         metavar="TYPE",
         help="dtypes, comma-separated: torch's names, half, float, double; or all (bfloat16)",
@@ -60,13 +66,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "-G",
         dest="graph",
-        type=_argument_type(_not_negative, "a valid number"),
+        type=_argument_type(_not_negative),
         metavar="N",
         help="time N replays of a chain's CUDA graph together; 0: eager calls (on GPUs both, with N = 1)",
     )
     parser.add_argument("--op", choices=tuple(_OPS), default="all_reduce", help="which operations (all_reduce)")
     parser.add_argument("--place", choices=(*PLACES, "both"), default="both", help="out of place or in place (both)")
-    counts = _argument_type(lambda text: tuple(map(_positive, text.split(","))), "a list of numbers")
+    counts = _argument_type(lambda text: tuple(map(_positive, text.split(","))))
     parser.add_argument("--tokens", type=counts, default=(), metavar="N,…", help="numbers of rows, instead of -b to -e")
     parser.add_argument(
         "--hidden", type=counts, default=(_HIDDEN_SIZE,), metavar="N,…", help=f"elements in a row ({_HIDDEN_SIZE})"
@@ -108,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
             args.fail(_NO_GRAPHS.format(args.graph))
         return launch(args.nproc, args.arguments)
     with joined() as rank:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        if rank == 0 and (reason := contention(ranks_here)):
+            sys.stderr.write(f"comm-core bench: times won't be this machine's best: {reason}\n")
         return _measure(args, prints=rank == 0)
 
 
@@ -115,12 +124,14 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """End with a usage error if the arguments are invalid, before any process starts."""
     if args.repetitions < stats.MIN_SAMPLES:
         args.fail(f"--repetitions {args.repetitions}: a confidence interval needs at least {stats.MIN_SAMPLES}")
-    if args.factor < 2 and not args.increment:
-        args.fail(f"-f {args.factor}: sizes would stay the same; give a factor of at least 2, or a step with -i")
-    if args.first < 1:
+    if args.factor == 1 and not args.increment:
+        args.fail("-f 1: sizes would stay the same; give a factor of at least 2, or a step with -i")
+    if args.first == 0:
         args.fail("-b 0: the smallest message needs at least one byte")
-    if args.last is not None and args.last < args.first:
-        args.fail(f"-e {args.last} is below -b {args.first}, so there is no size to measure")
+    if args.last is not None and args.last < (args.first or _SMALLEST_NBYTES):
+        args.fail(f"-e {args.last} is below -b {args.first or _SMALLEST_NBYTES}, so there is no size to measure")
+    if args.tokens and _chosen_sizes(args):
+        args.fail("--tokens takes the place of the sizes: leave -b, -e, -f and -i out")
     if args.op == "fused" and not any("float" in dtype for dtype in args.dtypes):
         args.fail(f"-d {','.join(args.dtypes)}: the fused operation needs a floating-point dtype")
     if args.read is None and (os.environ["WORLD_SIZE"] if under_torchrun() else str(args.nproc)) == "1":
@@ -147,13 +158,26 @@ def _check_output_paths(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace, *, prints: bool) -> int:
     from comm_bench.measure import Procedure
+    from comm_bench.roster import UnknownContenderError
     from comm_bench.session import measure_all
 
     procedure = Procedure(args.calls, max(args.graph or 1, 1), args.warmup, args.repetitions, bool(args.checks))
-    listener = _Printer(tables=args.json != "-") if prints else Listener()
-    document, rows = measure_all(
-        functools.partial(_cases, args), ["comm-core", *args.arguments], procedure, args.backends, listener
-    )
+    printer = _Printer(tables=args.json != "-")
+    try:
+        document, rows = measure_all(
+            functools.partial(_cases, args),
+            ["comm-core", *args.arguments],
+            procedure,
+            args.backends,
+            printer if prints else Listener(),
+        )
+    except UnknownContenderError as error:
+        args.fail(str(error))
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes another one on
+        if printer.rows:  # on the printing rank
+            _write_files(args, with_partial_results(printer.document, printer.rows), printer.rows)
+        raise
     if prints:
         _print_text(args, footer(document))
         _write_files(args, document, rows)
@@ -168,7 +192,9 @@ def _cases(args: argparse.Namespace, device_type: str) -> list[BenchCase]:
     modes = both if args.graph is None else ("graph",) if args.graph else ("eager",)
     places = PLACES if args.place == "both" else (args.place,)
     last = args.last or parse_nbytes(_LARGEST[device_type])
-    sweep = list(sizes(args.first, last, args.factor, args.increment))
+    sweep = list(sizes(args.first or _SMALLEST_NBYTES, last, args.factor or 2, args.increment or 0))
+    if not _chosen_sizes(args):
+        sweep = sorted([*sweep, *(sweep[index] + _ODD_NBYTES for index in (0, len(sweep) // 2, -2))])
     return [
         BenchCase(op, mode, place, dtype, device_type, shape)
         for op, mode, place, dtype in itertools.product(_OPS[args.op], modes, places, args.dtypes)
@@ -177,15 +203,19 @@ def _cases(args: argparse.Namespace, device_type: str) -> list[BenchCase]:
     ]
 
 
+def _chosen_sizes(args: argparse.Namespace) -> bool:
+    """Return whether the command line says which sizes to measure."""
+    return (args.first, args.last, args.factor, args.increment) != (None,) * 4
+
+
 def _read(args: argparse.Namespace) -> int:
-    """Show a recorded run; return 1 if it can't be read, or has wrong elements."""
+    """Show a recorded run; return 1 if it has wrong elements."""
     try:
         document = json.loads(args.read.read_text())
         rows = read_rows(document)
         text = [*preamble(document), *tables(rows), *footer(document)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        print(f"comm-core bench: {args.read} can't be read: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        args.fail(f"--read {args.read} can't be read: {type(error).__name__}: {error}")
     _print_text(args, text)
     _write_files(args, document, rows)
     return 1 if document["wrong"] else 0
@@ -210,25 +240,38 @@ def _write_files(args: argparse.Namespace, document: dict[str, Any], rows: Seque
 
 
 class _Printer(Listener):
-    """Prints rows as they are measured, and the progress on stderr if that is a terminal."""
+    """Prints rows as they are measured, and the progress on stderr if that is a terminal.
+
+    Attributes:
+        document: the record so far, without the rows.
+        rows: the rows so far.
+    """
 
     def __init__(self, *, tables: bool) -> None:
+        self.document: dict[str, Any] = {}
+        self.rows: list[Row] = []
         self._tables = tables
         self._table = ""
+        self._started = 0.0
 
     def on_start(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self._started = time.monotonic()
         if self._tables:
             print(*preamble(document), sep="\n", flush=True)
 
     def on_case_start(self, number: int, count: int, case: BenchCase) -> None:
         table = title(case.op, case.mode, case.place)
-        self._progress(f"{number}/{count}  {table}, {case.dtype}, {case.nbytes} B")
+        taken_s, done = time.monotonic() - self._started, number - 1
+        left = f", about {taken_s / done * (count - done):.0f} s left" if done else ""
+        self._progress(f"{number}/{count}  {table}, {case.dtype}, {case.nbytes} B{left}")
         self._table, above = table, self._table
         if self._tables and table != above:
             self._progress("")
             print("", f"# {table}", header(), sep="\n", flush=True)
 
     def on_case_end(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
         self._progress("")
         if self._tables:
             print(*map(format_row, rows), sep="\n", flush=True)
@@ -242,30 +285,30 @@ class _Printer(Listener):
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _argument_type(convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-    """Wrap a converter for argparse, so that a usage error includes the converter's own message."""
+def _argument_type(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Wrap a converter for argparse, so that a usage error is the converter's own message."""
 
     def checked(text: str) -> Any:
         try:
             return convert(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} isn't {what}: {error}") from error
+            raise argparse.ArgumentTypeError(str(error)) from error
 
     return checked
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError("the minimum is 1")
-    return number
+    return _whole(text, 1)
 
 
 def _not_negative(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError("the minimum is 0")
-    return number
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{text!r} isn't a whole number of at least {least}")
+    return int(text)
 
 
 def _dtypes(text: str) -> tuple[str, ...]:
@@ -274,5 +317,5 @@ def _dtypes(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(ALIASES.get(name, name) for name in text.split(",")))
     unknown = [name for name in names if name not in DTYPES]
     if unknown:
-        raise ValueError(f"choose from all, {', '.join((*ALIASES, *DTYPES))}")
+        raise ValueError(f"{text!r}: {unknown[0]!r} isn't one of all, {', '.join((*ALIASES, *DTYPES))}")
     return names

@@ -12,7 +12,17 @@ from typing import Any
 from comm_bench.cases import BenchCase
 from comm_bench.results import Row, Summary, format_row, header, summaries, title
 
-__all__ = ["SCHEMA", "Listener", "footer", "heading", "preamble", "read_rows", "tables", "with_results"]
+__all__ = [
+    "SCHEMA",
+    "Listener",
+    "footer",
+    "heading",
+    "preamble",
+    "read_rows",
+    "tables",
+    "with_partial_results",
+    "with_results",
+]
 
 #: The version of the JSON.
 SCHEMA = 1
@@ -46,6 +56,13 @@ def with_results(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, 
         ],
         "wrong": sum(row.wrong or 0 for row in rows),
     }
+
+
+def with_partial_results(document: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the document of a run that Ctrl-C ended before its last case."""
+    after = [{"unknown": "Ctrl-C ended the run"} for _ in document["clocks"]["before"]]
+    clocks = {**document["clocks"], "after": after}
+    return with_results({**document, "clocks": clocks, "partial": True}, rows)
 
 
 def read_rows(document: Mapping[str, Any]) -> list[Row]:
@@ -114,5 +131,7 @@ def footer(document: Mapping[str, Any]) -> Iterator[str]:
             f"torch.distributed and the peers (geometric mean of {each.sizes} sizes)"
         )
         yield f"#   lowest end of a confidence interval: {each.low:.3f}, at {each.lowest} B"
+    if document.get("partial"):
+        yield "# Partial: Ctrl-C ended the run before the last case."
     checked = "" if document["settings"]["checks"] else " (nothing was compared: -c 0)"
     yield f"# Wrong elements: {document['wrong']}{checked}"

@@ -13,12 +13,16 @@ from comm_bench import peer_flashinfer, peer_nccl, peer_sglang, peer_torch
 from comm_bench.contenders import Absent, Contender, Job, backends, terminal
 from comm_bench.limits import limits
 
-__all__ = ["Roster", "assemble"]
+__all__ = ["Roster", "UnknownContenderError", "assemble"]
 
 _log = logging.getLogger("comm_bench")
 # Each has a function `peers(job, ops, capacity, hidden_size)`, which returns names and factories. All ranks call a
 # factory together; it returns a contender or raises `Absent`.
 _PEERS = (peer_nccl, peer_torch, peer_sglang, peer_flashinfer)
+
+
+class UnknownContenderError(LookupError):
+    """A contender was asked for that nothing installed has the name of."""
 
 
 @dataclasses.dataclass
@@ -75,17 +79,23 @@ def assemble(job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only
         hidden_size: the largest hidden size; 0 without the fused operation.
         only: names of the backends and peers to measure; empty for all. The terminal fallback and the limits are always
             measured.
+
+    Raises:
+        UnknownContenderError: no installed backend or peer has one of these names; on all ranks.
     """
     handle = comm.get_backend()
+    makers = [each for peer in _PEERS for each in peer.peers(job, ops, capacity, hidden_size)]
+    known = {name for name, _ in makers} | {candidate.name for candidate in handle.decision.candidates}
+    if unknown := sorted(set(only) - known):
+        raise UnknownContenderError(
+            f"no installed backend or peer has the name {', '.join(unknown)}; choose from {', '.join(sorted(known))}"
+        )
     roster = Roster([terminal(job)], {}, handle.topology)
     for found in backends(handle.decision, only):
         if isinstance(found, Contender):
             roster.contenders.append(found)
         else:
             roster.absent[found[0]] = found[1]
-    makers = [each for peer in _PEERS for each in peer.peers(job, ops, capacity, hidden_size)]
-    known = {name for name, _ in makers} | {candidate.name for candidate in handle.decision.candidates}
-    roster.absent |= {name: "no installed backend or peer has this name" for name in only if name not in known}
     makers = [each for each in makers if not only or each[0] in only]
     deadline_s = env.Settings.read().connect_timeout_s
     for name, make in [*makers, *limits(job, capacity, roster.topology)]:

@@ -31,16 +31,20 @@ The names of core's own commands can't be taken.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 
 from comm_core._control.deadline import describe
 from comm_core._plan.explain import size, table
+from comm_core.env import Settings
 
-__all__ = ["GROUP", "describe", "enough_gpus", "joined", "launch", "size", "table", "under_torchrun"]
+__all__ = ["GROUP", "contention", "describe", "enough_gpus", "joined", "launch", "size", "table", "under_torchrun"]
 
 GROUP = "comm_core.commands"
 """The entry-point group of commands."""
@@ -59,15 +63,22 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
         arguments: the arguments of `comm-core`, the subcommand first.
 
     Returns:
-        0; 1 if a process failed, after that process printed the reason; 128 plus the signal's number if a signal ended
-        the job.
+        0; 1 if a process failed, after that process printed the reason; 2 for a usage error that a process found; 128
+        plus the signal's number if a signal ended the job.
     """
+    if reason := _unreadable_settings():
+        _print_error(reason)
+        return 2
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Without it torchrun warns, and sets one thread per process.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # They log how torchrun ends the other processes after one has failed, or after Ctrl-C.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -79,11 +90,28 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "comm_core", *arguments)
-    except ChildFailedError:
-        return 1
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it couldn't print a reason
+            _print_error(f"rank {rank}: {failure.message}")
+        return 2 if failure.exitcode == 2 else 1
     except SignalException as ended:
         return 128 + ended.sigval
     return 0
+
+
+def contention(ranks: int) -> str:
+    """Return a sentence if this host's processors can't each be one rank's own, so that times say little; else "".
+
+    Args:
+        ranks: the number of ranks on this host that start now or have just started.
+    """
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if ranks > cores:
+        return f"{ranks} ranks share {cores} processor{'s'[: cores > 1]}, and wait for each other's turns"
+    if ranks + load > cores + 1:
+        return f"this machine is busy: a load of {load:.1f} on {cores} processors, without the {ranks} ranks"
+    return ""
 
 
 def enough_gpus(nproc: int) -> bool:
@@ -98,15 +126,22 @@ def joined() -> Iterator[int]:
     """Join the job that torchrun started: each rank with a GPU of its own if there are enough, else all on CPUs.
 
     Initialises the world group, and at the end closes every handle and destroys the group. An exception inside prints
-    its traceback and ends the process with status 1, without waiting for the other ranks.
+    its traceback and ends the process with status 1, without waiting for the other ranks; Ctrl-C, and the end of the
+    reader of stdout, such as `head`, end it without a word. An environment variable of core's that can't be read ends
+    it with status 2.
 
     Yields:
         This process's rank in the job.
     """
-    import torch
-    import torch.distributed as dist
+    if reason := _unreadable_settings():
+        if os.environ["RANK"] == "0":
+            _print_error(reason)
+        sys.exit(2)
+    with _ended_by_ctrl_c():
+        import torch
+        import torch.distributed as dist
 
-    import comm_core as comm
+        import comm_core as comm
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -122,10 +157,38 @@ def joined() -> Iterator[int]:
     try:
         yield dist.get_rank()
         comm.close()
+    # An orderly end would wait for peers, and for a GPU that may never respond; torchrun ends the other ranks.
+    except KeyboardInterrupt:
+        os._exit(130)  # 128 and the number of SIGINT
+    except BrokenPipeError:
+        os._exit(1)
     except Exception:  # noqa: BLE001 - printed, and the process ends with it
-        # An orderly end would wait for peers, and for a GPU that may never respond; torchrun ends the other ranks.
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: an import of native code turns KeyboardInterrupt into other errors."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+def _print_error(text: str) -> None:
+    sys.stderr.write(f"comm-core: {text}\n")
+
+
+def _unreadable_settings() -> str:
+    """Return why an environment variable of core's can't be read; "" if all can."""
+    try:
+        Settings.read()
+    except ValueError as error:
+        return str(error)
+    return ""

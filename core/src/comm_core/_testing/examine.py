@@ -20,7 +20,7 @@ from comm_core.env import Settings
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
-__all__ = ["Examination", "Fault", "describe_faults", "examine"]
+__all__ = ["Examination", "Fault", "describe_faults", "examine", "examine_plugin"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,13 @@ class Examination:
     Attributes:
         source: its distribution and version; "" if unknown.
         faults: its faults.
+        facts: the result of its `probe`; None if it has none.
         answers: what `is_available` said about each topology, by the topology's name: "yes", or "no: " and the reason.
     """
 
     source: str = ""
     faults: list[Fault] = dataclasses.field(default_factory=list)
+    facts: Any = None
     answers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -70,20 +72,22 @@ def examine(name: str, settings: Settings) -> Examination:
     if failure := found.failures.get(name):
         source = " ".join(filter(None, (failure.distribution, failure.version)))
         return Examination(source, [Fault(failure.reason, failure.remedy, _place_of_load_failure(failure))])
-    plugin = found.plugins[name]
-    result = Examination(" ".join(filter(None, (plugin.distribution, plugin.version))))
     # Half of an exchange's deadline is the most that a Local hook gets in a job.
-    timeout_s = settings.control_timeout_s / 2
-    facts: dict[str, Any] = {}
+    return examine_plugin(found.plugins[name], settings.control_timeout_s / 2)
+
+
+def examine_plugin(plugin: discovery.Plugin, timeout_s: float) -> Examination:
+    """Call the Local hooks `probe` and `is_available` of a loaded plugin, each within the timeout, in seconds."""
+    result = Examination(" ".join(filter(None, (plugin.distribution, plugin.version))))
     if plugin.has("probe"):
         try:
-            facts = {name: _probe(plugin, timeout_s)}
+            result.facts = _probe(plugin, timeout_s)
         except _FaultError as error:
             # A rank whose probe fails isn't asked about a topology, so neither is this one.
             result.faults.append(error.fault)
             return result
     if plugin.has("is_available"):
-        _ask_about_each(plugin, facts, found.listed[name], timeout_s, result)
+        _ask_about_each(plugin, timeout_s, result)
     return result
 
 
@@ -122,13 +126,13 @@ def _probe(plugin: discovery.Plugin, timeout_s: float) -> Any:
         raise _FaultError(f"the facts of probe can't be sent: {describe(error)}", remedy, probe) from error
 
 
-def _ask_about_each(
-    plugin: discovery.Plugin, facts: Mapping[str, Any], version: str, timeout_s: float, result: Examination
-) -> None:
+def _ask_about_each(plugin: discovery.Plugin, timeout_s: float, result: Examination) -> None:
     """Ask about each topology that core has; add the answers and the faults to the result."""
+    plugins = {plugin.name: plugin.version or ""}
+    facts = {plugin.name: result.facts} if plugin.has("probe") else {}
     topologies: dict[Fault, list[str]] = {}
     for name, topology in load_topologies().items():
-        ranks = (dataclasses.replace(info, plugins={plugin.name: version}, facts=facts) for info in topology.ranks)
+        ranks = (dataclasses.replace(info, plugins=plugins, facts=facts) for info in topology.ranks)
         asked = Topology.of(ranks, topology.device_types)
         try:
             result.answers[name] = _answer(plugin, asked, timeout_s)

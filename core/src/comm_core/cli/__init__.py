@@ -7,8 +7,9 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from comm_core._version import __version__
 from comm_core.command import GROUP, describe, under_torchrun
 
 if TYPE_CHECKING:
@@ -28,34 +29,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: this process's.
 
     Returns:
-        0 fine, 1 a problem found; argparse exits with 2 for a usage error.
+        0 fine, 1 a problem found, 130 ended by Ctrl-C; argparse exits with 2 for a usage error.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="comm-core",
         description="All-reduce backends as plugins: what is installed, what a group would use, and why.",
     )
-    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    parser.add_argument("--version", action="version", version=f"comm-core {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
     for command in _COMMANDS:
         importlib.import_module(f"comm_core.cli.{command}").add_parser(subparsers)
     arguments = sys.argv[1:] if argv is None else list(argv)
     called = next((argument for argument in arguments if not argument.startswith("-")), "")
-    for item, summary in _installed_commands():
-        if item.name in _COMMANDS:
-            if not under_torchrun():  # else every rank would print it
-                _print_error(f"the command '{item.name}' of {_origin(item)} isn't used: comm-core has one of that name")
-        elif item.name != called:
-            subparsers.add_parser(item.name, help=summary)
-        elif reason := _load_command(item, subparsers):
-            _print_error(f"the command '{called}' of {_origin(item)} can't be used: {reason}")
-            return 1
+    if not _add_installed_commands(subparsers, called):
+        return 1
     for name, distribution in _SEPARATE_DISTRIBUTIONS.items():
         if name not in subparsers.choices:
             subparsers.add_parser(name, help=f"not installed: pip install {distribution}")
             if name == called:
                 parser.error(f"'{name}' isn't installed: pip install {distribution}")
     args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
     args.arguments = arguments  # for a command that starts itself again in other processes
     return _run(args)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose usage errors are printed by one of a job's ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        if under_torchrun() and os.environ["RANK"] != "0":
+            sys.exit(2)
+        super().error(message)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -67,7 +74,23 @@ def _run(args: argparse.Namespace) -> int:
         # Python flushes stdout again at exit; let that succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 130  # 128 and the number of SIGINT
     return status
+
+
+def _add_installed_commands(subparsers: Any, called: str) -> bool:
+    """Add the commands of other distributions; return False if the called one can't be used, after printing why."""
+    for item, summary in _installed_commands():
+        if item.name in _COMMANDS:
+            if not under_torchrun():  # else every rank would print it
+                _print_error(f"the command '{item.name}' of {_origin(item)} isn't used: comm-core has one of that name")
+        elif item.name != called:
+            subparsers.add_parser(item.name, help=summary)
+        elif reason := _load_command(item, subparsers):
+            _print_error(f"the command '{called}' of {_origin(item)} can't be used: {reason}")
+            return False
+    return True
 
 
 def _installed_commands() -> Iterator[tuple[InstalledPlugin | LoadFailure, str]]:
@@ -94,7 +117,6 @@ def _load_command(item: InstalledPlugin | LoadFailure, subparsers: Any) -> str:
     """Import a command and let it add its parser; return the reason why it can't be used, or ""."""
     from comm_core._plugins.installed import LoadFailure, PluginRejectedError, check_requirements
     from comm_core._plugins.metadata_backport import metadata
-    from comm_core._version import __version__
 
     if isinstance(item, LoadFailure):
         return f"{item.reason}. {item.remedy}"

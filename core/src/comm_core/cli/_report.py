@@ -28,6 +28,14 @@ _SMALL_SHM_NBYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
+class Problem:
+    """A problem and its fix."""
+
+    what: str
+    fix: str
+
+
+@dataclasses.dataclass(frozen=True)
 class PluginLine:
     """One installed plugin.
 
@@ -39,6 +47,8 @@ class PluginLine:
         reason: the reason why it isn't usable.
         remedy: the remedy.
         facts: the result of its `probe()`; None if it has none.
+        serves_cpus: whether it serves groups of CPUs, or would if nothing were missing.
+        faults: what its hooks do wrong on topologies that come with comm-core.
     """
 
     name: str
@@ -48,14 +58,8 @@ class PluginLine:
     reason: str = ""
     remedy: str = ""
     facts: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A problem and its fix."""
-
-    what: str
-    fix: str
+    serves_cpus: bool = False
+    faults: tuple[Problem, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,18 +186,26 @@ def _setting_problems(report: Report) -> Iterator[Problem]:
         near = difflib.get_close_matches(name, Settings.variables(), n=1, cutoff=0.85)
         if near:
             yield Problem(f"{name} means nothing to core", f"Did you mean {near[0]}? Rename it, or unset it.")
+    if report.settings is not None and TERMINAL in report.settings.disable:
+        yield Problem(
+            f"COMM_CORE_DISABLE names '{TERMINAL}', which can't be disabled: every plan ends with it",
+            "Remove the name.",
+        )
     if report.settings is not None and "plugins" not in report.unknown:
         installed = {plugin.name for plugin in report.plugins} | {TERMINAL}
         for variable, names in (
             ("COMM_CORE_BACKENDS", report.settings.backends or ()),
             ("COMM_CORE_DISABLE", report.settings.disable),
         ):
-            for name in names:
-                if name not in installed:
-                    yield Problem(
-                        f"{variable} names '{name}', which isn't installed",
-                        f"Install its plugin, or remove the name; installed are {', '.join(sorted(installed))}.",
-                    )
+            yield from (_unknown_name(variable, name, sorted(installed)) for name in names if name not in installed)
+
+
+def _unknown_name(variable: str, name: str, installed: Sequence[str]) -> Problem:
+    what = f"{variable} names '{name}', which isn't installed"
+    near = difflib.get_close_matches(name.lower(), installed, n=1)
+    if near:
+        return Problem(what, f"Did you mean {near[0]}? Correct it, or remove the name.")
+    return Problem(what, f"Install its plugin, or remove the name; installed are {', '.join(installed)}.")
 
 
 def _plugin_problems(report: Report) -> Iterator[Problem]:
@@ -202,9 +214,11 @@ def _plugin_problems(report: Report) -> Iterator[Problem]:
     for plugin in report.plugins:
         if plugin.usable is False:
             yield Problem(f"plugin '{plugin.name}' can't be used: {plugin.reason}", plugin.remedy)
+        for fault in plugin.faults:
+            yield Problem(f"plugin '{plugin.name}': {fault.what}", fault.fix)
         # The fact for `eligibility.missing_dependency`. A host without GPUs may lack the dependencies of GPU plugins.
         missing = plugin.facts.get("missing") if isinstance(plugin.facts, dict) else None
-        if missing and report.devices:
+        if missing and (report.devices or plugin.serves_cpus):
             yield Problem(
                 f"plugin '{plugin.name}' can't serve on this host: {missing}",
                 f"Fix that, or disable the plugin: COMM_CORE_DISABLE={plugin.name}.",

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from comm_core._control.deadline import run_with_deadline
 from comm_core._probe.attempt import try_query
 from comm_core._probe.rank import Sources, probe_devices, probe_host, probe_versions
-from comm_core.cli._report import PluginLine, Report, diagnose, encodable, render, to_json
+from comm_core.cli._report import PluginLine, Problem, Report, diagnose, encodable, render, to_json
 from comm_core.env import PREFIX, Settings
 
 if TYPE_CHECKING:
     from comm_core._plugins.discovery import Plugin
+    from comm_core._testing.examine import Fault
 
 __all__ = ["add_parser", "collect", "run"]
 
@@ -96,7 +96,7 @@ def _plugins(settings: Settings) -> tuple[PluginLine, ...]:
         return name not in settings.disable and (settings.backends is None or name in settings.backends)
 
     found = discover(wanted, settings.import_timeout_s)
-    lines = [_probed_line(plugin, settings.import_timeout_s) for plugin in found.plugins.values()]
+    lines = [_examined_line(plugin, settings.import_timeout_s) for plugin in found.plugins.values()]
     lines += [
         PluginLine(item.name, item.distribution, item.version, usable=False, reason=item.reason, remedy=item.remedy)
         for item in found.failures.values()
@@ -109,24 +109,28 @@ def _plugins(settings: Settings) -> tuple[PluginLine, ...]:
     return tuple(sorted(lines, key=lambda line: line.name))
 
 
-def _probed_line(plugin: Plugin, timeout_s: float) -> PluginLine:
-    """Describe a loaded plugin, with its facts; it is usable unless its probe() fails."""
-
-    def ask() -> dict[str, Any]:
-        facts = run_with_deadline(plugin.hooks["probe"], timeout_s, name=f"{plugin.name}.probe()")
-        as_json: dict[str, Any] = json.loads(json.dumps(facts))
-        return as_json
+def _examined_line(plugin: Plugin, timeout_s: float) -> PluginLine:
+    """Describe a loaded plugin, with its facts and its faults; it is usable unless its probe() fails."""
+    from comm_core._testing.examine import examine_plugin
 
     line = PluginLine(plugin.name, plugin.distribution, plugin.version, usable=True)
-    if not plugin.has("probe"):
-        return line
-    failure: dict[str, str] = {}
-    facts = try_query(failure, "probe", ask)
-    if not failure:
-        return dataclasses.replace(line, facts=facts)
+    unknown: dict[str, str] = {}
+    found = try_query(unknown, "faults", lambda: examine_plugin(plugin, timeout_s))
+    if found is None:
+        return dataclasses.replace(line, usable=False, reason=unknown["faults"], remedy="Reinstall comm-core.")
+    if found.faults and not found.answers and plugin.has("probe") and found.facts is None:
+        (fault,) = found.faults
+        return dataclasses.replace(line, usable=False, reason=fault.what, remedy=_remedy(fault, plugin))
+    missing = str(found.facts["missing"]) if isinstance(found.facts, dict) and found.facts.get("missing") else None
+    on_cpus = [answer for name, answer in found.answers.items() if name.startswith("cpus-")]
     return dataclasses.replace(
         line,
-        usable=False,
-        reason=f"its probe() failed: {failure['probe']}",
-        remedy=f"Fix it, or disable it: COMM_CORE_DISABLE={plugin.name}.",
+        facts=found.facts,
+        serves_cpus=any(answer.startswith("yes") or (missing and missing in answer) for answer in on_cpus),
+        faults=tuple(Problem(fault.what, _remedy(fault, plugin)) for fault in found.faults),
     )
+
+
+def _remedy(fault: Fault, plugin: Plugin) -> str:
+    place = f" It is at {fault.place}." if fault.place else ""
+    return f"{fault.remedy}{place} Or disable the plugin: COMM_CORE_DISABLE={plugin.name}."

@@ -51,9 +51,9 @@ _PAD_NBYTES = 2048
 def unavailable_reason(topology: comm.Topology) -> str:
     """Say why the group can't be served; "" if it can."""
     return (
-        eligibility.missing_dependency(topology, _NAME, "FlashInfer")
+        eligibility.no_cuda(topology)
+        or eligibility.missing_dependency(topology, _NAME, "FlashInfer")
         or eligibility.differing_fact(topology, _NAME, "version", "FlashInfer's version")
-        or eligibility.no_cuda(topology)
         or eligibility.unfit_world_size(topology, tuple(MAX_NBYTES))
         or eligibility.several_hosts(topology)
         or eligibility.unfit_devices(topology, OLDEST, BELOW)
