@@ -21,10 +21,7 @@ def generate(folder: str) -> tuple[list[int], int]:
     """The tokens that the model generates, and the sums that the group's handle served."""
     from transformers import AutoModelForCausalLM
 
-    world: Any = dist.group.WORLD
-    counting = None
-    if dist.get_backend() == "comm":
-        counting = world._handle = Counting(world._handle)
+    counting = Counting.of_world() if dist.get_backend() == "comm" else None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto").eval()
     prompt = torch.tensor([[(7 * place) % 500 + 3 for place in range(9)]])
     with torch.no_grad():

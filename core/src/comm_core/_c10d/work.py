@@ -1,0 +1,194 @@
+"""Sums that a caller of `torch.distributed` waits for later: its `Work` objects, and the thread that makes CPU sums."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch._C import _distributed_c10d
+
+from comm_core.errors import CommTimeoutError
+
+__all__ = ["CudaWork", "QueuedWork", "SumQueue", "finished_work"]
+
+# torch's stubs declare it final, but torch's C++ calls the methods of a Python subclass.
+_Work: Any = _distributed_c10d.Work
+# The pause between two looks of a wait with a timeout, in seconds.
+_POLL_S = 0.001
+
+
+class _SumWork(_Work):  # type: ignore[misc]
+    """A sum as torch's callers see it."""
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait for the sum. Of a CUDA tensor, the current stream waits, and this process only with a timeout.
+
+        Args:
+            timeout: the longest wait of this process; None or 0: none on GPUs, and no limit on CPUs.
+
+        Raises:
+            CommTimeoutError: the sum isn't finished in time; it continues.
+            CommError: the sum failed.
+        """
+        if timeout:
+            end_s = time.monotonic() + timeout.total_seconds()
+            while not self.is_completed():
+                if time.monotonic() > end_s:
+                    raise CommTimeoutError(
+                        f"all_reduce isn't finished after the {timeout.total_seconds():g} s that wait() was given. Wait "
+                        "again if its peers may still come"
+                    )
+                time.sleep(_POLL_S)
+        self.synchronize()
+        return True
+
+    def is_completed(self) -> bool:
+        """Return whether the sum is finished, or has failed."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Wait for the sum without a timeout; see `wait`."""
+        raise NotImplementedError
+
+    def get_future(self) -> Any:
+        """Return a `torch.futures.Future` of the list of summed tensors."""
+        raise NotImplementedError
+
+    def is_success(self) -> bool:
+        """Return whether the sum is finished, and hasn't failed."""
+        return self.is_completed() and self.exception() is None
+
+    def exception(self) -> Exception | None:
+        """Return the error with which a finished sum failed."""
+        return None
+
+    def result(self) -> list[torch.Tensor]:
+        """Return the summed tensors, after a wait."""
+        return self.get_future().wait()  # type: ignore[no-any-return]
+
+
+class QueuedWork(_SumWork):
+    """A sum of CPU tensors that a thread makes.
+
+    Args:
+        future: the future of the summed tensors.
+    """
+
+    def __init__(self, future: Any) -> None:
+        super().__init__()
+        self._future = future
+
+    def is_completed(self) -> bool:
+        """See `_SumWork`."""
+        return bool(self._future.done())
+
+    def synchronize(self) -> None:
+        """See `_SumWork`."""
+        self._future.wait()
+
+    def get_future(self) -> Any:
+        """See `_SumWork`."""
+        return self._future
+
+    def exception(self) -> Exception | None:
+        """See `_SumWork`."""
+        if self._future.done():
+            try:
+                self._future.value()
+            except Exception as error:  # noqa: BLE001 - whatever the sum raised
+                return error
+        return None
+
+
+class CudaWork(_SumWork):
+    """A sum of CUDA tensors that has been queued on the current stream of their device.
+
+    Args:
+        tensors: the tensors, of one device.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+        self._device = tensors[0].device
+        self._stream = torch.cuda.current_stream(self._device)
+        self._event = self._stream.record_event()
+
+    def is_completed(self) -> bool:
+        """See `_SumWork`."""
+        return self._event.query()
+
+    def synchronize(self) -> None:
+        """See `_SumWork`."""
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def get_future(self) -> Any:
+        """See `_SumWork`."""
+        future: Any = torch.futures.Future(devices=[self._device])
+        with torch.cuda.stream(self._stream):  # on which the future's waiters will wait
+            future.set_result(self._tensors)
+        return future
+
+
+def finished_work(tensors: list[torch.Tensor]) -> _SumWork:
+    """Return the work of sums that have been made (CPU), or are queued on the current stream (CUDA)."""
+    if tensors[0].is_cuda:
+        return CudaWork(tensors)
+    future: Any = torch.futures.Future()
+    future.set_result(tensors)
+    return QueuedWork(future)
+
+
+class SumQueue:
+    """Sums that a thread makes one after the other; it starts with the first.
+
+    Attributes:
+        last: the future of the last sum that was put; None if there is none to wait for.
+    """
+
+    def __init__(self) -> None:
+        self.last: Any = None
+        self._lock = threading.Lock()  # held while a sum is put
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, call: Callable[[], list[torch.Tensor]]) -> Any:
+        """Let the thread make a call; return the future of its result."""
+        future: Any = torch.futures.Future()
+        with self._lock:
+            if self._thread is None:
+                # A daemon: a peer that never comes mustn't keep the process alive.
+                self._thread = threading.Thread(target=self._work, name="comm-core c10d", daemon=True)
+                self._thread.start()
+            self.last = future
+            self._calls.put((call, future))
+        return future
+
+    def finish(self) -> None:
+        """Wait until the thread has made the calls that were put before; their futures have the errors."""
+        last = self.last
+        if last is not None:
+            with contextlib.suppress(Exception):
+                last.wait()
+            with self._lock:
+                if self.last is last:
+                    self.last = None
+
+    def end(self) -> None:
+        """Let the thread end, once it has made all calls."""
+        with self._lock:
+            self._calls.put(None)
+            self._thread = None
+
+    def _work(self) -> None:
+        for call, future in iter(self._calls.get, None):
+            try:
+                future.set_result(call())
+            except Exception as error:  # noqa: BLE001, PERF203 - it is raised where the caller waits
+                future.set_exception(error)
