@@ -96,6 +96,53 @@ def test_a_group_whose_rank_is_killed_raises(ranks: Ranks) -> None:
     assert "rank 1" in error
 
 
+def test_a_closed_group_is_served_by_torch_until_it_gets_a_handle_again(ranks: Ranks) -> None:
+    found = ranks.run(c10d_groups.closed_and_reopened, backend="comm", env=SHM, installed=True)
+    assert found == [[(3.0, 1), (3.0, 1)] * 2] * 2
+
+
+def test_a_rank_that_fails_after_the_negotiation_keeps_nobody_waiting(ranks: Ranks) -> None:
+    env = {**SHM, "COMM_CORE_CONTROL_TIMEOUT_S": "1000"}
+    found = ranks.run(c10d_groups.one_rank_gets_no_handle, world_size=3, backend="comm", env=env, installed=True)
+    assert found == [(6.0, True)] * 3
+
+
+def test_ranks_agree_on_torchs_own_backends(ranks: Ranks) -> None:
+    assert ranks.run(c10d_groups.one_rank_has_no_nccl, backend="comm", env=SHM, installed=True) == [3.0] * 2
+
+
+@pytest.mark.parametrize("who", ["others", "a_thread"])
+def test_an_abort_ends_sums_and_drops_the_handle(ranks: Ranks, who: str) -> None:
+    env = {**SHM, "COMM_CORE_CONTROL_TIMEOUT_S": "1000", "COMM_CORE_WAIT_TIMEOUT_S": "1000"}
+    function = {"others": c10d_groups.aborted_while_others_wait, "a_thread": c10d_groups.aborted_while_a_thread_waits}
+    first, second = ranks.run(function[who], backend="comm", env=env, installed=True)
+    assert first == ("CommError", [])
+    assert second == ("", [])
+
+
+def test_a_group_that_one_rank_destroys_doesnt_wait_forever(ranks: Ranks) -> None:
+    env = {**SHM, "COMM_CORE_CONTROL_TIMEOUT_S": "2"}
+    assert ranks.run(c10d_groups.destroyed_by_one_rank, backend="comm", env=env, installed=True) == [True] * 2
+
+
+def test_a_works_wait_takes_a_timeout(ranks: Ranks) -> None:
+    first, second = ranks.run(c10d_groups.a_wait_with_a_timeout, backend="comm", env=SHM, installed=True)
+    assert first == ("CommTimeoutError", False, 3.0, True)
+    assert second == ("", False, 3.0, True)
+
+
+def test_threads_that_sum_at_once_take_turns(ranks: Ranks) -> None:
+    for right, failure in ranks.run(c10d_groups.two_threads, backend="comm", env=SHM, installed=True):
+        assert (right, failure) == ([True] * 400, None)
+
+
+def test_averages_are_rounded_as_gloos(ranks: Ranks) -> None:
+    for found in ranks.run(c10d_groups.averages, backend="comm", env=SHM, installed=True):
+        assert len(found) == 3
+        for ours, gloos in found:
+            assert ours == gloos
+
+
 def test_torch_registers_the_backend_and_imports_nothing_else_of_core() -> None:
     program = (
         "import sys, {first}; import torch.distributed as dist; ours = ('comm_core.', '_comm_core'); "

@@ -55,19 +55,17 @@ def create_group(options: Any, backend_options: Any = None) -> CommProcessGroup:
         )
         # torch will give the outer group this name, and rename the shared backends; the plain group must match.
         plain._set_group_name(options.group_id)  # noqa: SLF001
+        # torch 2.14 and newer show the caller's `device_id` here; older ones keep it.
+        plain.bound_device_id = getattr(getattr(options, "process_group", None), "bound_device_id", None)
         group = CommProcessGroup(plain, name)
-        try:
-            with _temporary_world(plain):
-                _negotiate(plain, options.group_id, control)
-        except BaseException:
-            group.abort()
-            raise
-        return group
+        with _aborted_on_error(group), _temporary_world(plain):
+            _negotiate(plain, options.group_id, control)
     except BaseException as error:  # this rank leaves, and the others mustn't wait for its votes
         end_incarnation(control, error)
         raise
     finally:
         control.finish()
+    return group
 
 
 def _agree_on_backends(control: Control) -> str:
@@ -105,6 +103,15 @@ def _gather_failures(control: Control, failure: str) -> list[str]:
     except StageAbortedError as error:  # a rank has left
         votes = [error.reason if rank == error.rank else "" for rank in range(control.world_size)]
     return [f"rank {rank}: {vote}" for rank, vote in enumerate(votes) if vote]
+
+
+@contextlib.contextmanager
+def _aborted_on_error(group: CommProcessGroup) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        group.abort()
+        raise
 
 
 @contextlib.contextmanager

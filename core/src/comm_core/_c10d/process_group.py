@@ -154,7 +154,7 @@ class CommProcessGroup(dist.ProcessGroup):
         """Return the stream of the large asynchronous sums; of high priority, as NCCL's can be."""
         stream = self._streams.get(device)
         if stream is None:
-            stream = self._streams[device] = torch.cuda.Stream(device, priority=-1)
+            stream = self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         return stream
 
     def _sum_or_plainly(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> list[torch.Tensor]:

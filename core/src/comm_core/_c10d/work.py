@@ -41,8 +41,8 @@ class _SumWork(_Work):  # type: ignore[misc]
             while not self.is_completed():
                 if time.monotonic() > end_s:
                     raise CommTimeoutError(
-                        f"all_reduce isn't finished after the {timeout.total_seconds():g} s that wait() was given. Wait "
-                        "again if its peers may still come"
+                        f"all_reduce isn't finished after the {timeout.total_seconds():g} s that wait() was given. "
+                        "Wait again if its peers may still come"
                     )
                 time.sleep(_POLL_S)
         self.synchronize()
@@ -122,7 +122,7 @@ class CudaWork(_SumWork):
 
     def is_completed(self) -> bool:
         """See `_SumWork`."""
-        return self._event.query()
+        return bool(self._event.query())
 
     def synchronize(self) -> None:
         """See `_SumWork`."""
