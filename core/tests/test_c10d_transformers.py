@@ -59,5 +59,7 @@ def test_tokens_equal_those_of_gloo_and_every_sum_is_served(ranks: Ranks, model:
     tokens = found["gloo"][0][0]
     assert len(tokens) == TOKENS
     assert len(set(tokens)) > 1
-    # Two sums a layer: after attention, and after the MLP.
-    assert found["comm"] == [(tokens, 2 * LAYERS * TOKENS)] * 2
+    for ours, served in found["comm"]:
+        assert ours == tokens
+        # Two sums a layer: after attention, and after the MLP. Newer releases also split the embedding's table.
+        assert served in (2 * LAYERS * TOKENS, (2 * LAYERS + 1) * TOKENS)

@@ -54,6 +54,7 @@ class CommProcessGroup(dist.ProcessGroup):
         # Held in each call of the handle, which serves one thread at a time. A thread that calls again from within a
         # call gets the handle's error rather than a deadlock.
         self._lock = threading.RLock()
+        self._acquire, self._release = self._lock.acquire, self._lock.release
         self._queue = SumQueue()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         for device in plain._device_types:  # noqa: SLF001 - torch has no public name
@@ -84,14 +85,17 @@ class CommProcessGroup(dist.ProcessGroup):
         if self._queue.last is not None:
             self._queue.finish()
         if reduce_op == _SUM and not tensor.requires_grad:
-            # Fast path: what `_sum` does, without its call.
+            # Fast path: what `_sum` does, without its call; a `with` statement would take twice as long as these two.
+            self._acquire()
             try:
-                with self._lock:
-                    handle.all_reduce(tensor, tensor)
+                handle.all_reduce(tensor, tensor)
             except (TypeError, ValueError):
                 self._raise_if_stopped(handle)
-                return self.plain.allreduce(tensors, opts)
-            return None
+            else:
+                return None
+            finally:
+                self._release()
+            return self.plain.allreduce(tensors, opts)
         return None if self._sum(handle, tensor, reduce_op) else self.plain.allreduce(tensors, opts)
 
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> dist.Work:
