@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -157,6 +158,24 @@ def test_torch_registers_the_backend_and_imports_nothing_else_of_core() -> None:
         kind, _, found = done.stdout.strip().partition(" ")
         assert kind == "comm"
         assert modules in (found, None)
+
+
+@pytest.mark.skipif(
+    not hasattr(dist.Backend, "_ensure_backend_registered"), reason="torch before 2.14 has no entry points of backends"
+)
+def test_newer_torch_registers_the_backend_when_it_is_asked_for() -> None:
+    program = (
+        "import torch.distributed as dist; assert 'COMM' not in dist.Backend._plugins; "
+        "dist.init_process_group('comm', store=dist.HashStore(), rank=0, world_size=1); print(dist.get_backend())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    )
+    assert done.stdout.strip() == "comm", done.stderr
 
 
 def test_every_method_of_a_process_group_is_delegated_or_its_own() -> None:
