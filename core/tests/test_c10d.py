@@ -144,6 +144,19 @@ def test_averages_are_rounded_as_gloos(ranks: Ranks) -> None:
             assert ours == gloos
 
 
+@pytest.mark.parametrize("last", ["dist.destroy_process_group()", "pass"])
+def test_a_process_ends_well_after_asynchronous_sums(last: str) -> None:
+    program = (
+        "import torch, torch.distributed as dist; "
+        "dist.init_process_group('comm', store=dist.HashStore(), rank=0, world_size=1); "
+        "[dist.all_reduce(torch.ones(8), async_op=True).wait() for _ in range(3)]; "
+        f"{last}"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_torch_registers_the_backend_and_imports_nothing_else_of_core() -> None:
     program = (
         "import sys, {first}; import torch.distributed as dist; ours = ('comm_core.', '_comm_core'); "

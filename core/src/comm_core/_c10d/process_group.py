@@ -131,8 +131,8 @@ class CommProcessGroup(dist.ProcessGroup):
         try:
             abort_handle(self.plain)
         finally:
-            self._queue.end()
             self.plain.abort()
+            self._queue.end()
             forget_group(self.plain, self._plain_name)
 
     def _start(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> dist.Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import queue
 import threading
@@ -21,6 +22,8 @@ __all__ = ["CudaWork", "QueuedWork", "SumQueue", "finished_work"]
 _Work: Any = _distributed_c10d.Work
 # The pause between two looks of a wait with a timeout, in seconds.
 _POLL_S = 0.001
+# The longest wait for the end of a thread that has no more calls to make, or whose calls were aborted, in seconds.
+_END_S = 1.0
 
 
 class _SumWork(_Work):  # type: ignore[misc]
@@ -166,6 +169,7 @@ class SumQueue:
                 # A daemon: a peer that never comes mustn't keep the process alive.
                 self._thread = threading.Thread(target=self._work, name="comm-core c10d", daemon=True)
                 self._thread.start()
+                atexit.register(self.end)
             self.last = future
             self._calls.put((call, future))
         return future
@@ -181,14 +185,22 @@ class SumQueue:
                     self.last = None
 
     def end(self) -> None:
-        """Let the thread end, once it has made all calls."""
+        """Let the thread end, once it has made all calls; wait for that a little.
+
+        A thread that frees a future while the interpreter ends would abort the process.
+        """
         with self._lock:
             self._calls.put(None)
-            self._thread = None
+            thread, self._thread = self._thread, None
+        atexit.unregister(self.end)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_END_S)
 
     def _work(self) -> None:
-        for call, future in iter(self._calls.get, None):
+        while (put := self._calls.get()) is not None:
+            call, future = put
             try:
                 future.set_result(call())
-            except Exception as error:  # noqa: BLE001, PERF203 - it is raised where the caller waits
+            except Exception as error:  # noqa: BLE001 - it is raised where the caller waits
                 future.set_exception(error)
+            del put, call, future  # the caller's tensors
