@@ -51,8 +51,8 @@ class CommProcessGroup(dist.ProcessGroup):
         self.plain = plain
         self._plain_name = plain_name
         self._name: str = plain.group_name
-        # Held in each call of the handle, which serves one thread at a time. A thread that calls again from within a
-        # call gets the handle's error rather than a deadlock.
+        # Held in each call of the handle, which serves one thread at a time. A thread that calls within a call gets the
+        # handle's error rather than a deadlock.
         self._lock = threading.RLock()
         self._acquire, self._release = self._lock.acquire, self._lock.release
         self._queue = SumQueue()
@@ -155,7 +155,7 @@ class CommProcessGroup(dist.ProcessGroup):
         return work
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        """Return the stream of the large asynchronous sums; of high priority, as NCCL's can be."""
+        """Return the stream of the large asynchronous sums. Its priority is high: other kernels needn't end first."""
         stream = self._streams.get(device)
         if stream is None:
             stream = self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]

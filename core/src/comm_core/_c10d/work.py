@@ -18,16 +18,14 @@ from comm_core.errors import CommTimeoutError
 
 __all__ = ["CudaWork", "QueuedWork", "SumQueue", "finished_work"]
 
-# torch's stubs declare it final, but torch's C++ calls the methods of a Python subclass.
-_Work: Any = _distributed_c10d.Work
 # The pause between two looks of a wait with a timeout, in seconds.
 _POLL_S = 0.001
 # The longest wait for the end of a thread that has no more calls to make, or whose calls were aborted, in seconds.
 _END_S = 1.0
 
 
-class _SumWork(_Work):  # type: ignore[misc]
-    """A sum as torch's callers see it."""
+class _SumWork(_distributed_c10d.Work):
+    """A sum that a caller waits for; its kinds define `is_completed`, `synchronize` and `get_future`."""
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait for the sum. Of a CUDA tensor, the current stream waits, and this process only with a timeout.
@@ -51,24 +49,16 @@ class _SumWork(_Work):  # type: ignore[misc]
         self.synchronize()
         return True
 
-    def is_completed(self) -> bool:
-        """Return whether the sum is finished, or has failed."""
-        raise NotImplementedError
-
-    def synchronize(self) -> None:
-        """Wait for the sum without a timeout; see `wait`."""
-        raise NotImplementedError
-
-    def get_future(self) -> Any:
-        """Return a `torch.futures.Future` of the list of summed tensors."""
-        raise NotImplementedError
+    def block_current_stream(self) -> None:
+        """Wait like `synchronize`: a queued sum of CPU tensors can't make a stream wait for it."""
+        self.synchronize()
 
     def is_success(self) -> bool:
         """Return whether the sum is finished, and hasn't failed."""
         return self.is_completed() and self.exception() is None
 
     def exception(self) -> Exception | None:
-        """Return the error with which a finished sum failed."""
+        """Return the error with which the sum failed; a queued kernel has none."""
         return None
 
     def result(self) -> list[torch.Tensor]:
@@ -88,19 +78,19 @@ class QueuedWork(_SumWork):
         self._future = future
 
     def is_completed(self) -> bool:
-        """See `_SumWork`."""
+        """Return whether the sum is finished, or has failed."""
         return bool(self._future.done())
 
     def synchronize(self) -> None:
-        """See `_SumWork`."""
+        """Wait until the sum is finished; raise its error if it failed."""
         self._future.wait()
 
     def get_future(self) -> Any:
-        """See `_SumWork`."""
+        """Return the future of the summed tensors."""
         return self._future
 
     def exception(self) -> Exception | None:
-        """See `_SumWork`."""
+        """Return the error with which the sum failed, if it has."""
         if self._future.done():
             try:
                 self._future.value()
@@ -124,17 +114,17 @@ class CudaWork(_SumWork):
         self._event = self._stream.record_event()
 
     def is_completed(self) -> bool:
-        """See `_SumWork`."""
+        """Return whether the GPU has finished the sum."""
         return bool(self._event.query())
 
     def synchronize(self) -> None:
-        """See `_SumWork`."""
+        """Let the current stream wait for the sum."""
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def get_future(self) -> Any:
-        """See `_SumWork`."""
+        """Return a future of the summed tensors; the streams of its callbacks wait for the sum."""
         future: Any = torch.futures.Future(devices=[self._device])
-        with torch.cuda.stream(self._stream):  # on which the future's waiters will wait
+        with torch.cuda.stream(self._stream):  # the future's event is recorded on it
             future.set_result(self._tensors)
         return future
 
