@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -96,6 +97,66 @@ def test_a_group_whose_rank_is_killed_raises(ranks: Ranks) -> None:
     assert "rank 1" in error
 
 
+def test_a_closed_group_is_served_by_torch_until_it_gets_a_handle_again(ranks: Ranks) -> None:
+    found = ranks.run(c10d_groups.closed_and_reopened, backend="comm", env=SHM, installed=True)
+    assert found == [[(3.0, 1), (3.0, 1)] * 2] * 2
+
+
+def test_a_rank_that_fails_after_the_negotiation_keeps_nobody_waiting(ranks: Ranks) -> None:
+    env = {**SHM, "COMM_CORE_CONTROL_TIMEOUT_S": "1000"}
+    found = ranks.run(c10d_groups.one_rank_gets_no_handle, world_size=3, backend="comm", env=env, installed=True)
+    assert found == [(6.0, True)] * 3
+
+
+def test_ranks_agree_on_torchs_own_backends(ranks: Ranks) -> None:
+    assert ranks.run(c10d_groups.one_rank_has_no_nccl, backend="comm", env=SHM, installed=True) == [3.0] * 2
+
+
+@pytest.mark.parametrize("who", ["others", "a_thread"])
+def test_an_abort_ends_sums_and_drops_the_handle(ranks: Ranks, who: str) -> None:
+    env = {**SHM, "COMM_CORE_CONTROL_TIMEOUT_S": "1000", "COMM_CORE_WAIT_TIMEOUT_S": "1000"}
+    function = {"others": c10d_groups.aborted_while_others_wait, "a_thread": c10d_groups.aborted_while_a_thread_waits}
+    first, second = ranks.run(function[who], backend="comm", env=env, installed=True)
+    assert first == ("CommError", [])
+    assert second == ("", [])
+
+
+def test_a_group_that_one_rank_destroys_doesnt_wait_forever(ranks: Ranks) -> None:
+    env = {**SHM, "COMM_CORE_CONTROL_TIMEOUT_S": "2"}
+    assert ranks.run(c10d_groups.destroyed_by_one_rank, backend="comm", env=env, installed=True) == [True] * 2
+
+
+def test_a_works_wait_takes_a_timeout(ranks: Ranks) -> None:
+    first, second = ranks.run(c10d_groups.a_wait_with_a_timeout, backend="comm", env=SHM, installed=True)
+    assert first == ("CommTimeoutError", False, 3.0, True)
+    assert second == ("", False, 3.0, True)
+
+
+def test_threads_that_sum_at_once_take_turns(ranks: Ranks) -> None:
+    for right, failure in ranks.run(c10d_groups.two_threads, backend="comm", env=SHM, installed=True):
+        assert (right, failure) == ([True] * 400, None)
+
+
+def test_averages_are_rounded_as_gloos(ranks: Ranks) -> None:
+    for found in ranks.run(c10d_groups.averages, backend="comm", env=SHM, installed=True):
+        assert len(found) == 3
+        for ours, gloos in found:
+            assert ours == gloos
+
+
+@pytest.mark.parametrize("last", ["dist.destroy_process_group()", "pass"])
+def test_a_process_ends_well_after_asynchronous_sums(last: str) -> None:
+    program = (
+        "import torch, torch.distributed as dist; "
+        "dist.init_process_group('comm', store=dist.HashStore(), rank=0, world_size=1); "
+        "[dist.all_reduce(torch.ones(8), async_op=True).wait() for _ in range(3)]; "
+        f"{last}"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_torch_registers_the_backend_and_imports_nothing_else_of_core() -> None:
     program = (
         "import sys, {first}; import torch.distributed as dist; ours = ('comm_core.', '_comm_core'); "
@@ -110,6 +171,24 @@ def test_torch_registers_the_backend_and_imports_nothing_else_of_core() -> None:
         kind, _, found = done.stdout.strip().partition(" ")
         assert kind == "comm"
         assert modules in (found, None)
+
+
+@pytest.mark.skipif(
+    not hasattr(dist.Backend, "_ensure_backend_registered"), reason="torch before 2.14 has no entry points of backends"
+)
+def test_newer_torch_registers_the_backend_when_it_is_asked_for() -> None:
+    program = (
+        "import torch.distributed as dist; assert 'COMM' not in dist.Backend._plugins; "
+        "dist.init_process_group('comm', store=dist.HashStore(), rank=0, world_size=1); print(dist.get_backend())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+    )
+    assert done.stdout.strip() == "comm", done.stderr
 
 
 def test_every_method_of_a_process_group_is_delegated_or_its_own() -> None:

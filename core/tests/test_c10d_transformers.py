@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -21,10 +21,7 @@ def generate(folder: str) -> tuple[list[int], int]:
     """The tokens that the model generates, and the sums that the group's handle served."""
     from transformers import AutoModelForCausalLM
 
-    world: Any = dist.group.WORLD
-    counting = None
-    if dist.get_backend() == "comm":
-        counting = world._handle = Counting(world._handle)
+    counting = Counting() if dist.get_backend() == "comm" else None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto").eval()
     prompt = torch.tensor([[(7 * place) % 500 + 3 for place in range(9)]])
     with torch.no_grad():
@@ -62,5 +59,7 @@ def test_tokens_equal_those_of_gloo_and_every_sum_is_served(ranks: Ranks, model:
     tokens = found["gloo"][0][0]
     assert len(tokens) == TOKENS
     assert len(set(tokens)) > 1
-    # Two sums a layer: after attention, and after the MLP.
-    assert found["comm"] == [(tokens, 2 * LAYERS * TOKENS)] * 2
+    for ours, served in found["comm"]:
+        assert ours == tokens
+        # Two sums a layer: after attention, and after the MLP. Newer releases also split the embedding's table.
+        assert served in (2 * LAYERS * TOKENS, (2 * LAYERS + 1) * TOKENS)

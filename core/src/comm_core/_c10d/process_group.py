@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch._C import _distributed_c10d
 
+from comm_core._c10d.work import CudaWork, QueuedWork, SumQueue, finished_work
 from comm_core._control.unlisted_group import forget_group
 from comm_core._group.api import close
+from comm_core._group.close import abort_handle
+from comm_core._handle.operators import find_handle
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -24,33 +24,39 @@ __all__ = ["CommProcessGroup"]
 
 # torch's stubs lack some of the names.
 _dist: Any = dist
-_create_work: Any = _distributed_c10d._create_work_from_future  # type: ignore[attr-defined]  # noqa: SLF001
 _AllreduceOptions = _dist.AllreduceOptions
 _SUM, _AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
-# In bytes. Asynchronous sums of larger CUDA tensors go to NCCL: its own stream lets them overlap with the caller's
-# kernels, as DistributedDataParallel expects.
+# In bytes. Asynchronous sums of larger CUDA tensors have a stream of their own, to overlap with the caller's kernels as
+# DistributedDataParallel expects. Smaller ones take less time than the change of streams.
 _OVERLAPPED_NBYTES = 1 << 20
 
 
 class CommProcessGroup(dist.ProcessGroup):
     """Serves `all_reduce` with sums and averages by comm_core, and the rest by a plain group of the same ranks.
 
+    The group's current handle serves the sums: the one that `comm_core.get_backend` returns for the group. While it has
+    none, because the ranks couldn't negotiate one or closed it, the plain group serves them.
+
     Attributes:
         plain: the process group with torch's own backends. It serves all other operations, and is the one that the
-            handle was negotiated for.
+            handle is negotiated for.
 
     Args:
-        plain: see above; freed by `shutdown`.
+        plain: see above; freed by `shutdown` and `abort`. It has this group's name.
         plain_name: the name that `plain` was made with.
-        handle: the handle of `plain`; None if its ranks couldn't negotiate one.
     """
 
-    def __init__(self, plain: dist.ProcessGroup, plain_name: str, handle: Backend | None) -> None:
+    def __init__(self, plain: dist.ProcessGroup, plain_name: str) -> None:
         super().__init__(plain.rank(), plain.size())  # type: ignore[call-arg]
         self.plain = plain
         self._plain_name = plain_name
-        self._handle = handle
-        self._queue = _Queue()
+        self._name: str = plain.group_name
+        # Held in each call of the handle, which serves one thread at a time. A thread that calls within a call gets the
+        # handle's error rather than a deadlock.
+        self._lock = threading.RLock()
+        self._acquire, self._release = self._lock.acquire, self._lock.release
+        self._queue = SumQueue()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         for device in plain._device_types:  # noqa: SLF001 - torch has no public name
             backend: Any = plain._get_backend(device)  # noqa: SLF001
             kind = getattr(dist.ProcessGroup.BackendType, backend.name().upper(), dist.ProcessGroup.BackendType.CUSTOM)
@@ -70,7 +76,7 @@ class CommProcessGroup(dist.ProcessGroup):
         if opts.__class__ is not _AllreduceOptions or more or named:
             arguments = more if opts is None else (opts, *more)
             return self._allreduce_by_arguments(tensors, *arguments, **named)
-        handle = self._handle
+        handle = find_handle(self._name)
         if handle is None or len(tensors) != 1:
             return self.plain.allreduce(tensors, opts)
         reduce_op, tensor = opts.reduceOp, tensors[0]
@@ -79,18 +85,22 @@ class CommProcessGroup(dist.ProcessGroup):
         if self._queue.last is not None:
             self._queue.finish()
         if reduce_op == _SUM and not tensor.requires_grad:
-            # Fast path: what `_sum` does, without its call.
+            # Fast path: what `_sum` does, without its call; a `with` statement would take twice as long as these two.
+            self._acquire()
             try:
                 handle.all_reduce(tensor, tensor)
             except (TypeError, ValueError):
                 self._raise_if_stopped(handle)
-                return self.plain.allreduce(tensors, opts)
-            return None
+            else:
+                return None
+            finally:
+                self._release()
+            return self.plain.allreduce(tensors, opts)
         return None if self._sum(handle, tensor, reduce_op) else self.plain.allreduce(tensors, opts)
 
     def allreduce_coalesced(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> dist.Work:
         """Reduce several tensors in place: `all_reduce_coalesced`, and the coalescing manager's calls."""
-        handle, tensors = self._handle, list(tensors)
+        handle, tensors = find_handle(self._name), list(tensors)
         opts = _dist.AllreduceCoalescedOptions() if opts is None else opts
         if handle is None or not tensors:
             return self.plain.allreduce_coalesced(tensors, opts)
@@ -98,39 +108,58 @@ class CommProcessGroup(dist.ProcessGroup):
         rest = [tensor for tensor in tensors if not self._sum(handle, tensor, opts.reduceOp)]
         if rest:
             self.plain.allreduce_coalesced(rest, opts).wait()
-        return _finished(tensors)
+        return finished_work(tensors)
 
     def shutdown(self) -> None:
         """Close the handle and the plain group's backends.
 
-        Collective: it waits for the group's other ranks, as `comm_core.close`.
+        Collective: it waits for the group's other ranks, as `comm_core.close` and as long.
         """
         try:
-            if self._handle is not None:
-                self._queue.finish()
-                close(self.plain)
-                self._handle = None
+            self._queue.finish()
+            close(self.plain)
         finally:
             self._queue.end()
             self.plain.shutdown()
             forget_group(self.plain, self._plain_name)
 
     def abort(self) -> None:
-        """Abort the plain group's backends, without waiting for other ranks."""
-        self.plain.abort()
+        """Abort the handle and the plain group's backends, without waiting for other ranks.
+
+        Sums that wait for a peer raise, here and on the other ranks.
+        """
+        try:
+            abort_handle(self.plain)
+        finally:
+            self.plain.abort()
+            self._queue.end()
+            forget_group(self.plain, self._plain_name)
 
     def _start(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> dist.Work:
-        """Begin a sum that the caller waits for later.
+        """Begin a sum that the caller waits for later. Which backend serves it doesn't depend on that.
 
-        On CPUs a thread makes it, since it waits for the peers. On GPUs it is queued on the current stream.
+        On CPUs a thread makes it, since it waits for the peers. On GPUs it is queued on a stream.
         """
-        tensor, reduce_op = tensors[0], opts.reduceOp
-        if not _is_served(tensor, reduce_op) or (tensor.is_cuda and tensor.nbytes > _OVERLAPPED_NBYTES):
+        tensor = tensors[0]
+        if not _is_served(tensor, opts.reduceOp):
             return self.plain.allreduce(tensors, opts)
-        if tensor.is_cpu:
-            return _create_work(self._queue.put(lambda: self._sum_or_plainly(handle, tensors, opts)))  # type: ignore[no-any-return]
-        self._sum_or_plainly(handle, tensors, opts)
-        return _finished(tensors)
+        if not tensor.is_cuda:
+            return QueuedWork(self._queue.put(lambda: self._sum_or_plainly(handle, tensors, opts)))
+        if tensor.nbytes <= _OVERLAPPED_NBYTES:
+            return CudaWork(self._sum_or_plainly(handle, tensors, opts))
+        stream = self._stream(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            work = CudaWork(self._sum_or_plainly(handle, tensors, opts))
+        tensor.record_stream(stream)  # its memory isn't reused before the sum is finished
+        return work
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream of the large asynchronous sums. Its priority is high: other kernels needn't end first."""
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        return stream
 
     def _sum_or_plainly(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> list[torch.Tensor]:
         if not self._sum(handle, tensors[0], opts.reduceOp):
@@ -143,12 +172,16 @@ class CommProcessGroup(dist.ProcessGroup):
             return False
         if tensor.requires_grad:
             tensor = tensor.detach()  # torch's backends accept it, without a warning
+        average = reduce_op == _AVG
+        # As NCCL and Gloo do: NCCL scales before the sum, so that float16 doesn't overflow, and Gloo after it.
+        operand = tensor / self.size() if average and tensor.is_cuda else tensor
         try:
-            handle.all_reduce(tensor, tensor)
+            with self._lock:
+                handle.all_reduce(operand, tensor)
         except (TypeError, ValueError):  # its dtype, layout or device, before anything is sent
             self._raise_if_stopped(handle)
             return False
-        if reduce_op == _AVG:
+        if average and not tensor.is_cuda:
             tensor.div_(self.size())
         return True
 
@@ -170,64 +203,9 @@ class CommProcessGroup(dist.ProcessGroup):
         return self.allreduce([tensors] if isinstance(tensors, torch.Tensor) else tensors, opts)
 
 
-class _Queue:
-    """Sums that a thread makes one after the other; it starts with the first.
-
-    Attributes:
-        last: the future of the last sum that was put; None if there is none to wait for.
-    """
-
-    def __init__(self) -> None:
-        self.last: Any = None
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def put(self, call: Callable[[], Any]) -> Any:
-        """Let the thread make a call; return the future of its result."""
-        if self._thread is None:
-            # A daemon: a peer that never comes mustn't keep the process alive.
-            self._thread = threading.Thread(target=self._work, name="comm-core c10d", daemon=True)
-            self._thread.start()
-        future: Any = torch.futures.Future()
-        self.last = future
-        self._calls.put((call, future))
-        return future
-
-    def finish(self) -> None:
-        """Wait until the thread has made all calls; their futures have the errors."""
-        if self.last is not None:
-            with contextlib.suppress(Exception):
-                self.last.wait()
-            self.last = None
-
-    def end(self) -> None:
-        """Let the thread end, once it has made all calls."""
-        self._calls.put(None)
-        self._thread = None
-
-    def _work(self) -> None:
-        for call, future in iter(self._calls.get, None):
-            try:
-                future.set_result(call())
-            except Exception as error:  # noqa: BLE001, PERF203 - it is raised where the caller waits
-                future.set_exception(error)
-
-
 def _is_served(tensor: torch.Tensor, reduce_op: Any) -> bool:
     # A `ReduceOp` stands on the left: it equals one of its kinds, but no kind equals it.
     return bool(reduce_op == _SUM or (reduce_op == _AVG and tensor.is_floating_point()))
-
-
-def _finished(tensors: list[torch.Tensor]) -> dist.Work:
-    """Return the work of sums that have been made (CPU), or are queued on the current stream (CUDA).
-
-    A later `wait()` orders the waiting stream after them; so does the future.
-    """
-    device = tensors[0].device
-    future: Any = torch.futures.Future(devices=[device] if device.type == "cuda" else None)
-    future.set_result(tensors)
-    work: dist.Work = _create_work(future)
-    return work
 
 
 def _delegated(name: str) -> Callable[..., Any]:

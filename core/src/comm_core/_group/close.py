@@ -6,15 +6,16 @@ import contextlib
 import logging
 
 import torch
+import torch.distributed as dist
 
 from comm_core._control.stage import Stage
 from comm_core._control.store import Control
-from comm_core._group.states import GroupState, is_alive, remove
+from comm_core._group.states import GroupState, all_states, is_alive, remove
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import close_all
 from comm_core.errors import CommError
 
-__all__ = ["close_group"]
+__all__ = ["abort_handle", "close_group"]
 
 _log = logging.getLogger("comm_core")
 
@@ -43,6 +44,28 @@ def close_group(state: GroupState) -> None:
         _close_sessions(state, control, orderly=False)
         raise
     _close_sessions(state, control, orderly=orderly)
+
+
+def abort_handle(group: dist.ProcessGroup) -> None:
+    """Close the handle of a group, if it has one, without waiting for the peers. Local.
+
+    The peers' calls that wait for this rank raise, and so do their later ones.
+    """
+    for state in all_states():
+        if state.group is group:
+            _abort(state)
+
+
+def _abort(state: GroupState) -> None:
+    # First of all: a thread that waits for a peer, perhaps with the lock held, raises then.
+    serving, control = state.serving, state.control
+    if serving is not None:
+        serving.fail(f"{state.title}: its handle was aborted")
+    with state.lock:
+        remove(state)
+        state.serving = state.backend = None
+        if serving is not None and control is not None:
+            _close_sessions(state, control, orderly=False)
 
 
 def _meet(state: GroupState, control: Control, serving: Serving, failure: str | None) -> bool:

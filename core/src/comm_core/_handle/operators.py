@@ -29,7 +29,7 @@ from comm_core.errors import CommError
 if TYPE_CHECKING:
     from comm_core._handle.serving import Serving
 
-__all__ = ["create_backend", "register", "unregister"]
+__all__ = ["create_backend", "find_handle", "register", "unregister"]
 
 
 class _Handles(dict[str, Backend]):
@@ -44,6 +44,8 @@ class _Handles(dict[str, Backend]):
 
 
 _handles = _Handles()
+#: Returns the current handle of the group with this name; None if it has none. A dictionary's method: it takes 30 ns.
+find_handle: Callable[[str], Backend | None] = _handles.get
 
 _COMMON_ARGUMENTS = "str group_name='', float eps=1e-6, float weight_offset=0.0"
 
