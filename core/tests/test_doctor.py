@@ -146,8 +146,8 @@ def test_what_a_plugin_for_cpus_misses_is_to_be_fixed_on_any_host(serves_cpus: b
 @pytest.mark.parametrize(
     ("hooks", "words"),
     [
-        ({"is_available": lambda topology: None}, "is_available returned NoneType"),
-        ({"is_available": lambda topology: 1 / 0}, "is_available raised ZeroDivisionError"),
+        ({"is_available": lambda _: None}, "is_available returned NoneType"),
+        ({"is_available": lambda _: 1 / 0}, "is_available raised ZeroDivisionError"),
         ({"probe": lambda: [1]}, "the facts of probe can't be sent"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_hook_that_breaks_its_contract_is_to_be_fixed(
 ) -> None:
     plugin = discovery.Plugin("bad", "dist-bad", "1.0", hooks)
     found = discovery.Discovery(plugins={"bad": plugin}, failures={}, listed={"bad": "1.0"})
-    monkeypatch.setattr(discovery, "discover", lambda wanted, timeout_s: found)
+    monkeypatch.setattr(discovery, "discover", lambda *_: found)
     problems = diagnose(collect(Sources(environ={})))
     (problem,) = [problem for problem in problems if "plugin 'bad'" in problem.what]
     assert words in problem.what
