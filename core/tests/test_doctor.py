@@ -264,6 +264,33 @@ def test_plugins_are_listed_with_what_they_say(monkeypatch: pytest.MonkeyPatch) 
     assert lines["late"].remedy == "Reinstall it."
 
 
+def test_integrations_are_listed_with_what_they_say(tmp_path: Path) -> None:
+    module = (
+        "def fits():\n    return {'engine': '1.2', 'missing': None}\n"
+        "def idle():\n    return {'missing': 'the engine is too old'}\n"
+        "def broken():\n    raise OSError('no engine')\n"
+    )
+    (tmp_path / "made_up_engine.py").write_text(module)
+    info = tmp_path / "made_up_engine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up-engine\nVersion: 1.0\n")
+    names = ("fits", "idle", "broken", "absent")
+    entries = "".join(f"{name} = made_up_engine:{name}\n" for name in names)
+    (info / "entry_points.txt").write_text(f"[comm_core.integrations]\n{entries}")
+    done = doctor(python_path=tmp_path)
+    assert done.returncode == 1, done.stderr
+    section = done.stdout.partition("\nIntegrations\n")[2].partition("\n\n")[0]
+    assert 'fits 1.0: loaded, {"engine": "1.2", "missing": null}' in section
+    assert "integration 'idle' has no effect: the engine is too old\n     Fix that, or uninstall made-up-engine." in (
+        done.stdout
+    )
+    assert "integration 'broken' can't be used: its made_up_engine:broken failed: OSError: no engine" in done.stdout
+    assert "integration 'absent' can't be used: its made_up_engine:absent failed: AttributeError" in done.stdout
+    lines = json.loads(doctor("--json", python_path=tmp_path).stdout)["integrations"]
+    usable = {line["name"]: line["usable"] for line in lines if line["distribution"] == "made-up-engine"}
+    assert usable == {"fits": True, "idle": True, "broken": False, "absent": False}
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

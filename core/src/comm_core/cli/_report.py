@@ -37,16 +37,16 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class PluginLine:
-    """One installed plugin.
+    """One installed plugin or integration.
 
     Attributes:
-        name: the backend's name.
+        name: the name of the backend, or of the serving engine.
         distribution: its distribution's name; None if unknown.
         version: its distribution's version; None if unknown.
         usable: whether it loaded; None if the environment excludes it.
         reason: the reason why it isn't usable.
         remedy: the remedy.
-        facts: the result of its `probe()`; None if it has none.
+        facts: the result of its `probe()`, or of the integration's entry point; None if it has none.
         serves_cpus: whether it serves groups of CPUs, or would if nothing were missing.
         faults: what its hooks do wrong on topologies that come with comm-core.
     """
@@ -76,6 +76,7 @@ class Report:
         settings: core's settings from them; None if one can't be read.
         misspelt: variables with core's prefix that core doesn't read.
         plugins: the installed plugins, sorted by name.
+        integrations: the installed integrations into serving engines, sorted by name.
         unknown: the reason for each unknown fact, by its field's name.
     """
 
@@ -88,6 +89,7 @@ class Report:
     misspelt: Sequence[str]
     plugins: Sequence[PluginLine]
     unknown: Mapping[str, str]
+    integrations: Sequence[PluginLine] = ()
 
 
 def diagnose(report: Report) -> tuple[Problem, ...]:
@@ -223,6 +225,14 @@ def _plugin_problems(report: Report) -> Iterator[Problem]:
                 f"plugin '{plugin.name}' can't serve on this host: {missing}",
                 f"Fix that, or disable the plugin: COMM_CORE_DISABLE={plugin.name}.",
             )
+    for item in report.integrations:
+        if item.usable is False:
+            yield Problem(f"integration '{item.name}' can't be used: {item.reason}", item.remedy)
+        elif isinstance(item.facts, dict) and item.facts.get("missing"):
+            yield Problem(
+                f"integration '{item.name}' has no effect: {item.facts['missing']}",
+                f"Fix that, or uninstall {item.distribution}.",
+            )
 
 
 def to_json(report: Report, problems: Sequence[Problem]) -> dict[str, Any]:
@@ -236,6 +246,7 @@ def to_json(report: Report, problems: Sequence[Problem]) -> dict[str, Any]:
         "environment": dict(report.environment),
         "misspelt": list(report.misspelt),
         "plugins": [dataclasses.asdict(plugin) for plugin in report.plugins],
+        "integrations": [dataclasses.asdict(item) for item in report.integrations],
         "unknown": dict(report.unknown),
         "problems": [dataclasses.asdict(problem) for problem in problems],
     }
@@ -253,6 +264,7 @@ def render(report: Report, problems: Sequence[Problem]) -> str:
         or ["no relevant variable is set"],
         "Plugins": [_plugin_line(plugin) for plugin in report.plugins]
         or [f"none: every group uses {TERMINAL}" if "plugins" not in report.unknown else "can't be listed"],
+        "Integrations": [_plugin_line(item) for item in report.integrations],
         "Unknown": [f"{field}: {reason}" for field, reason in report.unknown.items()],
     }
     lines: list[str] = []

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from comm_core._control.deadline import run_with_deadline
 from comm_core._probe.attempt import try_query
 from comm_core._probe.rank import Sources, probe_devices, probe_host, probe_versions
 from comm_core.cli._report import PluginLine, Problem, Report, diagnose, encodable, render, to_json
@@ -20,9 +21,14 @@ from comm_core.env import PREFIX, Settings
 
 if TYPE_CHECKING:
     from comm_core._plugins.discovery import Plugin
+    from comm_core._plugins.installed import InstalledPlugin, LoadFailure
     from comm_core._testing.examine import Fault
 
 __all__ = ["add_parser", "collect", "run"]
+
+# The entry-point group of integrations into serving engines. An entry is a function that returns facts as JSON, as a
+# plugin's `probe` does; the fact "missing" is a reason why it has no effect here.
+_INTEGRATIONS = "comm_core.integrations"
 
 #: Other software's variables that affect the choice of backends.
 _RELEVANT = ("CUDA_VISIBLE_DEVICES", "NCCL_", "NVIDIA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -64,6 +70,7 @@ def collect(sources: Sources) -> Report:
         settings=settings,
         misspelt=Settings.unknown(sources.environ),
         plugins=try_query(unknown, "plugins", lambda: _plugins(settings or Settings())) or (),
+        integrations=try_query(unknown, "integrations", lambda: _integrations(settings or Settings())) or (),
         unknown=unknown,
     )
 
@@ -134,3 +141,33 @@ def _examined_line(plugin: Plugin, timeout_s: float) -> PluginLine:
 def _remedy(fault: Fault, plugin: Plugin) -> str:
     place = f" It is at {fault.place}." if fault.place else ""
     return f"{fault.remedy}{place} Or disable the plugin: COMM_CORE_DISABLE={plugin.name}."
+
+
+def _integrations(settings: Settings) -> tuple[PluginLine, ...]:
+    """Describe the installed integrations, with the facts that their entry points return."""
+    from comm_core._plugins.installed import list_installed
+
+    return tuple(_integration_line(item, settings.import_timeout_s) for item in list_installed(_INTEGRATIONS))
+
+
+def _integration_line(item: InstalledPlugin | LoadFailure, timeout_s: float) -> PluginLine:
+    """Describe an integration; it is usable unless its function can't be imported, or fails."""
+    from comm_core._plugins.installed import LoadFailure
+    from comm_core._plugins.metadata_backport import metadata
+
+    line = PluginLine(item.name, item.distribution, item.version, usable=True)
+    if isinstance(item, LoadFailure):
+        return dataclasses.replace(line, usable=False, reason=item.reason, remedy=item.remedy)
+
+    def ask() -> dict[str, Any]:
+        function = metadata.EntryPoint(item.name, item.value, _INTEGRATIONS).load()
+        facts = run_with_deadline(function, timeout_s, name=item.value)
+        as_json: dict[str, Any] = json.loads(json.dumps(facts))
+        return as_json
+
+    failure: dict[str, str] = {}
+    facts = try_query(failure, "facts", ask)
+    if not failure:
+        return dataclasses.replace(line, facts=facts)
+    remedy = f"Reinstall or remove {item.distribution}."
+    return dataclasses.replace(line, usable=False, reason=f"its {item.value} failed: {failure['facts']}", remedy=remedy)
