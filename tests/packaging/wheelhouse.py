@@ -25,7 +25,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 # Every distribution that is uploaded, by its folder.
 PLUGINS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("plugins/*/pyproject.toml"))
-PROJECTS = ["core", "bench", *PLUGINS]
+INTEGRATIONS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("integrations/*/pyproject.toml"))
+PROJECTS = ["core", "bench", *PLUGINS, *INTEGRATIONS]
 
 Pip = Callable[..., str]
 BuildWheel = Callable[[Path], Path]
@@ -72,7 +73,7 @@ class Built(NamedTuple):
 
 
 def module_of(project: str) -> str:
-    return f"comm_{project}" if project not in PLUGINS else f"comm_plugin_{Path(project).name}"
+    return f"comm_plugin_{Path(project).name}" if project in PLUGINS else f"comm_{Path(project).name}"
 
 
 def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -170,10 +171,10 @@ class Commands:
         status = int(self._process.stdout.readline())
         return status, self._output.read_text()
 
-    def plugins(self) -> dict[str, dict[str, Any]]:
-        """Return the plugins of `comm-core doctor`, by name."""
+    def plugins(self, kind: str = "plugins") -> dict[str, dict[str, Any]]:
+        """Return the plugins, or "integrations", of `comm-core doctor`, by name."""
         _, text = self.run("doctor", "--json")
-        return {line["name"]: line for line in json.loads(text)["plugins"]}
+        return {line["name"]: line for line in json.loads(text)[kind]}
 
     def close(self) -> None:
         self._process.communicate()

@@ -1,0 +1,6 @@
+import dataclasses
+
+
+@dataclasses.dataclass
+class ParallelConfig:
+    enable_elastic_ep: bool = False
