@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 __all__ = ["BROKEN", "Broken", "source_of"]
 
@@ -67,6 +68,7 @@ class Broken:
 
     Attributes:
         tests: the standard tests that must fail, without `test_`; all others must pass.
+        also: further tests that must fail; run by SOAK_KIT=1.
         available, connect, before, all_reduce, prepare: the fault's line in a hook; `before` comes before the sum.
         slow: whether a test takes more than ten seconds to find it.
         nbytes: the largest message that the backend serves, in bytes.
@@ -82,10 +84,11 @@ class Broken:
     nbytes: int = 4 << 10
     hooks: str = ""
     slow: bool = False
+    also: frozenset[str] = frozenset()
 
 
-def _broken(*tests: str, nbytes: int = 4 << 10, slow: bool = False, **lines: str) -> Broken:
-    return Broken(frozenset(tests), nbytes=nbytes, slow=slow, **lines)
+def _broken(*tests: str, nbytes: int = 4 << 10, slow: bool = False, also: Iterable[str] = (), **lines: str) -> Broken:
+    return Broken(frozenset(tests), nbytes=nbytes, slow=slow, also=frozenset(also), **lines)
 
 
 SERVES, ANSWERS = "it_serves_a_group_or_says_why_not", "it_answers_validly_about_every_topology"
@@ -184,7 +187,10 @@ BROKEN = {
     ),
     "raises_in_close": _broken(LEFT, hooks=_CLOSE.format("raise RuntimeError('not now')")),
     "hangs_in_close": _broken(
-        LEFT, slow=True, hooks=_CLOSE.format("GROUPS[0] += 1; GROUPS[0] == 5 and threading.Event().wait(60)")
+        LEFT,
+        slow=True,
+        also=(CONNECT_FAILS, PREPARING_FAILS),
+        hooks=_CLOSE.format("GROUPS[0] += 1; GROUPS[0] == 5 and threading.Event().wait(60)"),
     ),
     "keeps_the_state_of_earlier_groups": _broken(LEFT, connect="GROUPS[0] += 1", all_reduce="if GROUPS[0] > 8: x += 1"),
     "wrong_on_one_rank": _broken(SERVES, all_reduce="x.view(-1)[-1] += session.rank"),
@@ -234,8 +240,12 @@ BROKEN = {
         prepare="if session.prepared > 1: raise RuntimeError('prepared already')",
     ),
     "keeps_a_descriptor": _broken(LEFT, connect="os.open('/dev/null', os.O_RDONLY)"),
-    "keeps_a_thread": _broken(LEFT, connect="threading.Thread(target=threading.Event().wait, daemon=True).start()"),
-    "keeps_a_mapping": _broken(LEFT, connect="KEPT.append(mmap.mmap(-1, 4096))"),
+    "keeps_a_thread": _broken(
+        LEFT,
+        also=(CONNECT_FAILS, PREPARING_FAILS, CALL_RAISES, CALL_MISSING),
+        connect="threading.Thread(target=threading.Event().wait, daemon=True).start()",
+    ),
+    "keeps_a_mapping": _broken(LEFT, also=(CONNECT_FAILS, PREPARING_FAILS), connect="KEPT.append(mmap.mmap(-1, 4096))"),
     "loses_its_state_in_suspension": _broken(
         "suspended_groups_resume",
         all_reduce="if session.lost: x.zero_()",

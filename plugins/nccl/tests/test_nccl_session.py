@@ -43,7 +43,7 @@ def connect(
         return [value, value | {"id": "", "pid": peer.pid} | (process or {})]
 
     topology = comm.Topology.of([comm.RankInfo(4, HERE), comm.RankInfo(7, host)], ("cuda",))
-    control: Any = SimpleNamespace(all_gather=all_gather)
+    control: Any = SimpleNamespace(all_gather=all_gather, barrier=lambda: None)
     group: Any = object()
     context = comm.GroupContext(group, 0, 2, torch.device("cpu"), (4, 7), control, 1 << 20, 3.0)
     return session.connect(binding, lambda _: 3, topology, context)  # type: ignore[arg-type]

@@ -54,6 +54,8 @@ def connect(topology: comm.Topology, context: comm.GroupContext) -> Session:
 def pre_capture_init(session: Session, shapes: comm.Shapes) -> None:
     """Call once at each power of two up to `shapes`: NCCL connects what a size needs at the first call of that size."""
     numels = policy.warm_up_numels(shapes)
+    # Raises if the hook failed on another rank, for which NCCL's kernels would wait.
+    session.control.barrier()
     if numels:
         tensor = torch.zeros(numels[-1], dtype=shapes.dtype, device=session.device)
         for numel in numels:

@@ -44,6 +44,7 @@ class Session:
         device_index: the index of `device`.
         device: this rank's device.
         binding_error: the exception type that the binding raises.
+        control: the group's channel.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Session:
         device: torch.device,
         current_stream: Callable[[int], int],
         processes: peers.PeerProcesses,
+        control: comm.ControlChannel,
     ) -> None:
+        self.control = control
         self.launch: Callable[..., object] = binding.all_reduce
         self.communicator = communicator
         self.current_stream = current_stream
@@ -174,7 +177,7 @@ def connect(
     except BaseException:
         processes.close()
         raise
-    return Session(binding, communicator, context.device, current_stream, processes)
+    return Session(binding, communicator, context.device, current_stream, processes, context.control)
 
 
 def _communicator(
