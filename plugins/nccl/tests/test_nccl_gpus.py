@@ -13,11 +13,10 @@ from typing import Any
 from unittest import mock
 
 import comm_core as comm
-import comm_plugin_nccl as nccl
 import pytest
 import torch
 import torch.distributed as dist
-from comm_plugin_nccl import library, peers, policy, session
+from comm_plugin_nccl import library, peers, policy
 from harness import DEAD, Ranks
 from nccl_ranks import install_entry_point
 
@@ -67,12 +66,6 @@ def backend(group: Any = None) -> comm.Backend:
     handle = comm.get_backend(group, backends=("nccl",))
     assert handle.name == "nccl", handle.explain()
     return handle
-
-
-def session_of(handle: comm.Backend) -> session.Session:
-    found = handle._serving.sessions["nccl"].value
-    assert isinstance(found, session.Session)
-    return found
 
 
 def integers(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -166,8 +159,7 @@ def groups_at_once(calls: int) -> int:
 
 def replay(handles: list[comm.Backend], numel: int) -> None:
     rank = dist.get_rank()
-    for handle in handles:
-        nccl.pre_capture_init(session_of(handle), comm.Shapes(1, numel, torch.bfloat16))
+    comm.pre_capture_init(max_tokens=1, hidden_size=numel, dtype=torch.bfloat16)
     x = torch.zeros(numel, device="cuda", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
