@@ -106,5 +106,5 @@ class CommAllReduce:
 
 @functools.cache
 def subclass_of(stock: Any) -> type[CommAllReduce]:
-    """Return `CommAllReduce` as a subclass of SGLang's class, for which callers ask; itself if `stock` isn't a class."""
+    """Return `CommAllReduce` as a subclass of SGLang's class, for which callers ask, or as it is without one."""
     return type("CommAllReduce", (CommAllReduce, stock), {}) if isinstance(stock, type) else CommAllReduce

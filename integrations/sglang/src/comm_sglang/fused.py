@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers import flashinfer_comm_fusion
 
 from comm_sglang.communicator import CommAllReduce
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["all_reduce_residual_rmsnorm", "prepare", "serves_every_group"]
 
@@ -58,9 +60,7 @@ def all_reduce_residual_rmsnorm(
         or input_tensor.dim() != 2
         or not input_tensor.dtype == residual.dtype == weight.dtype
     ):
-        return original(
-            input_tensor, residual, weight, eps, *args, use_attn_tp_group=use_attn_tp_group, **options
-        )
+        return original(input_tensor, residual, weight, eps, *args, use_attn_tp_group=use_attn_tp_group, **options)
     return ours.handle.all_reduce_add_rms_norm(input_tensor, residual, weight, eps)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from comm_sglang import door
 from comm_sglang.communicator import CommAllReduce, subclass_of
 from comm_sglang.groups import get_handle
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["FUSED", "GROUPS", "Hook", "register", "unapplied", "workers"]
 
