@@ -18,7 +18,7 @@ VLLM_STAMP := $(VLLM)/.installed
 VLLM_PACKAGES := ./core ./plugins/shm ./integrations/vllm
 
 # Builds aren't isolated: they use .venv's pinned torch and this checkout's core, and don't download another torch.
-PIP := $(BIN)/pip --disable-pip-version-check
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo bench test test-vllm lint docs wheels clean

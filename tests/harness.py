@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from comm_core._testing.ranks import DEAD, RankError, Ranks, install, side_store
+from comm_core._testing.rank_process import side_store
+from comm_core._testing.ranks import DEAD, RankError, Ranks, install
 
 __all__ = ["DEAD", "RankError", "Ranks", "install", "side_store"]

@@ -315,3 +315,15 @@ def test_an_unreadable_file_is_reported_in_one_line(
 def test_importing_it_imports_no_torch() -> None:
     code = "import sys, comm_bench.cli, comm_bench.document; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_two_recorded_runs_are_compared(
+    recorded: Path, launched: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "--compare", str(recorded), str(recorded)]) == 0
+    assert "1.000 times as fast as before" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "--compare", str(recorded), str(tmp_path / "nowhere")])
+    assert ended.value.code == 2
+    assert f"--compare {tmp_path}/nowhere can't be read: FileNotFoundError" in capsys.readouterr().err
+    assert launched == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from comm_bench import stats
 from comm_bench.cases import BenchCase
+from comm_bench.compare import compare
 from comm_bench.results import HOP, LAUNCH, Row, format_row, header, summaries, with_ratios
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL
 from hypothesis import given
@@ -34,6 +35,9 @@ def test_hop_and_launch_have_no_bandwidth(name: str) -> None:
 
 def test_the_columns_are_as_in_nccl_tests() -> None:
     names, units = header().splitlines()
+    assert max(map(len, header(80).splitlines())) <= 80
+    assert "algbw" in header(120)
+    assert "p10" not in header(120)
     assert names.startswith("#")
     assert units.startswith("#")
     assert names[1:].split()[:10] == [
@@ -164,3 +168,16 @@ def test_times_are_rounded_only_once(times: list[float]) -> None:
     again = Row.from_json(data, "cpu", 4)
     assert again.to_json()["times_us"] == data["times_us"]
     assert all(abs(one - other) <= STEP_US for one, other in zip(again.times_us, times, strict=True))
+
+
+def test_two_runs_are_compared_row_by_row() -> None:
+    slower = [dataclasses.replace(each, times_us=(4.0,) * 7) for each in (row("terminal"), row("b"))]
+    faster = [dataclasses.replace(each, times_us=(2.0,) * 7) for each in (row("terminal"), row("c"))]
+    text = "\n".join(compare(slower, faster))
+    name = row("terminal").name
+    assert f"# {name}: 2.000 times as fast as before (geometric mean of 1 cases)" in text
+    assert "2.000*" in text
+    assert "# only in the old run: 1 rows, of b" in text
+    assert "# only in the new run: 1 rows, of c" in text
+    noisy = [dataclasses.replace(each, times_us=(1.0, *(3.0,) * 4, 5.0, 5.0)) for each in slower]
+    assert "*" not in "\n".join(compare(slower, noisy))

@@ -18,6 +18,7 @@ from fake_nvml import FakeNvml, fake_torch
 from handle_ranks import Outcome, outcome
 from harness import side_store
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed import multi_threaded_pg
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -145,3 +146,20 @@ def wait_the_longest() -> Any:
     total = backend.all_reduce(torch.ones(1000))[-1].item()
     comm.close()
     return backend.name, total
+
+
+def get_of_a_mesh() -> tuple[float, Outcome, Outcome]:
+    """A sum in this rank's group of a mesh of [2, 2]; then the mesh itself, and one without this process."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tp = mesh["tp"]
+    handle = comm.get_backend(tp)
+    assert comm.get_backend(tp.get_group()) is handle
+    total = handle.all_reduce(torch.tensor([float(dist.get_rank())])).item()
+    comm.suspend(tp)
+    comm.resume(tp)
+    comm.close(tp)
+    assert comm.get_backend(tp) is not handle
+    comm.close(tp)
+    part = DeviceMesh("cpu", [0, 1])
+    without = outcome(lambda: comm.get_backend(part)) if dist.get_rank() > 1 else ("ok", "")
+    return total, outcome(lambda: comm.get_backend(mesh)), without

@@ -221,12 +221,15 @@ class Blames(recording.Records):
         super().__init__(name, priority, on=on)
         self.point = point
         self.way = way
+        self.blamed = False
 
     def blame(self, point: str) -> None:
         if point != self.point:
             return
         if self.faulty:
-            time.sleep(_AHEAD_S)
+            if not self.blamed:  # of many steps, the first
+                time.sleep(_AHEAD_S)
+            self.blamed = True
             raise RuntimeError("kernel burst: no such symbol")
         if self.way == "hangs":
             RELEASE.wait(60)

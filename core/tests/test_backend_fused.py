@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
@@ -135,8 +136,10 @@ def test_an_empty_fused_call_takes_its_turn_as_one_zero() -> None:
 @pytest.mark.parametrize(
     "shapes",
     [
-        ((4,), (4,), (4,)),
+        ((), (), ()),
+        ((4,), (1, 4), (4,)),
         ((2, 4), (2, 3), (4,)),
+        ((3, 2, 4), (3, 2, 4), (2,)),
         ((2, 4), (2, 4), (2,)),
         ((2, 4), (2, 4), (1, 4)),
         ((1, 2, 4), (1, 2, 4), (2, 4)),
@@ -148,6 +151,32 @@ def test_fused_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...],
     with pytest.raises(ValueError, match="num_tokens, hidden_size"):
         backend.all_reduce_add_rms_norm(x, residual, weight)
     assert not fast.calls
+
+
+@pytest.mark.parametrize("served", [Range(FUSED), Range(ALL_REDUCE)])
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (1, 1, 2, 8), (2, 0, 8)])
+@pytest.mark.parametrize("place", ["new", "others", "strided", "in place"])
+def test_any_number_of_leading_dimensions_is_taken_as_rows(served: Range, shape: tuple[int, ...], place: str) -> None:
+    backend, _, _ = one_backend(served)
+    numel = math.prod(shape)
+    x, residual, weight = torch.randn(shape), torch.randn(shape), torch.randn(8)
+    rows = (numel // 8, 8)
+    expected = backend.all_reduce_add_rms_norm(x.view(rows), residual.view(rows), weight, 1e-5, 1.0)
+    expected = [each.clone().view(shape) for each in expected]
+    kept = x.clone(), residual.clone()
+    outs: dict[str, torch.Tensor] = {}
+    if place == "in place":
+        outs = {"out": x, "residual_out": residual}
+    elif place != "new":
+        step = 2 if place == "strided" else 1
+        outs = {name: torch.empty(*shape[:-1], 8 * step)[..., ::step] for name in ("out", "residual_out")}
+    results = backend.all_reduce_add_rms_norm(x, residual, weight, 1e-5, 1.0, **outs)
+    for result, value in zip(results, expected, strict=True):
+        assert torch.equal(result, value)
+    assert all(result is out for result, out in zip(results, outs.values(), strict=False))
+    if place != "in place":
+        assert torch.equal(x, kept[0])
+        assert torch.equal(residual, kept[1])
 
 
 def test_fused_dtypes_that_do_not_fit_are_refused() -> None:

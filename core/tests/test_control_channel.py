@@ -52,6 +52,17 @@ def test_the_channel_is_closed_outside_of_collective_hooks() -> None:
             call()
 
 
+def test_a_vote_is_a_bool_and_reads_as_one() -> None:
+    (member,) = group_of(dist.HashStore(), 1)
+    channel = SessionChannel()
+    with channel.open_stage(member, "connect"):
+        assert channel.agree(ok=True)
+        assert not channel.agree(False, "no room")
+        wrong: Any = None
+        with pytest.raises(TypeError, match="expected a bool as ok; got NoneType"):
+            channel.agree(wrong)
+
+
 def test_the_channel_never_waits_while_a_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     (member,) = group_of(dist.HashStore(), 1)
     channel = SessionChannel()

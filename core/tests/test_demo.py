@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def test_ctrl_c_ends_the_job_quietly(lines: int) -> None:
         for _ in range(lines):
             job.stdout.readline()
         if not lines:
-            time.sleep(2)  # while torch is imported, in the command or in the ranks
+            wait_for_a_rank_to_import_torch(job.pid)
         os.killpg(job.pid, signal.SIGINT)  # as a terminal does
         out, err = job.communicate(timeout=120)
         assert job.returncode == 130, (out, err)
@@ -78,6 +80,19 @@ def test_a_variable_that_cant_be_read_is_one_line(launcher: tuple[str, ...]) -> 
     assert lines == [
         "comm-core: COMM_CORE_WAIT_TIMEOUT_S='abc' can't be read: could not convert string to float: 'abc'"
     ]
+
+
+def wait_for_a_rank_to_import_torch(command: int) -> None:
+    """Wait until a child of the command's process has mapped torch's library."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, IndexError):  # no process, or one that has just ended
+                stat = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(stat[1]) == command and "libtorch_cpu" in (folder / "maps").read_text():
+                    return
+        time.sleep(0.01)
+    raise AssertionError("no rank imports torch")
 
 
 def run_command(*arguments: str, launcher: tuple[str, ...] = (), **environ: str) -> subprocess.CompletedProcess[str]:

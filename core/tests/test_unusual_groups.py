@@ -31,6 +31,17 @@ def test_what_is_no_group_is_a_wrong_type_with_and_without_a_world(ranks: Ranks)
         assert "expected a torch.distributed process group" in text
 
 
+def test_a_mesh_of_one_dimension_is_a_group(ranks: Ranks) -> None:
+    for rank, (total, whole, without) in enumerate(ranks.run(group_ranks.get_of_a_mesh, world_size=4)):
+        assert total == (1, 1, 5, 5)[rank]
+        assert whole == ("ValueError", "the mesh has 2 dimensions; pass one of them, such as mesh['tp']")
+        assert without == (
+            ("ok", "")
+            if rank < 2
+            else ("ValueError", f"rank {rank} isn't in this mesh. Make the call on the mesh's ranks only")
+        )
+
+
 @pytest.mark.parametrize("backend", ["xpu:dummyccl", "cuda:gloo", "cuda:gloo,xpu:dummyccl"])
 def test_a_group_that_core_has_no_routes_for_is_refused_at_once(ranks: Ranks, backend: str) -> None:
     found = ranks.run(group_ranks.get_over, backend)

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from comm_core.types import DTYPES, OPS
 
 from comm_bench import stats
 from comm_bench.cases import ALIASES, PLACES, BenchCase, parse_nbytes, shapes, sizes
+from comm_bench.compare import compare
 from comm_bench.document import Listener, footer, heading, preamble, read_rows, tables, with_partial_results
 from comm_bench.results import Row, format_row, header, title
 
@@ -100,12 +102,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--read", type=pathlib.Path, metavar="FILE", help="show a file that --json wrote; measure nothing"
     )
+    parser.add_argument(
+        "--compare", type=pathlib.Path, nargs=2, metavar=("OLD", "NEW"), help="compare two files that --json wrote"
+    )
     parser.add_argument("--nproc", type=number, default=2, metavar="N", help="processes to start (2)")
     parser.set_defaults(run=run, fail=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark, or show a recorded run; return 1 if an element was wrong or a process failed."""
+    if args.compare is not None:
+        return _compare(args)
     _check_arguments(args)
     if args.read is not None:
         return _read(args)
@@ -213,12 +220,34 @@ def _read(args: argparse.Namespace) -> int:
     try:
         document = json.loads(args.read.read_text())
         rows = read_rows(document)
-        text = [*preamble(document), *tables(rows), *footer(document)]
+        text = [*preamble(document), *tables(rows, _columns()), *footer(document)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         args.fail(f"--read {args.read} can't be read: {type(error).__name__}: {error}")
     _print_text(args, text)
     _write_files(args, document, rows)
     return 1 if document["wrong"] else 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Show how the times of two recorded runs differ."""
+    old, new = (read_rows(_load(args, "--compare", path)) for path in args.compare)
+    print(*compare(old, new), sep="\n", flush=True)
+    return 0
+
+
+def _load(args: argparse.Namespace, option: str, path: pathlib.Path) -> dict[str, Any]:
+    """Return a file's document; end with a usage error if it isn't one."""
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+        read_rows(document)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        args.fail(f"{option} {path} can't be read: {type(error).__name__}: {error}")
+    return document
+
+
+def _columns() -> int | None:
+    """Return the width of the terminal; None if stdout isn't one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _print_text(args: argparse.Namespace, lines: Iterable[str]) -> None:
@@ -268,13 +297,13 @@ class _Printer(Listener):
         self._table, above = table, self._table
         if self._tables and table != above:
             self._progress("")
-            print("", f"# {table}", header(), sep="\n", flush=True)
+            print("", f"# {table}", header(_columns()), sep="\n", flush=True)
 
     def on_case_end(self, rows: Sequence[Row]) -> None:
         self.rows += rows
         self._progress("")
         if self._tables:
-            print(*map(format_row, rows), sep="\n", flush=True)
+            print(*(format_row(row, _columns()) for row in rows), sep="\n", flush=True)
 
     def on_drop(self, name: str, where: str, reason: str) -> None:
         self._progress("")

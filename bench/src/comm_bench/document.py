@@ -109,15 +109,15 @@ def preamble(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"# not measured: {name}: {reason}"
 
 
-def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the rows as text, with a header above each table."""
+def tables(rows: Sequence[Row], columns: int | None = None) -> Iterator[str]:
+    """Yield the rows as text, with a header above each table; `columns` as in `results.header`."""
     current = ""
     for row in rows:
         name = title(row.case.op, row.case.mode, row.case.place)
         if name != current:
-            yield from ("", f"# {name}", header())
+            yield from ("", f"# {name}", header(columns))
             current = name
-        yield format_row(row)
+        yield format_row(row, columns)
 
 
 def footer(document: Mapping[str, Any]) -> Iterator[str]:

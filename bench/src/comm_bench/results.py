@@ -33,6 +33,8 @@ HOP, LAUNCH = "limit:hop", "limit:launch"
 _DECIMALS = 4
 _LEAST_US = 10**-_DECIMALS
 _LEFT = ("type", "backend", "times as fast")
+# What a table leaves out where it doesn't fit the terminal, the first first.
+_LEFT_OUT = ("p10", "p90", "count", "algbw", "type", "busbw")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,15 +184,19 @@ def title(op: str, mode: str, place: str) -> str:
     return f"{op}, {mode}, {'out of place' if place == 'out' else 'in place'}"
 
 
-def header() -> str:
-    """Return the two lines above a table, in the manner of nccl-tests."""
-    names = "#" + _joined([name for name, _, _ in _COLUMNS])[1:]
-    units = "#" + _joined([unit for _, unit, _ in _COLUMNS])[1:]
+def header(columns: int | None = None) -> str:
+    """Return the two lines above a table, in the manner of nccl-tests.
+
+    Args:
+        columns: the terminal's width, which decides what the table leaves out; None: nothing.
+    """
+    names = "#" + _joined([name for name, _, _ in _COLUMNS], columns)[1:]
+    units = "#" + _joined([unit for _, unit, _ in _COLUMNS], columns)[1:]
     return f"{names}\n{units}"
 
 
-def format_row(row: Row) -> str:
-    """Format a row as text."""
+def format_row(row: Row, columns: int | None = None) -> str:
+    """Format a row as text; see `header`."""
     time = row.time
     compared = "" if row.ratio is None else f"{row.ratio.median:.3f} [{row.ratio.low:.3f}, {row.ratio.high:.3f}]"
     limit = row.kind == "limit"
@@ -203,17 +209,27 @@ def format_row(row: Row) -> str:
             f"{time.median:.2f}",
             f"{time.p10:.2f}",
             f"{time.p90:.2f}",
-            "" if row.algbw is None else f"{row.algbw:.2f}",
-            "" if row.busbw is None else f"{row.busbw:.2f}",
+            "" if row.algbw is None else _format_bandwidth(row.algbw),
+            "" if row.busbw is None else _format_bandwidth(row.busbw),
             "" if limit else "N/A" if row.wrong is None else str(row.wrong),
             compared,
-        ]
+        ],
+        columns,
     )
 
 
-def _joined(cells: Sequence[str]) -> str:
+def _format_bandwidth(gbps: float) -> str:
+    return f"{gbps:.2f}" if gbps >= 1 else f"{gbps:.4f}"
+
+
+def _joined(cells: Sequence[str], columns: int | None) -> str:
+    left_out: set[str] = set()
+    for name in _LEFT_OUT if columns is not None else ():
+        if sum(width + 2 for column, _, width in _COLUMNS if column not in left_out) - 2 > (columns or 0):
+            left_out.add(name)
     aligned = (
         cell.ljust(width) if name in _LEFT else cell.rjust(width)
         for cell, (name, _, width) in zip(cells, _COLUMNS, strict=True)
+        if name not in left_out
     )
     return "  ".join(aligned).rstrip()

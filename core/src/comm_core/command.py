@@ -39,6 +39,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from comm_core._control.deadline import describe
 from comm_core._plan.explain import size, table
@@ -46,6 +47,10 @@ from comm_core.env import Settings
 
 __all__ = ["GROUP", "contention", "describe", "enough_gpus", "joined", "launch", "size", "table", "under_torchrun"]
 
+# A rank's program: `comm-core`, which Ctrl-C ends at once until `joined` has imported what it needs.
+_RANK = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); from comm_core.cli import main; sys.exit(main())"
+)
 GROUP = "comm_core.commands"
 """The entry-point group of commands."""
 
@@ -89,7 +94,7 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "comm_core", *arguments)
+        elastic_launch(config, sys.executable)("-c", _RANK, *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it couldn't print a reason
@@ -137,11 +142,13 @@ def joined() -> Iterator[int]:
         if os.environ["RANK"] == "0":
             _print_error(reason)
         sys.exit(2)
-    with _ended_by_ctrl_c():
-        import torch
-        import torch.distributed as dist
+    _set_ctrl_c(signal.SIG_DFL)  # an import of native code turns KeyboardInterrupt into other errors
+    import torch
+    import torch.distributed as dist
 
-        import comm_core as comm
+    import comm_core as comm
+
+    _set_ctrl_c(signal.default_int_handler)
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -170,15 +177,10 @@ def joined() -> Iterator[int]:
     dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: an import of native code turns KeyboardInterrupt into other errors."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
-        yield
-        return
-    earlier = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGINT, earlier)
+def _set_ctrl_c(handler: Any) -> None:
+    """Let Ctrl-C end this process at once, or raise KeyboardInterrupt. Only the main thread may choose."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, handler)
 
 
 def _print_error(text: str) -> None:

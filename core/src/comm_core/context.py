@@ -26,6 +26,10 @@ class Agreement:
     ok: bool
     reasons: Mapping[int, str]
 
+    def __bool__(self) -> bool:
+        """Return `ok`."""
+        return self.ok
+
 
 class ControlChannel(Protocol):
     """Exchanges between the ranks of a group inside a Collective hook: over the job's store, without collectives.
@@ -48,6 +52,9 @@ class ControlChannel(Protocol):
         """Vote, and return the result of the vote.
 
         `reason` counts only if this rank isn't `ok`.
+
+        Raises:
+            TypeError: `ok` isn't a bool; the call then fails on all ranks.
         """
 
 

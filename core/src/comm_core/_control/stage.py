@@ -156,6 +156,8 @@ class Stage:
 
     def agree(self, ok: bool, reason: str = "") -> Agreement:
         """Vote; see `ControlChannel.agree`."""
+        if not isinstance(ok, bool):
+            raise TypeError(f"agree: expected a bool as ok; got {type(ok).__name__}")
         votes = self.all_gather(None if ok else str(reason)[:_REASON_CHARS], "agree")
         reasons = {rank: printable(str(why)) for rank, why in enumerate(votes) if why is not None}
         return Agreement(not reasons, reasons)

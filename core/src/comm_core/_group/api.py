@@ -14,11 +14,13 @@ from comm_core._group.create import create_serving
 from comm_core._group.local_inputs import Request
 from comm_core._group.prepare_groups import check_shapes, prepare_groups
 from comm_core._group.states import (
+    Group,
     GroupState,
     all_states,
     get_or_create_state,
     is_current,
     plain_group,
+    process_group_of,
     remove,
     remove_destroyed,
 )
@@ -30,7 +32,7 @@ __all__ = ["capture", "close", "get_backend", "pre_capture_init", "resume", "sus
 
 
 def get_backend(
-    group: dist.ProcessGroup | None = None,
+    group: Group | None = None,
     *,
     backends: Sequence[str] | None = None,
     timeout_s: float | None = None,
@@ -42,8 +44,9 @@ def get_backend(
     `torch.distributed.new_group`.
 
     Args:
-        group: a torch.distributed process group; None: the world. In a group of one rank, and without an initialised
-            process group, the sum is a copy. torch.distributed alone serves a group of torch's backend "fake".
+        group: a torch.distributed process group, or a `DeviceMesh` of one dimension; None: the world. In a group of one
+            rank, and without an initialised process group, the sum is a copy. torch.distributed alone serves a group of
+            torch's backend "fake".
         backends: names of backends. Only these are tried, and the call raises if one of them can't serve this group.
             Sizes and dtypes outside their ranges still fall back to torch.distributed. None: all installed backends
             that `COMM_CORE_BACKENDS` and `COMM_CORE_DISABLE` allow.
@@ -90,7 +93,7 @@ def _get_or_create_backend(state: GroupState, request: Request) -> Backend:
     return backend
 
 
-def close(group: dist.ProcessGroup | None = None) -> None:
+def close(group: Group | None = None) -> None:
     """Free the resources of a group's handle: buffers, threads, keys in the store.
 
     Collective; call it before the process group is destroyed. It waits for the device and the peers before it frees
@@ -148,7 +151,7 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
     prepare_groups(all_states(), shapes)
 
 
-def suspend(group: dist.ProcessGroup | None = None) -> None:
+def suspend(group: Group | None = None) -> None:
     """Give the device memory of a group's backends back, until `resume`.
 
     Collective; every rank of the group calls it, with no call or replay of the group left to queue. It waits for the
@@ -173,7 +176,7 @@ def suspend(group: dist.ProcessGroup | None = None) -> None:
     change_groups(_states_of(group), "suspend")
 
 
-def resume(group: dist.ProcessGroup | None = None) -> None:
+def resume(group: Group | None = None) -> None:
     """Take the device memory of a suspended group's backends again, at the same addresses.
 
     Collective; every rank of the group calls it. It runs the backends' hook `resume`. Then the handle serves calls as
@@ -193,8 +196,9 @@ def resume(group: dist.ProcessGroup | None = None) -> None:
     change_groups(_states_of(group), "resume")
 
 
-def _states_of(group: dist.ProcessGroup | None) -> list[GroupState]:
+def _states_of(group: Group | None) -> list[GroupState]:
     """Return the state of a group, if it has one; of all groups for None."""
+    group = process_group_of(group)
     return [state for state in all_states() if group is None or state.group is plain_group(group)]
 
 

@@ -8,8 +8,10 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from comm_core._control.stage import StageAbortedError, StageTimeoutError
 from comm_core._control.store import Control
@@ -22,6 +24,7 @@ from comm_core._handle.session import Session
 from comm_core.errors import CommError, CommTimeoutError, NegotiationError
 
 __all__ = [
+    "Group",
     "GroupState",
     "all_states",
     "change_all",
@@ -29,11 +32,15 @@ __all__ = [
     "is_alive",
     "is_current",
     "plain_group",
+    "process_group_of",
     "remove",
     "remove_destroyed",
     "translate_stage_errors",
     "used_incarnations",
 ]
+
+#: What names a group in the public functions; a mesh needs to have one dimension.
+Group: TypeAlias = dist.ProcessGroup | DeviceMesh
 
 _log = logging.getLogger("comm_core")
 
@@ -135,13 +142,30 @@ def _forget_parent() -> None:
 os.register_at_fork(after_in_child=_forget_parent)
 
 
-def get_or_create_state(group: dist.ProcessGroup | None, request: Request) -> GroupState:
+def process_group_of(group: Group | None) -> dist.ProcessGroup | None:
+    """Return the process group of a mesh of one dimension; of anything else, itself.
+
+    Raises:
+        ValueError: the mesh has several dimensions, or this process isn't in it.
+    """
+    if not isinstance(group, DeviceMesh):
+        return group
+    if group.ndim != 1:
+        name = (group.mesh_dim_names or ("name",))[-1]
+        raise ValueError(f"the mesh has {group.ndim} dimensions; pass one of them, such as mesh[{name!r}]")
+    if group.get_coordinate() is None:
+        raise ValueError(f"rank {dist.get_rank()} isn't in this mesh. Make the call on the mesh's ranks only")
+    return group.get_group()
+
+
+def get_or_create_state(group: Group | None, request: Request) -> GroupState:
     """Return the group's state; create it, with `request`, if there is none.
 
     Raises:
         TypeError: `group` isn't a process group.
         ValueError: this process isn't in the group, or torch.distributed doesn't know the group.
     """
+    group = process_group_of(group)
     member: dist.ProcessGroup | None = None
     name = ""
     if dist.is_available() and dist.is_initialized():

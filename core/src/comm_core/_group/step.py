@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,12 @@ from comm_core._control.deadline import describe, is_timeout
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
 from comm_core._control.worker import run_on_device
 from comm_core._group.membership import Membership
+from comm_core._schema import printable
 from comm_core.env import PREFIX
 
 __all__ = ["Step", "check_budget", "run_in_worker"]
 
+_log = logging.getLogger("comm_core")
 # The longest failure that a rank reports, in characters.
 _REASON_CHARS = 4000
 
@@ -65,6 +68,9 @@ class Step:
         late = is_timeout(error)
         if stage.aborted is None and not late and self.failure is None:
             self.failure = reason[:_REASON_CHARS]
+        lines = str(error).strip().splitlines()
+        if len(lines) > 1:  # as of a compiler; the reason that the ranks share is one line
+            _log.warning("comm_core: %s: %s", type(error).__name__, "\n".join(map(printable, lines)))
         awaited = stage.pending_ranks() if isinstance(error, TimeoutError) else ()
         waits = f": it waits for {self.member.control.label(*awaited)}" if awaited else ""
         return stage.abort(reason + waits, is_timeout=late)

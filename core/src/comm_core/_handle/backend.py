@@ -134,7 +134,8 @@ class Backend(CheckedCalls):
         composes it of an all-reduce and a norm.
 
         Args:
-            tensor: `[num_tokens, hidden_size]`, floating point.
+            tensor: `[num_tokens, hidden_size]`, or `[..., hidden_size]` with any number of dimensions before; floating
+                point.
             residual: like `tensor`; the same values on every rank.
             weight: `[hidden_size]`, the dtype of `tensor`; the same values on every rank.
             eps: added to the mean square.

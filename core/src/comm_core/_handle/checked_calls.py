@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -116,6 +117,8 @@ class CheckedCalls:
                 operands = None
         if operands is None:
             checks.check_tensors(tensor=tensor, residual=residual, weight=weight)
+            if tensor.dim() != 2 and tensor.layout is residual.layout is torch.strided:
+                return self._fused_rows(tensor, residual, weight, eps, weight_offset, out, residual_out)
             checks.warn_without_gradient(tensor, residual)
             if traced.intercepts():
                 self._require_open()
@@ -154,6 +157,37 @@ class CheckedCalls:
         if out is None and total.is_cuda:
             out = total  # a temporary of this call, and the norm's kernel can work in place
         return fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
+
+    def _fused_rows(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        out: torch.Tensor | None,
+        residual_out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Serve a fused call of `[..., hidden_size]` by a call of `[num_tokens, hidden_size]`."""
+        checks.check_fused_inputs(tensor, residual, weight)
+        checks.check_fused_outs(tensor, residual, out, residual_out)
+        shape = tensor.shape
+        rows = (math.prod(shape[:-1]), shape[-1])
+        views = {id(operand): operand.reshape(rows) for operand in (tensor, residual)}
+
+        def rows_of(target: torch.Tensor | None) -> torch.Tensor | None:
+            if target is None or not target.is_contiguous():
+                return None
+            return views.get(id(target), target.view(rows))
+
+        x, r = views[id(tensor)], views[id(residual)]
+        y, s = self._fused_slow(None, None, x, r, weight, eps, weight_offset, rows_of(out), rows_of(residual_out))
+        return (
+            out if out is not None and out.is_contiguous() else copy_to_out(y.view(shape), out),
+            residual_out
+            if residual_out is not None and residual_out.is_contiguous()
+            else copy_to_out(s.view(shape), residual_out),
+        )
 
     def _find(self, op: str, key: CallKey) -> BoundHook:
         """Return the hook that serves `op` for this key, after the checks."""

@@ -76,9 +76,9 @@ def check_fused_inputs(tensor: torch.Tensor, residual: torch.Tensor, weight: tor
     """
     check_tensors(tensor=tensor, residual=residual, weight=weight)
     shape, dtype = tensor.shape, tensor.dtype
-    if len(shape) != 2 or residual.shape != shape or weight.shape != shape[1:]:
+    if not shape or residual.shape != shape or weight.shape != shape[-1:]:
         raise ValueError(
-            "expected tensor and residual [num_tokens, hidden_size], weight [hidden_size]; got "
+            "expected tensor and residual [num_tokens, hidden_size] or [..., hidden_size], weight [hidden_size]; got "
             f"{list(shape)}, {list(residual.shape)} and {list(weight.shape)}"
         )
     if not residual.dtype == weight.dtype == dtype or not dtype.is_floating_point:

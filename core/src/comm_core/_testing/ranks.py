@@ -16,10 +16,6 @@ pool is a lasting one, as does a run on GPUs in which a process was killed.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import faulthandler
-import gc
-import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -28,57 +24,31 @@ import subprocess
 import sys
 import textwrap
 import time
-import traceback
-import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-import comm_core
-from comm_core._plugins import discovery, installed
+from comm_core._plugins import discovery
+from comm_core._testing.rank_process import END_S, Job
 
-__all__ = ["DEAD", "RankError", "Ranks", "install", "side_store"]
+__all__ = ["DEAD", "RankError", "Ranks", "install"]
 
 _dist: Any = dist  # torch lists some of its public names only at run time
 #: What `Ranks.run` returns for a rank that was expected to die and did.
 DEAD = "dead"
-# The timeout of Gloo and of the stores, in seconds: shorter than a run's deadline, because their errors say more.
-_TORCH_TIMEOUT_S = 60
 # Seconds that the other ranks get to report after one rank failed.
 _GRACE_S = 15
-# Seconds that a rank on a GPU gets, after a run, to destroy its process groups.
-_END_S = 60
 _STDERR_CHARS = 4000
-_START = "import sys; sys.path[:] = sys.argv[2:]; from comm_core._testing import ranks; ranks.work(int(sys.argv[1]))"
+_START = (
+    "import sys; sys.path[:] = sys.argv[2:]; from comm_core._testing import rank_process; "
+    "rank_process.work(sys.argv[1])"
+)
 
 
 class RankError(AssertionError):
     """A rank raised, died or didn't return in time; the text has each rank's traceback and the end of its stderr."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One rank's part of a run, as sent to the rank's process."""
-
-    file: str
-    module: str
-    function: str
-    arguments: tuple[Any, ...]
-    rank: int
-    world_size: int
-    backend: str
-    device: int | None
-    shares_gpus: bool
-    store_port: int
-    side_port: int
-    env: Mapping[str, str]
-    path: tuple[str, ...]
-    installed: bool
-    deadline_s: float
 
 
 class _Process:
@@ -181,7 +151,7 @@ class Ranks:
         file = str(sys.modules[function.__module__].__file__)
         processes = [self._process(rank) for rank in range(world_size)]
         for rank, process in enumerate(processes):
-            job = _Job(
+            job = Job(
                 file,
                 function.__module__,
                 function.__qualname__,
@@ -216,7 +186,7 @@ class Ranks:
         self._go_on(processes)
         if on_gpus:
             # A rank that hangs here would otherwise fail the next test, which isn't to blame.
-            ends = self._collect(processes, _END_S)
+            ends = self._collect(processes, END_S)
             if any(kind != "ended" for kind, _ in ends):
                 error = _failure(f"ranks of {function.__name__} can't destroy their process groups", ends, processes)
                 self.close()
@@ -298,111 +268,3 @@ def install(folder: Path, name: str, source: str, *, version: str = "1.0") -> Pa
     (info / "entry_points.txt").write_text(f"[{discovery.GROUP}]\n{name} = {name}:plugin\n")
     (folder / f"{name}.py").write_text(source)
     return folder
-
-
-# The rest runs in the processes.
-
-_side: list[Any] = []
-
-
-def side_store() -> Any:
-    """Return a second store, new in each run, over which a test's ranks communicate independently of comm_core."""
-    return _side[0]
-
-
-def work(pipe_number: int) -> None:
-    """Take jobs from the pipe until it closes."""
-    pipe: multiprocessing.connection.Connection[Any, Any] = multiprocessing.connection.Connection(pipe_number)
-    while True:
-        try:
-            job: _Job = pipe.recv()
-        except EOFError:
-            return
-        # At the deadline, print every thread's stack and end the process, even if the parent has died.
-        faulthandler.dump_traceback_later(job.deadline_s, exit=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                result = ("returned", _call(job, stack))
-            except BaseException:  # noqa: BLE001 - the test sees SystemExit too
-                result = ("raised", traceback.format_exc())
-            pipe.send(result)
-            with contextlib.suppress(EOFError):
-                pipe.recv()  # every rank has returned
-            if job.device is not None:
-                faulthandler.dump_traceback_later(_END_S, exit=True)
-                _free_graphs()
-        faulthandler.cancel_dump_traceback_later()
-        if job.device is not None:
-            pipe.send(("ended", None))
-
-
-def _call(job: _Job, stack: contextlib.ExitStack) -> Any:
-    if "." in job.module:
-        module = importlib.import_module(job.module)
-    else:  # a test's module, which isn't in a package
-        sys.path.insert(0, str(Path(job.file).parent))
-        module = importlib.import_module(Path(job.file).stem)
-        sys.path.pop(0)
-    stack.enter_context(_environment(job))
-    timeout = timedelta(seconds=_TORCH_TIMEOUT_S)
-    store, side = (
-        _dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout) for port in (job.store_port, job.side_port)
-    )
-    _side[:] = [side]
-    stack.callback(_tear_down)
-    device = None if job.device is None else torch.device("cuda", job.device)
-    if device is not None:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        job.backend,
-        store=store,
-        rank=job.rank,
-        world_size=job.world_size,
-        timeout=timeout,
-        device_id=None if job.shares_gpus else device,
-    )
-    return getattr(module, job.function)(*job.arguments)
-
-
-def _free_graphs() -> None:
-    """Free the CUDA graphs that the run left: NCCL destroys a communicator only after all graphs with its calls.
-
-    Inductor keeps the graphs that it recorded. Others are in cycles of references, as when an exception's traceback
-    holds the frames that hold the graph.
-    """
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    gc.collect()
-
-
-def _tear_down() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # Close the handles that the test left open. Without process groups, this doesn't wait for peers.
-    comm_core.close()
-
-
-@contextlib.contextmanager
-def _environment(job: _Job) -> Iterator[None]:
-    """Set the job's environment variables, and limit the discovery of plugins as the job says."""
-    environ, path, metadata = dict(os.environ), list(sys.path), vars(installed)["metadata"]
-    os.environ.update(job.env)
-    # The test's own folder, too: a plugin may be a class of the test's module.
-    sys.path[:0] = [*job.path, str(Path(job.file).parent)]
-    if not job.installed:
-        # Replace only core's reference to `importlib.metadata`, because Triton finds its driver by metadata too.
-        vars(installed)["metadata"] = types.SimpleNamespace(
-            distributions=lambda **kwargs: metadata.distributions(path=list(job.path), **kwargs)
-        )
-    importlib.invalidate_caches()
-    discovery.reset()
-    try:
-        yield
-    finally:
-        vars(installed)["metadata"] = metadata
-        sys.path[:] = path
-        os.environ.clear()
-        os.environ.update(environ)
-        for name, module in list(sys.modules.items()):
-            if str(getattr(module, "__file__", None)).startswith(tuple(f"{folder}/" for folder in job.path)):
-                del sys.modules[name]
