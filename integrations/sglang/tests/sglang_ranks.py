@@ -183,6 +183,27 @@ def run_cuda_hooks(group: Any) -> None:
         fusion.resolve_fusion_group = lambda **_which: (group.world_size, group.rank_in_group, group)
 
 
+def compile_call() -> list[str]:
+    """Compile a call of a group, as SGLang does on CPUs; return the operators of the graph."""
+    load()
+    group = make_group()
+    names: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def layer(tensor: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = group.all_reduce(tensor * 1)
+        return result + 1
+
+    tensor, expected = total(64)
+    result = torch.compile(layer, backend=backend, fullgraph=True)(tensor)
+    torch.testing.assert_close(result, expected + 1, rtol=0, atol=0)
+    torch._dynamo.reset()
+    return names
+
+
 # The five reports of all-reduces that went wrong.
 
 

@@ -165,6 +165,11 @@ def test_a_result_has_the_strides_of_its_input(run: Run) -> None:
     assert run(sglang_ranks.keep_strides) == [(1, 4), (1, 4)]
 
 
+def test_compiled_calls_become_one_operator(run: Run) -> None:
+    for names in run(sglang_ranks.compile_call):
+        assert [name for name in names if "all_reduce" in name] == ["comm_core.all_reduce_"], names
+
+
 def test_captures_under_the_memory_saver_arent_registered(run: Run) -> None:
     assert run(sglang_ranks.memory_saver) == [["enter", "leave"]] * 2
     assert run(sglang_ranks.memory_saver, env={"SGLANG_MEMORY_SAVER_CUDA_GRAPH": "1"}) == [[]] * 2
