@@ -29,7 +29,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 .PHONY: help setup demo bench test test-sglang test-vllm lint docs wheels clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup: $(STAMP)  ## .venv with core, the benchmark and every plugin, editable, and the tools to develop them
 
