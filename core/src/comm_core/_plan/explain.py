@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from comm_core.topology import Topology
-from comm_core.types import DTYPES, Candidate, Decision, Route, Rule, rank_label
+from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, Rule, rank_label
 
-__all__ = ["explain", "size", "table"]
+__all__ = ["explain", "explain_message", "rules_by_size", "size", "table"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -51,6 +51,32 @@ def explain(title: str, topology: Topology, decision: Decision) -> str:
     return "\n".join(lines + _routes(decision.routes))
 
 
+def rules_by_size(route: Route, nbytes: int) -> tuple[Rule, ...]:
+    """Return the rules of which one takes a message of `nbytes` bytes, by its shape; the last one takes any shape."""
+    numel = nbytes // DTYPES[route.dtype]
+    taking = []
+    for rule in route.rules:
+        # One row of all elements: the shape with the fewest tokens.
+        if rule.takes(nbytes, 1, 0) and numel % rule.hidden_multiple == 0:
+            taking.append(rule)
+            if rule.max_tokens is None and rule.hidden_multiple == 1:
+                break
+    return tuple(taking)
+
+
+def explain_message(decision: Decision, route: Route, nbytes: int) -> str:
+    """Say in one line who serves a message of `nbytes` bytes on a route of the decision."""
+    what = f"{route.op} of {size(nbytes)}, {route.mode}, {route.device_type}, {route.dtype}"
+    *conditional, last = rules_by_size(route, nbytes)
+    parts = [f"{rule.backend} with {_shape_condition(rule)}" for rule in conditional]
+    if last.backend != TERMINAL or route.op == "all_reduce":
+        parts.append(last.backend)
+    else:
+        plain = decision.route("all_reduce", route.mode, route.device_type, route.dtype)
+        parts.append(f"core's norm after an all_reduce by {plain.backend_for(nbytes)}")
+    return f"{what}: {', else '.join(parts)}"
+
+
 def _reason(candidate: Candidate, topology: Topology) -> str:
     if candidate.rank is None:
         return candidate.reason
@@ -92,11 +118,12 @@ def _rule(rule: Rule) -> str:
         bounds = f"up to {size(rule.max_nbytes)}"
     else:
         bounds = f"{size(rule.min_nbytes)} to {size(rule.max_nbytes)}"
-    extra = ""
-    if rule.multiple_nbytes > 1:
-        extra += f", multiples of {size(rule.multiple_nbytes)}"
-    if rule.max_tokens is not None:
-        extra += f", up to {rule.max_tokens} tokens"
-    if rule.hidden_multiple > 1:
-        extra += f", hidden size a multiple of {rule.hidden_multiple}"
-    return f"{rule.backend} {bounds}{extra}"
+    multiples = f"multiples of {size(rule.multiple_nbytes)}" if rule.multiple_nbytes > 1 else ""
+    return ", ".join(filter(None, (f"{rule.backend} {bounds}", multiples, _shape_condition(rule))))
+
+
+def _shape_condition(rule: Rule) -> str:
+    """Return the rule's condition on a message's shape; "" if it takes every shape."""
+    tokens = "" if rule.max_tokens is None else f"up to {rule.max_tokens} tokens"
+    hidden = f"hidden size a multiple of {rule.hidden_multiple}" if rule.hidden_multiple > 1 else ""
+    return ", ".join(filter(None, (tokens, hidden)))
