@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from comm_core.topology import Topology
@@ -10,6 +11,8 @@ from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, Rule, 
 __all__ = ["explain", "explain_message", "rules_by_size", "size", "table"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+# A cell of a column of numbers: a number, with a mark or without, or none.
+_NUMBER = re.compile(r"[\d.]+\*?|-|")
 
 
 def size(nbytes: int) -> str:
@@ -21,12 +24,18 @@ def size(nbytes: int) -> str:
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Return the rows as text in aligned columns, two spaces apart."""
+    """Return the rows as text in aligned columns, two spaces apart; columns of numbers are aligned right.
+
+    Args:
+        rows: the cells, the header's first.
+    """
     rows = list(rows)
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    columns = []
+    for column in zip(*rows, strict=True):
+        width = max(map(len, column))
+        align = str.rjust if all(map(_NUMBER.fullmatch, column[1:])) else str.ljust
+        columns.append([align(cell, width) for cell in column])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def explain(title: str, topology: Topology, decision: Decision) -> str:
