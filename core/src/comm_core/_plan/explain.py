@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from comm_core.topology import Topology
-from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, Rule, rank_label
+from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, RouteStats, Rule, rank_label
 
 __all__ = ["explain", "explain_message", "rules_by_size", "size", "table"]
 
@@ -38,13 +38,14 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-def explain(title: str, topology: Topology, decision: Decision) -> str:
-    """Return a report of a group's candidates, with their verdicts and reasons, and of its routes.
+def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[RouteStats] = ()) -> str:
+    """Return a report of a group's candidates, with their verdicts and reasons, of its routes, and of calls so far.
 
     Args:
         title: the group's name, such as "group '0' (ranks 0-1)".
         topology: the group's topology.
         decision: the group's decision.
+        stats: the calls so far; none: the report doesn't mention them.
     """
     rows = [("backend", "priority", "verdict", "reason")]
     rows += [
@@ -57,7 +58,7 @@ def explain(title: str, topology: Topology, decision: Decision) -> str:
         for candidate in decision.candidates
     ]
     lines = [f"{title}: {_describe_group(topology)}", "", table(rows), ""]
-    return "\n".join(lines + _routes(decision.routes))
+    return "\n".join(lines + _routes(decision.routes) + (["", *_calls(stats)] if stats else []))
 
 
 def rules_by_size(route: Route, nbytes: int) -> tuple[Rule, ...]:
@@ -109,6 +110,16 @@ def _routes(routes: Iterable[Route]) -> list[str]:
     rows += [
         (op, mode, device_type, _dtypes(op, dtypes), "; ".join(map(_rule, rules)))
         for (op, mode, device_type, rules), dtypes in merged.items()
+    ]
+    return table(rows).splitlines()
+
+
+def _calls(stats: Sequence[RouteStats]) -> list[str]:
+    """Return the table of calls so far."""
+    rows = [("calls so far", "mode", "device", "dtype", "backend", "calls", "size of all")]
+    rows += [
+        (item.op, item.mode, item.device_type, item.dtype, item.backend, str(item.calls), size(item.nbytes))
+        for item in stats
     ]
     return table(rows).splitlines()
 
