@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from comm_core._group.offline import decide_offline
 from comm_core._plan.explain import explain
+from comm_core._plugins import discovery
 from comm_core._topologies import load_topologies
 from comm_core.types import TERMINAL, Decision
 
@@ -44,9 +45,11 @@ def write() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _settings_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def _every_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting, and no list of plugins that another test left, hides a plugin."""
     for name in ("COMM_CORE_BACKENDS", "COMM_CORE_DISABLE"):
         monkeypatch.delenv(name, raising=False)
+    discovery.reset()
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
