@@ -1,29 +1,20 @@
 """What this package needs of vLLM: names and signatures, read from sources without importing them.
 
-    python contract.py vllm-0.33.0-*.whl            # or the folder that has `vllm/`: compare with contract.json
-    python contract.py --record FOLDER-OR-WHEEL...  # write contract.json
-
-contract.json has, for each name, its signatures or values with the releases that have them. A release fits if each of
-its names has a recorded form; a new form needs a look at this package's code first.
+python contract.py vllm-0.33.0-*.whl            # or the folder that has `vllm/`: compare with contract.json
+python contract.py --record FOLDER-OR-WHEEL...  # write contract.json
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
-import json
 import re
 import sys
-import zipfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-RECORD = Path(__file__).with_name("contract.json")
-ABSENT = "absent"
+sys.path.append(str(Path(__file__).parents[3] / "tests"))
+
+from source_contract import Contract
 
 _COMMUNICATORS = "vllm/distributed/device_communicators"
-# By file: functions and methods, with their signatures and what they return if that is a constant; attributes and
-# module variables, with their values; and `call of NAME`, with the arguments' names.
 NAMES = {
     "vllm/platforms/interface.py": ["Platform.get_pass_manager_cls", "Platform.use_custom_op_collectives"],
     "vllm/platforms/cpu.py": ["CpuPlatform.device_name", "CpuPlatform.get_device_communicator_cls"],
@@ -83,103 +74,7 @@ _CUSTOM_FILES = re.compile(
 )
 _CUSTOM_USE = re.compile(r"\bca_comm\.(\w+)|\bcomm\.(mnnvl_lamport_\w+)")
 
-Read = Callable[[str], str]
-
-
-def extract(read: Read, files: Iterable[str]) -> dict[str, str]:
-    """Return the form of each name, `ABSENT` for one that isn't there.
-
-    Args:
-        read: returns a file's text by its path, such as "vllm/envs.py".
-        files: the paths of all files.
-    """
-    found = {}
-    for path, names in NAMES.items():
-        module = ast.parse(read(path))
-        for name in names:
-            found[f"{path}: {name}"] = _form(module, name)
-    texts = [read(path) for path in files if _CUSTOM_FILES.fullmatch(path)]
-    used = {name for text in texts for match in _CUSTOM_USE.finditer(text) for name in match.groups() if name}
-    found[CUSTOM] = ", ".join(sorted(used))
-    return found
-
-
-def _form(module: ast.Module, name: str) -> str:
-    if name.startswith("call of "):
-        function = name.removeprefix("call of ")
-        calls = [node for node in ast.walk(module) if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
-        if not calls:
-            return ABSENT
-        return ", ".join([*map(ast.unparse, calls[0].args), *(keyword.arg or "**" for keyword in calls[0].keywords)])
-    owner, _, last = name.rpartition(".")
-    body: list[ast.stmt] = module.body
-    if owner:
-        classes = [node for node in body if isinstance(node, ast.ClassDef) and node.name == owner]
-        body = classes[0].body if classes else []
-    else:  # also inside `if TYPE_CHECKING:`, where vLLM declares its variables
-        body = [*body, *(inner for node in body if isinstance(node, ast.If) for inner in node.body)]
-    for node in body:
-        if isinstance(node, ast.FunctionDef) and node.name == last:
-            return _signature(node)
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and last in [
-            getattr(target, "id", None) for target in targets
-        ]:
-            return ast.unparse(node.value) if node.value is not None else "declared"
-    return ABSENT
-
-
-def _signature(node: ast.FunctionDef) -> str:
-    constants = [inner.value for inner in node.body if isinstance(inner, ast.Return)]
-    value = constants[0] if len(constants) == 1 and isinstance(constants[0], ast.Constant) else None
-    return f"({ast.unparse(node.args)})" + (f" -> {ast.unparse(value)}" if value is not None else "")
-
-
-def open_source(path: Path) -> tuple[str, dict[str, str]]:
-    """Return the release, and the forms of its names, of a wheel or of a folder with `vllm/`."""
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as archive:
-            return path.name.split("-")[1], extract(lambda name: archive.read(name).decode(), archive.namelist())
-    files = [file.relative_to(path).as_posix() for file in path.glob("vllm/**/*.py")]
-    release = re.search(r"version = ['\"]([^'\"]+)", (path / "vllm" / "_version.py").read_text())
-    return release[1] if release else "unknown", extract(lambda name: (path / name).read_text(), files)
-
-
-def load() -> dict[str, dict[str, str]]:
-    """Return the record: for each name the releases by form, separated by spaces."""
-    record: dict[str, dict[str, str]] = json.loads(RECORD.read_text())
-    return record
-
-
-def differences(found: dict[str, str]) -> list[str]:
-    """Return the names with a form that isn't recorded."""
-    record = load()
-    return [
-        f"{name}: {form}\n  recorded: {[*record[name]]}" for name, form in found.items() if form not in record[name]
-    ]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="write contract.json from these releases")
-    parser.add_argument("sources", nargs="+", type=Path, help="wheels of vLLM, or folders that have `vllm/`")
-    args = parser.parse_args()
-    releases = [open_source(path) for path in args.sources]
-    if args.record:
-        record: dict[str, dict[str, str]] = {}
-        for release, found in releases:
-            for name, form in found.items():
-                forms = record.setdefault(name, {})
-                forms[form] = f"{forms.get(form, '')} {release}".strip()
-        RECORD.write_text(json.dumps(record, indent=2) + "\n")
-        return 0
-    status = 0
-    for release, found in releases:
-        wrong = differences(found)
-        print(f"vLLM {release}: {len(found) - len(wrong)} of {len(found)} names as recorded", *wrong, sep="\n")
-        status |= bool(wrong)
-    return status
-
+CONTRACT = Contract("vllm", Path(__file__).with_name("contract.json"), NAMES, {CUSTOM: (_CUSTOM_FILES, _CUSTOM_USE)})
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(CONTRACT.run())
