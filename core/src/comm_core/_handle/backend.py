@@ -108,7 +108,7 @@ class Backend(CheckedCalls):
             bound = serving.all_reduce_routes[key]
             if bound is not None:
                 function, session, name, _, counter = bound
-                for _counted in counter:
+                for _counted in counter:  # counts the call; see `CallCounter`
                     break
                 try:
                     return function(session, tensor, out)  # type: ignore[no-any-return]

@@ -150,7 +150,7 @@ class CheckedCalls:
             finally:
                 self._idle = serving
             if results is not NotImplemented:
-                for _counted in counter:
+                for _counted in counter:  # counts the call; see `CallCounter`
                     break
                 y, s = results
                 return y if out is None or y is out else copy_to_out(y, out), (
