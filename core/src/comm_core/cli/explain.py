@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import pathlib
 import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from comm_core._schema import MAX_INT, load_json, printable
+from comm_core._schema import MAX_INT, printable
+from comm_core.cli._machines import load_machine, print_machines
 from comm_core.cli._report import encodable
 from comm_core.command import joined, launch, table, under_torchrun
 from comm_core.env import Settings
 from comm_core.types import DTYPES, MODES, OPS
 
 if TYPE_CHECKING:
+    import comm_core as comm
     from comm_core._group.offline import WhatIf
-    from comm_core.topology import Topology
     from comm_core.types import Decision, Route
 
 __all__ = ["add_parser", "run"]
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the explanation; return 1 if a named backend can't serve or the topology can't be read, else 0."""
     _check_message(args)
     if args.list:
-        return _list(as_json=args.json)
+        return print_machines(SCHEMA, as_json=args.json)
     if args.topology is not None:
         return _offline(args)
     if not under_torchrun():
@@ -123,27 +123,12 @@ def _status(decision: Decision) -> int:
     return int(any(found.get(name) != "serves" for name in Settings.read().backends or ()))
 
 
-def _list(*, as_json: bool) -> int:
-    from comm_core._topologies import describe_topologies, load_topologies
-
-    notes = describe_topologies()
-    if as_json:
-        listed = [
-            {"name": name, "note": notes[name], "topology": topology.to_json()}
-            for name, topology in load_topologies().items()
-        ]
-        print(json.dumps({"schema": SCHEMA, "topologies": listed}, indent=1))
-    else:
-        print(table(list(notes.items())))
-    return 0
-
-
 def _offline(args: argparse.Namespace) -> int:
     from comm_core._group.offline import decide_offline
     from comm_core._plan import explain
 
     try:
-        topology = _load(args.topology)
+        topology = load_machine(args.topology)
     except (OSError, ValueError) as error:
         print(f"comm-core: {printable(str(error))}", file=sys.stderr)
         return 1
@@ -158,30 +143,6 @@ def _offline(args: argparse.Namespace) -> int:
         print(encodable(assumptions, sys.stderr), file=sys.stderr)
     _print(args, text, topology, what_if.decision, route, what_if)
     return _status(what_if.decision)
-
-
-def _load(name: str) -> Topology:
-    """Return the topology of that name, or in the file of that path.
-
-    Raises:
-        OSError, ValueError: there is neither, or the file can't be read; the text names it.
-    """
-    from comm_core._topologies import load_topologies
-    from comm_core.topology import Topology
-
-    known = load_topologies()
-    if name in known:
-        return known[name]
-    path = pathlib.Path(name)
-    if not path.exists():
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        remedy = f"did you mean {near[0]}?" if near else "see comm-core explain --list"
-        raise ValueError(f"no machine is named {name!r}, and there is no such file; {remedy}")
-    try:
-        data = load_json(path.read_text(encoding="utf-8"))
-        return Topology.from_json(data.get("topology", data) if isinstance(data, dict) else data)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} isn't a recorded topology: {error}") from error
 
 
 def _assumptions(what_if: WhatIf) -> list[str]:
@@ -200,7 +161,7 @@ def _assumptions(what_if: WhatIf) -> list[str]:
 def _print(
     args: argparse.Namespace,
     text: str,
-    topology: Topology,
+    topology: comm.Topology,
     decision: Decision,
     route: Route | None,
     what_if: WhatIf | None = None,
