@@ -137,6 +137,15 @@ def test_a_probe_that_fails_here_leaves_its_backend_out(explain: Callable[[str],
     assert "assumed" not in out
 
 
+def test_a_named_backend_that_cannot_serve_there_is_status_1(
+    explain: Callable[[str], Explain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = explain('return {"missing": None, "most": 4096}')
+    for named, status in (("mine", 0), ("other", 1), ("mine,other", 1), (TERMINAL, 0)):
+        monkeypatch.setenv("COMM_CORE_BACKENDS", named)
+        assert run("--topology", "hgx-h200", "--size", "8")[0] == run("--topology", "hgx-h200")[0] == status
+
+
 def test_the_machines_are_listed_with_a_line_each(explain: Callable[[str], Explain]) -> None:
     run = explain("return {}")
     status, out, err = run("--list")
