@@ -17,11 +17,16 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_PACKAGES := ./core ./plugins/shm ./integrations/vllm
 
+# Likewise of SGLang's.
+SGLANG := .venv-sglang
+SGLANG_STAMP := $(SGLANG)/.installed
+SGLANG_PACKAGES := ./core ./plugins/shm ./integrations/sglang
+
 # Builds aren't isolated: they use .venv's pinned torch and this checkout's core, and don't download another torch.
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-vllm lint docs wheels clean
+.PHONY: help setup demo bench test test-sglang test-vllm lint docs wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -38,6 +43,10 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 # the order of `testpaths`. Tests on GPUs share the GPUs' memory, so they run one by one.
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
 	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 3 --dist loadfile --no-loadscope-reorder) $(ARGS)
+
+# SGLang pins its own torch and hundreds of packages, of which its engine on CPUs imports few: 2 GB.
+test-sglang: $(SGLANG_STAMP)  ## SGLang's real engine on CPUs, stock and by comm-sglang: the same tokens, the speed of both
+	$(SGLANG)/bin/pytest $(or $(ARGS),integrations/sglang/tests/test_sglang_engine.py)
 
 # vLLM pins its own torch and hundreds of packages, 4 GB in all, so it has an environment of its own.
 test-vllm: $(VLLM_STAMP)  ## vLLM's real engine on CPUs, stock and by comm-vllm: the same tokens, the speed of both
@@ -60,7 +69,7 @@ wheels: $(STAMP)  ## dist/: a wheel of each distribution, kernels compiled
 	HATCH_BUILD_HOOKS_ENABLE=1 $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist $(PACKAGES)
 
 clean:  ## remove .venv, dist and caches
-	rm -rf .venv .venv-vllm dist site .hypothesis
+	rm -rf .venv .venv-sglang .venv-vllm dist site .hypothesis
 	find . -type d \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
 
 # One pip call can't install a package both from the root's direct reference and as editable, so the later calls replace
@@ -71,6 +80,13 @@ $(STAMP): pyproject.toml $(MANIFESTS)
 	$(PIP) install --no-build-isolation '.[dev]'
 	$(PIP) install --no-build-isolation $(addprefix --editable ,$(filter-out $(BARE),$(PACKAGES)))
 	$(PIP) install --no-build-isolation --no-deps $(addprefix --editable ,$(BARE))
+	touch $@
+
+$(SGLANG_STAMP): $(addsuffix /pyproject.toml,$(SGLANG_PACKAGES)) integrations/sglang/tests/engine_requirements.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --requirement integrations/sglang/tests/engine_requirements.txt
+	$(SGLANG)/bin/pip install --no-deps sglang==0.5.23
+	$(SGLANG)/bin/pip install --no-build-isolation $(addprefix --editable ,$(SGLANG_PACKAGES))
 	touch $@
 
 $(VLLM_STAMP): $(addsuffix /pyproject.toml,$(VLLM_PACKAGES))

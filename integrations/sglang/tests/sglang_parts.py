@@ -27,21 +27,8 @@ _KEPT = re.compile(
     r"|sglang/srt/model_executor/runner_backend_utils/.*\.py"
     r"|sglang/srt/layers/(\w+\.py|moe/(__init__|utils)\.py|layer_boundary/.*\.py)"
 )
-_REPLACED = {
-    "sglang/__init__.py": "import missing_packages\nfrom sglang.version import __version__\n",
-    # The settings need transformers; without a server's, groups take the defaults.
-    "sglang/srt/server_args.py": """
-class ServerArgs:
-    pass
-
-
-def get_global_server_args():
-    raise ValueError("there are no settings of a server")
-
-
-get_server_args = get_global_server_args
-""",
-    "missing_packages.py": '''
+#: A module that gives other modules in place of packages that aren't installed.
+MISSING_PACKAGES = '''
 """Modules of empty classes in place of packages that aren't installed."""
 
 import dataclasses
@@ -52,7 +39,7 @@ import types
 
 NAMES = {
     *("IPython", "PIL", "aiohttp", "fastapi", "huggingface_hub", "msgspec", "orjson", "psutil", "pybase64", "pydantic"),
-    *("pydantic_core", "requests", "sgl_kernel", "starlette", "torchcodec", "torchvision", "tqdm", "triton", "zmq"),
+    *("pydantic_core", "requests", "sgl_kernel", "starlette", "torchvision", "tqdm", "triton", "zmq"),
 }
 
 
@@ -102,9 +89,17 @@ class EmptyModule(types.ModuleType):
         return Empty
 
 
+def importer():
+    """Return the file that imports; transformers asks what is installed, and must hear the truth."""
+    frame = sys._getframe(2)
+    while frame and "importlib" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame.f_code.co_filename if frame else ""
+
+
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in NAMES:
+        if name.partition(".")[0] in NAMES and "/transformers/" not in importer():
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
@@ -117,7 +112,22 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.append(Finder())  # after those that find what is installed
-''',
+'''
+_REPLACED = {
+    "sglang/__init__.py": "import missing_packages\nfrom sglang.version import __version__\n",
+    # The settings need transformers; without a server's, groups take the defaults.
+    "sglang/srt/server_args.py": """
+class ServerArgs:
+    pass
+
+
+def get_global_server_args():
+    raise ValueError("there are no settings of a server")
+
+
+get_server_args = get_global_server_args
+""",
+    "missing_packages.py": MISSING_PACKAGES,
 }
 _RUNNER = '''
 class {name}:

@@ -75,8 +75,3 @@ def test_a_group_missing_in_sglangs_list_is_captured(run: Run) -> None:
 def test_fused_norms_sum_over_a_group_whose_first_rank_isnt_0(run: Run) -> None:
     for rank, one in enumerate(run(sglang_ranks.fuse, [[0, 1], [2, 3]], world_size=4)):
         assert one == {"first": rank // 2 * 2, "prepared": [(2048, 64, "torch.float32")], "workspaces": []}
-
-
-def test_compiled_calls_become_one_operator(run: Run) -> None:
-    for names in run(sglang_ranks.compile_call):
-        assert [name for name in names if "all_reduce" in name] == ["comm_core.all_reduce_"], names
