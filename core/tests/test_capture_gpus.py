@@ -158,3 +158,34 @@ def test_a_first_call_of_nccl_isnt_captured(ranks: Ranks) -> None:
         assert "Call comm.pre_capture_init, or reduce a CUDA tensor of any size, before the capture" in first[1]
         assert then == ("ok", "None")
         assert right
+
+
+def counted() -> list[dict[str, int]]:
+    """The calls by mode before a capture, after it, and after replays."""
+    handle = comm.get_backend()
+    static = torch.ones(8, device="cuda")
+    found = []
+
+    def count() -> None:
+        modes = {"eager": 0, "graph": 0}
+        for item in handle.stats():
+            modes[item.mode] += item.calls
+        found.append(modes)
+
+    layers([handle], static)
+    count()
+    with comm.capture():
+        graph, y = recorded([handle], static)
+    count()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    count()
+    del graph, y
+    comm.close()
+    return found
+
+
+def test_captured_calls_count_once_and_replays_do_not(ranks: Ranks) -> None:
+    for found in ranks.run(counted, backend=GPUS):
+        assert found == [{"eager": 6, "graph": 0}, {"eager": 6, "graph": 6}, {"eager": 6, "graph": 6}]

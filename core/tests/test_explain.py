@@ -38,7 +38,9 @@ def test_sizes_are_exact(nbytes: int) -> None:
 
 
 def test_columns_are_aligned_and_lines_end_where_their_text_does() -> None:
-    assert table([("a", "bb"), ("ccc", "")]) == "a    bb\nccc"
+    assert table([("a", "bb"), ("ccc", "x"), ("d", "")]) == "a    bb\nccc  x\nd"
+    numbers = [("name", "us", "ratio"), ("a", "1.5", "2.25*"), ("b", "120.0", "-")]
+    assert table(numbers) == "name     us  ratio\na       1.5  2.25*\nb     120.0      -"
 
 
 def a_topology() -> Topology:

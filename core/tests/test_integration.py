@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from comm_core import integration
+from harness import side_store
 
 if TYPE_CHECKING:
     from harness import Ranks
 
 
-def vote(objections: list[str | None], silent: int | None, vote_s: float) -> tuple[bool, list[str], list[float]]:
+def vote(
+    objections: list[str | None], silent: int | None, vote_s: float, *, sums: bool = True
+) -> tuple[bool, list[str], list[float]]:
     """Vote in a group of all ranks, one of which may not vote at all; return whether it got a handle."""
     lines: list[str] = []
     log = logging.getLogger("engine")
@@ -22,7 +25,8 @@ def vote(objections: list[str | None], silent: int | None, vote_s: float) -> tup
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(f"{record.levelname}: {record.getMessage()}")  # type: ignore[method-assign]
     log.addHandler(handler)
-    rank, group = dist.get_rank(), dist.new_group()
+    rank, group = dist.get_rank(), dist.new_group() if sums else dist.group.WORLD
+    assert group is not None
     handle = None
     if rank != silent:
         handle = integration.get_handle(
@@ -37,8 +41,8 @@ def vote(objections: list[str | None], silent: int | None, vote_s: float) -> tup
         )
     log.removeHandler(handler)
     tensor = torch.ones(3)
-    # On whatever the ranks have agreed, collectives of the engine's own go on.
-    dist.all_reduce(tensor, group=group)
+    if sums:  # on whatever the ranks have agreed, collectives of the engine's own go on
+        dist.all_reduce(tensor, group=group)
     return handle is not None, lines, tensor.tolist()
 
 
@@ -61,6 +65,22 @@ def test_a_rank_that_doesnt_vote_is_waited_for_under_a_deadline(ranks: Ranks) ->
     (got, (line,), total), (_, silence, _) = ranks.run(vote, [None, None], 1, 2.0)
     assert (got, total, silence) == (False, [2.0] * 3, [])
     assert "rank 1: no vote within 2 s: comm-engine isn't installed or isn't loaded there" in line
+
+
+def late() -> tuple[bool, list[str], list[float]]:
+    """The second rank votes after the first has given up."""
+    if dist.get_rank() == 0:
+        found = vote([None, None], None, 1.0, sums=False)
+        side_store().set("gave up", "")
+        return found
+    side_store().wait(["gave up"])
+    return vote([None, None], None, 60.0, sums=False)
+
+
+def test_a_rank_that_votes_too_late_keeps_the_engines_all_reduce_at_once(ranks: Ranks) -> None:
+    (first, _, _), (second, (line,), _) = ranks.run(late)
+    assert (first, second) == (False, False)
+    assert "rank 0: it had no vote of rank 1 within 1 s" in line
 
 
 @pytest.mark.parametrize("device_group", [True, False])

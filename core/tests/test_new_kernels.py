@@ -15,6 +15,7 @@ import emulation
 import pytest
 import torch
 import torch.distributed as dist
+from checked import answers_in
 from comm_core import cli, kernels
 from host_code import needs_compiler
 from test_new import installed_in, only
@@ -119,7 +120,7 @@ def answers(site: Path, name: str, capsys: pytest.CaptureFixture[str]) -> dict[s
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "no faults found" in printed
-    return dict(line.split(maxsplit=1) for line in printed.splitlines() if line.startswith("  "))
+    return answers_in(printed)
 
 
 def test_the_one_for_cpus_passes_the_check(cpp_site: Path, capsys: pytest.CaptureFixture[str]) -> None:

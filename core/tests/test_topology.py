@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
 import pytest
 from comm_core._schema import printable
-from comm_core._topologies import load_topologies
+from comm_core._topologies import describe_topologies, load_topologies
 from comm_core.topology import SCHEMA, Device, Host, Link, RankInfo, Topology
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,8 +114,74 @@ def test_a_link_that_one_side_alone_reports_counts() -> None:
     assert topology.link(0, 1) == topology.link(1, 0) == seen
 
 
-def test_core_brings_recorded_machines_and_groups_of_cpus() -> None:
-    sizes = {name: topology.world_size for name, topology in load_topologies().items()}
-    recorded_sizes = {"cpus-one-host": 4, "dgx-h100": 8, "two-hosts-of-4": 8, "two-pcie-p2p": 2}
-    assert sizes == recorded_sizes | {"cpus-1-rank": 1, "cpus-3-ranks": 3, "cpus-8-ranks": 8, "cpus-64-ranks": 64}
-    assert len({info.host.id for info in load_topologies()["cpus-64-ranks"].ranks}) == 8
+def test_machines_by_their_numbers_of_ranks_and_hosts() -> None:
+    known = load_topologies()
+    hosts = {name: len({info.host.id for info in topology.ranks}) for name, topology in known.items()}
+    assert {name: topology.world_size for name, topology in known.items() if hosts[name] > 1} == {
+        "two-hosts-of-4": 8,
+        "gb200-nvl72": 72,
+        "gb200-two-hosts": 8,
+        "two-dgx-h100": 16,
+        "cpus-64-ranks": 64,
+    }
+    assert hosts["gb200-nvl72"] == 18
+    assert {name: topology.world_size for name, topology in known.items() if topology.world_size not in (8, 72)} == {
+        "cpus-one-host": 4,
+        "two-pcie-p2p": 2,
+        "two-dgx-h100": 16,
+        "four-a100-pcie": 4,
+        "two-rtx-4090": 2,
+        "cpus-1-rank": 1,
+        "cpus-3-ranks": 3,
+        "cpus-64-ranks": 64,
+    }
+    assert all(describe_topologies()[name] for name in known)
+    assert list(describe_topologies()) == list(known)
+
+
+@pytest.mark.parametrize("name", load_topologies())
+def test_a_machine_is_as_sound_as_a_recording(name: str) -> None:
+    topology = load_topologies()[name]
+    assert Topology.from_json(topology.to_json()) == topology
+    assert [info.global_rank for info in topology.ranks] == list(
+        range(topology.ranks[0].global_rank, topology.ranks[0].global_rank + topology.world_size)
+    )
+    uuids = [info.device.uuid for info in topology.ranks if info.device is not None]
+    assert len(set(uuids)) == len(uuids) == (topology.world_size if "cuda" in topology.device_types else 0)
+    for one, other in itertools.permutations(range(topology.world_size), 2):
+        link = topology.link(one, other)
+        assert link == topology.link(other, one)
+        together = topology.ranks[one].host == topology.ranks[other].host
+        # What isn't there has its reason, and hosts know nothing of each other's devices.
+        assert (link.p2p is None) == (not uuids or not together)
+        assert link.reason or (link.nvlinks and link.p2p)
+
+
+def test_the_machines_gpus() -> None:
+    found = {
+        name: (device.capability, topology.link(0, 1).nvlinks, topology.link(0, 1).p2p)
+        for name, topology in load_topologies().items()
+        if (device := topology.ranks[0].device) is not None
+    }
+    assert found == {
+        **dict.fromkeys(("dgx-h100", "two-hosts-of-4", "two-dgx-h100", "one-of-two-dgx-h100"), ((9, 0), 18, True)),
+        **dict.fromkeys(("hgx-h200", "hgx-h20"), ((9, 0), 18, True)),
+        **dict.fromkeys(("hgx-b200", "gb200-nvl72", "gb200-two-hosts"), ((10, 0), 18, True)),
+        "hgx-a100": ((8, 0), 12, True),
+        "four-a100-pcie": ((8, 0), 0, True),
+        **dict.fromkeys(("two-pcie-p2p", "eight-l40s"), ((8, 9), 0, True)),
+        "two-rtx-4090": ((8, 9), 0, False),
+    }
+
+
+def test_a_rack_is_one_nvlink_clique() -> None:
+    fabrics = {info.device.fabric for info in load_topologies()["gb200-nvl72"].ranks if info.device is not None}
+    assert len(fabrics) == 1
+    assert None not in fabrics
+
+
+def test_a_group_inside_one_of_two_hosts() -> None:
+    whole, inside = (load_topologies()[name] for name in ("two-dgx-h100", "one-of-two-dgx-h100"))
+    assert inside.one_host
+    assert [info.global_rank for info in inside.ranks] == list(range(8, 16))
+    assert [info.host for info in inside.ranks] == [info.host for info in whole.ranks[8:]]

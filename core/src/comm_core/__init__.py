@@ -26,7 +26,7 @@ from comm_core.errors import (
 from comm_core.hookspecs import hookimpl, hookspec
 from comm_core.tokens import TokenCounts, local_num_tokens_non_padded
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
-from comm_core.types import Available, Candidate, Decision, Range, Route, Rule, Unavailable
+from comm_core.types import Available, Candidate, Decision, Range, Route, RouteStats, Rule, Unavailable
 
 if TYPE_CHECKING:
     from comm_core._group.api import capture, close, get_backend, pre_capture_init, resume, suspend
@@ -52,6 +52,7 @@ __all__ = [
     "Range",
     "RankInfo",
     "Route",
+    "RouteStats",
     "Rule",
     "Shapes",
     "TokenCounts",

@@ -52,6 +52,9 @@ def probe() -> dict[str, Any]:  # type: ignore[empty-body]
     Returns:
         A JSON object of at most 512 bytes as text, nested at most 16 levels deep. If the facts of all installed
         backends don't fit into one message, the backends with the largest are refused.
+        The fact "missing" is the reason why the backend can't be used on this host, None if it can; see
+        `eligibility.missing_dependency`. Report the other facts in either case, None if unknown: `comm-core explain
+        --topology` asks `is_available` about machines where nothing is missing.
 
     Raises:
         Exception: of any type: the backend is unavailable for this group, with the exception's text as the reason. A

@@ -104,6 +104,8 @@ def _vote(group: dist.ProcessGroup, package: str, vote: str, patience_s: float) 
             break  # one objection decides
         if time.monotonic() > deadline:
             reason = f"no vote within {patience_s:g} s: {package} isn't installed or isn't loaded there"
+            # For a rank that votes after all.
+            store.set(f"{package}/{rank}", f"it had no vote of rank {min(missing)} within {patience_s:g} s")
             return dict.fromkeys(sorted(missing), reason)
         time.sleep(_POLL_S)
     return dict(sorted(objections.items()))

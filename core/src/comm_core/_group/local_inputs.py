@@ -32,6 +32,7 @@ __all__ = [
     "discover",
     "gather_local_inputs",
     "other_device_types",
+    "probe_plugins",
     "read_facts",
     "topology_of_one",
 ]
@@ -137,7 +138,7 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
                 f"{dist.get_backend_config(group)})"
             )
         timeout_s = request.timeout_s or settings.control_timeout_s
-        facts, unusable = _probe_plugins(found.plugins, device, timeout_s)
+        facts, unusable = probe_plugins(found.plugins, device, timeout_s)
         failures.update(unusable)
     except Exception as raised:  # noqa: BLE001 - any error goes to all ranks, which raise together
         error = _truncate(describe(raised))
@@ -194,7 +195,7 @@ class HookTimer:
         return run_on_device(call, self._device, round(share_s, 2), name)
 
 
-def _probe_plugins(
+def probe_plugins(
     plugins: Mapping[str, discovery.Plugin], device: torch.device, timeout_s: float
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Call each plugin's `probe`; return the facts, and for each plugin that failed the reason."""
@@ -252,7 +253,7 @@ def _answer_of(plugin: discovery.Plugin, topology: Topology, timer: HookTimer) -
         if isinstance(answer, Unavailable):
             return Unavailable(_truncate(answer.reason))
         return Unavailable(_truncate(f"is_available returned {answer!r}, neither Available nor Unavailable"))
-    except Exception as error:  # noqa: BLE001 - plugin boundary, as in `_probe_plugins`; also an answer's own methods
+    except Exception as error:  # noqa: BLE001 - plugin boundary, as in `probe_plugins`; also an answer's own methods
         return Unavailable(f"is_available raised {_truncate(describe(error))}")
 
 

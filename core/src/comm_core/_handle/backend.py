@@ -10,7 +10,7 @@ from torch.utils import _python_dispatch
 from comm_core._handle.checked_calls import CheckedCalls, is_writable
 from comm_core._handle.operands import TENSOR_TYPES
 from comm_core.errors import CommError
-from comm_core.types import DTYPES, Decision
+from comm_core.types import DTYPES, Decision, RouteStats
 
 if TYPE_CHECKING:
     from comm_core.topology import Topology
@@ -107,7 +107,9 @@ class Backend(CheckedCalls):
         try:
             bound = serving.all_reduce_routes[key]
             if bound is not None:
-                function, session, name, _ = bound
+                function, session, name, _, counter = bound
+                for _counted in counter:  # counts the call; see `CallCounter`
+                    break
                 try:
                     return function(session, tensor, out)  # type: ignore[no-any-return]
                 except BaseException as error:  # noqa: BLE001 - plugin boundary: re-raised with the backend's name
@@ -168,7 +170,7 @@ class Backend(CheckedCalls):
                 and (out is None or (out is not residual_out and out.__class__ in TENSOR_TYPES))
                 and (residual_out is None or residual_out.__class__ in TENSOR_TYPES)
             ):
-                function, session, name, _ = bound
+                function, session, name, _, counter = bound
                 serving = self._idle
                 self._idle = self._in_use
                 if serving is self._in_use:
@@ -182,6 +184,8 @@ class Backend(CheckedCalls):
                 finally:
                     self._idle = serving
                 if results is not NotImplemented:
+                    for _counted in counter:
+                        break
                     return results  # type: ignore[no-any-return]
         return self._fused_slow(key, bound, tensor, residual, weight, eps, weight_offset, out, residual_out)
 
@@ -226,14 +230,25 @@ class Backend(CheckedCalls):
             if session.plugin.has("limits")
         }
 
-    def explain(self) -> str:
-        """Return a report of the group's decision, equal on every rank.
+    def stats(self) -> tuple[RouteStats, ...]:
+        """Return the numbers of this rank's calls so far, one entry for each route and backend that served some.
 
-        It lists every candidate with its verdict and reason, and for each kind of message the backends that serve it.
+        Local; also of a handle that is closed. Counting takes some 15 ns a call, and puts nothing into a graph: a call
+        that a stream captures counts once, its replays don't. A call recorded outside `comm_core.capture` is counted as
+        eager. A fused call that core composes counts as one of "torch_distributed", and its all-reduce for the backend
+        that serves it.
+        """
+        return self._serving.stats()
+
+    def explain(self) -> str:
+        """Return a report of the group's decision.
+
+        It lists every candidate with its verdict and reason, and for each kind of message the backends that serve it:
+        this is equal on every rank. Then follow this rank's calls so far, if there were some; see `stats`.
         """
         from comm_core._plan.explain import explain
 
-        return explain(self._serving.label, self.topology, self.decision)
+        return explain(self._serving.label, self.topology, self.decision, self.stats())
 
     def __repr__(self) -> str:
         return f"<comm_core.Backend {self.name!r} of {self._serving.label}>"

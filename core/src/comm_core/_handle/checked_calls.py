@@ -10,7 +10,7 @@ import torch
 
 from comm_core._handle import checks, fallback, traced
 from comm_core._handle.checker import Checker
-from comm_core._handle.lookup import COMPOSED, BoundHook, CallKey
+from comm_core._handle.lookup import BoundHook, CallKey, composed, new_counter
 from comm_core._handle.operands import (
     copy_to_out,
     disjoint,
@@ -99,7 +99,7 @@ class CheckedCalls:
         anything.
         """
         operands = None
-        if bound is not None and bound is not COMPOSED and key is not None:
+        if bound is not None and bound[0] is not composed and key is not None:
             index, dtype, shape = key
             try:
                 if (
@@ -127,8 +127,9 @@ class CheckedCalls:
                 )
             checks.refuse_jit_trace()
             self._check_operands(tensor, residual, weight, out, residual_out)
-            bound = self._find("all_reduce_add_rms_norm", (tensor.get_device(), tensor.dtype, tensor.shape))
-            if bound is not COMPOSED:
+            key = (tensor.get_device(), tensor.dtype, tensor.shape)
+            bound = self._find("all_reduce_add_rms_norm", key)
+            if bound[0] is not composed:
                 operands = stage_operands(tensor, residual, weight, out, residual_out)
         elif (out is not None and operands[3] is not tensor) or (
             residual_out is not None and operands[4] is not residual
@@ -137,7 +138,7 @@ class CheckedCalls:
         if operands is not None and bound is not None:
             x, r, w, y_out, s_out = operands
             # As in `_run`, whose call and tuple would take 0.2 us.
-            function, session, name, _ = bound
+            function, session, name, _, counter = bound
             serving = self._idle
             self._idle = self._in_use
             if serving is self._in_use:
@@ -149,10 +150,19 @@ class CheckedCalls:
             finally:
                 self._idle = serving
             if results is not NotImplemented:
+                for _counted in counter:  # counts the call; see `CallCounter`
+                    break
                 y, s = results
                 return y if out is None or y is out else copy_to_out(y, out), (
                     s if residual_out is None or s is residual_out else copy_to_out(s, residual_out)
                 )
+        if bound is not None and bound[0] is composed:
+            counter = bound[4]
+        else:  # the hook declined the call
+            key = key or (tensor.get_device(), tensor.dtype, tensor.shape)
+            counter = self._serving.fused_routes.counter(key, TERMINAL)
+        for _counted in counter:
+            break
         total = self.all_reduce(tensor)
         if out is None and total.is_cuda:
             out = total  # a temporary of this call, and the norm's kernel can work in place
@@ -200,11 +210,13 @@ class CheckedCalls:
 
     def _run(self, bound: BoundHook, op: str, *operands: Any) -> Any:
         """Call a hook, as the only thread of this handle; an error stops the handle."""
-        function, session, name, _ = bound
+        function, session, name, _, counter = bound
         serving = self._idle
         self._idle = self._in_use
         if serving is self._in_use:
             self._in_use.refuse()
+        for _counted in counter:
+            break
         try:
             return function(session, *operands)
         except BaseException as error:  # noqa: BLE001 - plugin boundary: re-raised with the backend's name
@@ -230,12 +242,16 @@ class CheckedCalls:
                 refusals.append(error)
                 return operand
 
-        result: torch.Tensor = self._run((sum_or_refuse, session, TERMINAL, False), "all_reduce", operand, None)
+        bound = (sum_or_refuse, session, TERMINAL, False, new_counter())
+        result: torch.Tensor = self._run(bound, "all_reduce", operand, None)
         if refusals:
             raise TypeError(
                 f"a tensor of {operand.dtype} can't be reduced: no backend takes this dtype, and torch.distributed "
                 f"can't sum it on {operand.device.type} either ({refusals[0]}). Convert it first"
             ) from refusals.pop()
+        key = (operand.device.type, operand.dtype, operand.numel())
+        for _counted in self._serving.all_reduce_routes.counter(key, TERMINAL):
+            break
         return result
 
     def _require_idle(self) -> None:

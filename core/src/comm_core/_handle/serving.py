@@ -11,8 +11,8 @@ import torch
 
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._handle import norm
-from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, Routes, bind
-from comm_core.types import Decision
+from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, RouteKey, Routes, bind
+from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats
 
 if TYPE_CHECKING:
     from comm_core._control.store import Control
@@ -85,6 +85,9 @@ class Serving:
         self._peers_checked_s = 0.0
         _servings.add(self)
         self._graphs = False
+        self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
+        # The calls and bytes by operation, mode and route, without those that the routes in use have counted.
+        self._earlier: dict[tuple[str, str, RouteKey], tuple[int, int]] = {}
         self.all_reduce_routes: Routes | CaptureRoutes
         self.fused_routes: Routes | CaptureRoutes
         self.adopt(decision, sessions)
@@ -99,6 +102,7 @@ class Serving:
         kinds = self.topology.device_types
         devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
         self.devices = tuple(devices.values())
+        self._earlier = self._counts()
         self.eager = bind(decision, "eager", devices, self.terminal, sessions)
         self._graph = bind(decision, "graph", devices, self.terminal, sessions)
         self.decision = decision
@@ -119,6 +123,25 @@ class Serving:
     def label(self) -> str:
         """The group's name and whether it is suspended, for texts."""
         return f"{self.title}, suspended" if self.suspended else self.title
+
+    def stats(self) -> tuple[RouteStats, ...]:
+        """Return the calls so far, by route and backend; see `Backend.stats`."""
+        found = [
+            RouteStats(op, mode, _device_type(device), str(dtype).removeprefix("torch."), backend, calls, nbytes)
+            for (op, mode, (device, dtype, backend)), (calls, nbytes) in self._counts().items()
+            if calls
+        ]
+        return tuple(sorted(found, key=_order))
+
+    def _counts(self) -> dict[tuple[str, str, RouteKey], tuple[int, int]]:
+        """Return the calls and bytes so far, by operation, mode and route."""
+        counts = dict(self._earlier)
+        for mode, routes in zip(MODES, (self.eager, self._graph), strict=True):
+            for op, of_op in zip(OPS, (routes.all_reduce, routes.fused), strict=True):
+                for route, (calls, nbytes) in of_op.totals().items():
+                    earlier_calls, earlier_nbytes = counts.get((op, mode, route), (0, 0))
+                    counts[op, mode, route] = earlier_calls + calls, earlier_nbytes + nbytes
+        return counts
 
     def suspend(self) -> None:
         """Make every call raise `CommError` until `resume`."""
@@ -188,6 +211,19 @@ class Serving:
         """Make every later call raise `CommError(why)`."""
         self.failure = self.refusal = why
         self.suspended = False
+        self._earlier = self._counts()
         self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
         self.all_sessions.clear()
         self.all_reduce_routes, self.fused_routes, self.sessions = self.eager.all_reduce, self.eager.fused, {}
+
+
+def _device_type(device: int | str) -> str:
+    """Return the type of a route's device; see `RouteKey`."""
+    return device if isinstance(device, str) else "cpu" if device < 0 else "cuda"
+
+
+def _order(stats: RouteStats) -> tuple[object, ...]:
+    """Return the key that sorts statistics as a decision has its routes; dtypes without a route come last."""
+    dtypes = list(DTYPES)
+    dtype = dtypes.index(stats.dtype) if stats.dtype in DTYPES else len(dtypes)
+    return OPS.index(stats.op), MODES.index(stats.mode), stats.device_type != "cuda", dtype, stats.dtype, stats.backend

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 from comm_core.topology import Topology
-from comm_core.types import DTYPES, Candidate, Decision, Route, Rule, rank_label
+from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, RouteStats, Rule, rank_label
 
-__all__ = ["explain", "size", "table"]
+__all__ = ["explain", "explain_message", "rules_by_size", "size", "table"]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+# A cell of a column of numbers: a number, with a mark or without, or none.
+_NUMBER = re.compile(r"[\d.]+\*?|-|")
 
 
 def size(nbytes: int) -> str:
@@ -21,21 +24,28 @@ def size(nbytes: int) -> str:
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Return the rows as text in aligned columns, two spaces apart."""
+    """Return the rows as text in aligned columns, two spaces apart; columns of numbers are aligned right.
+
+    Args:
+        rows: the cells, the header's first.
+    """
     rows = list(rows)
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    columns = []
+    for column in zip(*rows, strict=True):
+        width = max(map(len, column))
+        align = str.rjust if all(map(_NUMBER.fullmatch, column[1:])) else str.ljust
+        columns.append([align(cell, width) for cell in column])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-def explain(title: str, topology: Topology, decision: Decision) -> str:
-    """Return a report of a group's candidates, with their verdicts and reasons, and of its routes.
+def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[RouteStats] = ()) -> str:
+    """Return a report of a group's candidates, with their verdicts and reasons, of its routes, and of calls so far.
 
     Args:
         title: the group's name, such as "group '0' (ranks 0-1)".
         topology: the group's topology.
         decision: the group's decision.
+        stats: the calls so far; none: the report doesn't mention them.
     """
     rows = [("backend", "priority", "verdict", "reason")]
     rows += [
@@ -48,7 +58,33 @@ def explain(title: str, topology: Topology, decision: Decision) -> str:
         for candidate in decision.candidates
     ]
     lines = [f"{title}: {_describe_group(topology)}", "", table(rows), ""]
-    return "\n".join(lines + _routes(decision.routes))
+    return "\n".join(lines + _routes(decision.routes) + (["", *_calls(stats)] if stats else []))
+
+
+def rules_by_size(route: Route, nbytes: int) -> tuple[Rule, ...]:
+    """Return the rules of which one takes a message of `nbytes` bytes, by its shape; the last one takes any shape."""
+    numel = nbytes // DTYPES[route.dtype]
+    taking = []
+    for rule in route.rules:
+        # One row of all elements: the shape with the fewest tokens.
+        if rule.takes(nbytes, 1, 0) and numel % rule.hidden_multiple == 0:
+            taking.append(rule)
+            if rule.max_tokens is None and rule.hidden_multiple == 1:
+                break
+    return tuple(taking)
+
+
+def explain_message(decision: Decision, route: Route, nbytes: int) -> str:
+    """Say in one line who serves a message of `nbytes` bytes on a route of the decision."""
+    what = f"{route.op} of {size(nbytes)}, {route.mode}, {route.device_type}, {route.dtype}"
+    *conditional, last = rules_by_size(route, nbytes)
+    parts = [f"{rule.backend} with {_shape_condition(rule)}" for rule in conditional]
+    if last.backend != TERMINAL or route.op == "all_reduce":
+        parts.append(last.backend)
+    else:
+        plain = decision.route("all_reduce", route.mode, route.device_type, route.dtype)
+        parts.append(f"core's norm after an all_reduce by {plain.backend_for(nbytes)}")
+    return f"{what}: {', else '.join(parts)}"
 
 
 def _reason(candidate: Candidate, topology: Topology) -> str:
@@ -78,6 +114,16 @@ def _routes(routes: Iterable[Route]) -> list[str]:
     return table(rows).splitlines()
 
 
+def _calls(stats: Sequence[RouteStats]) -> list[str]:
+    """Return the table of calls so far."""
+    rows = [("calls so far", "mode", "device", "dtype", "backend", "calls", "size of all")]
+    rows += [
+        (item.op, item.mode, item.device_type, item.dtype, item.backend, str(item.calls), size(item.nbytes))
+        for item in stats
+    ]
+    return table(rows).splitlines()
+
+
 def _dtypes(op: str, dtypes: list[str]) -> str:
     possible = [dtype for dtype in DTYPES if op == "all_reduce" or "float" in dtype]
     return "all" if dtypes == possible else ",".join(dtypes)
@@ -92,11 +138,12 @@ def _rule(rule: Rule) -> str:
         bounds = f"up to {size(rule.max_nbytes)}"
     else:
         bounds = f"{size(rule.min_nbytes)} to {size(rule.max_nbytes)}"
-    extra = ""
-    if rule.multiple_nbytes > 1:
-        extra += f", multiples of {size(rule.multiple_nbytes)}"
-    if rule.max_tokens is not None:
-        extra += f", up to {rule.max_tokens} tokens"
-    if rule.hidden_multiple > 1:
-        extra += f", hidden size a multiple of {rule.hidden_multiple}"
-    return f"{rule.backend} {bounds}{extra}"
+    multiples = f"multiples of {size(rule.multiple_nbytes)}" if rule.multiple_nbytes > 1 else ""
+    return ", ".join(filter(None, (f"{rule.backend} {bounds}", multiples, _shape_condition(rule))))
+
+
+def _shape_condition(rule: Rule) -> str:
+    """Return the rule's condition on a message's shape; "" if it takes every shape."""
+    tokens = "" if rule.max_tokens is None else f"up to {rule.max_tokens} tokens"
+    hidden = f"hidden size a multiple of {rule.hidden_multiple}" if rule.hidden_multiple > 1 else ""
+    return ", ".join(filter(None, (tokens, hidden)))

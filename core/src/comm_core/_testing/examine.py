@@ -22,6 +22,9 @@ from comm_core.types import Available, Unavailable
 
 __all__ = ["Examination", "Fault", "describe_faults", "examine", "examine_plugin"]
 
+# The most topologies that a fault's text names.
+_SHOWN = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
@@ -131,7 +134,8 @@ def _ask_about_each(plugin: discovery.Plugin, timeout_s: float, result: Examinat
     plugins = {plugin.name: plugin.version or ""}
     facts = {plugin.name: result.facts} if plugin.has("probe") else {}
     topologies: dict[Fault, list[str]] = {}
-    for name, topology in load_topologies().items():
+    known = load_topologies()
+    for name, topology in known.items():
         ranks = (dataclasses.replace(info, plugins=plugins, facts=facts) for info in topology.ranks)
         asked = Topology.of(ranks, topology.device_types)
         try:
@@ -141,7 +145,10 @@ def _ask_about_each(plugin: discovery.Plugin, timeout_s: float, result: Examinat
             if isinstance(error.__cause__, TimeoutError):
                 break  # the others would take as long
     for fault, names in topologies.items():
-        result.faults.append(dataclasses.replace(fault, what=f"{fault.what} (topologies: {', '.join(names)})"))
+        listed = "all" if len(names) == len(known) else ", ".join(names[:_SHOWN])
+        if len(names) > _SHOWN and listed != "all":
+            listed += f" and {len(names) - _SHOWN} more"
+        result.faults.append(dataclasses.replace(fault, what=f"{fault.what} (topologies: {listed})"))
 
 
 def _answer(plugin: discovery.Plugin, topology: Topology, timeout_s: float) -> str:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from comm_core._schema import printable
 from comm_core.cli._report import encodable
-from comm_core.command import table
 from comm_core.env import Settings
 
 if TYPE_CHECKING:
     from comm_core._testing.examine import Examination
 
 __all__ = ["add_parser", "run"]
+
+#: Before the names of topologies.
+_INDENT = " " * 6
 
 
 def add_parser(subparsers: Any) -> None:
@@ -63,12 +67,23 @@ def _run_quick_tests(name: str, ranks: int) -> int:
     return 1 if failed else 0
 
 
+def _answers(answers: Mapping[str, str]) -> Iterator[str]:
+    """Yield each answer, and below it the topologies that got it."""
+    topologies: dict[str, list[str]] = {}
+    for topology, answer in answers.items():
+        topologies.setdefault(answer, []).append(topology)
+    for answer, names in topologies.items():
+        yield f"  {printable(answer)}"
+        yield textwrap.fill(
+            ", ".join(names), 80, initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False
+        )
+
+
 def _lines(name: str, found: Examination) -> list[str]:
     title = f"backend '{name}'" + (f" ({found.source})" if found.source else "")
     lines = [f"{printable(title)}: {len(found.faults) or 'no'} fault{'' if len(found.faults) == 1 else 's'} found"]
     if found.answers:
-        answers = ((f"  {topology}", printable(answer)) for topology, answer in found.answers.items())
-        lines += ["", "Its is_available says:", table(list(answers))]
+        lines += ["", "Its is_available says:", *_answers(found.answers)]
     for number, fault in enumerate(found.faults, 1):
         lines += ["", f"{number}. {printable(fault.what)}"]
         lines += [f"   at {printable(fault.place)}"] if fault.place else []

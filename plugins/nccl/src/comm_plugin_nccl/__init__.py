@@ -29,7 +29,7 @@ def probe() -> dict[str, Any]:
     try:
         binding = library.load()
     except ImportError as error:
-        return {"missing": str(error)[:_FACT_CHARS]}
+        return {"missing": str(error)[:_FACT_CHARS], "nccl": None, "library": None}
     return {
         "missing": library.unfit_environment() or None,
         "nccl": library.version(binding),
