@@ -44,9 +44,10 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
 	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 3 --dist loadfile --no-loadscope-reorder) $(ARGS)
 
-# SGLang pins its own torch and hundreds of packages, of which its engine on CPUs imports few: 2 GB.
+# SGLang pins its own torch and hundreds of packages, of which its engine on CPUs imports few: 2 GB. The option is for a
+# busy machine, where two engines take longer than any other test.
 test-sglang: $(SGLANG_STAMP)  ## SGLang's real engine on CPUs, stock and by comm-sglang: the same tokens, the speed of both
-	$(SGLANG)/bin/pytest $(or $(ARGS),integrations/sglang/tests/test_sglang_engine.py)
+	$(SGLANG)/bin/pytest --override-ini faulthandler_timeout=0 $(or $(ARGS),integrations/sglang/tests/test_sglang_engine.py)
 
 # vLLM pins its own torch and hundreds of packages, 4 GB in all, so it has an environment of its own.
 test-vllm: $(VLLM_STAMP)  ## vLLM's real engine on CPUs, stock and by comm-vllm: the same tokens, the speed of both
