@@ -89,7 +89,9 @@ def wait_for_a_rank_to_import_torch(command: int) -> None:
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError, IndexError):  # no process, or one that has just ended
                 stat = (folder / "stat").read_text().rpartition(")")[2].split()
-                if int(stat[1]) == command and "libtorch_cpu" in (folder / "maps").read_text():
+                # Before a child executes its program, it has its parent's command line and libraries.
+                program = b"comm_core.cli" in (folder / "cmdline").read_bytes()
+                if program and int(stat[1]) == command and "libtorch_cpu" in (folder / "maps").read_text():
                     return
         time.sleep(0.01)
     raise AssertionError("no rank imports torch")

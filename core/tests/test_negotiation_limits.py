@@ -99,6 +99,15 @@ def test_a_backend_that_says_too_much_is_dropped_alone(
         assert found["second"]["verdict"] == "serves"
 
 
+def test_a_failure_of_several_lines_is_logged_where_it_happened(ranks: Ranks, tmp_path: Path) -> None:
+    first = faulty.install_kind(tmp_path / "first", oversized.ConnectRaisesEscapes, "first", 300, on=[1])
+    there, here = run(ranks, [[first]] * 2)
+    assert [line for line in here.texts if line.startswith("comm_core: OSError: ")][1:] == [
+        "comm_core: OSError: forged"
+    ]
+    assert not any("comm_core: OSError" in line for line in there.texts)
+
+
 def test_many_broken_and_many_sound_backends(ranks: Ranks, tmp_path: Path) -> None:
     second = faulty.install_kind(tmp_path / "second", faulty.Good, "second", 200)
     broken = "raise ImportError('\\U0001f480 no library' * 900)"

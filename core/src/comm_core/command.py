@@ -49,7 +49,9 @@ __all__ = ["GROUP", "contention", "describe", "enough_gpus", "joined", "launch",
 
 # A rank's program: `comm-core`, which Ctrl-C ends at once until `joined` has imported what it needs.
 _RANK = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); from comm_core.cli import main; sys.exit(main())"
+    # The module under `signal`, which imports nothing.
+    "import _signal, sys; _signal.signal(_signal.SIGINT, _signal.SIG_DFL); "
+    "from comm_core.cli import main; sys.exit(main())"
 )
 GROUP = "comm_core.commands"
 """The entry-point group of commands."""

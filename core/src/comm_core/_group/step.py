@@ -18,6 +18,8 @@ from comm_core.env import PREFIX
 __all__ = ["Step", "check_budget", "run_in_worker"]
 
 _log = logging.getLogger("comm_core")
+# The most lines of a failure that are logged.
+_LOGGED_LINES = 100
 # The longest failure that a rank reports, in characters.
 _REASON_CHARS = 4000
 
@@ -70,7 +72,8 @@ class Step:
             self.failure = reason[:_REASON_CHARS]
         lines = str(error).strip().splitlines()
         if len(lines) > 1:  # as of a compiler; the reason that the ranks share is one line
-            _log.warning("comm_core: %s: %s", type(error).__name__, "\n".join(map(printable, lines)))
+            for line in lines[:_LOGGED_LINES]:  # each with the prefix, so that none can pass for another program's
+                _log.warning("comm_core: %s: %s", type(error).__name__, printable(line)[:_REASON_CHARS])
         awaited = stage.pending_ranks() if isinstance(error, TimeoutError) else ()
         waits = f": it waits for {self.member.control.label(*awaited)}" if awaited else ""
         return stage.abort(reason + waits, is_timeout=late)
