@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
 import secrets
+import select
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -193,7 +195,14 @@ def _open(pid: int, descriptor: int, name: str) -> int:
 
 
 def _has_ended(pid: int) -> bool:
-    """Say whether a process is gone, or a zombie."""
+    """Say whether a process is gone, or ends: by its pidfd, as the native code, or where there is none by its state."""
+    with contextlib.suppress(OSError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            if select.select([descriptor], [], [], 0)[0]:
+                return True
+        finally:
+            os.close(descriptor)
     try:
         # The state follows the name, which is in parentheses and may hold any character.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
