@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -13,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from comm_core.command import contention, enough_gpus, joined, launch, under_torchrun
@@ -121,8 +122,7 @@ def run(args: argparse.Namespace) -> int:
             args.fail(_NO_GRAPHS.format(args.graph))
         return launch(args.nproc, args.arguments)
     with joined() as rank:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        if rank == 0 and (reason := contention(ranks_here)):
+        if rank == 0 and (reason := contention()):
             sys.stderr.write(f"comm-core bench: times won't be this machine's best: {reason}\n")
         return _measure(args, prints=rank == 0)
 
@@ -217,12 +217,10 @@ def _chosen_sizes(args: argparse.Namespace) -> bool:
 
 def _read(args: argparse.Namespace) -> int:
     """Show a recorded run; return 1 if it has wrong elements."""
-    try:
+    with _reading(args, "--read", args.read):
         document = json.loads(args.read.read_text())
         rows = read_rows(document)
         text = [*preamble(document), *tables(rows, _columns()), *footer(document)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        args.fail(f"--read {args.read} can't be read: {type(error).__name__}: {error}")
     _print_text(args, text)
     _write_files(args, document, rows)
     return 1 if document["wrong"] else 0
@@ -230,19 +228,21 @@ def _read(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     """Show how the times of two recorded runs differ."""
-    old, new = (read_rows(_load(args, "--compare", path)) for path in args.compare)
-    print(*compare(old, new), sep="\n", flush=True)
+    runs = []
+    for path in args.compare:
+        with _reading(args, "--compare", path):
+            runs.append(read_rows(json.loads(path.read_text())))
+    print(*compare(*runs), sep="\n", flush=True)
     return 0
 
 
-def _load(args: argparse.Namespace, option: str, path: pathlib.Path) -> dict[str, Any]:
-    """Return a file's document; end with a usage error if it isn't one."""
+@contextlib.contextmanager
+def _reading(args: argparse.Namespace, option: str, path: pathlib.Path) -> Iterator[None]:
+    """End with a usage error if the block can't read a record."""
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
-        read_rows(document)
+        yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         args.fail(f"{option} {path} can't be read: {type(error).__name__}: {error}")
-    return document
 
 
 def _columns() -> int | None:

@@ -107,12 +107,13 @@ def launch(nproc: int, arguments: Sequence[str]) -> int:
     return 0
 
 
-def contention(ranks: int) -> str:
+def contention(ranks: int | None = None) -> str:
     """Return a sentence if this host's processors can't each be one rank's own, so that times say little; else "".
 
     Args:
-        ranks: the number of ranks on this host that start now or have just started.
+        ranks: the number of ranks on this host that start now or have just started; None: those of this rank's job.
     """
+    ranks = _ranks_here() if ranks is None else ranks
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     if ranks > cores:
         return f"{ranks} ranks share {cores} processor{'s'[: cores > 1]}, and wait for each other's turns"
@@ -153,7 +154,7 @@ def joined() -> Iterator[int]:
     _set_ctrl_c(signal.default_int_handler)
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    local_size = _ranks_here()
     if enough_gpus(local_size):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -183,6 +184,11 @@ def _set_ctrl_c(handler: Any) -> None:
     """Let Ctrl-C end this process at once, or raise KeyboardInterrupt. Only the main thread may choose."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, handler)
+
+
+def _ranks_here() -> int:
+    """Return the number of the job's ranks on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
 
 
 def _print_error(text: str) -> None:

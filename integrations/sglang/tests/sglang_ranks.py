@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import comm_core as comm
+import engine_graphs
 import torch
 import torch.distributed as dist
 from comm_core._probe import rank as probing
@@ -409,29 +410,7 @@ def time_graphs(sizes: list[int], calls: int) -> tuple[str, dict[int, float]]:
     """Return what sums, and the time of an all-reduce in a captured graph, in us, by bytes: the best of 20 replays."""
     load()
     group = make_group("tp")
-    best = {}
-    for nbytes in sizes:
-        static = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device=group.device)
-        group.all_reduce(static)  # what a first call of a size does isn't for a capture
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with group.graph_capture() as context, torch.cuda.graph(graph, stream=context.stream):
-            tensor = static
-            for _ in range(calls):
-                tensor = group.all_reduce(tensor)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        times = []
-        for _ in range(20):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / calls)
-        worst = torch.tensor([min(times)], device=group.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        best[nbytes] = worst.item()
-        del graph, tensor
-    torch.cuda.synchronize()
+    best = engine_graphs.time_graphs(group, sizes, calls)
     name = type(group.ca_comm).__name__
     disabled = group.ca_comm is None or group.ca_comm.disabled
     group.destroy()

@@ -6,6 +6,7 @@ import importlib
 import sys
 from typing import Any
 
+import engine_graphs
 import torch
 import torch.distributed as dist
 from vllm_ranks import forget, total
@@ -146,28 +147,6 @@ def sleep_between_replays() -> bool:
 def time_graphs(sizes: list[int], calls: int) -> dict[int, float]:
     """Return the time of an all-reduce in a captured graph, in microseconds, by bytes: the best of 20 replays."""
     group = make_group()
-    best = {}
-    for nbytes in sizes:
-        static = torch.zeros(nbytes // 2, dtype=torch.bfloat16, device=group.device)
-        group.all_reduce(static)  # what a first call of a size does isn't for a capture
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with group.graph_capture() as context, torch.cuda.graph(graph, stream=context.stream):
-            tensor = static
-            for _ in range(calls):
-                tensor = group.all_reduce(tensor)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        times = []
-        for _ in range(20):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / calls)
-        worst = torch.tensor([min(times)], device=group.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        best[nbytes] = worst.item()
-        del graph, tensor
-    torch.cuda.synchronize()
+    best = engine_graphs.time_graphs(group, sizes, calls)
     group.destroy()
     return best
