@@ -42,7 +42,7 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
     topology = Topology.of((item.info for item in evidence), device_types_of(group, local.device))
 
     named, source = local.named_backends
-    asked, dropped = decide.screen_candidates(evidence, named, local.settings.disable, source)
+    asked, dropped = decide.screen_candidates(evidence, named, local.settings.disable, source, local.settings.plugins)
     slate = decide.Slate((), dropped)
     if asked:
         plugins = [local.plugins[name] for name in asked]
