@@ -123,9 +123,9 @@ def _prepare_one(
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
                 raise step.abort(stage, error) from error
             votes = member.read_prepared(gathered)
-            merged = decide.merge_prepared(offer, [answer for _, answer in votes])
-            if isinstance(merged, tuple):
-                raise stage.abort(merged[0])
+        merged = decide.merge_prepared(offer, [answer for _, answer in votes])
+        if isinstance(merged, tuple):  # on every rank, so none has to tell the others
+            raise StageAbortedError(f"{vote_name}: {merged[0]}", *merged)
     except StageAbortedError as error:
         return drop(slate, name, "pre_capture_init", error, sessions, step)
     session.count_memory(nbytes for nbytes, _ in votes)

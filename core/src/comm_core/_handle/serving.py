@@ -187,7 +187,10 @@ class Serving:
         if first is None or self.control is None:
             return ""
         if first.rank != self.control.rank:
-            return describe_stopped(self.control, first)
+            before = describe_stopped(self.control, first)
+            if before not in why:
+                self.failure = self.refusal = f"{why}. Before that, {before}. {STOPPED}"
+            return before
         self.fault = dataclasses.replace(self.fault, first=True)
         return ""
 

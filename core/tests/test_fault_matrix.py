@@ -1,0 +1,34 @@
+"""A part of the fault matrix; `make faults` runs all of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import fault_matrix
+import pytest
+from faulty_plugins import install_kind
+from matrix_plugins import FAULTS, NAME, STAGES, Faulty, applies
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from harness import Ranks
+
+# Those that wait for no deadline, and that share their processes.
+QUICK = ("raise", "SystemExit", "KeyboardInterrupt", "out of memory", "wrong data", "wrong type or shape")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fault_ends_alike_on_all_ranks_and_leaves_nothing(ranks: Ranks, tmp_path: Path, stage: str) -> None:
+    path = install_kind(tmp_path / "plugin", Faulty, NAME, 300)  # type: ignore[arg-type]
+    faults = [fault for fault in QUICK if applies(stage, fault)]
+    culprit = STAGES.index(stage) % 2
+    cells = fault_matrix.run(ranks, path, stage, faults, 2, culprit)
+    assert len(cells) == len(faults) > 3
+    assert [f"{cell.label}: {problem}" for cell in cells for problem in fault_matrix.problems(cell)] == []
+
+
+def test_the_page_has_every_cell() -> None:
+    rows = fault_matrix.rows_of_page()
+    assert set(rows) == {(stage, fault) for stage in STAGES for fault in FAULTS if applies(stage, fault)}
+    assert fault_matrix.PAGE.read_text("utf-8") == fault_matrix.page(rows)
