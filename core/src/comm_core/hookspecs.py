@@ -203,6 +203,8 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
     raises an error for an invalid operand, or calls the hook again with copies. Strides and addresses differ between
     ranks, so in one call some ranks may get the caller's operands and others copies.
 
+    Core itself composes a call without a residual, and one with a float32 residual or weight beside a 16-bit tensor.
+
     Args:
         session: what `connect` returned, else the `GroupContext`.
         tensor: `[num_tokens, hidden_size]`, floating point, contiguous, aligned to 16 bytes.

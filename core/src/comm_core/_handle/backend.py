@@ -121,7 +121,7 @@ class Backend(CheckedCalls):
     def all_reduce_add_rms_norm(
         self,
         tensor: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float = 1e-6,
         weight_offset: float = 0.0,
@@ -132,25 +132,27 @@ class Backend(CheckedCalls):
         """Sum `tensor` over the ranks, add the residual, and normalise the result with RMSNorm.
 
         Computes `s = sum over ranks of tensor + residual` and `y = s · rsqrt(mean(s², last axis) + eps) · (weight +
-        weight_offset)`. One fused kernel serves the call if a backend offers one for this shape; otherwise core
-        composes it of an all-reduce and a norm.
+        weight_offset)`. One fused kernel serves the call if a backend offers one for this shape; otherwise, and for
+        inputs of two dtypes or without a residual, core composes it of an all-reduce and a norm.
 
         Args:
             tensor: `[num_tokens, hidden_size]`, or `[..., hidden_size]` with any number of dimensions before; floating
                 point.
-            residual: like `tensor`; the same values on every rank.
-            weight: `[hidden_size]`, the dtype of `tensor`; the same values on every rank.
+            residual: like `tensor`, or float32 beside a 16-bit tensor; the same values on every rank. None: there is
+                none, as in a model's first layer, and `s` is the sum over the ranks alone.
+            weight: `[hidden_size]`, the dtype of `tensor`, or float32 beside a 16-bit tensor; the same values on every
+                rank.
             eps: added to the mean square.
             weight_offset: added to the weight, 1.0 for Gemma's norms.
             out: the tensor that receives `y`, like `tensor`; it may be `tensor` itself. None allocates a new tensor.
-            residual_out: the tensor that receives `s`, like `tensor`. Pass `residual` itself to update it in place.
-                None allocates a new tensor.
+            residual_out: the tensor that receives `s`, like `residual`, or like `tensor` without one. Pass `residual`
+                itself to update it in place. None allocates a new tensor.
 
         Returns:
             `(y, s)`: `out` and `residual_out`, or the new tensors.
 
         Raises:
-            TypeError: as in `all_reduce`, or the operands' dtypes differ or aren't floating point.
+            TypeError: as in `all_reduce`, or the operands' dtypes don't match or aren't floating point.
             ValueError: as in `all_reduce`, or the operands' shapes or devices don't match, or `out` and `residual_out`
                 share memory.
             CommTimeoutError: as in `all_reduce`.

@@ -45,7 +45,7 @@ class ComparingBackend(Backend):
     def all_reduce_add_rms_norm(
         self,
         tensor: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float = 1e-6,
         weight_offset: float = 0.0,

@@ -82,7 +82,7 @@ def _all_reduce_out(tensor: torch.Tensor, out: torch.Tensor, group_name: str = "
 
 def _fused(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     group_name: str = "",
     eps: float = 1e-6,
@@ -93,7 +93,7 @@ def _fused(
 
 def _fused_out(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     out: torch.Tensor,
     residual_out: torch.Tensor,
@@ -108,7 +108,7 @@ def _fused_out(
         eps,
         weight_offset,
         out=_canonical_out(tensor, out),
-        residual_out=_canonical_out(residual, residual_out),
+        residual_out=residual_out if residual is None else _canonical_out(residual, residual_out),
     )
 
 
@@ -127,8 +127,10 @@ def _canonical_out(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return tensor if same else out
 
 
-def _fake_fused(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return traced.empty_contiguous(tensor), traced.empty_contiguous(tensor)
+def _fake_fused(
+    tensor: torch.Tensor, residual: torch.Tensor | None, *_rest: Any, **_named: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return traced.empty_contiguous(tensor), traced.empty_contiguous(tensor if residual is None else residual)
 
 
 def _fake_none(*_rest: Any, **_named: Any) -> None:
@@ -153,12 +155,12 @@ _define("all_reduce(Tensor tensor, str group_name='') -> Tensor", _all_reduce, t
 _define("all_reduce_(Tensor(a!) tensor, str group_name='') -> ()", _all_reduce_, _fake_none)
 _define("all_reduce_out(Tensor tensor, Tensor(a!) out, str group_name='') -> ()", _all_reduce_out, _fake_none)
 _define(
-    f"all_reduce_add_rms_norm(Tensor tensor, Tensor residual, Tensor weight, {_COMMON_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"all_reduce_add_rms_norm(Tensor tensor, Tensor? residual, Tensor weight, {_COMMON_ARGUMENTS}) -> (Tensor, Tensor)",
     _fused,
     _fake_fused,
 )
 _define(
-    "all_reduce_add_rms_norm_out(Tensor tensor, Tensor residual, Tensor weight, Tensor(a!) out, "
+    "all_reduce_add_rms_norm_out(Tensor tensor, Tensor? residual, Tensor weight, Tensor(a!) out, "
     f"Tensor(b!) residual_out, {_COMMON_ARGUMENTS}) -> ()",
     _fused_out,
     _fake_none,

@@ -40,7 +40,7 @@ def all_reduce(self: CheckedCalls, tensor: torch.Tensor, out: torch.Tensor | Non
 def all_reduce_add_rms_norm(
     self: CheckedCalls,
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
@@ -55,7 +55,7 @@ def all_reduce_add_rms_norm(
         )
         return pair
     out = empty_contiguous(tensor) if out is None else out
-    residual_out = empty_contiguous(residual) if residual_out is None else residual_out
+    residual_out = empty_contiguous(tensor if residual is None else residual) if residual_out is None else residual_out
     torch.ops.comm_core.all_reduce_add_rms_norm_out(
         tensor, residual, weight, out, residual_out, self.group_name, eps, weight_offset
     )
