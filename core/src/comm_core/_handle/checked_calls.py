@@ -202,8 +202,7 @@ class CheckedCalls:
 
     def _find(self, op: str, key: CallKey) -> BoundHook:
         """Return the hook that serves `op` for this key, after the checks."""
-        routes = self._serving.all_reduce_routes if op == "all_reduce" else self._serving.fused_routes
-        bound = routes.find(key)
+        bound = self._serving.routes_of(op).find(key)
         if bound is None:
             self._require_open()  # another thread closed or suspended the handle meanwhile
             raise AssertionError(f"no route for {key}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -13,6 +14,7 @@ __all__ = [
     "check_tensors",
     "is_mixed",
     "refuse_jit_trace",
+    "share_memory",
     "warn_without_gradient",
 ]
 
@@ -30,22 +32,42 @@ def check_tensors(**operands: object) -> None:
             raise TypeError(f"expected a torch.Tensor as {name}; got {type(operand).__name__}")
 
 
-def check_out(tensor: torch.Tensor, out: torch.Tensor, name: str = "out") -> None:
+def check_out(
+    tensor: torch.Tensor,
+    out: torch.Tensor,
+    name: str = "out",
+    dtype: torch.dtype | None = None,
+    shape: Sequence[int] | None = None,
+) -> None:
     """Raise if `out` can't receive a result of the shape and dtype of `tensor`.
 
     Args:
         tensor: the input.
         out: the output.
         name: the output's name in the text.
+        dtype: the result's dtype; None: that of `tensor`.
+        shape: the result's shape; None: that of `tensor`.
 
     Raises:
         TypeError: `out` isn't a tensor, or has no memory.
-        ValueError: `out` differs from `tensor` in shape, dtype, device or layout, or overlaps itself.
+        ValueError: `out` has another shape, dtype, device or layout, or overlaps itself.
     """
     if out is tensor and tensor.is_contiguous():
         return
     check_tensors(**{name: out})
-    if (
+    if dtype is not None or shape is not None:
+        dtype, shape = dtype or tensor.dtype, tensor.shape if shape is None else shape
+        if (
+            (*out.shape,) != (*shape,)
+            or out.dtype != dtype
+            or out.device != tensor.device
+            or out.layout != tensor.layout
+        ):
+            raise ValueError(
+                f"expected as {name} a tensor of {dtype} {list(shape)}, {tensor.layout}, on {tensor.device}; got "
+                f"{out.dtype} {list(out.shape)}, {out.layout}, on {out.device}"
+            )
+    elif (
         out.shape != tensor.shape
         or out.dtype != tensor.dtype
         or out.device != tensor.device
@@ -108,7 +130,7 @@ def check_fused_outs(
         check_out(tensor, out)
     if residual_out is not None:
         check_out(tensor if residual is None else residual, residual_out, "residual_out")
-        if out is not None and (out is residual_out or _share_memory(out, residual_out)):
+        if out is not None and (out is residual_out or share_memory(out, residual_out)):
             raise ValueError(
                 "out and residual_out share memory, but the call writes a different result to each; pass disjoint "
                 "tensors"
@@ -153,7 +175,7 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether an element of one tensor lies on an element of the other."""
     if not (one.numel() and other.numel()) or one.layout is not torch.strided or other.layout is not torch.strided:
         return False

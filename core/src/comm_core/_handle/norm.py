@@ -16,7 +16,7 @@ from comm_core._control.deadline import describe
 from comm_core._control.guard import raise_if_capturing
 from comm_core._handle.operands import copy_to_out, disjoint, is_kernel_ready, to_kernel_ready
 
-__all__ = ["add_rms_norm", "prepare"]
+__all__ = ["add_rms_norm", "prepare", "quant_kernel"]
 
 _log = logging.getLogger("comm_core")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,6 +26,8 @@ _Key = tuple[torch.device, torch.dtype, int, torch.dtype | None, torch.dtype]
 _Launch = Callable[..., None]
 # A text is the reason why the kernel can't be compiled.
 _kernels: dict[_Key, _Launch | str] = {}
+# Take (num_tokens, normed, out, scale, row_stride, column_stride), by device, dtype, elements of a row and form.
+_quant_kernels: dict[tuple[torch.device, torch.dtype, int, int], _Launch | str] = {}
 _lock = threading.Lock()
 
 
@@ -124,10 +126,47 @@ def _compile(
         with torch.cuda.device(device):
             return norm_triton.compile_kernel(dtype, hidden_size, residual_dtype, weight_dtype)
     except Exception as error:  # noqa: BLE001 - Triton runs compilers that fail in any way; torch's kernels serve instead
-        reason = f"Triton can't be used: {describe(error)}"
-        if reason not in _kernels.values():
-            _log.warning("comm_core: the composed norm runs as several torch kernels, which is slower: %s", reason)
-        return reason
+        return _explain_failure(error, "norm")
+
+
+def quant_kernel(device: torch.device, dtype: torch.dtype, hidden_size: int, form: int) -> _Launch | None:
+    """Return the kernel that quantises rows, compiled once a process; None if it can't be compiled, or not now.
+
+    Args:
+        device: the device of the tensors.
+        dtype: the dtype of the norm.
+        hidden_size: elements a row.
+        form: the index in `comm_core.types.QUANTS`.
+    """
+    key = (device, dtype, hidden_size, form)
+    kernel = _quant_kernels.get(key)
+    if kernel is None:
+        if dtype not in _DTYPES or hidden_size < 1 or torch.cuda.is_current_stream_capturing():
+            return None
+        with _lock:
+            if key not in _quant_kernels:
+                _quant_kernels[key] = _compile_quant(*key)
+        kernel = _quant_kernels[key]
+    return None if isinstance(kernel, str) else kernel
+
+
+def _compile_quant(device: torch.device, dtype: torch.dtype, hidden_size: int, form: int) -> _Launch | str:
+    """Compile the kernel; on failure log the reason once, and return it."""
+    try:
+        from comm_core._handle import quant_triton
+
+        with torch.cuda.device(device):
+            return quant_triton.compile_kernel(dtype, hidden_size, form)
+    except Exception as error:  # noqa: BLE001 - as in `_compile`
+        return _explain_failure(error, "quantisation")
+
+
+def _explain_failure(error: Exception, what: str) -> str:
+    """Return why Triton can't be used; log it if it is new."""
+    reason = f"Triton can't be used: {describe(error)}"
+    if reason not in _kernels.values() and reason not in _quant_kernels.values():
+        _log.warning("comm_core: the composed %s runs as several torch kernels, which is slower: %s", what, reason)
+    return reason
 
 
 def _is_writable(target: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> bool:
