@@ -5,6 +5,7 @@ Every rank runs the same steps, since each step follows from the exchange of the
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from comm_core._control.store import Control
@@ -51,6 +52,7 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
         slate = decide.initial_slate(asked, exchange_answers(control, encoded), dropped)
 
     member = Membership.of(group, topology, control, local.device, local.settings, local.connect_timeout_s)
+    slate = dataclasses.replace(slate, tuning=local.settings.tuning)
     admitted, sessions = connect_and_admit(slate, local.plugins, member)
     negotiated = NegotiatedGroup.of(admitted, slate, sessions, local.plugins, member)
     broken = {name for item in evidence for name in item.failures}
