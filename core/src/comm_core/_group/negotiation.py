@@ -43,8 +43,8 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
 
     slate = ask_backends(control, local, evidence, topology)
     member = Membership.of(group, topology, control, local.device, local.settings, local.connect_timeout_s)
-    slate, sessions = connect_and_admit(slate, local.plugins, member)
-    negotiated = NegotiatedGroup.of(slate, sessions, local.plugins, member)
+    admitted, sessions = connect_and_admit(slate, local.plugins, member)
+    negotiated = NegotiatedGroup.of(admitted, slate, sessions, local.plugins, member)
     broken = {name for item in evidence for name in item.failures}
     report_outcome(negotiated, title, control, local, broken)
     return negotiated

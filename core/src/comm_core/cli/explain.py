@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from comm_core._schema import printable
 from comm_core.cli._machines import load_machine, print_machines
-from comm_core.cli._report import encodable
+from comm_core.cli._terminal import encodable, show
 from comm_core.command import joined, launch, parse_size, table, under_torchrun
 from comm_core.env import Settings
 from comm_core.types import DTYPES, MODES, OPS
@@ -178,4 +178,4 @@ def _print(
             data["message"] = {**dataclasses.asdict(route), "nbytes": args.size, "rules": rules}
         print(json.dumps(data, indent=1))
     else:
-        print(encodable(text if route is None else explain.explain_message(decision, route, args.size), sys.stdout))
+        show(text if route is None else explain.explain_message(decision, route, args.size))
