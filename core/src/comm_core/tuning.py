@@ -117,7 +117,7 @@ class Tuning:
 
     Attributes:
         rules: the rules, equal on every rank.
-        source: where they come from; without rules, why none are used, "" if there were none.
+        source: where they come from; without rules, a sentence that says why none are used, or "".
     """
 
     rules: tuple[TuningRule, ...] = ()

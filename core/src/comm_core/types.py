@@ -370,7 +370,7 @@ class Decision:
         candidates: every backend that some rank knows, in the order of their consideration; the terminal fallback last.
         routes: one for each operation, mode, device type and dtype of the group.
         tuning: the rules that overrode priorities, as texts; see `comm_core.tuning`.
-        tuned_by: where they come from; without rules, why a tuned table isn't used.
+        tuned_by: where they come from; without rules, a sentence on the tuned table, if there is one.
     """
 
     candidates: tuple[Candidate, ...]

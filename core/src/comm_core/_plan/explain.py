@@ -120,7 +120,7 @@ def _tuning(decision: Decision) -> list[str]:
     if not decision.tuned_by:
         return []
     if not decision.tuning:
-        return ["", f"No tuned table is used: {decision.tuned_by}"]
+        return ["", decision.tuned_by]
     verdicts = {candidate.name: candidate.verdict for candidate in decision.candidates}
     lines = ["", f"Rules of {decision.tuned_by} that override priorities:"]
     for number, text in enumerate(decision.tuning, 1):

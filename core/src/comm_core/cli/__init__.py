@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 _COMMANDS = ("check", "demo", "doctor", "explain", "new", "run")
 #: This project's subcommands in other distributions, with the distributions' names.
-_SEPARATE_DISTRIBUTIONS = {"bench": "comm-bench"}
+_SEPARATE_DISTRIBUTIONS = {"bench": "comm-bench", "tune": "comm-bench"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
