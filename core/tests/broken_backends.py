@@ -151,6 +151,16 @@ SOUND = Broken(
 )
 """A backend without a fault, with all hooks that the faults need."""
 
+FUSED_ALONE = Broken(
+    frozenset(),
+    available="return comm.Available(500, [comm.Range('all_reduce_add_rms_norm', dtypes=('bfloat16',),"
+    " prepared=True)])",
+    prepare="return [comm.Range('all_reduce_add_rms_norm', dtypes=('bfloat16',), max_tokens=shapes.max_tokens,"
+    " hidden_multiple=shapes.hidden_size, prepared=True)] if shapes.dtype is torch.bfloat16 else None",
+    hooks=_FUSED.format("pass"),
+)
+"""A backend without a fault that serves only the fused operation, and only once it is prepared."""
+
 BROKEN = {
     "answers_by_chance": _broken(ANSWERS, available="priority += time.monotonic_ns() % 1_000_003"),
     "expects_two_ranks": _broken(ANSWERS, available="topology.ranks[1]"),

@@ -338,6 +338,9 @@ def check(session: Any) -> None:
     Local, optional. Called from `backend.check()`, in a thread that a group's sessions share; may synchronise with the
     device; reads at most one word from it. The deadline is `context.wait_timeout_s`.
 
+    After `abort` it raises only if a kernel has run since the last call, so that `backend.check()` can report the
+    replay of a graph that was captured before `comm.recover`. Core doesn't ask a session that raises each time.
+
     Args:
         session: what `connect` returned.
 
@@ -352,8 +355,9 @@ def abort(session: Any) -> None:
     """Let the other ranks' waits for this rank end: its handle has stopped after a failure.
 
     Local, optional; without it the waits end by their deadline. Called once, on the rank whose hook raised and on each
-    rank that learns of it, maybe while another thread is in `all_reduce`. Waits for nothing and frees nothing: `close`
-    with `orderly=False` follows when the caller closes the group.
+    rank that learns of it, maybe while another thread is in `all_reduce`; and on all ranks by `comm.recover`, which
+    replaces the session. Waits for nothing and frees nothing: `close` follows from `comm.recover` or when the caller
+    closes the group.
 
     Args:
         session: what `connect` returned, else the `GroupContext`.

@@ -289,7 +289,7 @@ class Candidate:
 class Rule:
     """One entry of a route: messages within these bounds go to `backend`.
 
-    Units and meaning are those of `Range`.
+    Units and meaning are those of `Range`. `tuned` is the rule of `Decision.tuning` that gave it its place; "": none.
     """
 
     backend: str
@@ -298,6 +298,7 @@ class Rule:
     multiple_nbytes: int = 1
     max_tokens: int | None = None
     hidden_multiple: int = 1
+    tuned: str = ""
 
     def takes(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> bool:
         """Return whether this rule applies to a message of `nbytes` bytes.
@@ -327,7 +328,7 @@ class Route:
         mode: one of `MODES`.
         device_type: such as "cuda".
         dtype: one of `DTYPES`.
-        rules: in order of priority; the last one is the terminal fallback's.
+        rules: in order of priority or tuned score; the last one is the terminal fallback's.
     """
 
     op: str
@@ -371,10 +372,14 @@ class Decision:
     Attributes:
         candidates: every backend that some rank knows, in the order of their consideration; the terminal fallback last.
         routes: one for each operation, mode, device type and dtype of the group.
+        tuning: the rules that overrode priorities, as texts; see `comm_core.tuning`.
+        tuned_by: where they come from; without rules, a sentence on the tuned table, if there is one.
     """
 
     candidates: tuple[Candidate, ...]
     routes: tuple[Route, ...]
+    tuning: tuple[str, ...] = ()
+    tuned_by: str = ""
 
     def candidate(self, name: str) -> Candidate | None:
         """Return the candidate of that name; None if no rank knows it."""

@@ -249,6 +249,25 @@ def test_a_kernel_that_timed_out_names_the_rank(context: comm.GroupContext) -> N
         assert caught.value.ranks == (1,)
 
 
+def test_after_abort_check_reports_replays_alone(context: comm.GroupContext) -> None:
+    native = Native()
+    own = connect(native, context)
+    native.missing = 2
+    customar_v2.abort(own)
+    customar_v2.abort(own)
+    assert native.calls.count("abort") == 2
+    for _ in range(2):
+        customar_v2.check(own)  # the time-out was reported before
+    for launches in (1, 3):
+        own._buffer.tensor[:8].view(torch.int64).add_(launches << 20)  # as kernels do
+        with pytest.raises(comm.CommError, match="in the replay of a graph"):
+            customar_v2.check(own)
+        customar_v2.check(own)
+    customar_v2.close(own, True)
+    customar_v2.abort(own)
+    customar_v2.check(own)
+
+
 @pytest.mark.parametrize("orderly", [True, False])
 def test_close_is_idempotent_and_frees_nothing_under_running_kernels(
     context: comm.GroupContext, orderly: bool, monkeypatch: pytest.MonkeyPatch

@@ -58,7 +58,7 @@ class Backend(QuantCalls):
 
     @property
     def failure(self) -> str | None:
-        """The reason why every call raises for good; None while the handle serves calls, or is suspended."""
+        """The reason why every call raises until `comm_core.recover`; None while the handle is sound."""
         return self._serving.failure
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -263,7 +263,8 @@ class Backend(QuantCalls):
             CommTimeoutError: a kernel gave up waiting for a peer, so earlier results are wrong; the text names the
                 backend.
             CommError: another fault makes earlier results wrong, another rank's handle stopped after a failure, or
-                this handle is closed.
+                this handle is closed. Or a graph was replayed that was captured before `comm_core.recover`: then its
+                results are wrong, and the handle goes on.
         """
         serving = self._serving
         serving.check_peers()
@@ -273,6 +274,13 @@ class Backend(QuantCalls):
         if found is not None:
             name, error = found
             self._stop(error, name, "check")
+        found = self._checker.find_failure(serving.dropped_sessions)
+        if found is not None:
+            name, error = found
+            raise CommError(
+                f"backend {name!r} of {serving.title}, in a session that comm.recover has replaced: {error}. Graphs "
+                "that were captured before comm.recover must not be replayed: capture them again"
+            ) from error
 
     def limits(self) -> dict[str, dict[str, float]]:
         """Measure the lower bounds on each backend's time on this machine.

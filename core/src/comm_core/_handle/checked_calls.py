@@ -289,7 +289,7 @@ class CheckedCalls:
                 f": {serving.device} was this rank's device when it called comm.get_backend. Call "
                 "torch.cuda.set_device before, or pass device_id to init_process_group"
             )
-            serving.fail(f"{text}. This handle refuses further calls")
+            serving.fail(text)
             raise ValueError(text)
         raise ValueError(
             f"{text}. To serve both CPU and CUDA tensors, create the group with backend='cpu:gloo,cuda:nccl'"
@@ -325,7 +325,7 @@ class CheckedCalls:
             raise CaptureError(text) from error
         if isinstance(error, CommTimeoutError):
             text += self._serving.describe_other_groups()
-        cause = self._serving.fail(f"{text}. This handle refuses further calls; close it and create a new group")
+        cause = self._serving.fail(text, (name, hook, error))
         # Serving engines catch the first type and retry with a smaller batch; a new group can serve it.
         if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
             raise error
@@ -349,11 +349,11 @@ class _InUse:
         """Stop the handle and raise `CommError`."""
         text = (
             f"two threads used the handle of {self._serving.title} at once: the ranks could pair their calls in "
-            "different orders, so this handle refuses further calls. Call it from one thread at a time, in an order "
-            "that is the same on all ranks, or give each thread a group of its own"
+            "different orders. Call it from one thread at a time, in an order that is the same on all ranks, or give "
+            "each thread a group of its own"
         )
         self._serving.fail(text)
-        raise CommError(text)
+        raise CommError(self._serving.failure)
 
     @property
     def all_reduce_routes(self) -> Routes | CaptureRoutes:

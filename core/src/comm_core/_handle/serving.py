@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._handle import norm
 from comm_core._handle.lookup import CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
+from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
+from comm_core._plan.faults import Fault
 from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Serving"]
 
-# The stage that the first rank whose handle stops aborts.
-_FAILED = "failed"
 # The most groups that a time-out's text names.
 _OTHERS = 3
 # All groups' objects in this process.
@@ -44,7 +44,9 @@ class Serving:
         sessions: the connected sessions by backend; empty once the handle refuses calls.
         all_sessions: `sessions`, and those that a later decision left out: graphs captured earlier may still replay
             on them.
+        dropped_sessions: sessions that `comm.recover` left open: graphs captured before it must not replay on them.
         failure: the reason why every call raises for good; None while the handle is sound.
+        fault: the report of that failure to the other ranks, if the handle can recover from it.
         suspended: whether calls raise until `resume`; False once the handle has failed.
         refusal: the reason why every call raises now; None while the handle serves calls.
         terminal: the function of the terminal fallback, and its first argument.
@@ -76,7 +78,9 @@ class Serving:
         self.device = device
         self.devices: tuple[torch.device, ...] = ()
         self.all_sessions: list[Session] = []
+        self.dropped_sessions: list[Session] = []
         self.failure: str | None = None
+        self.fault: Fault | None = None
         self.suspended = False
         self.refusal: str | None = None
         self.terminal = terminal
@@ -170,8 +174,12 @@ class Serving:
             function, session = self.terminal
             function(session, torch.zeros(1, device=self.device), None)
 
-    def fail(self, why: str) -> str:
+    def fail(self, why: str, cause: tuple[str, str, BaseException] | None = None) -> str:
         """Refuse every later call, since this rank's calls no longer match its peers', and tell the peers. Local.
+
+        Args:
+            why: the reason, a sentence without its full stop.
+            cause: the backend that failed, its hook and the error, if one failed.
 
         Returns:
             The rank whose handle had stopped before, and its reason; "" if this rank is the first.
@@ -179,23 +187,28 @@ class Serving:
         if self.failure is not None:
             return ""
         sessions = list(self.all_sessions)
-        self.retire(why)
+        self.retire(f"{why}. {STOPPED}")
+        self.fault = Fault("", why) if cause is None else Fault.of(*cause)
+        # First of all, so that a peer whose wait ends by `abort` isn't the first to say why the handles stop.
+        first = None if self.control is None else tell_peers(self.control, why)
         for session in sessions:
             session.abort()
-        if self.control is None:
+        if first is None or self.control is None:
             return ""
-        first = Stage(self.control, _FAILED).abort(why)
-        return "" if first.rank == self.control.rank else self._describe(first)
+        if first.rank != self.control.rank:
+            return describe_stopped(self.control, first)
+        self.fault = dataclasses.replace(self.fault, first=True)
+        return ""
 
-    def check_peers(self) -> None:
-        """Refuse every later call if another rank's handle has stopped. Local; looks once a second at most."""
+    def check_peers(self, interval_s: float = _PEERS_CHECK_S) -> None:
+        """Refuse every later call if another rank's handle has stopped. Local; looks once in `interval_s` at most."""
         now_s = time.monotonic()
-        if self.control is None or self.failure is not None or now_s < self._peers_checked_s + _PEERS_CHECK_S:
+        if self.control is None or self.failure is not None or now_s < self._peers_checked_s + interval_s:
             return
         self._peers_checked_s = now_s
-        failed = Stage(self.control, _FAILED).peek()
+        failed = find_stopped(self.control)
         if failed is not None:
-            self.fail(f"{self.title}: {self._describe(failed)}. This handle refuses further calls; close it")
+            self.fail(f"{self.title}: {describe_stopped(self.control, failed)}")
 
     def describe_other_groups(self) -> str:
         """Describe how calls of other groups on the same GPU may have caused a time-out; "" without such groups."""
@@ -212,13 +225,30 @@ class Serving:
             "room for"
         )
 
-    def _describe(self, failed: StageAbortedError) -> str:
-        label = "another rank" if failed.rank is None or self.control is None else self.control.label(failed.rank)
-        return f"the handle of {label} stopped: {failed.reason}"
+    def recover(
+        self,
+        decision: Decision,
+        sessions: Mapping[str, Session],
+        control: Control | None,
+        dropped: Sequence[Session] = (),
+    ) -> None:
+        """Serve calls again, by new sessions.
+
+        Args:
+            decision: the new decision.
+            sessions: the new sessions by backend.
+            control: the group's control channel, in a new incarnation.
+            dropped: sessions of before that stay open; `check` asks them for replays.
+        """
+        self.failure = self.refusal = self.fault = None
+        self.control = control
+        self.dropped_sessions += dropped
+        self.adopt(decision, sessions)
 
     def retire(self, why: str) -> None:
         """Make every later call raise `CommError(why)`."""
         self.failure = self.refusal = why
+        self.fault = None
         self.suspended = False
         self._earlier = self._counts()
         self.eager = self._graph = ModeRoutes.empty()

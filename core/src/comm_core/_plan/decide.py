@@ -12,6 +12,7 @@ from comm_core._plan.checks import describe_differences
 from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
 from comm_core.errors import CommError
 from comm_core.topology import RankInfo
+from comm_core.tuning import NO_TUNING, Tuning
 from comm_core.types import MAX_RANGES, OPS, TERMINAL, Available, Candidate, Decision, Range, Route, Unavailable
 
 __all__ = [
@@ -41,12 +42,14 @@ class Evidence:
         policy: the rank's arguments and settings, by their names in the documentation.
         failures: by backend, the reason why this rank can't use it, such as a plugin that doesn't load.
         error: the reason why this rank can't negotiate at all, such as an unreadable setting; None if it can.
+        excerpt: lines that show the place of the error in a setting.
     """
 
     info: RankInfo
     policy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     error: str | None = None
+    excerpt: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the evidence as JSON; about 1 KB on a host with 8 GPUs."""
@@ -57,6 +60,7 @@ class Evidence:
             "policy": dict(self.policy),
             "failures": dict(self.failures),
             "error": self.error,
+            "excerpt": list(self.excerpt),
         }
 
     @classmethod
@@ -76,6 +80,7 @@ _EVIDENCE = _schema.record(
     policy=_schema.mapping_of(_schema.anything),
     failures=_schema.mapping_of(_schema.text),
     error=_schema.optional(_schema.text),
+    excerpt=_schema.tuple_of(_schema.text, 0, 2),
 )
 
 
@@ -86,10 +91,12 @@ class Slate:
     Attributes:
         offers: the remaining offers, the most preferred first.
         dropped: the dropped candidates, with their reasons.
+        tuning: the rules that override the offers' priorities.
     """
 
     offers: tuple[Offer, ...]
     dropped: tuple[Candidate, ...] = ()
+    tuning: Tuning = NO_TUNING
 
     def offer(self, name: str) -> Offer:
         """Return the remaining offer of the backend `name`."""
@@ -99,7 +106,8 @@ class Slate:
         """Return the slate with the backend `name` dropped as failed."""
         offer = self.offer(name)
         failed = Candidate(name, "failed", reason, rank, offer.priority, offer.version)
-        return Slate(tuple(o for o in self.offers if o is not offer), (*self.dropped, failed))
+        kept = tuple(o for o in self.offers if o is not offer)
+        return dataclasses.replace(self, offers=kept, dropped=(*self.dropped, failed))
 
     def without_cells(
         self, name: str, failed: Mapping[Cell, tuple[str, int | None]], device_types: Sequence[str]
@@ -120,11 +128,11 @@ class Slate:
     def with_ranges(self, name: str, ranges: Sequence[Range]) -> Slate:
         """Return the slate with the backend `name` offering these ranges."""
         replaced = (dataclasses.replace(o, ranges=tuple(ranges)) if o.name == name else o for o in self.offers)
-        return Slate(tuple(replaced), self.dropped)
+        return dataclasses.replace(self, offers=tuple(replaced))
 
     def routes(self, device_types: Sequence[str]) -> tuple[Route, ...]:
         """Return the routes for the device types of the group's tensors."""
-        return plan_routes(self.offers, device_types)
+        return plan_routes(self.offers, device_types, self.tuning.rules)
 
     def owners_once_prepared(self, asked: Collection[str], device_types: Sequence[str]) -> set[str]:
         """Return the backends that would own a route once prepared.
@@ -138,7 +146,7 @@ class Slate:
             offer if offer.name in asked else dataclasses.replace(offer, ranges=once_prepared(offer.ranges))
             for offer in self.offers
         )
-        return owners(plan_routes(tuple(prepared), device_types))
+        return owners(plan_routes(tuple(prepared), device_types, self.tuning.rules))
 
     def decision(self, device_types: Sequence[str], notes: Mapping[str, str] | None = None) -> Decision:
         """Return the decision that this slate implies.
@@ -147,13 +155,13 @@ class Slate:
             device_types: the device types of the group's tensors.
             notes: by backend, a text that replaces the reason of a remaining candidate.
         """
-        routes = plan_routes(self.offers, device_types)
+        routes = self.routes(device_types)
         serving = {rule.backend for route in routes for rule in route.rules}
         available = [
             Candidate(
                 offer.name,
                 "serves" if offer.name in serving else "standby",
-                (notes or {}).get(offer.name) or _availability_reason(offer, offer.name in serving),
+                (notes or {}).get(offer.name) or self._availability_reason(offer, offer.name in serving),
                 priority=offer.priority,
                 version=offer.version,
             )
@@ -161,23 +169,27 @@ class Slate:
         ]
         dropped = sorted(self.dropped, key=lambda c: (-(c.priority or 0), c.name))
         terminal = Candidate(TERMINAL, "serves", "always available", priority=0)
-        return Decision((*available, *dropped, terminal), routes)
+        texts = tuple(map(str, self.tuning.rules))
+        return Decision((*available, *dropped, terminal), routes, texts, self.tuning.source)
+
+    def _availability_reason(self, offer: Offer, serves: bool) -> str:
+        """Return the reason for the verdict "serves" or "standby"."""
+        if any(item.prepared for item in offer.ranges):
+            return (
+                "available on every rank; more once comm.pre_capture_init has prepared it"
+                if serves
+                else "serves once comm.pre_capture_init has prepared it"
+            )
+        if serves:
+            return "available on every rank"
+        if any(rule.backend == offer.name and rule.score == 0 for rule in self.tuning.rules):
+            return "tuning rules exclude it, or backends earlier in the order serve its ranges"
+        return "backends earlier in the order serve all of its ranges"
 
 
 def once_prepared(ranges: Sequence[Range]) -> tuple[Range, ...]:
     """Return the ranges with `prepared` unset, as after their preparation."""
     return tuple(dataclasses.replace(item, prepared=False) for item in ranges)
-
-
-def _availability_reason(offer: Offer, serves: bool) -> str:
-    """Return the reason for the verdict "serves" or "standby"."""
-    if any(item.prepared for item in offer.ranges):
-        return (
-            "available on every rank; more once comm.pre_capture_init has prepared it"
-            if serves
-            else "serves once comm.pre_capture_init has prepared it"
-        )
-    return "available on every rank" if serves else "backends earlier in the order serve all of its ranges"
 
 
 def screen_candidates(

@@ -18,6 +18,7 @@ from comm_plugin_customar_v2.session import Session
 
 __all__ = [
     "COMM_HOOK_API",
+    "abort",
     "all_reduce",
     "all_reduce_add_rms_norm",
     "all_reduce_add_rms_norm_quant",
@@ -148,6 +149,12 @@ def suspend(session: Session) -> None:
 def resume(session: Session) -> None:
     """Take memory for the buffers again, at the same addresses."""
     session.resume()
+
+
+@comm.hookimpl
+def abort(session: Session) -> None:
+    """End the waits of this rank's kernels."""
+    session.abort()
 
 
 @comm.hookimpl
