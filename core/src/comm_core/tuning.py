@@ -6,9 +6,9 @@ A rule names a backend, conditions on the message in any order, and last a score
 customar_v2:all_reduce:0-4M:graph:80, nccl:4M-inf:inf
 ```
 
-- operation: `all_reduce`, `fused` for `all_reduce_add_rms_norm`, `fused_quant` for its form with FP8 out; mode: `eager`
-  or `graph`; device type: `cuda` or `cpu`; size: the smallest and the largest message in bytes, both included, such as
-  `64K-4M` or `4M-inf`. A condition that is left out holds for every message.
+- operation: `all_reduce`, `fused` for `all_reduce_add_rms_norm`, `fused_quant` for its form with FP8 out; mode:
+  `eager` or `graph`; device type: `cuda` or `cpu`; size: the smallest and the largest message in bytes, both included,
+  such as `64K-4M` or `4M-inf`. A condition that is left out holds for every message.
 - score: takes the place of the backend's priority. The backend with the highest one serves a message; `0` excludes the
   backend, `inf` puts it before all others. Between equal scores the usual order decides.
 
