@@ -14,7 +14,8 @@ from comm_core._handle import norm
 from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, RouteKey, Routes, bind
 from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
 from comm_core._plan.faults import Fault
-from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats
+from comm_core.stats import RouteStats, WaitStats
+from comm_core.types import DTYPES, MODES, OPS, Decision
 
 if TYPE_CHECKING:
     from comm_core._control.store import Control
@@ -136,6 +137,16 @@ class Serving:
             if calls
         ]
         return tuple(sorted(found, key=_order))
+
+    def waits(self) -> tuple[WaitStats, ...]:
+        """Return this rank's waits so far, by backend and peer; see `Backend.waits`."""
+        found = []
+        for session in self.all_sessions:
+            if session.plugin.has("waits") and not session.suspended:
+                for rank, (waits, total_us, longest_us) in sorted(session.plugin.hooks["waits"](session.value).items()):
+                    if waits:
+                        found.append(WaitStats(session.plugin.name, rank, waits, total_us, longest_us))
+        return tuple(found)
 
     def _counts(self) -> dict[tuple[str, str, RouteKey], tuple[int, int]]:
         """Return the calls and bytes so far, by operation, mode and route."""
