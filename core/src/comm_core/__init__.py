@@ -24,10 +24,9 @@ from comm_core.errors import (
     PluginLoadError,
 )
 from comm_core.hookspecs import hookimpl, hookspec
-from comm_core.stats import RouteStats, WaitStats
 from comm_core.tokens import TokenCounts, local_num_tokens_non_padded
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
-from comm_core.types import Available, Candidate, Decision, Range, Route, Rule, Unavailable
+from comm_core.types import Available, Candidate, Decision, Range, Route, RouteStats, Rule, Unavailable, WaitStats
 
 if TYPE_CHECKING:
     from comm_core._group.api import capture, close, get_backend, pre_capture_init, recover, resume, suspend

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from comm_core import _schema
+from comm_core.stats import RouteStats, WaitStats
 
 __all__ = [
     "DTYPES",
@@ -23,8 +24,10 @@ __all__ = [
     "Decision",
     "Range",
     "Route",
+    "RouteStats",
     "Rule",
     "Unavailable",
+    "WaitStats",
     "rank_label",
 ]
 

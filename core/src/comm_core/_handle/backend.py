@@ -10,8 +10,7 @@ from torch.utils import _python_dispatch
 from comm_core._handle.checked_calls import CheckedCalls, is_writable
 from comm_core._handle.operands import TENSOR_TYPES
 from comm_core.errors import CommError
-from comm_core.stats import RouteStats, WaitStats
-from comm_core.types import DTYPES, Decision
+from comm_core.types import DTYPES, Decision, RouteStats, WaitStats
 
 if TYPE_CHECKING:
     from comm_core.topology import Topology

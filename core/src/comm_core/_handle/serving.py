@@ -14,8 +14,7 @@ from comm_core._handle import norm
 from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, RouteKey, Routes, bind
 from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
 from comm_core._plan.faults import Fault
-from comm_core.stats import RouteStats, WaitStats
-from comm_core.types import DTYPES, MODES, OPS, Decision
+from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats, WaitStats
 
 if TYPE_CHECKING:
     from comm_core._control.store import Control
@@ -71,6 +70,7 @@ class Serving:
         torch_device_types: Collection[str] = (),
         control: Control | None = None,
         wait_timeout_s: float = 0.0,
+        profiles: bool = False,
     ) -> None:
         """Serve by `decision`; `terminal` is the function of the terminal fallback, and its first argument."""
         self.topology = topology
@@ -87,6 +87,7 @@ class Serving:
         self.torch_device_types = torch_device_types
         self.control = control
         self.wait_timeout_s = wait_timeout_s
+        self._profiled_title = title if profiles else ""
         self._peers_checked_s = 0.0
         _servings.add(self)
         self._graphs = False
@@ -108,8 +109,8 @@ class Serving:
         devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
         self.devices = tuple(devices.values())
         self._earlier = self._counts()
-        self.eager = bind(decision, "eager", devices, self.terminal, sessions)
-        self._graph = bind(decision, "graph", devices, self.terminal, sessions)
+        self.eager = bind(decision, "eager", devices, self.terminal, sessions, self._profiled_title)
+        self._graph = bind(decision, "graph", devices, self.terminal, sessions, self._profiled_title)
         self.decision = decision
         self.sessions = dict(sessions)
         self.all_sessions += [session for session in sessions.values() if session not in self.all_sessions]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from comm_core.stats import RouteStats, WaitStats
 from comm_core.topology import Topology
-from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, Rule, rank_label
+from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, RouteStats, Rule, WaitStats, rank_label
 
 __all__ = ["explain", "explain_message", "rules_by_size", "size", "table"]
 
