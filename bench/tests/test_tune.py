@@ -16,13 +16,13 @@ from typing import Any
 import jsonschema
 import pytest
 from comm_bench import tune
-from comm_bench.cases import BenchCase
+from comm_bench.cases import OPS, BenchCase
 from comm_bench.results import Row
 from comm_bench.winners import RULE_COST, Choice, choose, rules_of
 from comm_core import cli
 from comm_core.tuned import TunedTable
 from comm_core.tuning import parse_rules
-from comm_core.types import MODES, OPS, TERMINAL, Decision, Route, Rule
+from comm_core.types import MODES, TERMINAL, Decision, Route, Rule
 from harness import install
 from hypothesis import given
 from hypothesis import strategies as st

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from comm_core.command import contention, enough_gpus, joined, launch, under_torchrun
-from comm_core.types import DTYPES, OPS
+from comm_core.types import DTYPES
 
 from comm_bench import stats
-from comm_bench.cases import ALIASES, PLACES, BenchCase, parse_nbytes, shapes, sizes
+from comm_bench.cases import ALIASES, OPS, PLACES, BenchCase, parse_nbytes, shapes, sizes
 from comm_bench.compare import compare
 from comm_bench.document import Listener, footer, heading, preamble, read_rows, tables, with_partial_results
 from comm_bench.progress import Progress

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comm_core.command import contention, joined, launch, size, table, under_torchrun
-from comm_core.types import OPS, TERMINAL, Decision
+from comm_core.types import TERMINAL, Decision
 
 from comm_bench import stats
-from comm_bench.cases import BenchCase, shapes, sizes
+from comm_bench.cases import OPS, BenchCase, shapes, sizes
 from comm_bench.document import Listener
 from comm_bench.progress import Progress
 from comm_bench.winners import Choice, rules_of

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from comm_core.tuning import TuningRule
-from comm_core.types import OPS, TERMINAL, Decision
+from comm_core.types import TERMINAL, Decision
 
 from comm_bench import stats
+from comm_bench.cases import OPS
 from comm_bench.results import Row
 
 __all__ = ["RULE_COST", "Choice", "choices_of", "choose", "rules_of"]
@@ -27,7 +28,7 @@ class Choice:
     """One message, and the backends among which a rule may choose.
 
     Attributes:
-        op: one of `comm_core.types.OPS`.
+        op: one of `comm_bench.cases.OPS`.
         mode: one of `comm_core.types.MODES`.
         nbytes: the message's size in bytes.
         planned: the backend that serves it without rules.

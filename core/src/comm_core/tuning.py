@@ -6,9 +6,9 @@ A rule names a backend, conditions on the message in any order, and last a score
 customar_v2:all_reduce:0-4M:graph:80, nccl:4M-inf:inf
 ```
 
-- operation: `all_reduce`, or `fused` for `all_reduce_add_rms_norm`; mode: `eager` or `graph`; device type: `cuda` or
-  `cpu`; size: the smallest and the largest message in bytes, both included, such as `64K-4M` or `4M-inf`. A condition
-  that is left out holds for every message.
+- operation: `all_reduce`, `fused` for `all_reduce_add_rms_norm`, `fused_quant` for its form with FP8 out; mode:
+  `eager` or `graph`; device type: `cuda` or `cpu`; size: the smallest and the largest message in bytes, both included,
+  such as `64K-4M` or `4M-inf`. A condition that is left out holds for every message.
 - score: takes the place of the backend's priority. The backend with the highest one serves a message; `0` excludes the
   backend, `inf` puts it before all others. Between equal scores the usual order decides.
 
@@ -45,7 +45,9 @@ MAX_RULES = 64
 NO_RULES = "none"
 """The text that stands for no rules at all."""
 
-_OPS = {OPS[0]: OPS[0], "fused": OPS[1], OPS[1]: OPS[1]}
+# The operations by their short names, as in `comm-core explain --op`.
+_SHORT = dict(zip(("all_reduce", "fused", "fused_quant"), OPS, strict=True))
+_OPS = {**_SHORT, **{op: op for op in OPS}}
 _DEVICE_TYPES = ("cuda", "cpu")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SIZE = re.compile(r"(\d{1,19})([KMG]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
@@ -78,7 +80,7 @@ class TuningRule:
     Attributes:
         backend: the backend's name.
         score: takes the place of its priority; 0 excludes it, `math.inf` puts it first.
-        op: one of `comm_core.types.OPS`; None: both.
+        op: one of `comm_core.types.OPS`; None: all.
         mode: one of `comm_core.types.MODES`; None: both.
         device_type: "cuda" or "cpu"; None: both.
         min_nbytes: the smallest message, in bytes.
@@ -103,7 +105,7 @@ class TuningRule:
         )
 
     def __str__(self) -> str:
-        op = "fused" if self.op == OPS[1] else self.op
+        op = next((short for short, op in _SHORT.items() if op == self.op), None)
         size = None
         if self.min_nbytes or self.max_nbytes is not None:
             size = f"{short_size(self.min_nbytes)}-{short_size(self.max_nbytes)}"

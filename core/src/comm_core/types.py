@@ -18,6 +18,7 @@ __all__ = [
     "MAX_RANGES",
     "MODES",
     "OPS",
+    "QUANTS",
     "TERMINAL",
     "Available",
     "Candidate",
@@ -31,8 +32,10 @@ __all__ = [
     "rank_label",
 ]
 
-OPS = ("all_reduce", "all_reduce_add_rms_norm")
-"""The operations that a backend may serve."""
+OPS = ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm_quant")
+"""The operations that a backend may serve; the last two are the fused ones."""
+QUANTS = ("fp8_static", "fp8_per_token", "fp8_per_group")
+"""The forms of `all_reduce_add_rms_norm_quant`: one scale given; a scale for each row; for each 128 of its elements."""
 MODES = ("eager", "graph")
 """The modes of a call: run at once, or recorded into a CUDA graph inside `comm.capture()`."""
 DTYPES = {
@@ -46,7 +49,7 @@ DTYPES = {
     "int8": 1,
     "uint8": 1,
 }
-"""The supported dtypes, by torch's names, with their sizes in bytes; the fused operation takes only floats."""
+"""The supported dtypes, by torch's names, with their sizes in bytes; fused operations take only floats."""
 TERMINAL = "torch_distributed"
 """The backend at the end of every route; it can't be disabled."""
 
@@ -87,8 +90,8 @@ class Range:
         min_nbytes: the smallest message, in bytes of the tensor to be reduced.
         max_nbytes: the largest message, in bytes; None means any.
         multiple_nbytes: the message's size in bytes is a multiple of this number.
-        max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, fused operation only; None means any.
-        hidden_multiple: `hidden_size` is a multiple of this number, fused operation only.
+        max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, fused operations only; None means any.
+        hidden_multiple: `hidden_size` is a multiple of this number, fused operations only.
         prepared: served only once `pre_capture_init` has returned it.
 
     Raises:
@@ -304,8 +307,8 @@ class Rule:
 
         Args:
             nbytes: bytes of the tensor to be reduced.
-            num_tokens: rows of `[num_tokens, hidden_size]`, fused operation only.
-            hidden_size: elements per row, fused operation only.
+            num_tokens: rows of `[num_tokens, hidden_size]`, fused operations only.
+            hidden_size: elements per row, fused operations only.
         """
         return (
             self.min_nbytes <= nbytes

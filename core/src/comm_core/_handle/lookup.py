@@ -13,7 +13,7 @@ import torch
 
 from comm_core._control.guard import capturing
 from comm_core._handle.profiling import profiled
-from comm_core.types import DTYPES, TERMINAL, Decision, Rule
+from comm_core.types import DTYPES, OPS, TERMINAL, Decision, Rule
 
 if TYPE_CHECKING:
     from comm_core._handle.session import Session
@@ -201,10 +201,17 @@ class ModeRoutes:
     Attributes:
         all_reduce: the routes of `all_reduce`.
         fused: the routes of `all_reduce_add_rms_norm`.
+        quant: the routes of `all_reduce_add_rms_norm_quant`.
     """
 
     all_reduce: Routes
     fused: FusedRoutes
+    quant: FusedRoutes
+
+    @classmethod
+    def empty(cls) -> ModeRoutes:
+        """Return routes that serve no call."""
+        return cls(Routes({}), FusedRoutes({}), FusedRoutes({}))
 
 
 def bind(
@@ -225,8 +232,7 @@ def bind(
         sessions: the connected sessions by backend.
         profiled_title: the group's name, for ranges of profilers around each call; "": no ranges.
     """
-    entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]]
-    entries = {"all_reduce": {}, "all_reduce_add_rms_norm": {}}
+    entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]] = {op: {} for op in OPS}
 
     def hook_of(backend: str, op: str) -> RuleHook:
         if backend == TERMINAL:
@@ -246,4 +252,5 @@ def bind(
             device = devices[route.device_type]
             key = (-1 if device.type == "cpu" else device.index, _TORCH_DTYPES[route.dtype])
             entries[route.op][key] = tuple((rule, hook_of(rule.backend, route.op)) for rule in route.rules)
-    return ModeRoutes(Routes(entries["all_reduce"]), FusedRoutes(entries["all_reduce_add_rms_norm"]))
+    plain, *fused = (entries[op] for op in OPS)
+    return ModeRoutes(Routes(plain), *map(FusedRoutes, fused))

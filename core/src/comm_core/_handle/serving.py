@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._handle import norm
-from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, RouteKey, Routes, bind
+from comm_core._handle.lookup import CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
 from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
 from comm_core._plan.faults import Fault
 from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats, WaitStats
@@ -56,6 +56,7 @@ class Serving:
         eager: the routes outside captures.
         all_reduce_routes: the routes of `all_reduce` in use.
         fused_routes: the routes of `all_reduce_add_rms_norm` in use.
+        quant_routes: the routes of `all_reduce_add_rms_norm_quant` in use.
     """
 
     def __init__(
@@ -91,11 +92,12 @@ class Serving:
         self._peers_checked_s = 0.0
         _servings.add(self)
         self._graphs = False
-        self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
+        self.eager = self._graph = ModeRoutes.empty()
         # The calls and bytes by operation, mode and route, without those that the routes in use have counted.
         self._earlier: dict[tuple[str, str, RouteKey], tuple[int, int]] = {}
         self.all_reduce_routes: Routes | CaptureRoutes
         self.fused_routes: Routes | CaptureRoutes
+        self.quant_routes: Routes | CaptureRoutes
         self.adopt(decision, sessions)
 
     def adopt(self, decision: Decision, sessions: Mapping[str, Session]) -> None:
@@ -124,6 +126,13 @@ class Serving:
         eager, graph = self.eager, self._graph
         self.all_reduce_routes = CaptureRoutes(eager.all_reduce, graph.all_reduce) if on else eager.all_reduce
         self.fused_routes = CaptureRoutes(eager.fused, graph.fused) if on else eager.fused
+        self.quant_routes = CaptureRoutes(eager.quant, graph.quant) if on else eager.quant
+
+    def routes_of(self, op: str) -> Routes | CaptureRoutes:
+        """Return the routes of an operation in use."""
+        if op == "all_reduce":
+            return self.all_reduce_routes
+        return self.fused_routes if op == "all_reduce_add_rms_norm" else self.quant_routes
 
     @property
     def label(self) -> str:
@@ -153,7 +162,7 @@ class Serving:
         """Return the calls and bytes so far, by operation, mode and route."""
         counts = dict(self._earlier)
         for mode, routes in zip(MODES, (self.eager, self._graph), strict=True):
-            for op, of_op in zip(OPS, (routes.all_reduce, routes.fused), strict=True):
+            for op, of_op in zip(OPS, (routes.all_reduce, routes.fused, routes.quant), strict=True):
                 for route, (calls, nbytes) in of_op.totals().items():
                     earlier_calls, earlier_nbytes = counts.get((op, mode, route), (0, 0))
                     counts[op, mode, route] = earlier_calls + calls, earlier_nbytes + nbytes
@@ -163,7 +172,7 @@ class Serving:
         """Make every call raise `CommError` until `resume`."""
         self.suspended = True
         self.refusal = f"{self.title} is suspended. Call comm.resume(group) on all its ranks first"
-        self.all_reduce_routes, self.fused_routes = Routes({}), FusedRoutes({})
+        self._use(ModeRoutes.empty())
 
     def resume(self) -> None:
         """Serve calls again, by the routes of before."""
@@ -254,9 +263,14 @@ class Serving:
         self.fault = None
         self.suspended = False
         self._earlier = self._counts()
-        self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
+        self.eager = self._graph = ModeRoutes.empty()
         self.all_sessions.clear()
-        self.all_reduce_routes, self.fused_routes, self.sessions = self.eager.all_reduce, self.eager.fused, {}
+        self.sessions = {}
+        self._use(self.eager)
+
+    def _use(self, routes: ModeRoutes) -> None:
+        """Take every call's route from these."""
+        self.all_reduce_routes, self.fused_routes, self.quant_routes = routes.all_reduce, routes.fused, routes.quant
 
 
 def _device_type(device: int | str) -> str:

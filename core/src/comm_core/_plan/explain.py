@@ -91,6 +91,10 @@ def explain_message(decision: Decision, route: Route, nbytes: int) -> str:
     parts = [f"{rule.backend} with {_shape_condition(rule)}{_decided(rule)}" for rule in conditional]
     if last.backend != TERMINAL or route.op == "all_reduce":
         parts.append(f"{last.backend}{_decided(last)}")
+    elif route.op == "all_reduce_add_rms_norm_quant":
+        norm = decision.route("all_reduce_add_rms_norm", route.mode, route.device_type, route.dtype)
+        served = explain_message(decision, norm, nbytes).rpartition(": ")[2]
+        parts.append(f"core's quantisation after {served}{_decided(last)}")
     else:
         plain = decision.route("all_reduce", route.mode, route.device_type, route.dtype)
         rule = next(rule for rule in plain.rules if rule.takes(nbytes))

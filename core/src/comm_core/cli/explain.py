@@ -26,7 +26,7 @@ __all__ = ["add_parser", "run"]
 #: The version of the JSON.
 SCHEMA = 1
 #: The operations by their names on the command line, as in `comm-core bench`.
-_OPS = dict(zip(("all_reduce", "fused"), OPS, strict=True))
+_OPS = dict(zip(("all_reduce", "fused", "fused_quant"), OPS, strict=True))
 
 
 def add_parser(subparsers: Any) -> None:
@@ -112,7 +112,7 @@ def _route(args: argparse.Namespace, decision: Decision) -> Route | None:
         devices = ", ".join(dict.fromkeys(route.device_type for route in decision.routes))
         args.fail(
             f"the group has no messages of {', '.join(kind)}: its tensors are on {devices}, graphs are CUDA graphs, "
-            "and the fused operation takes floating-point tensors"
+            "and the fused operations take floating-point tensors"
         )
     return routes[kind]
 
