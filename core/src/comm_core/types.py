@@ -56,8 +56,7 @@ TERMINAL = "torch_distributed"
 MAX_RANGES = 64
 """The most ranges that one answer of a backend may have: the answers of all backends share one message."""
 # The most names in one field of a range, and the longest of them in characters: far above those of torch.
-_MAX_NAMES = 16
-_NAME_CHARS = 64
+_MAX_NAMES, _NAME_CHARS = 16, 64
 
 
 def rank_label(rank: int, job_rank: int) -> str:
