@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._control.guard import capturing
+from comm_core._handle.profiling import profiled
 from comm_core.types import DTYPES, OPS, TERMINAL, Decision, Rule
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Routes(dict[CallKey, BoundHook]):
     def totals(self) -> dict[RouteKey, tuple[int, int]]:
         """Return the numbers of calls and bytes that were counted so far, by route."""
         found = dict(self._dropped)
-        for (key, backend), counter in self._counters.items():
+        for (key, backend), counter in list(self._counters.items()):  # a copy: another thread may call meanwhile
             route, count = (*key[:2], backend), _counted(counter)
             calls, nbytes = found.get(route, (0, 0))
             found[route] = calls + count, nbytes + count * self._rule_arguments(key)[0]
@@ -219,6 +220,7 @@ def bind(
     devices: Mapping[str, torch.device],
     terminal: tuple[Callable[..., torch.Tensor], Any],
     sessions: Mapping[str, Session],
+    profiled_title: str = "",
 ) -> ModeRoutes:
     """Bind the decision's routes of one mode to hooks and sessions.
 
@@ -228,15 +230,22 @@ def bind(
         devices: the group's devices by device type.
         terminal: the function of the terminal fallback, and its first argument.
         sessions: the connected sessions by backend.
+        profiled_title: the group's name, for ranges of profilers around each call; "": no ranges.
     """
     entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]] = {op: {} for op in OPS}
 
     def hook_of(backend: str, op: str) -> RuleHook:
         if backend == TERMINAL:
-            return (*terminal, TERMINAL, False) if op == "all_reduce" else _COMPOSED
-        session = sessions[backend]
-        checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
-        return session.plugin.hooks[op], session.value, backend, checks_operands
+            if op != "all_reduce":
+                return _COMPOSED
+            (function, value), checks_operands = terminal, False
+        else:
+            session = sessions[backend]
+            function, value = session.plugin.hooks[op], session.value
+            checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
+        if profiled_title:
+            function = profiled(function, op, backend, profiled_title)
+        return function, value, backend, checks_operands
 
     for route in decision.routes:
         if route.mode == mode:
