@@ -18,6 +18,8 @@ __all__ = [
     "Reader",
     "anything",
     "boolean",
+    "check_bool",
+    "check_int",
     "integer",
     "json_nbytes",
     "load_json",
@@ -122,6 +124,22 @@ def _check_depth(value: Any, depth: int) -> None:
 def anything(value: Any, _where: str) -> Any:
     """Read any value."""
     return value
+
+
+def check_int(field: str, value: object, lowest: int) -> None:
+    """Raise `TypeError` or `ValueError` unless a field's value is an integer from `lowest` to `MAX_INT`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{field}={value!r} isn't an integer")
+    if value < lowest:
+        raise ValueError(f"{field}={value} is below {lowest}")
+    if value > MAX_INT:
+        raise ValueError(f"{field} is above {MAX_INT}")
+
+
+def check_bool(field: str, value: object) -> None:
+    """Raise `TypeError` unless a field's value is a boolean."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{field}={value!r} isn't True or False")
 
 
 def text(value: Any, where: str) -> str:

@@ -17,6 +17,7 @@ __all__ = [
     "MAX_RANGES",
     "MODES",
     "OPS",
+    "RANK_ORDER_FP32",
     "TERMINAL",
     "Available",
     "Candidate",
@@ -47,6 +48,8 @@ DTYPES = {
 """The supported dtypes, by torch's names, with their sizes in bytes; the fused operation takes only floats."""
 TERMINAL = "torch_distributed"
 """The backend at the end of every route; it can't be disabled."""
+RANK_ORDER_FP32 = "rank_order_fp32"
+"""The numerics that deterministic groups require; see `Available.numerics`."""
 
 MAX_RANGES = 64
 """The most ranges that one answer of a backend may have: the answers of all backends share one message."""
@@ -118,12 +121,12 @@ class Range:
             if getattr(self, field) == ():
                 raise ValueError(f"{field} is empty, which no message satisfies; None means any")
         for field, lowest in (("min_nbytes", 0), ("multiple_nbytes", 1), ("hidden_multiple", 1)):
-            _check_int(field, getattr(self, field), lowest)
+            _schema.check_int(field, getattr(self, field), lowest)
         if self.max_nbytes is not None:
-            _check_int("max_nbytes", self.max_nbytes, self.min_nbytes)
+            _schema.check_int("max_nbytes", self.max_nbytes, self.min_nbytes)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1)
-        _check_bool("prepared", self.prepared)
+            _schema.check_int("max_tokens", self.max_tokens, 1)
+        _schema.check_bool("prepared", self.prepared)
 
     def serves(self, mode: str, device_type: str, dtype: str) -> bool:
         """Return whether the range takes this mode, device type and dtype at some size."""
@@ -183,20 +186,6 @@ class Range:
         return item
 
 
-def _check_int(field: str, value: object, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{field}={value!r} isn't an integer")
-    if value < lowest:
-        raise ValueError(f"{field}={value} is below {lowest}")
-    if value > _schema.MAX_INT:
-        raise ValueError(f"{field} is above {_schema.MAX_INT}")
-
-
-def _check_bool(field: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{field}={value!r} isn't True or False")
-
-
 def _smaller_bound(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
 
@@ -229,19 +218,29 @@ class Available:
         ranges: the messages it serves, at most 64 ranges; empty means every message that its hooks can take.
         checks_operands: whether `all_reduce_add_rms_norm` may be called with operands that core hasn't validated; see
             the hook. The backend then checks them itself, in native code that is faster than core's checks.
+        numerics: the name of the arithmetic that determines the bits of every sum; "" if they are unspecified.
+            "rank_order_fp32": an element is the sum of rank 0's term, rank 1's and so on, in float32, rounded once to
+            the tensor's dtype; float64 and integers are summed in their own type. The fused operation's sum adds the
+            residual last, and a row's bits depend on its operands, dtype and hidden size, not on the other rows. So
+            neither the size of a message nor the mode nor the algorithm changes a bit. Deterministic groups take only
+            such backends; see `comm_core.get_backend`. Only the bits of a NaN are open.
     """
 
     priority: int
     ranges: tuple[Range, ...] = ()
     checks_operands: bool = False
+    numerics: str = ""
 
     def __post_init__(self) -> None:
-        _check_int("priority", self.priority, 1)
+        _schema.check_int("priority", self.priority, 1)
         object.__setattr__(self, "ranges", tuple(self.ranges))
         for item in self.ranges:
             if not isinstance(item, Range):
                 raise TypeError(f"ranges has {item!r}, which isn't a comm_core.Range")
-        _check_bool("checks_operands", self.checks_operands)
+        _schema.check_bool("checks_operands", self.checks_operands)
+        if not isinstance(self.numerics, str):
+            raise TypeError(f"numerics={self.numerics!r} isn't a string")
+        _unique_names((self.numerics,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +286,10 @@ class Rule:
     """One entry of a route: messages within these bounds go to `backend`.
 
     Units and meaning are those of `Range`.
+
+    Attributes:
+        piece_nbytes: larger messages go to the backend in pieces of at most so many bytes: of the fused operation in
+            whole rows, and a longer row isn't taken. None: every message goes as a whole. Only in deterministic groups.
     """
 
     backend: str
@@ -295,6 +298,7 @@ class Rule:
     multiple_nbytes: int = 1
     max_tokens: int | None = None
     hidden_multiple: int = 1
+    piece_nbytes: int | None = None
 
     def takes(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> bool:
         """Return whether this rule applies to a message of `nbytes` bytes.
@@ -310,6 +314,7 @@ class Rule:
             and nbytes % self.multiple_nbytes == 0
             and (self.max_tokens is None or num_tokens <= self.max_tokens)
             and hidden_size % self.hidden_multiple == 0
+            and (self.piece_nbytes is None or not hidden_size or nbytes <= self.piece_nbytes * num_tokens)
         )
 
 
@@ -368,10 +373,12 @@ class Decision:
     Attributes:
         candidates: every backend that some rank knows, in the order of their consideration; the terminal fallback last.
         routes: one for each operation, mode, device type and dtype of the group.
+        deterministic: whether the group is deterministic; see `comm_core.get_backend`.
     """
 
     candidates: tuple[Candidate, ...]
     routes: tuple[Route, ...]
+    deterministic: bool = False
 
     def candidate(self, name: str) -> Candidate | None:
         """Return the candidate of that name; None if no rank knows it."""

@@ -50,6 +50,8 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
         encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
         slate = decide.initial_slate(asked, exchange_answers(control, encoded), dropped)
 
+    if local.deterministic:
+        slate = slate.as_deterministic()
     member = Membership.of(group, topology, control, local.device, local.settings, local.connect_timeout_s)
     slate, sessions = connect_and_admit(slate, local.plugins, member)
     negotiated = NegotiatedGroup.of(slate, sessions, local.plugins, member)

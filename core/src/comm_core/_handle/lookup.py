@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._control.guard import capturing
+from comm_core._handle import pieces
 from comm_core.types import DTYPES, TERMINAL, Decision, Rule
 
 if TYPE_CHECKING:
@@ -225,10 +226,13 @@ def bind(
     entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]]
     entries = {"all_reduce": {}, "all_reduce_add_rms_norm": {}}
 
-    def hook_of(backend: str, op: str) -> RuleHook:
+    def hook_of(rule: Rule, op: str) -> RuleHook:
+        backend = rule.backend
         if backend == TERMINAL:
             return (*terminal, TERMINAL, False) if op == "all_reduce" else _COMPOSED
         session = sessions[backend]
+        if rule.piece_nbytes is not None:
+            return getattr(pieces, op), (session.plugin.hooks[op], session.value, rule.piece_nbytes), backend, False
         checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
         return session.plugin.hooks[op], session.value, backend, checks_operands
 
@@ -236,5 +240,5 @@ def bind(
         if route.mode == mode:
             device = devices[route.device_type]
             key = (-1 if device.type == "cpu" else device.index, _TORCH_DTYPES[route.dtype])
-            entries[route.op][key] = tuple((rule, hook_of(rule.backend, route.op)) for rule in route.rules)
+            entries[route.op][key] = tuple((rule, hook_of(rule, route.op)) for rule in route.rules)
     return ModeRoutes(Routes(entries["all_reduce"]), FusedRoutes(entries["all_reduce_add_rms_norm"]))

@@ -57,7 +57,8 @@ def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[
         )
         for candidate in decision.candidates
     ]
-    lines = [f"{title}: {_describe_group(topology)}", "", table(rows), ""]
+    kind = ", deterministic" if decision.deterministic else ""
+    lines = [f"{title}: {_describe_group(topology)}{kind}", "", table(rows), ""]
     return "\n".join(lines + _routes(decision.routes) + (["", *_calls(stats)] if stats else []))
 
 
@@ -130,7 +131,9 @@ def _dtypes(op: str, dtypes: list[str]) -> str:
 
 
 def _rule(rule: Rule) -> str:
-    if rule.max_nbytes is None and rule.min_nbytes <= 1:
+    if rule.piece_nbytes is not None:
+        bounds = f"in pieces of up to {size(rule.piece_nbytes)}"
+    elif rule.max_nbytes is None and rule.min_nbytes <= 1:
         bounds = "any size"
     elif rule.max_nbytes is None:
         bounds = f"from {size(rule.min_nbytes)}"

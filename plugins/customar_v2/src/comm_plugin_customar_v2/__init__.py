@@ -10,7 +10,7 @@ from typing import Any
 
 import comm_core as comm
 import torch
-from comm_core import kernels, memory
+from comm_core import kernels, memory, types
 
 from comm_plugin_customar_v2 import policy, session
 from comm_plugin_customar_v2.session import Session
@@ -49,7 +49,8 @@ def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     reason = policy.unavailable_reason(topology)
     if reason:
         return comm.Unavailable(reason)
-    return comm.Available(policy.PRIORITY, policy.ranges(topology), checks_operands=True)
+    ranges = policy.ranges(topology)
+    return comm.Available(policy.PRIORITY, ranges, checks_operands=True, numerics=types.RANK_ORDER_FP32)
 
 
 @comm.hookimpl
