@@ -256,6 +256,7 @@ def close_suspended() -> dict[str, Any]:
     comm.close()
     meet("all closed first")
     keys = store.num_keys()
+    meet("all counted")
     backend = comm.get_backend()
     comm.suspend()
     comm.resume()

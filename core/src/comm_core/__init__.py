@@ -29,7 +29,7 @@ from comm_core.topology import Device, Host, Link, RankInfo, Topology
 from comm_core.types import Available, Candidate, Decision, Range, Route, RouteStats, Rule, Unavailable
 
 if TYPE_CHECKING:
-    from comm_core._group.api import capture, close, get_backend, pre_capture_init, resume, suspend
+    from comm_core._group.api import capture, close, get_backend, pre_capture_init, recover, resume, suspend
     from comm_core._handle.backend import Backend
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "hookspec",
     "local_num_tokens_non_padded",
     "pre_capture_init",
+    "recover",
     "resume",
     "suspend",
 ]
@@ -77,6 +78,7 @@ _WITH_TORCH = {
     "close": "comm_core._group.api",
     "get_backend": "comm_core._group.api",
     "pre_capture_init": "comm_core._group.api",
+    "recover": "comm_core._group.api",
     "resume": "comm_core._group.api",
     "suspend": "comm_core._group.api",
 }

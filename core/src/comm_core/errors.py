@@ -29,8 +29,8 @@ __all__ = [
 class CommError(RuntimeError):
     """The base of every error that this package raises itself; also raised when the backend that serves a call fails.
 
-    The text then names the backend, and the cause is the backend's own exception. Don't use the group again, since
-    other ranks may be waiting: close it, or end the job.
+    The text then names the backend, and the cause is the backend's own exception. The group's later calls raise until
+    all its ranks have called `comm.recover`; or close it, or end the job.
 
     `torch.ops.comm_core` raises it for a group without a handle in this process, also after `comm.close`: call
     `comm.get_backend(group)` on all ranks of the group first.

@@ -203,6 +203,8 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
     raises an error for an invalid operand, or calls the hook again with copies. Strides and addresses differ between
     ranks, so in one call some ranks may get the caller's operands and others copies.
 
+    Core itself composes a call without a residual, and one with a float32 residual or weight beside a 16-bit tensor.
+
     Args:
         session: what `connect` returned, else the `GroupContext`.
         tensor: `[num_tokens, hidden_size]`, floating point, contiguous, aligned to 16 bytes.
@@ -222,6 +224,51 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
     Raises:
         Exception: as in `all_reduce`. If core then finds an invalid operand that it hadn't validated, it raises an
             error for that operand instead.
+    """
+
+
+@hookspec(firstresult=True)
+def all_reduce_add_rms_norm_quant(
+    session: Any,
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    quant: str,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    residual_out: torch.Tensor,
+    norm_out: torch.Tensor | None,
+) -> None:
+    """Sum over the ranks, add the residual, normalise and quantise the norm to FP8, in one call. Hot path.
+
+    Optional. `y` and `s` as in `all_reduce_add_rms_norm`; if the backend has that hook, too, with the same bits. The
+    quantised values and scales have the bits of `comm_core.fallback.quantize` of `y` as rounded to its dtype: the
+    admission test compares them. Core validates the operands.
+
+    Args:
+        session: what `connect` returned, else the `GroupContext`.
+        tensor: as in `all_reduce_add_rms_norm`.
+        residual: as in `all_reduce_add_rms_norm`.
+        weight: as in `all_reduce_add_rms_norm`.
+        eps: added to the mean square.
+        weight_offset: added to the weight.
+        quant: one of `comm_core.types.QUANTS`. For "fp8_per_group", `hidden_size` is a multiple of 128.
+        scale: float32. "fp8_static": one element, to be read. "fp8_per_token": `[num_tokens, 1]`, to be written.
+            "fp8_per_group": `[num_tokens, hidden_size / 128]`, to be written, with the strides `(hidden_size / 128, 1)`
+            or `(1, n)`, n at least `num_tokens`. Scales to be written are aligned to 16 bytes.
+        out: receives the quantised values: float8_e4m3fn `[num_tokens, hidden_size]`, contiguous, aligned to 16 bytes.
+        residual_out: receives `s`: like `tensor`, or `residual` itself.
+        norm_out: receives `y`: like `tensor`, or `tensor` itself; None: the caller doesn't need it.
+
+    Returns:
+        None, or `NotImplemented`, before anything is sent or written: core composes the call. That answer must be the
+        same on every rank: it may depend on shape, dtype, `eps`, `weight_offset`, `quant` and the strides of `scale`,
+        but not on addresses, or on `norm_out`.
+
+    Raises:
+        Exception: as in `all_reduce`.
     """
 
 
@@ -291,6 +338,9 @@ def check(session: Any) -> None:
     Local, optional. Called from `backend.check()`, in a thread that a group's sessions share; may synchronise with the
     device; reads at most one word from it. The deadline is `context.wait_timeout_s`.
 
+    After `abort` it raises only if a kernel has run since the last call, so that `backend.check()` can report the
+    replay of a graph that was captured before `comm.recover`. Core doesn't ask a session that raises each time.
+
     Args:
         session: what `connect` returned.
 
@@ -305,8 +355,9 @@ def abort(session: Any) -> None:
     """Let the other ranks' waits for this rank end: its handle has stopped after a failure.
 
     Local, optional; without it the waits end by their deadline. Called once, on the rank whose hook raised and on each
-    rank that learns of it, maybe while another thread is in `all_reduce`. Waits for nothing and frees nothing: `close`
-    with `orderly=False` follows when the caller closes the group.
+    rank that learns of it, maybe while another thread is in `all_reduce`; and on all ranks by `comm.recover`, which
+    replaces the session. Waits for nothing and frees nothing: `close` follows from `comm.recover` or when the caller
+    closes the group.
 
     Args:
         session: what `connect` returned, else the `GroupContext`.

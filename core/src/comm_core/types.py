@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from comm_core import _schema
@@ -17,6 +16,7 @@ __all__ = [
     "MAX_RANGES",
     "MODES",
     "OPS",
+    "QUANTS",
     "RANK_ORDER_FP32",
     "TERMINAL",
     "Available",
@@ -30,8 +30,10 @@ __all__ = [
     "rank_label",
 ]
 
-OPS = ("all_reduce", "all_reduce_add_rms_norm")
-"""The operations that a backend may serve."""
+OPS = ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm_quant")
+"""The operations that a backend may serve; the last two are the fused ones."""
+QUANTS = ("fp8_static", "fp8_per_token", "fp8_per_group")
+"""The forms of `all_reduce_add_rms_norm_quant`: one scale given; a scale for each row; for each 128 of its elements."""
 MODES = ("eager", "graph")
 """The modes of a call: run at once, or recorded into a CUDA graph inside `comm.capture()`."""
 DTYPES = {
@@ -45,7 +47,7 @@ DTYPES = {
     "int8": 1,
     "uint8": 1,
 }
-"""The supported dtypes, by torch's names, with their sizes in bytes; the fused operation takes only floats."""
+"""The supported dtypes, by torch's names, with their sizes in bytes; fused operations take only floats."""
 TERMINAL = "torch_distributed"
 """The backend at the end of every route; it can't be disabled."""
 RANK_ORDER_FP32 = "rank_order_fp32"
@@ -53,25 +55,11 @@ RANK_ORDER_FP32 = "rank_order_fp32"
 
 MAX_RANGES = 64
 """The most ranges that one answer of a backend may have: the answers of all backends share one message."""
-# The most names in one field of a range, and the longest of them in characters: far above those of torch.
-_MAX_NAMES = 16
-_NAME_CHARS = 64
 
 
 def rank_label(rank: int, job_rank: int) -> str:
     """Format a group rank for a message, with the job's rank if that differs: "1", "1 (3 in the job)"."""
     return str(rank) if rank == job_rank else f"{rank} ({job_rank} in the job)"
-
-
-def _unique_names(values: Iterable[Any] | None, prefix: str = "") -> tuple[str, ...] | None:
-    if values is None:
-        return None
-    if isinstance(values, str):
-        raise TypeError(f"expected a sequence of names, got the string {values!r}")
-    names = tuple(dict.fromkeys(str(value).removeprefix(prefix) for value in values))
-    if len(names) > _MAX_NAMES or any(len(name) > _NAME_CHARS or name != _schema.printable(name) for name in names):
-        raise ValueError(f"expected at most {_MAX_NAMES} printable names of at most {_NAME_CHARS} characters")
-    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +76,8 @@ class Range:
         min_nbytes: the smallest message, in bytes of the tensor to be reduced.
         max_nbytes: the largest message, in bytes; None means any.
         multiple_nbytes: the message's size in bytes is a multiple of this number.
-        max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, fused operation only; None means any.
-        hidden_multiple: `hidden_size` is a multiple of this number, fused operation only.
+        max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, fused operations only; None means any.
+        hidden_multiple: `hidden_size` is a multiple of this number, fused operations only.
         prepared: served only once `pre_capture_init` has returned it.
 
     Raises:
@@ -108,9 +96,9 @@ class Range:
     prepared: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modes", _unique_names(self.modes))
-        object.__setattr__(self, "dtypes", _unique_names(self.dtypes, "torch."))
-        object.__setattr__(self, "device_types", _unique_names(self.device_types))
+        object.__setattr__(self, "modes", _schema.unique_names(self.modes))
+        object.__setattr__(self, "dtypes", _schema.unique_names(self.dtypes, "torch."))
+        object.__setattr__(self, "device_types", _schema.unique_names(self.device_types))
         if self.op not in OPS:
             raise ValueError(f"op={self.op!r} isn't one of {', '.join(OPS)}")
         for field, known in (("modes", MODES), ("dtypes", tuple(DTYPES))):
@@ -190,7 +178,7 @@ def _smaller_bound(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
 
 
-_NAMES = _schema.optional(_schema.tuple_of(_schema.text, 1, _MAX_NAMES))
+_NAMES = _schema.optional(_schema.tuple_of(_schema.text, 1, _schema.MAX_NAMES))
 _SIZE = _schema.integer()
 _RANGE = _schema.record(
     Range,
@@ -240,7 +228,7 @@ class Available:
         _schema.check_bool("checks_operands", self.checks_operands)
         if not isinstance(self.numerics, str):
             raise TypeError(f"numerics={self.numerics!r} isn't a string")
-        _unique_names((self.numerics,))
+        _schema.unique_names((self.numerics,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +276,7 @@ class Rule:
     Units and meaning are those of `Range`.
 
     Attributes:
+        tuned: the rule of `Decision.tuning` that gave it its place; "": none.
         piece_nbytes: larger messages go to the backend in pieces of at most so many bytes: of the fused operation in
             whole rows, and a longer row isn't taken. None: every message goes as a whole. Only in deterministic groups.
     """
@@ -298,6 +287,7 @@ class Rule:
     multiple_nbytes: int = 1
     max_tokens: int | None = None
     hidden_multiple: int = 1
+    tuned: str = ""
     piece_nbytes: int | None = None
 
     def takes(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> bool:
@@ -305,8 +295,8 @@ class Rule:
 
         Args:
             nbytes: bytes of the tensor to be reduced.
-            num_tokens: rows of `[num_tokens, hidden_size]`, fused operation only.
-            hidden_size: elements per row, fused operation only.
+            num_tokens: rows of `[num_tokens, hidden_size]`, fused operations only.
+            hidden_size: elements per row, fused operations only.
         """
         return (
             self.min_nbytes <= nbytes
@@ -329,7 +319,7 @@ class Route:
         mode: one of `MODES`.
         device_type: such as "cuda".
         dtype: one of `DTYPES`.
-        rules: in order of priority; the last one is the terminal fallback's.
+        rules: in order of priority or tuned score; the last one is the terminal fallback's.
     """
 
     op: str
@@ -373,11 +363,15 @@ class Decision:
     Attributes:
         candidates: every backend that some rank knows, in the order of their consideration; the terminal fallback last.
         routes: one for each operation, mode, device type and dtype of the group.
+        tuning: the rules that overrode priorities, as texts; see `comm_core.tuning`.
+        tuned_by: where they come from; without rules, a sentence on the tuned table, if there is one.
         deterministic: whether the group is deterministic; see `comm_core.get_backend`.
     """
 
     candidates: tuple[Candidate, ...]
     routes: tuple[Route, ...]
+    tuning: tuple[str, ...] = ()
+    tuned_by: str = ""
     deterministic: bool = False
 
     def candidate(self, name: str) -> Candidate | None:

@@ -344,6 +344,7 @@ def decode(hidden_size: int, batches: list[int]) -> dict[str, Any]:
     """Sum eagerly and in captured graphs, one a batch, in a group that SGLang enters and in one that it doesn't."""
     load()
     group, experts = make_group("tp"), make_group("moe_tp", custom=False)
+    run_cuda_hooks(group)
     for numel in (1, 512, 8192, 1 << 20, (8 << 20) + 8):
         tensor, expected = integers(0, numel, group)
         torch.testing.assert_close(group.all_reduce(tensor), expected, rtol=0, atol=0)

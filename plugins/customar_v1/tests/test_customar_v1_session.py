@@ -331,6 +331,24 @@ def test_a_kernel_that_timed_out_names_the_rank(pair: tuple[list[Native], list[A
         assert caught.value.ranks == (1,)
 
 
+def test_after_abort_check_reports_replays_alone(pair: tuple[list[Native], list[Any]]) -> None:
+    native, own = pair[0][0], pair[1][0]
+    native.late = 2
+    customar_v1.abort(own)
+    customar_v1.abort(own)
+    assert native.calls.count(("abort",)) == 2
+    for _ in range(2):
+        customar_v1.check(own)  # the time-out was reported before
+    for launches in (1, 3):
+        own._buffer.tensor[:8].view(torch.int64).add_(launches << 20)  # as kernels do
+        with pytest.raises(comm.CommError, match="in the replay of a graph"):
+            customar_v1.check(own)
+        customar_v1.check(own)
+    customar_v1.close(own, True)
+    customar_v1.abort(own)
+    customar_v1.check(own)
+
+
 def test_a_forced_row_reaches_the_native_code() -> None:
     row = policy.Row(8 << 20, "two_stage", 2, 64, 7)
     natives = [Native(rank, 2) for rank in range(2)]

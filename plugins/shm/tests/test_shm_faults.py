@@ -166,3 +166,33 @@ def test_the_bits_dont_depend_on_the_threads_mode(ranks: Ranks, shm: Path, mode:
     assert first == second == plain
     # The smallest sum is half the smallest normal number: subnormal, and not 0.
     assert all(bits[0] > 0 for bits in plain.values())
+
+
+def recover_after_a_time_out(absent: int) -> dict[str, object]:
+    """One rank makes no call; the others' waits end by their deadline, and all recover."""
+    backend = comm.get_backend()  # by name, no other would take its place
+    assert backend.name == "shm"
+    x = torch.arange(1000)
+    if dist.get_rank() != absent:
+        with pytest.raises(comm.CommError):
+            backend.all_reduce(x)
+    comm.recover()
+    candidate = backend.decision.candidate("shm")
+    assert candidate is not None
+    found = {"name": backend.name, "verdict": candidate.verdict, "reason": candidate.reason}
+    found["right"] = torch.equal(backend.all_reduce(x), dist.get_world_size() * x)
+    comm.close()
+    found["again"] = comm.get_backend().name
+    comm.close()
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "absent"), [(2, 1), (3, 0)])
+def test_ranks_recover_after_a_time_out(ranks: Ranks, shm: Path, world_size: int, absent: int) -> None:
+    env = {"COMM_CORE_WAIT_TIMEOUT_S": "2"}
+    job: dict[str, object] = {"world_size": world_size, "path": [[shm]] * world_size, "env": env}
+    for found in ranks.run(recover_after_a_time_out, absent, **job):
+        assert (found["name"], found["verdict"], found["right"]) == ("torch_distributed", "failed", True)
+        assert f"rank {absent}, process" in str(found["reason"])
+        assert "didn't come within 2 s" in str(found["reason"])
+        assert found["again"] == "shm"

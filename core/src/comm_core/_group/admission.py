@@ -15,52 +15,21 @@ from typing import Any
 
 import torch
 
-from comm_core._control.deadline import describe, is_timeout
+from comm_core._group.failures import Failures
 from comm_core._group.ordered_values import mixed_bits, ordered_values
+from comm_core._group.quant_forms import QuantCall, call_every_form, check_bits
 from comm_core._handle.rank_order import sum_in_rank_order
 from comm_core._plan.cases import AdmissionCase
-from comm_core._plan.routes import Cell
-from comm_core._schema import shorten
 from comm_core.errors import CaptureError
 
-__all__ = ["Failures", "run_cases"]
+__all__ = ["run_cases"]
 
 # The largest n such that the dtype holds every integer up to n exactly: sums up to n are exact in any order.
 _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 # Period of the test pattern in elements: a prime, so that no chunk, vector or block of a kernel lines up with it.
 _PERIOD = 1021
-# The longest reason of one kind of message, as JSON in bytes: a vote has up to 39 of them.
-_REASON_NBYTES = 300
 # A rank sends this instead of the numbers of its recorded cases if `capture_ctx` raised on exit.
 _CAPTURE_FAILED = -1
-
-
-class Failures(dict[Cell, str]):
-    """For each kind of message that failed on this rank, the first reason.
-
-    Attributes:
-        after_timeout: the kinds that failed by a time-out or after one. The cause may lie on another rank.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.after_timeout: set[Cell] = set()
-        self._timed_out = False
-
-    @property
-    def cause(self) -> str | None:
-        """The first reason, unless a time-out came before it."""
-        return next((reason for cell, reason in list(self.items()) if cell not in self.after_timeout), None)
-
-    def add(self, cell: Cell, error: Exception) -> str:
-        """Add a failure, unless its kind has one already; return its reason."""
-        reason = shorten(describe(error), _REASON_NBYTES)
-        self._timed_out = self._timed_out or is_timeout(error)
-        if cell not in self:
-            if self._timed_out:
-                self.after_timeout.add(cell)
-            self[cell] = reason
-        return reason
 
 
 def run_cases(
@@ -198,7 +167,9 @@ class _Tester:
         """Test a call whose output is its input."""
         inputs = self._inputs(case, salt)
         results = self._call(case, inputs, in_place=True)
-        if any(result is not out for result, out in zip(results, inputs, strict=False)):
+        if not isinstance(results[0], QuantCall) and any(
+            result is not out for result, out in zip(results, inputs, strict=False)
+        ):
             raise ArithmeticError(f"{_label(case)}: `out` wasn't returned")
         self._compare(case, salt, results)
 
@@ -247,20 +218,26 @@ class _Tester:
         period = values.to(device, getattr(torch, case.cell[3]))
         return period.repeat(-(-numel // _PERIOD))[:numel].reshape(case.shape)
 
-    def _call(
-        self, case: AdmissionCase, inputs: tuple[torch.Tensor, ...], *, in_place: bool
-    ) -> tuple[torch.Tensor, ...]:
+    def _call(self, case: AdmissionCase, inputs: tuple[torch.Tensor, ...], *, in_place: bool) -> Sequence[Any]:
         hook = self.hooks[case.cell[0]]
         out = inputs[0] if in_place else None
         if case.cell[0] == "all_reduce":
             return (hook(self.session, inputs[0], out),)
+        if case.cell[0] == "all_reduce_add_rms_norm_quant":
+            return call_every_form(hook, self.session, inputs, in_place=in_place)
         results = hook(self.session, *inputs, 1e-6, 0.0, out, inputs[1] if in_place else None)
         if results is NotImplemented:
             raise NotImplementedError(f"{_label(case)}: it returned NotImplemented")
         normed, summed = results
         return normed, summed
 
-    def _compare(self, case: AdmissionCase, salt: int, results: tuple[torch.Tensor, ...]) -> None:
+    def _compare(self, case: AdmissionCase, salt: int, results: Sequence[Any]) -> None:
+        if isinstance(results[0], QuantCall):
+            for call in results:
+                pair = (call.summed,) if call.normed is None else (call.normed, call.summed)
+                self._compare(case, salt, pair)
+            check_bits(results)
+            return
         terms = self.world_size + (case.cell[0] != "all_reduce")
         values = [self._values(case.cell[3], rank, salt) for rank in range(terms)]
         total = sum_in_rank_order(values) if self.ordered else torch.stack(values).sum(0)
@@ -268,7 +245,7 @@ class _Tester:
         for result in results:
             _check_shape_and_dtype(case, result, expected)
         _check_equal(case, results[-1], expected)
-        if case.cell[0] == "all_reduce":
+        if len(results) == 1:
             return
         sums = expected.double()
         weight = (torch.arange(case.shape[1], device=sums.device) % 3 + 1).double()

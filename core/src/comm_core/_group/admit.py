@@ -6,7 +6,8 @@ import functools
 
 from comm_core._control.stage import StageAbortedError
 from comm_core._control.steps import Steps
-from comm_core._group.admission import Failures, run_cases
+from comm_core._group.admission import run_cases
+from comm_core._group.failures import Failures
 from comm_core._group.step import Step
 from comm_core._handle.session import Session
 from comm_core._plan.cases import AdmissionCase

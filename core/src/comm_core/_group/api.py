@@ -1,18 +1,17 @@
-"""The public functions: get a group's handle, prepare it, capture its calls, suspend it, close it."""
+"""The public functions: get a group's handle, prepare it, capture its calls, suspend it, recover it, close it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from comm_core._group.capture import capture_sessions, join_or_open, refuse_in_capture
 from comm_core._group.close import close_group
 from comm_core._group.create import create_serving
 from comm_core._group.local_inputs import Request
 from comm_core._group.prepare_groups import check_shapes, prepare_groups
+from comm_core._group.recover import recover_groups
 from comm_core._group.states import (
     Group,
     GroupState,
@@ -25,10 +24,12 @@ from comm_core._group.states import (
     remove_destroyed,
 )
 from comm_core._group.suspend import change_groups
-from comm_core._handle import operators
 from comm_core._handle.backend import Backend
 
-__all__ = ["capture", "close", "get_backend", "pre_capture_init", "resume", "suspend"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["capture", "close", "get_backend", "pre_capture_init", "recover", "resume", "suspend"]
 
 
 def get_backend(
@@ -93,8 +94,7 @@ def _get_or_create_backend(state: GroupState, request: Request) -> Backend:
     else:
         backend = state.backend
     # A cached handle too: "" finds the world's handle while there is a world, else the one of this process alone.
-    world = state.group is not None and state.group is plain_group(dist.group.WORLD)
-    operators.register((state.name, "") if world else (state.name,), backend)
+    state.register(backend)
     return backend
 
 
@@ -199,6 +199,42 @@ def resume(group: Group | None = None) -> None:
     refuse_in_capture("comm.resume")
     remove_destroyed()
     change_groups(_states_of(group), "resume")
+
+
+def recover(group: Group | None = None, *, timeout_s: float | None = None) -> None:
+    """Drop the backends that failed, on all ranks, and serve calls by the others from now on, with the same handle.
+
+    Collective; every rank of the group calls it once a handle has stopped on any of them, with no call or replay of the
+    group left to queue. It waits for the device and the peers; then all ranks drop each backend that failed on one of
+    them, connect and test the others again, and adopt one plan. `explain()` has the failed backend's reason. If no
+    rank's handle has stopped, or for a group without a handle, it changes nothing.
+
+    Graphs that were captured before must not be replayed: `Backend.check` raises after such a replay if the backend
+    can tell. Call `pre_capture_init` again, and capture again. Backends in groups of CUDA tensors keep the memory of
+    before until the group is closed, since such a graph may still be replayed by mistake.
+
+    Errors are raised on all ranks alike, but a rank that leaves raises its own; the other groups are still recovered.
+
+    Args:
+        group: the group; None: every group that has a handle, in the order in which they got it.
+        timeout_s: as in `get_backend`, for this call; None: the group's.
+
+    Raises:
+        TypeError, ValueError: `timeout_s` is invalid.
+        CaptureError: inside `comm.capture()`, or while a stream captures; before anything is sent.
+        CommTimeoutError: a rank didn't call in time; nothing has changed, and the call can be made again on all ranks.
+            If the rank is gone for good, close the group and make a new one of the others. Or a rank vanished while
+            backends connected: then the handle refuses further calls for good.
+        BackendUnavailableError: a backend failed that `get_backend(backends=...)` names; nothing has changed. Or one
+            failed to connect again: then the handle goes on without it.
+        CommError: a rank's device or a thread of it is still busy with earlier calls, torch.distributed itself failed,
+            the group is suspended, or its handle can't recover; nothing has changed, and the text names the rank. Or a
+            rank left by an exception while backends connected: then the handle refuses further calls for good.
+    """
+    timeout_s = Request.of(None, timeout_s).timeout_s
+    refuse_in_capture("comm.recover")
+    remove_destroyed()
+    recover_groups(_states_of(group), timeout_s)
 
 
 def _states_of(group: Group | None) -> list[GroupState]:

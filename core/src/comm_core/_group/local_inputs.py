@@ -18,7 +18,7 @@ from comm_core._plan import decide
 from comm_core._plugins import discovery
 from comm_core._probe.rank import probe_rank
 from comm_core._schema import load_json, printable, shorten
-from comm_core.env import PREFIX, Settings, check_names, check_timeout_s
+from comm_core.env import PREFIX, Settings, UnreadableSettingError, check_names, check_timeout_s
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
@@ -136,6 +136,7 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
     facts: dict[str, Any] = {}
     device = torch.device("cpu")
     backends = None
+    excerpt: tuple[str, ...] = ()
     try:
         settings = Settings.read()
         # Sorted, like the environment's: the order has no meaning, so it mustn't count as a difference.
@@ -150,6 +151,8 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         timeout_s = request.timeout_s or settings.control_timeout_s
         facts, unusable = probe_plugins(found.plugins, device, timeout_s)
         failures.update(unusable)
+    except UnreadableSettingError as raised:
+        error, excerpt = _truncate(str(raised)), raised.excerpt
     except Exception as raised:  # noqa: BLE001 - any error goes to all ranks, which raise together
         error = _truncate(describe(raised))
     info = probe_rank(dist.get_rank(), device, plugins=found.listed, facts=facts)
@@ -161,7 +164,9 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         "the process group's backend": dist.get_backend_config(group),
         "the kind of device": device.type,
     }
-    return LocalInputs(request, settings, found.plugins, device, decide.Evidence(info, policy, failures, error))
+    return LocalInputs(
+        request, settings, found.plugins, device, decide.Evidence(info, policy, failures, error, excerpt)
+    )
 
 
 def topology_of_one(group: dist.ProcessGroup | None) -> Topology:

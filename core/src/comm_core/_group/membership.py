@@ -10,6 +10,7 @@ from comm_core._control.channel import SessionChannel
 from comm_core._control.own_group import OwnGroup
 from comm_core._control.store import Control
 from comm_core._plan import parse
+from comm_core._plan.faults import Fault, read_fault
 from comm_core.context import GroupContext
 from comm_core.env import Settings
 from comm_core.topology import Topology
@@ -108,6 +109,10 @@ class Membership:
     def read_shapes(self, values: Sequence[Any]) -> list[tuple[bool, list[Any]]]:
         """Read the ranks' arguments of `comm.pre_capture_init`, each with whether the rank is prepared for them."""
         return parse.parse_each(values, parse.read_shapes, self.control.label)
+
+    def read_faults(self, values: Sequence[Any]) -> list[Fault | None]:
+        """Read the ranks' reports of the failures that stopped their handles; None for a sound one."""
+        return parse.parse_each(values, read_fault, self.control.label)
 
     def read_prepared(self, votes: Sequence[Any]) -> list[tuple[int, dict[str, Any] | None]]:
         """Read the ranks' votes on a `pre_capture_init`: memory in bytes, and the encoded new answer, if any."""

@@ -25,6 +25,7 @@ class NegotiatedGroup:
         decision: the candidates and routes, equal on every rank.
         sessions: this rank's connected backends, by name.
         slate: the candidates' offers and verdicts, from which `decision` follows.
+        asked_slate: the slate as `is_available` gave it, before anything was connected or prepared.
         plugins: this rank's plugins, by name.
         member: this rank's membership in the group.
         prepared: the shapes for which `comm.pre_capture_init` has prepared the backends.
@@ -35,6 +36,7 @@ class NegotiatedGroup:
     decision: Decision
     sessions: dict[str, Session]
     slate: Slate
+    asked_slate: Slate
     plugins: Mapping[str, Plugin]
     member: Membership
     prepared: tuple[Shapes, ...] = ()
@@ -42,9 +44,14 @@ class NegotiatedGroup:
 
     @classmethod
     def of(
-        cls, slate: Slate, sessions: dict[str, Session], plugins: Mapping[str, Plugin], member: Membership
+        cls,
+        slate: Slate,
+        asked_slate: Slate,
+        sessions: dict[str, Session],
+        plugins: Mapping[str, Plugin],
+        member: Membership,
     ) -> NegotiatedGroup:
         """Create the outcome that follows from a slate and its sessions."""
         notes = {name: session.describe_failed_cells() for name, session in sessions.items() if session.failed_cells}
         decision = slate.decision(member.topology.device_types, notes)
-        return cls(member.topology, decision, sessions, slate, plugins, member)
+        return cls(member.topology, decision, sessions, slate, asked_slate, plugins, member)

@@ -75,7 +75,7 @@ def prepare(negotiated: NegotiatedGroup, shapes: Shapes, number: int) -> Negotia
         release_all(sessions.values(), member)
         raise
     slate, sessions = connect_and_admit(slate, negotiated.plugins, member, sessions)
-    planned = NegotiatedGroup.of(slate, sessions, negotiated.plugins, negotiated.member)
+    planned = NegotiatedGroup.of(slate, negotiated.asked_slate, sessions, negotiated.plugins, negotiated.member)
     dropped_later = [session for name, session in negotiated.sessions.items() if sessions.get(name) is not session]
     kept_nbytes = negotiated.kept_nbytes + sum(session.memory_nbytes for session in dropped_later)
     return dataclasses.replace(planned, prepared=(*negotiated.prepared, shapes), kept_nbytes=kept_nbytes)

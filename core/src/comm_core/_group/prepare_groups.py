@@ -21,7 +21,7 @@ from comm_core.types import DTYPES
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_shapes", "prepare_groups"]
+__all__ = ["check_shapes", "prepare_groups", "report_dropped"]
 
 _log = logging.getLogger("comm_core")
 
@@ -81,7 +81,7 @@ def _prepare_group(state: GroupState, shapes: Shapes) -> None:
     except Exception as error:
         raise CommError(f"{state.title}: torch.distributed, the fallback, failed: {describe(error)}") from error
     state.adopt(planned)
-    _report_dropped(state, negotiated, planned)
+    report_dropped(state, negotiated, planned)
 
 
 def _plan(state: GroupState, negotiated: NegotiatedGroup, shapes: Shapes) -> NegotiatedGroup | None:
@@ -113,8 +113,17 @@ def _plan(state: GroupState, negotiated: NegotiatedGroup, shapes: Shapes) -> Neg
         raise
 
 
-def _report_dropped(state: GroupState, before: NegotiatedGroup, after: NegotiatedGroup) -> None:
-    """Log the backends that a preparation dropped; raise, on all ranks, if the caller named one of them."""
+def report_dropped(state: GroupState, before: NegotiatedGroup, after: NegotiatedGroup) -> None:
+    """Log the backends that a new plan has dropped; raise, on all ranks, if the caller named one of them.
+
+    Args:
+        state: the group.
+        before: the outcome before.
+        after: the new outcome, which the handle has adopted.
+
+    Raises:
+        BackendUnavailableError: `get_backend(backends=...)` names a backend that was dropped.
+    """
     dropped = [
         candidate
         for candidate in after.decision.candidates

@@ -61,9 +61,10 @@ class GroupState:
         serving: the plan that the handle serves by.
         control: the group's control channel.
         negotiated: the outcome of the last negotiation or preparation.
-        sessions: every session that was ever in use.
+        sessions: every session that was ever in use, and isn't closed yet.
         preparations: the number of calls of `comm.pre_capture_init`.
         suspensions: the number of calls of `comm.suspend` and `comm.resume` that were exchanged.
+        recoveries: the number of calls of `comm.recover` that were exchanged, in the current incarnation.
     """
 
     name: str
@@ -77,6 +78,7 @@ class GroupState:
     sessions: list[Session] = dataclasses.field(default_factory=list)
     preparations: int = 0
     suspensions: int = 0
+    recoveries: int = 0
 
     def create_backend(self, serving: Serving) -> Backend:
         """Create the group's handle, which serves by `serving`."""
@@ -85,6 +87,11 @@ class GroupState:
         self.serving, self.backend = serving, operators.create_backend(serving, self.name, compares_calls=compares)
         return self.backend
 
+    def register(self, backend: Backend) -> None:
+        """Let operators find the handle by the group's name, and that of the world by "", too."""
+        is_world = self.group is not None and self.group is plain_group(dist.group.WORLD)
+        operators.register((self.name, "") if is_world else (self.name,), backend)
+
     def adopt(self, negotiated: NegotiatedGroup) -> None:
         """Adopt the outcome of a negotiation; keep its sessions until the group is closed."""
         self.negotiated = negotiated
@@ -92,6 +99,11 @@ class GroupState:
             if not session.in_use:
                 session.mark_in_use()
                 self.sessions.append(session)
+
+    def change_incarnation(self, control: Control) -> None:
+        """Exchange over `control` from now on, and count the exchanged calls anew: all ranks do so together."""
+        self.control = control
+        self.preparations = self.suspensions = self.recoveries = 0
 
     def close_without_peers(self) -> None:
         """Close a group that torch destroyed: its peers can no longer be reached."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,7 @@ class ComparingBackend(Backend):
     def __init__(self, serving: Serving, group_name: str) -> None:
         super().__init__(serving, group_name)
         self._calls = 0
+        self._calls_control = serving.control
         self._is_inside = False
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,7 +46,7 @@ class ComparingBackend(Backend):
     def all_reduce_add_rms_norm(
         self,
         tensor: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float = 1e-6,
         weight_offset: float = 0.0,
@@ -58,6 +59,25 @@ class ComparingBackend(Backend):
         with self._compared("all_reduce_add_rms_norm", **operands):
             return super().all_reduce_add_rms_norm(
                 tensor, residual, weight, eps, weight_offset, out=out, residual_out=residual_out
+            )
+
+    def all_reduce_add_rms_norm_quant(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        weight_offset: float = 0.0,
+        *,
+        quant: str,
+        **named: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """See `Backend.all_reduce_add_rms_norm_quant`."""
+        tensors = {"scale", "out", "residual_out", "norm_out"}.intersection(named)
+        operands = {"tensor": tensor, "residual": residual, "weight": weight} | {name: named[name] for name in tensors}
+        with self._compared(f"all_reduce_add_rms_norm_quant to {quant}", **operands):
+            return super().all_reduce_add_rms_norm_quant(
+                tensor, residual, weight, eps, weight_offset, quant=quant, **named
             )
 
     @contextlib.contextmanager
@@ -83,6 +103,8 @@ class ComparingBackend(Backend):
         control = self._serving.control
         if control is None or self._serving.refusal is not None or traced.intercepts():
             return  # nothing is sent
+        if control is not self._calls_control:  # since `comm.recover`, before which the ranks' numbers may differ
+            self._calls, self._calls_control = 0, control
         self._calls += 1
         described = (f"{name} {_describe(value)}" for name, value in operands.items() if value is not None)
         try:
@@ -90,17 +112,17 @@ class ComparingBackend(Backend):
                 calls = stage.all_gather(f"{op} of {', '.join(described)}")
         except StageAbortedError as error:
             text = f"{self._serving.title}: {error}"
-            self._serving.fail(f"{text}. This handle refuses further calls; close it and create a new group")
+            self._serving.fail(text)
             if isinstance(error, CommTimeoutError):
                 raise CommTimeoutError(text, error.ranks) from error
             raise CommError(text) from error
         if any(call != calls[0] for call in calls):
             text = (
                 f"{self._serving.title}: call {self._calls} differs between the ranks: {describe_differences(calls)}. "
-                "All ranks must make the same calls in the same order. This handle refuses further calls"
+                "All ranks must make the same calls in the same order"
             )
             self._serving.fail(text)
-            raise CommError(text)
+            raise CommError(self._serving.failure)
 
 
 def _describe(value: object) -> str:

@@ -95,7 +95,7 @@ def single_rank_all_reduce(_group: object, tensor: torch.Tensor, out: torch.Tens
 
 def add_rms_norm(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     weight_offset: float,
@@ -104,20 +104,20 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the residual and normalise: the hook `all_reduce_add_rms_norm` without its all-reduce.
 
-    The formula, shapes, dtypes and result are the hook's. Both results are computed in fp32 (fp64 for fp64) and rounded
+    The formula, shapes and result are the hook's. Both results are computed in fp32 (fp64 for fp64) and rounded
     once. CUDA tensors take one Triton kernel if Triton is installed; otherwise several of torch's kernels run.
 
     Args:
         tensor: `[num_tokens, hidden_size]`, summed over the ranks already.
-        residual: like `tensor`.
-        weight: `[hidden_size]`, the dtype of `tensor`.
+        residual: like `tensor`, of any floating dtype; None: there is none.
+        weight: `[hidden_size]`, of any floating dtype.
         eps: added to the mean square.
         weight_offset: added to the weight.
         out: the tensor that receives the normed values; None allocates it.
         residual_out: the tensor that receives `tensor + residual`; None allocates it.
 
     Returns:
-        The normed values, and `tensor + residual`.
+        The normed values, in the dtype of `tensor`, and `tensor + residual`, in that of `residual` if there is one.
     """
     if tensor.is_cuda:
         results = norm.add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out)
@@ -129,7 +129,7 @@ def add_rms_norm(
 @torch.no_grad()  # results carry no gradient, and the weight is usually a parameter
 def _torch_add_rms_norm(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     weight_offset: float,
@@ -138,10 +138,10 @@ def _torch_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = tensor.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    sums = tensor.to(wide) + residual.to(wide)
+    sums = tensor.to(wide) if residual is None else tensor.to(wide) + residual.to(wide)
     scale = torch.rsqrt(sums.square().mean(-1, keepdim=True) + eps)
     normed = (sums * scale * (weight.to(wide) + weight_offset)).to(dtype)
-    summed = sums.to(dtype)
+    summed = sums.to(dtype if residual is None else residual.dtype, copy=residual is None)
     return (
         normed if out is None else out.copy_(normed),
         summed if residual_out is None else residual_out.copy_(summed),

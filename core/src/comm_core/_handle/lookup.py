@@ -13,7 +13,7 @@ import torch
 
 from comm_core._control.guard import capturing
 from comm_core._handle import pieces
-from comm_core.types import DTYPES, TERMINAL, Decision, Rule
+from comm_core.types import DTYPES, OPS, TERMINAL, Decision, Rule
 
 if TYPE_CHECKING:
     from comm_core._handle.session import Session
@@ -201,10 +201,17 @@ class ModeRoutes:
     Attributes:
         all_reduce: the routes of `all_reduce`.
         fused: the routes of `all_reduce_add_rms_norm`.
+        quant: the routes of `all_reduce_add_rms_norm_quant`.
     """
 
     all_reduce: Routes
     fused: FusedRoutes
+    quant: FusedRoutes
+
+    @classmethod
+    def empty(cls) -> ModeRoutes:
+        """Return routes that serve no call."""
+        return cls(Routes({}), FusedRoutes({}), FusedRoutes({}))
 
 
 def bind(
@@ -223,8 +230,7 @@ def bind(
         terminal: the function of the terminal fallback, and its first argument.
         sessions: the connected sessions by backend.
     """
-    entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]]
-    entries = {"all_reduce": {}, "all_reduce_add_rms_norm": {}}
+    entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]] = {op: {} for op in OPS}
 
     def hook_of(rule: Rule, op: str) -> RuleHook:
         backend = rule.backend
@@ -241,4 +247,5 @@ def bind(
             device = devices[route.device_type]
             key = (-1 if device.type == "cpu" else device.index, _TORCH_DTYPES[route.dtype])
             entries[route.op][key] = tuple((rule, hook_of(rule, route.op)) for rule in route.rules)
-    return ModeRoutes(Routes(entries["all_reduce"]), FusedRoutes(entries["all_reduce_add_rms_norm"]))
+    plain, *fused = (entries[op] for op in OPS)
+    return ModeRoutes(Routes(plain), *map(FusedRoutes, fused))

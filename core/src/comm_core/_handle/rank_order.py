@@ -67,11 +67,15 @@ def terminal_fallback(
     return fallback.TerminalFallback.all_reduce, fallback.TerminalFallback(group, title, reduce)
 
 
-def norm_for(tensor: torch.Tensor, *, deterministic: bool) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def norm_for(
+    tensor: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, *, deterministic: bool
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Return core's norm for a composed call, before anything of the call is sent.
 
     Args:
-        tensor: the call's tensor, `[num_tokens, hidden_size]`.
+        tensor: the call's tensor.
+        residual: its residual; None: there is none.
+        weight: its weight.
         deterministic: whether the group is deterministic.
 
     Raises:
@@ -80,15 +84,14 @@ def norm_for(tensor: torch.Tensor, *, deterministic: bool) -> Callable[..., tupl
     """
     if not deterministic:
         return fallback.add_rms_norm
-    if tensor.is_cuda:
-        norm.prepare(tensor.device, tensor.dtype, tensor.shape[-1])
+    norm.prepare_for(tensor, residual, weight)
     return add_rms_norm
 
 
 @torch.no_grad()
 def add_rms_norm(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     weight_offset: float,
@@ -105,10 +108,10 @@ def add_rms_norm(
         if results is not None:
             return results
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    sums = tensor.to(wide) + residual.to(wide)
+    sums = tensor.to(wide) if residual is None else tensor.to(wide) + residual.to(wide)
     scale = torch.rsqrt(_sum_rows(sums.square()) / max(tensor.shape[-1], 1) + eps)
     normed = (sums * scale * (weight.to(wide) + weight_offset)).to(tensor.dtype)
-    summed = sums.to(tensor.dtype)
+    summed = sums.to(tensor.dtype if residual is None else residual.dtype, copy=residual is None)
     return (
         normed if out is None else out.copy_(normed),
         summed if residual_out is None else residual_out.copy_(summed),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._handle import norm
-from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, RouteKey, Routes, bind
+from comm_core._handle.lookup import CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
+from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
+from comm_core._plan.faults import Fault
 from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Serving"]
 
-# The stage that the first rank whose handle stops aborts.
-_FAILED = "failed"
 # The most groups that a time-out's text names.
 _OTHERS = 3
 # All groups' objects in this process.
@@ -44,7 +44,9 @@ class Serving:
         sessions: the connected sessions by backend; empty once the handle refuses calls.
         all_sessions: `sessions`, and those that a later decision left out: graphs captured earlier may still replay
             on them.
+        dropped_sessions: sessions that `comm.recover` left open: graphs captured before it must not replay on them.
         failure: the reason why every call raises for good; None while the handle is sound.
+        fault: the report of that failure to the other ranks, if the handle can recover from it.
         suspended: whether calls raise until `resume`; False once the handle has failed.
         refusal: the reason why every call raises now; None while the handle serves calls.
         terminal: the function of the terminal fallback, and its first argument.
@@ -54,6 +56,7 @@ class Serving:
         eager: the routes outside captures.
         all_reduce_routes: the routes of `all_reduce` in use.
         fused_routes: the routes of `all_reduce_add_rms_norm` in use.
+        quant_routes: the routes of `all_reduce_add_rms_norm_quant` in use.
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class Serving:
         self.device = device
         self.devices: tuple[torch.device, ...] = ()
         self.all_sessions: list[Session] = []
+        self.dropped_sessions: list[Session] = []
         self.failure: str | None = None
+        self.fault: Fault | None = None
         self.suspended = False
         self.refusal: str | None = None
         self.terminal = terminal
@@ -85,11 +90,12 @@ class Serving:
         self._peers_checked_s = 0.0
         _servings.add(self)
         self._graphs = False
-        self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
+        self.eager = self._graph = ModeRoutes.empty()
         # The calls and bytes by operation, mode and route, without those that the routes in use have counted.
         self._earlier: dict[tuple[str, str, RouteKey], tuple[int, int]] = {}
         self.all_reduce_routes: Routes | CaptureRoutes
         self.fused_routes: Routes | CaptureRoutes
+        self.quant_routes: Routes | CaptureRoutes
         self.adopt(decision, sessions)
 
     def adopt(self, decision: Decision, sessions: Mapping[str, Session]) -> None:
@@ -118,6 +124,13 @@ class Serving:
         eager, graph = self.eager, self._graph
         self.all_reduce_routes = CaptureRoutes(eager.all_reduce, graph.all_reduce) if on else eager.all_reduce
         self.fused_routes = CaptureRoutes(eager.fused, graph.fused) if on else eager.fused
+        self.quant_routes = CaptureRoutes(eager.quant, graph.quant) if on else eager.quant
+
+    def routes_of(self, op: str) -> Routes | CaptureRoutes:
+        """Return the routes of an operation in use."""
+        if op == "all_reduce":
+            return self.all_reduce_routes
+        return self.fused_routes if op == "all_reduce_add_rms_norm" else self.quant_routes
 
     @property
     def label(self) -> str:
@@ -137,7 +150,7 @@ class Serving:
         """Return the calls and bytes so far, by operation, mode and route."""
         counts = dict(self._earlier)
         for mode, routes in zip(MODES, (self.eager, self._graph), strict=True):
-            for op, of_op in zip(OPS, (routes.all_reduce, routes.fused), strict=True):
+            for op, of_op in zip(OPS, (routes.all_reduce, routes.fused, routes.quant), strict=True):
                 for route, (calls, nbytes) in of_op.totals().items():
                     earlier_calls, earlier_nbytes = counts.get((op, mode, route), (0, 0))
                     counts[op, mode, route] = earlier_calls + calls, earlier_nbytes + nbytes
@@ -147,7 +160,7 @@ class Serving:
         """Make every call raise `CommError` until `resume`."""
         self.suspended = True
         self.refusal = f"{self.title} is suspended. Call comm.resume(group) on all its ranks first"
-        self.all_reduce_routes, self.fused_routes = Routes({}), FusedRoutes({})
+        self._use(ModeRoutes.empty())
 
     def resume(self) -> None:
         """Serve calls again, by the routes of before."""
@@ -161,8 +174,12 @@ class Serving:
             function, session = self.terminal
             function(session, torch.zeros(1, device=self.device), None)
 
-    def fail(self, why: str) -> str:
+    def fail(self, why: str, cause: tuple[str, str, BaseException] | None = None) -> str:
         """Refuse every later call, since this rank's calls no longer match its peers', and tell the peers. Local.
+
+        Args:
+            why: the reason, a sentence without its full stop.
+            cause: the backend that failed, its hook and the error, if one failed.
 
         Returns:
             The rank whose handle had stopped before, and its reason; "" if this rank is the first.
@@ -170,23 +187,28 @@ class Serving:
         if self.failure is not None:
             return ""
         sessions = list(self.all_sessions)
-        self.retire(why)
+        self.retire(f"{why}. {STOPPED}")
+        self.fault = Fault("", why) if cause is None else Fault.of(*cause)
+        # First of all, so that a peer whose wait ends by `abort` isn't the first to say why the handles stop.
+        first = None if self.control is None else tell_peers(self.control, why)
         for session in sessions:
             session.abort()
-        if self.control is None:
+        if first is None or self.control is None:
             return ""
-        first = Stage(self.control, _FAILED).abort(why)
-        return "" if first.rank == self.control.rank else self._describe(first)
+        if first.rank != self.control.rank:
+            return describe_stopped(self.control, first)
+        self.fault = dataclasses.replace(self.fault, first=True)
+        return ""
 
-    def check_peers(self) -> None:
-        """Refuse every later call if another rank's handle has stopped. Local; looks once a second at most."""
+    def check_peers(self, interval_s: float = _PEERS_CHECK_S) -> None:
+        """Refuse every later call if another rank's handle has stopped. Local; looks once in `interval_s` at most."""
         now_s = time.monotonic()
-        if self.control is None or self.failure is not None or now_s < self._peers_checked_s + _PEERS_CHECK_S:
+        if self.control is None or self.failure is not None or now_s < self._peers_checked_s + interval_s:
             return
         self._peers_checked_s = now_s
-        failed = Stage(self.control, _FAILED).peek()
+        failed = find_stopped(self.control)
         if failed is not None:
-            self.fail(f"{self.title}: {self._describe(failed)}. This handle refuses further calls; close it")
+            self.fail(f"{self.title}: {describe_stopped(self.control, failed)}")
 
     def describe_other_groups(self) -> str:
         """Describe how calls of other groups on the same GPU may have caused a time-out; "" without such groups."""
@@ -203,18 +225,40 @@ class Serving:
             "room for"
         )
 
-    def _describe(self, failed: StageAbortedError) -> str:
-        label = "another rank" if failed.rank is None or self.control is None else self.control.label(failed.rank)
-        return f"the handle of {label} stopped: {failed.reason}"
+    def recover(
+        self,
+        decision: Decision,
+        sessions: Mapping[str, Session],
+        control: Control | None,
+        dropped: Sequence[Session] = (),
+    ) -> None:
+        """Serve calls again, by new sessions.
+
+        Args:
+            decision: the new decision.
+            sessions: the new sessions by backend.
+            control: the group's control channel, in a new incarnation.
+            dropped: sessions of before that stay open; `check` asks them for replays.
+        """
+        self.failure = self.refusal = self.fault = None
+        self.control = control
+        self.dropped_sessions += dropped
+        self.adopt(decision, sessions)
 
     def retire(self, why: str) -> None:
         """Make every later call raise `CommError(why)`."""
         self.failure = self.refusal = why
+        self.fault = None
         self.suspended = False
         self._earlier = self._counts()
-        self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
+        self.eager = self._graph = ModeRoutes.empty()
         self.all_sessions.clear()
-        self.all_reduce_routes, self.fused_routes, self.sessions = self.eager.all_reduce, self.eager.fused, {}
+        self.sessions = {}
+        self._use(self.eager)
+
+    def _use(self, routes: ModeRoutes) -> None:
+        """Take every call's route from these."""
+        self.all_reduce_routes, self.fused_routes, self.quant_routes = routes.all_reduce, routes.fused, routes.quant
 
 
 def _device_type(device: int | str) -> str:

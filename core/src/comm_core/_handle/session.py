@@ -44,6 +44,7 @@ class Session:
         capture_number: the number of the session's next capture with something to exchange; see `_group/capture.py`.
         suspended: whether its memory is given back: its hook `suspend` has succeeded on every rank, and `resume` hasn't
             since.
+        aborted: whether the hook `abort` was called.
         own_group: the session's `context.group`.
         device: the group's device, on which its hooks run.
         timeout_s: the deadline of the hooks `check` and `close`, in seconds.
@@ -59,6 +60,7 @@ class Session:
     in_use: bool = False
     capture_number: int = 0
     suspended: bool = False
+    aborted: bool = False
     own_group: OwnGroup | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 300.0
@@ -136,10 +138,11 @@ class Session:
             self.own_group.close(tell_peers=True)
 
     def abort(self) -> None:
-        """Let the peers' waits for this rank end, by the plugin's hook `abort`; log any exception."""
+        """Let the peers' waits for this rank end, by the plugin's hook `abort`; log any exception. Idempotent."""
         hook = self.plugin.hooks.get("abort")
-        if hook is None or self.suspended:  # no rank waits for a call of a suspended group
+        if hook is None or self.aborted or self.suspended:  # no rank waits for a call of a suspended group
             return
+        self.aborted = True
         call = functools.partial(hook, self.value)
         try:
             run_on_device(call, self.device, _ABORT_S, f"abort of {self.plugin.name}")

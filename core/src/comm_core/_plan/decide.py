@@ -19,6 +19,7 @@ from comm_core._plan.checks import describe_differences
 from comm_core._plan.pieces import in_pieces
 from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
 from comm_core.topology import RankInfo
+from comm_core.tuning import NO_TUNING, Tuning
 from comm_core.types import (
     RANK_ORDER_FP32,
     TERMINAL,
@@ -53,12 +54,14 @@ class Evidence:
         policy: the rank's arguments and settings, by their names in the documentation.
         failures: by backend, the reason why this rank can't use it, such as a plugin that doesn't load.
         error: the reason why this rank can't negotiate at all, such as an unreadable setting; None if it can.
+        excerpt: lines that show the place of the error in a setting.
     """
 
     info: RankInfo
     policy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     error: str | None = None
+    excerpt: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the evidence as JSON; about 1 KB on a host with 8 GPUs."""
@@ -69,6 +72,7 @@ class Evidence:
             "policy": dict(self.policy),
             "failures": dict(self.failures),
             "error": self.error,
+            "excerpt": list(self.excerpt),
         }
 
     @classmethod
@@ -88,6 +92,7 @@ _EVIDENCE = _schema.record(
     policy=_schema.mapping_of(_schema.anything),
     failures=_schema.mapping_of(_schema.text),
     error=_schema.optional(_schema.text),
+    excerpt=_schema.tuple_of(_schema.text, 0, 2),
 )
 
 
@@ -98,11 +103,13 @@ class Slate:
     Attributes:
         offers: the remaining offers, the most preferred first.
         dropped: the dropped candidates, with their reasons.
+        tuning: the rules that override the offers' priorities.
         deterministic: whether the group is deterministic.
     """
 
     offers: tuple[Offer, ...]
     dropped: tuple[Candidate, ...] = ()
+    tuning: Tuning = NO_TUNING
     deterministic: bool = False
 
     def offer(self, name: str) -> Offer:
@@ -164,7 +171,7 @@ class Slate:
 
     def routes(self, device_types: Sequence[str]) -> tuple[Route, ...]:
         """Return the routes for the device types of the group's tensors."""
-        routes = plan_routes(self.offers, device_types)
+        routes = plan_routes(self.offers, device_types, self.tuning.rules)
         return in_pieces(routes) if self.deterministic else routes
 
     def owners_once_prepared(self, asked: Collection[str], device_types: Sequence[str]) -> set[str]:
@@ -179,7 +186,7 @@ class Slate:
             offer if offer.name in asked else dataclasses.replace(offer, ranges=once_prepared(offer.ranges))
             for offer in self.offers
         )
-        return owners(plan_routes(tuple(prepared), device_types))
+        return owners(plan_routes(tuple(prepared), device_types, self.tuning.rules))
 
     def decision(self, device_types: Sequence[str], notes: Mapping[str, str] | None = None) -> Decision:
         """Return the decision that this slate implies.
@@ -194,7 +201,7 @@ class Slate:
             Candidate(
                 offer.name,
                 "serves" if offer.name in serving else "standby",
-                (notes or {}).get(offer.name) or _availability_reason(offer, offer.name in serving),
+                (notes or {}).get(offer.name) or self._availability_reason(offer, offer.name in serving),
                 priority=offer.priority,
                 version=offer.version,
             )
@@ -205,18 +212,24 @@ class Slate:
         if self.deterministic:
             reason += "; it gathers the ranks' tensors, and core sums them in rank order"
         terminal = Candidate(TERMINAL, "serves", reason, priority=0)
-        return Decision((*available, *dropped, terminal), routes, deterministic=self.deterministic)
-
-
-def _availability_reason(offer: Offer, serves: bool) -> str:
-    """Return the reason for the verdict "serves" or "standby"."""
-    if any(item.prepared for item in offer.ranges):
-        return (
-            "available on every rank; more once comm.pre_capture_init has prepared it"
-            if serves
-            else "serves once comm.pre_capture_init has prepared it"
+        texts = tuple(map(str, self.tuning.rules))
+        return Decision(
+            (*available, *dropped, terminal), routes, texts, self.tuning.source, deterministic=self.deterministic
         )
-    return "available on every rank" if serves else "backends earlier in the order serve all of its ranges"
+
+    def _availability_reason(self, offer: Offer, serves: bool) -> str:
+        """Return the reason for the verdict "serves" or "standby"."""
+        if any(item.prepared for item in offer.ranges):
+            return (
+                "available on every rank; more once comm.pre_capture_init has prepared it"
+                if serves
+                else "serves once comm.pre_capture_init has prepared it"
+            )
+        if serves:
+            return "available on every rank"
+        if any(rule.backend == offer.name and rule.score == 0 for rule in self.tuning.rules):
+            return "tuning rules exclude it, or backends earlier in the order serve its ranges"
+        return "backends earlier in the order serve all of its ranges"
 
 
 def screen_candidates(

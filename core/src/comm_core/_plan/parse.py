@@ -20,9 +20,11 @@ __all__ = [
     "parse_evidence",
     "read_failures",
     "read_memory",
+    "read_pair",
     "read_prepared",
     "read_recorded",
     "read_shapes",
+    "read_table_vote",
 ]
 
 
@@ -128,6 +130,10 @@ _AVAILABLE = _schema.record(
 )
 
 
+#: Reads the two parts of a rank's answering message: the answers, and the vote on a tuned table.
+read_pair = _schema.tuple_of(_schema.anything, 2, 2)
+#: Reads a rank's vote on a tuned table: its digest, and the reason against it.
+read_table_vote = _schema.tuple_of(_schema.text, 2, 2)
 #: Reads a rank's vote on `connect`: the memory that its session takes, in bytes.
 read_memory = _schema.integer()
 #: Reads the numbers of the admission cases that a rank has recorded; -1 if its capture failed.

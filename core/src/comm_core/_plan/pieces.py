@@ -28,7 +28,8 @@ def in_pieces(routes: Sequence[Route]) -> tuple[Route, ...]:
 
 def _plain(route: Route) -> Route:
     """Add a rule that takes messages in pieces: that of the rule with the largest messages."""
-    pieces = [piece for rule in route.rules if (piece := _piece_of(rule, DTYPES[route.dtype])) is not None]
+    limited = [rule for rule in route.rules if rule.backend != TERMINAL]
+    pieces = [piece for rule in limited if (piece := _piece_of(rule, DTYPES[route.dtype])) is not None]
     if not pieces:
         return route
     largest = max(pieces, key=lambda piece: piece.piece_nbytes or 0)  # the first one of equal size

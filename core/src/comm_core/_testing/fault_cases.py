@@ -129,6 +129,7 @@ def _nothing_is_left(before: dict[str, int], what: str, release_s: float, *, in_
 def _refused(name: str, what: str, reason: str, timeout_s: float | None = None) -> None:
     """Get a handle that the backend can't serve, on all ranks for the same reason; its sums are right all the same."""
     backend = comm.get_backend(timeout_s=timeout_s)
+    prepare_if_needed(backend, name)
     candidate = backend.decision.candidate(name)
     assert candidate is not None
     assert candidate.verdict == "failed", f"{what}: the verdict is {candidate.verdict}"
@@ -216,7 +217,7 @@ def a_rank_is_killed_in_connect(name: str, release_s: float) -> None:
 
     with replaced_hook(name, "connect", die):
         try:
-            comm.get_backend(timeout_s=_HANG_TIMEOUT_S)
+            prepare_if_needed(comm.get_backend(timeout_s=_HANG_TIMEOUT_S), name)
         except comm.CommError:
             pass
         else:

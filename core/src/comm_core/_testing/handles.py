@@ -72,10 +72,11 @@ def _served_ops(backend: comm.Backend, name: str) -> set[str]:
 
 
 def prepare_if_needed(backend: comm.Backend, name: str) -> None:
-    """Prepare for a shape of each dtype in turn until the backend serves something."""
+    """Prepare for a shape of each dtype in turn until a backend serves that could, but needs this first."""
     max_tokens, hidden_size = _PREPARED
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if not _served_ops(backend, name):
+        candidate = backend.decision.candidate(name)
+        if candidate is not None and candidate.verdict == "standby":
             comm.pre_capture_init(max_tokens=max_tokens, hidden_size=hidden_size, dtype=dtype)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMM_HOOK_API",
+    "abort",
     "all_reduce",
     "check",
     "close",
@@ -88,6 +89,12 @@ def suspend(session: Session) -> None:
 def resume(session: Session) -> None:
     """Take memory for the buffers again, at the same addresses."""
     session.resume()
+
+
+@comm.hookimpl
+def abort(session: Session) -> None:
+    """End the waits of this rank's kernels."""
+    session.abort()
 
 
 @comm.hookimpl

@@ -51,6 +51,8 @@ class Session:
         self._native: Any = native  # a `Native`; None once the session is closed
         self._buffer = buffer
         self._context = context
+        self._aborted = False
+        self._launches: int | None = None  # since `abort`, what the counter was in the last `check`
 
     def set_rows(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; they must be the same on every rank."""
@@ -62,11 +64,15 @@ class Session:
         return next(name for name, number in policy.ALGORITHMS.items() if number == code)
 
     def check(self) -> None:
-        """Raise if a kernel timed out; reads one word of host memory.
+        """Raise if a kernel timed out; reads one word of host memory, or of device memory after `abort`.
 
         Raises:
             CommTimeoutError: a kernel timed out waiting for a peer, or the peer called with another size or dtype.
+            CommError: a kernel has run since the last check after `abort`.
         """
+        if self._native is not None and self._aborted:
+            self._check_replays()
+            return
         late = 0 if self._native is None else self._native.error()
         if late:
             rank = rank_label(late - 1, self._context.global_ranks[late - 1])
@@ -107,6 +113,18 @@ class Session:
         if not agreement.ok:
             rank, reason = next(iter(agreement.reasons.items()))
             raise RuntimeError(f"rank {rank_label(rank, self._context.global_ranks[rank])}: {reason}")
+
+    def _check_replays(self) -> None:
+        """Raise if a kernel has counted its launch since the last call; the first call only reads the counter."""
+        before, self._launches = self._launches, int(self._buffer.tensor[:8].view(torch.int64))
+        if before not in (None, self._launches):
+            raise comm.CommError("its kernels ran in the replay of a graph, and their results are wrong")
+
+    def abort(self) -> None:
+        """End the waits of this rank's kernels, as a time-out would. Idempotent."""
+        if self._native is not None:
+            self._aborted = True
+            self._native.abort()  # they end within milliseconds
 
     def suspend(self) -> None:
         """Give the buffers' memory back; no kernel may use it until `resume`."""

@@ -26,6 +26,7 @@ class Native(NamedTuple):
     all_reduce: Any
     all_reduce_out: Any
     all_reduce_add_rms_norm_out: Any
+    all_reduce_add_rms_norm_quant: Any
     set_shapes: Any
     set_norm_shapes: Any
     error: Any
@@ -44,6 +45,8 @@ class Session:
         all_reduce_add_rms_norm_out: (tensor, residual, weight, out, residual_out, eps, weight_offset) sums, adds and
             normalises; `out` may be `tensor`, and `residual_out` may be `residual`. Returns False, and does nothing, if
             the operands break the hook's preconditions.
+        all_reduce_add_rms_norm_quant: (tensor, residual, weight, values, scale, sum, norm, wants_norm, eps,
+            weight_offset, form) likewise, and quantises; csrc/customar_v2.cu describes it.
         set_early: (early) chooses whether a kernel may start while the one before it still runs; for comparisons.
         memory_nbytes: the size of this rank's buffer.
     """
@@ -52,11 +55,14 @@ class Session:
         self.all_reduce = native.all_reduce
         self.all_reduce_out = native.all_reduce_out
         self.all_reduce_add_rms_norm_out = native.all_reduce_add_rms_norm_out
+        self.all_reduce_add_rms_norm_quant = native.all_reduce_add_rms_norm_quant
         self.set_early = native.set_early
         self.memory_nbytes = buffer.nbytes
         self._native: Any = native  # a `Native`; None once the session is closed
         self._buffer = buffer
         self._context = context
+        self._aborted = False
+        self._launches: int | None = None  # since `abort`, what the counter was in the last `check`
 
     def set_rows(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; they must be the same on every rank."""
@@ -72,11 +78,15 @@ class Session:
         return next(name for name, number in policy.ALGORITHMS.items() if number == code)
 
     def check(self) -> None:
-        """Raise if a kernel timed out; reads one word of host memory.
+        """Raise if a kernel timed out; reads one word of host memory, or of device memory after `abort`.
 
         Raises:
             CommTimeoutError: a kernel timed out waiting for a peer.
+            CommError: a kernel has run since the last check after `abort`.
         """
+        if self._native is not None and self._aborted:
+            self._check_replays()
+            return
         late = 0 if self._native is None else self._native.error()
         if late:
             rank = rank_label(late - 1, self._context.global_ranks[late - 1])
@@ -84,6 +94,18 @@ class Session:
             raise comm.CommTimeoutError(
                 f"rank {rank} didn't come within {timeout_s:g} s, or called with another size or dtype", (late - 1,)
             )
+
+    def _check_replays(self) -> None:
+        """Raise if a kernel has counted its launch since the last call; the first call only reads the counter."""
+        before, self._launches = self._launches, int(self._buffer.tensor[:8].view(torch.int64))
+        if before not in (None, self._launches):
+            raise comm.CommError("its kernels ran in the replay of a graph, and their results are wrong")
+
+    def abort(self) -> None:
+        """End the waits of this rank's kernels, as a time-out would. Idempotent."""
+        if self._native is not None:
+            self._aborted = True
+            self._native.abort()  # they end within milliseconds
 
     def suspend(self) -> None:
         """Give the buffers' memory back; no kernel may use it until `resume`."""
@@ -98,7 +120,8 @@ class Session:
         if self._native is None:
             return
         native, self._native = self._native, None
-        self.all_reduce = self.all_reduce_out = self.all_reduce_add_rms_norm_out = self.set_early = None
+        self.all_reduce = self.all_reduce_out = self.set_early = None
+        self.all_reduce_add_rms_norm_out = self.all_reduce_add_rms_norm_quant = None
         if orderly:
             self._buffer.close()
         else:
