@@ -53,7 +53,7 @@ class Row:
         times_us: the slowest rank's time of one call, by repetition.
         wrong: the number of wrong elements; None if nothing was compared.
         ratio: the terminal fallback's time over this one's; None for a limit, or if the fallback has no row.
-        composed: whether a fused call was composed of the contender's plain sum and core's norm.
+        composed: whether a fused call was composed of the contender's plain sum and core's norm; not in the JSON.
     """
 
     name: str
@@ -114,7 +114,6 @@ class Row:
             "busbw": self.busbw,
             "wrong": self.wrong,
             "ratio": None if self.ratio is None else dataclasses.asdict(self.ratio),
-            "composed": self.composed,
         }
 
     @classmethod
@@ -127,7 +126,6 @@ class Row:
             world_size=world_size,
             times_us=tuple(data["times_us"]),
             ratio=None if data["ratio"] is None else stats.Ratio(**data["ratio"]),
-            composed=data.get("composed", False),
         )
 
 

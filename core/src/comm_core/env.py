@@ -164,6 +164,14 @@ class Settings:
         "names the ranks that differ. Slow; for finding mistakes. Also on with `TORCH_DISTRIBUTED_DEBUG=DETAIL`, "
         "unless it is set to 0, false or no. By default off.",
     )
+    profile: bool = _field(
+        False,
+        _boolean,
+        "1, true or yes: each call of a backend runs within a range that names the operation, the backend, the bytes "
+        "and the group, for torch's profiler, and on GPUs for NVTX. Takes some microseconds a call; off, it takes "
+        "nothing. Host-local: the ranks don't compare it. By default off.",
+        local=True,
+    )
     cache_dir: str | None = _field(
         None,
         _folder,

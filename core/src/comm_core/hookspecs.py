@@ -14,6 +14,7 @@ returns, and keeps what it holds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -325,6 +326,25 @@ def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
 
     Returns:
         Bounds in microseconds, by their descriptions.
+
+    Raises:
+        Exception: of any type: reaches the caller.
+    """
+
+
+@hookspec(firstresult=True)
+def waits(session: Any) -> Mapping[int, tuple[int, float, float]]:  # type: ignore[empty-body]
+    """Return how long this rank's calls have waited for each peer so far.
+
+    Local, optional. Called from `backend.waits()` and `backend.explain()`, maybe while another thread is in
+    `all_reduce`. Waits for nothing. Never called for a suspended session.
+
+    Args:
+        session: what `connect` returned, else the `GroupContext`.
+
+    Returns:
+        By the peer's group rank: the number of waits, their total time and the longest one, in microseconds. Waits
+        that are part of every exchange needn't count.
 
     Raises:
         Exception: of any type: reaches the caller.

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from comm_core import _schema
+from comm_core.stats import RouteStats, WaitStats
 
 __all__ = [
     "DTYPES",
@@ -27,6 +28,7 @@ __all__ = [
     "RouteStats",
     "Rule",
     "Unavailable",
+    "WaitStats",
     "rank_label",
 ]
 
@@ -331,29 +333,6 @@ class Route:
     def backend_for(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> str:
         """Return the name of the backend that serves a message of `nbytes` bytes; see `Rule.takes`."""
         return next(rule.backend for rule in self.rules if rule.takes(nbytes, num_tokens, hidden_size))
-
-
-@dataclasses.dataclass(frozen=True)
-class RouteStats:
-    """The calls of one rank that one backend served on one route; see `Backend.stats`.
-
-    Attributes:
-        op: one of `OPS`.
-        mode: "eager" for calls that ran at once, "graph" for those that a stream captured; replays don't count.
-        device_type: such as "cuda".
-        dtype: torch's name of the dtype.
-        backend: the backend's name.
-        calls: the number of calls.
-        nbytes: the bytes of the reduced tensors, over all calls.
-    """
-
-    op: str
-    mode: str
-    device_type: str
-    dtype: str
-    backend: str
-    calls: int
-    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,7 @@ def _create_negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
             torch_device_types=other_device_types(group, negotiated.topology.device_types),
             control=control,
             wait_timeout_s=local.settings.wait_timeout_s,
+            profiles=local.settings.profile,
         )
     except BaseException as error:
         if not isinstance(error.__cause__, StageAbortedError):  # such an error is on all ranks already

@@ -11,7 +11,7 @@ from comm_core._handle.checked_calls import is_writable
 from comm_core._handle.operands import TENSOR_TYPES
 from comm_core._handle.quant_calls import QuantCalls
 from comm_core.errors import CommError
-from comm_core.types import DTYPES, Decision, RouteStats
+from comm_core.types import DTYPES, Decision, RouteStats, WaitStats
 
 if TYPE_CHECKING:
     from comm_core.topology import Topology
@@ -312,15 +312,28 @@ class Backend(QuantCalls):
         """
         return self._serving.stats()
 
+    def waits(self) -> tuple[WaitStats, ...]:
+        """Return how long this rank has waited for each peer so far, one entry for each backend and awaited peer.
+
+        Local. A peer that others wait for is late to the calls: it computes longer, or was interrupted. Only backends
+        with the hook `waits` are listed, and only until the handle is closed. On GPUs kernels wait, and don't count.
+
+        Raises:
+            Exception: a backend's hook raised.
+        """
+        return self._serving.waits()
+
     def explain(self) -> str:
         """Return a report of the group's decision.
 
         It lists every candidate with its verdict and reason, and for each kind of message the backends that serve it:
-        this is equal on every rank. Then follow this rank's calls so far, if there were some; see `stats`.
+        this is equal on every rank. Then follow this rank's calls so far, if there were some, and its longest waits for
+        peers; see `stats` and `waits`.
         """
         from comm_core._plan.explain import explain
 
-        return explain(self._serving.label, self.topology, self.decision, self.stats())
+        stats = self.stats()
+        return explain(self._serving.label, self.topology, self.decision, stats, self.waits() if stats else ())
 
     def __repr__(self) -> str:
         return f"<comm_core.Backend {self.name!r} of {self._serving.label}>"

@@ -13,6 +13,7 @@ import torch
 
 from comm_core._control.guard import capturing
 from comm_core._handle import pieces
+from comm_core._handle.profiling import profiled
 from comm_core.types import DTYPES, OPS, TERMINAL, Decision, Rule
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Routes(dict[CallKey, BoundHook]):
     def totals(self) -> dict[RouteKey, tuple[int, int]]:
         """Return the numbers of calls and bytes that were counted so far, by route."""
         found = dict(self._dropped)
-        for (key, backend), counter in self._counters.items():
+        for (key, backend), counter in list(self._counters.items()):  # a copy: another thread may call meanwhile
             route, count = (*key[:2], backend), _counted(counter)
             calls, nbytes = found.get(route, (0, 0))
             found[route] = calls + count, nbytes + count * self._rule_arguments(key)[0]
@@ -220,6 +221,7 @@ def bind(
     devices: Mapping[str, torch.device],
     terminal: tuple[Callable[..., torch.Tensor], Any],
     sessions: Mapping[str, Session],
+    profiled_title: str = "",
 ) -> ModeRoutes:
     """Bind the decision's routes of one mode to hooks and sessions.
 
@@ -229,18 +231,25 @@ def bind(
         devices: the group's devices by device type.
         terminal: the function of the terminal fallback, and its first argument.
         sessions: the connected sessions by backend.
+        profiled_title: the group's name, for ranges of profilers around each call; "": no ranges.
     """
     entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]] = {op: {} for op in OPS}
 
     def hook_of(rule: Rule, op: str) -> RuleHook:
         backend = rule.backend
         if backend == TERMINAL:
-            return (*terminal, TERMINAL, False) if op == "all_reduce" else _COMPOSED
-        session = sessions[backend]
+            if op != "all_reduce":
+                return _COMPOSED
+            (function, value), checks_operands = terminal, False
+        else:
+            session = sessions[backend]
+            function, value = session.plugin.hooks[op], session.value
+            checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
         if rule.piece_nbytes is not None:
-            return getattr(pieces, op), (session.plugin.hooks[op], session.value, rule.piece_nbytes), backend, False
-        checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
-        return session.plugin.hooks[op], session.value, backend, checks_operands
+            function, value, checks_operands = getattr(pieces, op), (function, value, rule.piece_nbytes), False
+        if profiled_title:
+            function = profiled(function, op, backend, profiled_title)
+        return function, value, backend, checks_operands
 
     for route in decision.routes:
         if route.mode == mode:

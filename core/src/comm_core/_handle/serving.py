@@ -14,7 +14,7 @@ from comm_core._handle import norm
 from comm_core._handle.lookup import CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
 from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
 from comm_core._plan.faults import Fault
-from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats
+from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats, WaitStats
 
 if TYPE_CHECKING:
     from comm_core._control.store import Control
@@ -71,6 +71,7 @@ class Serving:
         torch_device_types: Collection[str] = (),
         control: Control | None = None,
         wait_timeout_s: float = 0.0,
+        profiles: bool = False,
     ) -> None:
         """Serve by `decision`; `terminal` is the function of the terminal fallback, and its first argument."""
         self.topology = topology
@@ -87,6 +88,7 @@ class Serving:
         self.torch_device_types = torch_device_types
         self.control = control
         self.wait_timeout_s = wait_timeout_s
+        self._profiled_title = title if profiles else ""
         self._peers_checked_s = 0.0
         _servings.add(self)
         self._graphs = False
@@ -109,8 +111,8 @@ class Serving:
         devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
         self.devices = tuple(devices.values())
         self._earlier = self._counts()
-        self.eager = bind(decision, "eager", devices, self.terminal, sessions)
-        self._graph = bind(decision, "graph", devices, self.terminal, sessions)
+        self.eager = bind(decision, "eager", devices, self.terminal, sessions, self._profiled_title)
+        self._graph = bind(decision, "graph", devices, self.terminal, sessions, self._profiled_title)
         self.decision = decision
         self.sessions = dict(sessions)
         self.all_sessions += [session for session in sessions.values() if session not in self.all_sessions]
@@ -145,6 +147,16 @@ class Serving:
             if calls
         ]
         return tuple(sorted(found, key=_order))
+
+    def waits(self) -> tuple[WaitStats, ...]:
+        """Return this rank's waits so far, by backend and peer; see `Backend.waits`."""
+        found = []
+        for session in self.all_sessions:
+            if session.plugin.has("waits") and not session.suspended:
+                for rank, (waits, total_us, longest_us) in sorted(session.plugin.hooks["waits"](session.value).items()):
+                    if waits:
+                        found.append(WaitStats(session.plugin.name, rank, waits, total_us, longest_us))
+        return tuple(found)
 
     def _counts(self) -> dict[tuple[str, str, RouteKey], tuple[int, int]]:
         """Return the calls and bytes so far, by operation, mode and route."""

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 from comm_core.topology import Topology
-from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, RouteStats, Rule, rank_label
+from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, RouteStats, Rule, WaitStats, rank_label
 
 __all__ = ["explain", "explain_message", "rules_by_size", "size", "table"]
 
+# The most peers that the table of waits shows.
+_SHOWN_WAITS = 8
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 # A cell of a column of numbers: a number, with a mark or without, or none.
 _NUMBER = re.compile(r"[\d.]+\*?|-|")
@@ -38,7 +40,13 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[RouteStats] = ()) -> str:
+def explain(
+    title: str,
+    topology: Topology,
+    decision: Decision,
+    stats: Sequence[RouteStats] = (),
+    waits: Sequence[WaitStats] = (),
+) -> str:
     """Return a report of a group's candidates, with their verdicts and reasons, of its routes, and of calls so far.
 
     Args:
@@ -46,6 +54,7 @@ def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[
         topology: the group's topology.
         decision: the group's decision.
         stats: the calls so far; none: the report doesn't mention them.
+        waits: the waits for peers so far; likewise.
     """
     rows = [("backend", "priority", "verdict", "reason")]
     rows += [
@@ -59,7 +68,8 @@ def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[
     ]
     kind = ", deterministic" if decision.deterministic else ""
     lines = [f"{title}: {_describe_group(topology)}{kind}", "", table(rows), "", *_routes(decision), *_tuning(decision)]
-    return "\n".join(lines + (["", *_calls(stats)] if stats else []))
+    lines += ["", *_calls(stats)] if stats else []
+    return "\n".join(lines + (["", *_waits(waits, topology)] if waits else []))
 
 
 def rules_by_size(route: Route, nbytes: int) -> tuple[Rule, ...]:
@@ -146,6 +156,22 @@ def _calls(stats: Sequence[RouteStats]) -> list[str]:
     rows += [
         (item.op, item.mode, item.device_type, item.dtype, item.backend, str(item.calls), size(item.nbytes))
         for item in stats
+    ]
+    return table(rows).splitlines()
+
+
+def _waits(waits: Sequence[WaitStats], topology: Topology) -> list[str]:
+    """Return the table of this rank's waits, the peer that it waited for the longest first."""
+    rows = [("waited for", "in", "waits", "us of all", "longest us")]
+    rows += [
+        (
+            f"rank {rank_label(item.rank, topology.ranks[item.rank].global_rank)}",
+            item.backend,
+            str(item.waits),
+            f"{item.total_us:.0f}",
+            f"{item.longest_us:.0f}",
+        )
+        for item in sorted(waits, key=lambda item: -item.total_us)[:_SHOWN_WAITS]
     ]
     return table(rows).splitlines()
 

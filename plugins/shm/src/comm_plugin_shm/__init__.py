@@ -17,7 +17,7 @@ from comm_plugin_shm import policy, session
 from comm_plugin_shm.policy import DTYPE_CODES
 from comm_plugin_shm.session import Session
 
-__all__ = ["COMM_HOOK_API", "abort", "all_reduce", "close", "connect", "is_available", "limits", "probe"]
+__all__ = ["COMM_HOOK_API", "abort", "all_reduce", "close", "connect", "is_available", "limits", "probe", "waits"]
 
 COMM_HOOK_API = (1, 0)
 
@@ -61,6 +61,12 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
 def limits(session: Session) -> dict[str, float]:
     """Measure what bounds this backend on this machine; see `Session.limits`."""
     return session.limits()
+
+
+@comm.hookimpl
+def waits(session: Session) -> dict[int, tuple[int, float, float]]:
+    """Return this rank's waits for each peer; see `Session.waits`."""
+    return session.waits()
 
 
 @comm.hookimpl
