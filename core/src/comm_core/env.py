@@ -144,6 +144,12 @@ class Settings:
         "Bytes that the sessions of one group may take for their buffers on each rank: of device memory, and on CPUs "
         "of the whole shared segment.",
     )
+    deterministic: bool = _field(
+        False,
+        _boolean,
+        "1, true or yes: every group is deterministic, as by `get_backend(deterministic=True)`: the bits of a result "
+        "depend on the inputs alone. By default off.",
+    )
     tune: tuple[TuningRule, ...] | None = _field(
         None,
         parse_rules,
