@@ -7,21 +7,20 @@ An implementation has exactly the parameters of its spec, in the same order, wit
 once per group and called by position. *Local* hooks talk to no other rank. *Collective* hooks run on every rank of
 the group at once, and may exchange data through `context.control`; the ranks then vote on the hook's success.
 
-All hooks but `limits` and those of the hot path run under a deadline, in a thread with the group's device and the
-caller's stream set. A hook that misses its deadline has failed. Its thread can't be stopped: it stays until the hook
-returns, and keeps what it holds.
+All hooks but `limits`, `waits` and those of the hot path run under a deadline, in a thread with the group's device and
+the caller's stream set. A hook that misses its deadline has failed. Its thread can't be stopped: it stays until the
+hook returns, and keeps what it holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -328,13 +327,9 @@ def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
 
 @hookspec(firstresult=True)
 def waits(session: Any) -> Mapping[int, tuple[int, float, float]]:  # type: ignore[empty-body]
-    """Return how long this rank's calls have waited for each peer so far.
+    """Return how long this rank's calls have waited for each peer so far; `session` as in `limits`.
 
-    Local, optional. Called from `backend.waits()` and `backend.explain()`, maybe while another thread is in
-    `all_reduce`. Waits for nothing. Never called for a suspended session.
-
-    Args:
-        session: what `connect` returned, else the `GroupContext`.
+    Local, optional; waits for nothing. Called from `backend.waits()`, maybe while another thread is in `all_reduce`.
 
     Returns:
         By the peer's group rank: the number of waits, their total time and the longest one, in microseconds. Waits
