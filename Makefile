@@ -52,13 +52,13 @@ soak: $(STAMP)  ## random programs of 2 to 5 ranks for MINUTES=10, every bit che
 	$(BIN)/python core/tests/soak.py $(or $(MINUTES),10) $(SEED)
 
 # SGLang pins its own torch and hundreds of packages, of which its engine on CPUs imports few: 2 GB. The option is for a
-# busy machine, where two engines take longer than any other test.
+# busy machine, where engines take longer than any other test; so for vLLM's.
 test-sglang: $(SGLANG_STAMP)  ## SGLang's real engine on CPUs, stock and by comm-sglang: the same tokens, the speed of both
 	$(SGLANG)/bin/pytest --override-ini faulthandler_timeout=0 $(or $(ARGS),integrations/sglang/tests/test_sglang_engine.py)
 
 # vLLM pins its own torch and hundreds of packages, 4 GB in all, so it has an environment of its own.
 test-vllm: $(VLLM_STAMP)  ## vLLM's real engine on CPUs, stock and by comm-vllm: the same tokens, the speed of both
-	$(VLLM)/bin/pytest $(or $(ARGS),integrations/vllm/tests)
+	$(VLLM)/bin/pytest --override-ini faulthandler_timeout=0 $(or $(ARGS),integrations/vllm/tests)
 
 lint: $(STAMP)  ## ruff, mypy, import-linter and clang-format; change no file
 	$(BIN)/ruff check

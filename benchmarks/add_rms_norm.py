@@ -77,7 +77,9 @@ def by_triton(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> object:
 
 def by_triton_with(warps: int, dtype: torch.dtype, hidden_size: int) -> Call:
     """Return a call of the same kernel with another number of warps per program."""
-    launch = importlib.import_module("comm_core._handle.norm_triton").compile_kernel(dtype, hidden_size, warps)
+    launch = importlib.import_module("comm_core._handle.norm_triton").compile_kernel(
+        dtype, hidden_size, dtype, dtype, warps
+    )
     return lambda x, r, w: launch(len(x), x, r, w, x, r, EPS, 0.0)
 
 

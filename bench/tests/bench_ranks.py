@@ -24,12 +24,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from comm_bench import cli, session
-from comm_bench.cases import BenchCase, shapes
+from comm_bench.cases import OPS, BenchCase, shapes
 from comm_bench.document import Listener
 from comm_bench.measure import Procedure
 from comm_bench.session import measure_all
 from comm_core import fallback
-from comm_core.types import DTYPES, OPS, TERMINAL
+from comm_core.types import DTYPES, TERMINAL
 from harness import install
 
 PLAIN, FUSED = OPS

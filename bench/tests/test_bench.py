@@ -53,8 +53,8 @@ from bench_ranks import (
     plant,
     wrong_by,
 )
-from comm_bench.cases import pattern_of
-from comm_core.types import DTYPES, OPS, TERMINAL
+from comm_bench.cases import OPS, pattern_of
+from comm_core.types import DTYPES, TERMINAL
 
 if TYPE_CHECKING:
     from harness import Ranks

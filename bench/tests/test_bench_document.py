@@ -12,9 +12,10 @@ from typing import Any
 import jsonschema
 import pytest
 from comm_bench import stats
+from comm_bench.cases import OPS
 from comm_bench.document import SCHEMA, footer, heading, preamble, read_rows, tables, with_partial_results
 from comm_bench.results import header, summaries, with_ratios
-from comm_core.types import DTYPES, MODES, OPS, TERMINAL
+from comm_core.types import DTYPES, MODES, TERMINAL
 from made_up_bench import document, on_gpus, recorded, row
 
 

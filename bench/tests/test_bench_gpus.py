@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from bench_ranks import Honest, Session, by_case, measured_with, name_of, plant, wrong_by
-from comm_bench.cases import bus_factor
+from comm_bench.cases import OPS, bus_factor
 from comm_bench.results import HOP, LAUNCH
-from comm_core.types import OPS, TERMINAL
+from comm_core.types import TERMINAL
 from test_bench import schema
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from comm_bench import stats
-from comm_bench.cases import BenchCase
+from comm_bench.cases import OPS, BenchCase
 from comm_bench.compare import compare
 from comm_bench.results import HOP, LAUNCH, Row, format_row, header, summaries, with_ratios
-from comm_core.types import DTYPES, MODES, OPS, TERMINAL
+from comm_core.types import DTYPES, MODES, TERMINAL
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_bench import REPETITIONS, STEP_US, document, row, sized

@@ -151,6 +151,16 @@ SOUND = Broken(
 )
 """A backend without a fault, with all hooks that the faults need."""
 
+FUSED_ALONE = Broken(
+    frozenset(),
+    available="return comm.Available(500, [comm.Range('all_reduce_add_rms_norm', dtypes=('bfloat16',),"
+    " prepared=True)])",
+    prepare="return [comm.Range('all_reduce_add_rms_norm', dtypes=('bfloat16',), max_tokens=shapes.max_tokens,"
+    " hidden_multiple=shapes.hidden_size, prepared=True)] if shapes.dtype is torch.bfloat16 else None",
+    hooks=_FUSED.format("pass"),
+)
+"""A backend without a fault that serves only the fused operation, and only once it is prepared."""
+
 BROKEN = {
     "answers_by_chance": _broken(ANSWERS, available="priority += time.monotonic_ns() % 1_000_003"),
     "expects_two_ranks": _broken(ANSWERS, available="topology.ranks[1]"),
@@ -221,6 +231,11 @@ BROKEN = {
     ),
     "other_bits_on_other_ranks": _broken(
         "all_ranks_get_the_same_bits", all_reduce=_FRACTIONS.format("x * (1 + 1.2e-7 * session.rank)")
+    ),
+    "sums_otherwise_than_it_says": _broken(
+        "sums_have_the_bits_that_numerics_promise",
+        available="return comm.Available(priority, ranges, numerics='rank_order_fp32')",
+        all_reduce=_FRACTIONS.format("x * (1 + 1.2e-7)"),
     ),
     "wrong_after_300_calls": _broken(MANY, all_reduce="if session.calls > 300: x.zero_()"),
     "impatient": _broken(

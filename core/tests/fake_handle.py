@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from comm_core._handle import fallback
+from comm_core._handle import fallback, quant
 from comm_core._handle.backend import Backend
 from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
@@ -16,7 +16,7 @@ from comm_core._plugins.discovery import Plugin
 from comm_core.topology import Host, RankInfo, Topology
 from comm_core.types import OPS, TERMINAL, Range
 
-ALL_REDUCE, FUSED = OPS
+ALL_REDUCE, FUSED, QUANT = OPS
 TITLE = "group 'tp' (ranks 0-1)"
 
 
@@ -38,9 +38,11 @@ class Fake:
     Attributes:
         fit: checks the operands of a fused call, as `are_operands` in operands.h; None: core validates them.
         declined: fused calls with operands that broke the hook's preconditions.
+        refused_forms: the quantised forms that it declines.
     """
 
     fit: ClassVar[Callable[..., bool] | None] = None
+    refused_forms: Sequence[str] = ()
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
@@ -85,8 +87,47 @@ class Fake:
             summed if residual_out is None else residual_out.copy_(summed),
         )
 
+    def quant(self, session: object, *arguments: Any) -> Any:
+        tensor, residual, weight, eps, offset, form, scale, out, residual_out, norm_out = arguments
+        if form in self.refused_forms:
+            return NotImplemented
+        self.calls.append((session, *arguments))
+        assert all(map(is_plain, (tensor, residual, weight)))
+        assert (out.dtype, out.shape) == (torch.float8_e4m3fn, tensor.shape)
+        written = [out, residual_out]
+        inputs = [tensor, residual, weight]
+        if form == "fp8_static":
+            assert scale.numel() == 1
+            inputs.append(scale)
+        else:
+            num_tokens, columns = scale.shape
+            assert columns == (1 if form == "fp8_per_token" else tensor.shape[1] / 128)
+            assert scale.data_ptr() % 16 == 0
+            assert scale.is_contiguous() or (scale.stride(0) == 1 and scale.stride(1) >= num_tokens)
+            written.append(
+                scale.as_strided(
+                    (1 + sum((n - 1) * s for n, s in zip(scale.shape, scale.stride(), strict=True)),), (1,)
+                )
+            )
+        if norm_out is not None:
+            assert norm_out.shape == tensor.shape
+            written.append(norm_out)
+        assert all(item.is_contiguous() and item.data_ptr() % 16 == 0 for item in written)
+        for index, target in enumerate(written):
+            own = {id(residual_out): residual, id(norm_out): tensor}.get(id(target))
+            assert all(disjoint(target, other) for other in written[index + 1 :])
+            assert all(disjoint(target, other) for other in inputs if other is not own or target is not own)
+        if self.error is not None:
+            raise self.error
+        normed, summed = fallback.add_rms_norm(2 * tensor, residual, weight, eps, offset, None, None)
+        residual_out.copy_(summed)
+        if norm_out is not None:
+            norm_out.copy_(normed)
+        quant.quantize_by_torch(normed, form, scale, out)
+        return None
+
     def hooks(self) -> dict[str, Callable[..., Any]]:
-        return {ALL_REDUCE: self.all_reduce, FUSED: self.fused}
+        return {ALL_REDUCE: self.all_reduce, FUSED: self.fused, QUANT: self.quant}
 
 
 def handle(made: Sequence[Offer], fakes: Mapping[str, Fake], **hooks: Callable[..., Any]) -> Backend:
@@ -111,7 +152,7 @@ def one_backend(
 ) -> tuple[Backend, Fake, Fake]:
     """A handle with the backend "fast", its fake and the terminal fallback's."""
     fast, last = Fake(error), Fake()
-    made = [Offer("fast", 300, ranges or (Range(ALL_REDUCE), Range(FUSED)))]
+    made = [Offer("fast", 300, ranges or tuple(map(Range, OPS)))]
     return handle(made, {"fast": fast, TERMINAL: last}, **hooks), fast, last
 
 

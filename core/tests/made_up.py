@@ -56,7 +56,7 @@ def subsets(names: Sequence[str]) -> st.SearchStrategy[tuple[str, ...] | None]:
 def ranges(draw: st.DrawFn, largest: int = 1 << 14, *, prepared: bool = True) -> Range:
     low = draw(st.integers(0, largest))
     op = draw(st.sampled_from(OPS))
-    fused = op == "all_reduce_add_rms_norm"
+    fused = op != "all_reduce"
     return Range(
         op,
         modes=draw(subsets(MODES)),
@@ -86,7 +86,7 @@ def offers(draw: st.DrawFn, largest: int = 1 << 14, *, most: int = 5) -> tuple[O
 def messages(draw: st.DrawFn, near: Sequence[Range], op: str | None = None) -> Message:
     """A message that exists, with a preference for the edges of these ranges, one element to either side of them."""
     op = op or draw(st.sampled_from(OPS))
-    fused = op == "all_reduce_add_rms_norm"
+    fused = op != "all_reduce"
     dtype = draw(st.sampled_from([name for name in DTYPES if "float" in name or not fused]))
     itemsize = DTYPES[dtype]
     device_type = draw(st.sampled_from(DEVICE_TYPES))

@@ -13,7 +13,7 @@ from comm_core.types import DTYPES, OPS, TERMINAL, Range, Route
 from hypothesis import given, settings
 from made_up import DEVICE_TYPES, Message, offers, takes
 
-ALL_REDUCE, FUSED = OPS
+ALL_REDUCE, FUSED, _ = OPS
 CPU = torch.device("cpu")
 Hook = Callable[..., Any]
 

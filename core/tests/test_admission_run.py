@@ -10,12 +10,12 @@ import pytest
 import torch
 from comm_core._group import admission
 from comm_core._group.admission import run_cases
-from comm_core._handle import fallback
+from comm_core._handle import fallback, quant
 from comm_core._plan.cases import AdmissionCase
 from comm_core.errors import CaptureError
 from comm_core.types import DTYPES, OPS
 
-ALL_REDUCE, FUSED = OPS
+ALL_REDUCE, FUSED, QUANT = OPS
 CPU = torch.device("cpu")
 Hook = Callable[..., Any]
 
@@ -49,7 +49,12 @@ class Group:
         def fused(session: object, tensor: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
             return fallback.add_rms_norm(self.total(rank, tensor), *rest)
 
-        return {ALL_REDUCE: all_reduce, FUSED: fused}
+        def quantized(session: object, *arguments: Any) -> None:
+            *inputs, form, scale, out, residual_out, norm_out = arguments
+            normed, _ = fused(session, *inputs, norm_out, residual_out)
+            quant.quantize(normed, form, scale, out)
+
+        return {ALL_REDUCE: all_reduce, FUSED: fused, QUANT: quantized}
 
     def run(
         self, todo: Sequence[AdmissionCase], change: Callable[[dict[str, Hook]], object] = lambda _: None

@@ -9,6 +9,9 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -158,3 +161,46 @@ def gradients() -> bool:
 
 def test_gradients_of_data_parallel_equal_nccls(ranks: Ranks) -> None:
     assert ranks.run(gradients, backend=BOTH, installed=True, deadline_s=240) == [True, True]
+
+
+def meshes() -> list[DeviceMesh]:
+    """A mesh of this program's groups, and one of NCCL's."""
+    return [init_device_mesh("cuda", (2,)), DeviceMesh.from_group(dist.new_group(backend="nccl"), "cuda")]
+
+
+def layers() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.ReLU(), torch.nn.Linear(2048, 512)).cuda()
+
+
+def shards() -> bool:
+    """Whether the clipped gradients of a sharded model (FSDP2) are NCCL's."""
+    found = []
+    for mesh in meshes():
+        model = fully_shard(layers(), mesh=mesh)
+        torch.manual_seed(dist.get_rank())
+        model(torch.randn(16, 512, device="cuda")).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        found.append([norm.full_tensor(), *(each.grad.to_local() for each in model.parameters())])  # type: ignore[attr-defined,union-attr]
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def tensor_parallel(compiled: bool) -> bool:
+    """Whether a model in tensor parallelism, made of DTensors, gives what it gives on NCCL."""
+    found = []
+    for mesh in meshes():
+        model: Any = parallelize_module(layers(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        if compiled:
+            model = torch.compile(model, fullgraph=True)
+        torch.manual_seed(7)
+        found.append(model(torch.randn(16, 512, device="cuda")))
+    return torch.equal(*found)
+
+
+def test_a_sharded_model_equals_nccls(ranks: Ranks) -> None:
+    assert ranks.run(shards, backend=BOTH, installed=True, deadline_s=240) == [True, True]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tensor_parallelism_equals_nccls(ranks: Ranks, compiled: bool) -> None:
+    assert ranks.run(tensor_parallel, compiled, backend=BOTH, installed=True, deadline_s=240) == [True, True]

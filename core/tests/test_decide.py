@@ -256,7 +256,7 @@ def test_operands_go_unvalidated_to_a_backend_that_checks_them_on_every_rank() -
 
 def test_answers_without_ranges_are_made_explicit() -> None:
     assert with_explicit_ranges(Available(500), ["all_reduce", "close"]) == Available(500, (Range("all_reduce"),))
-    assert with_explicit_ranges(Available(500), ["all_reduce", OPS[1]]) == Available(500, tuple(map(Range, OPS)))
+    assert with_explicit_ranges(Available(500), ["all_reduce", OPS[1]]) == Available(500, tuple(map(Range, OPS[:2])))
     named = Available(500, (Range("all_reduce", max_nbytes=8),))
     assert with_explicit_ranges(named, ["all_reduce", OPS[1]]) == named
 

@@ -19,7 +19,10 @@ VARIABLES = {
     "COMM_CORE_WAIT_TIMEOUT_S": "wait_timeout_s",
     "COMM_CORE_IMPORT_TIMEOUT_S": "import_timeout_s",
     "COMM_CORE_MEMORY_BUDGET_NBYTES": "memory_budget_nbytes",
+    "COMM_CORE_TUNE": "tune",
+    "COMM_CORE_DETERMINISTIC": "deterministic",
     "COMM_CORE_DEBUG": "debug",
+    "COMM_CORE_PROFILE": "profile",
     "COMM_CORE_CACHE_DIR": "cache_dir",
 }
 
@@ -160,7 +163,7 @@ def test_the_cache_is_an_absolute_path_of_each_hosts_own() -> None:
     found = Settings.read({"COMM_CORE_CACHE_DIR": "/scratch/me", "COMM_CORE_DISABLE": "shm"})
     assert found.cache_dir == "/scratch/me"
     assert found.shared() == {**Settings().shared(), "COMM_CORE_DISABLE": ("shm",)}
-    assert set(found.shared()) == set(VARIABLES) - {"COMM_CORE_CACHE_DIR"}
+    assert set(found.shared()) == set(VARIABLES) - {"COMM_CORE_CACHE_DIR", "COMM_CORE_PROFILE"}
     with pytest.raises(ValueError, match="COMM_CORE_CACHE_DIR='cache' can't be read: it must be an absolute path"):
         Settings.read({"COMM_CORE_CACHE_DIR": "cache"})
 

@@ -38,7 +38,7 @@ def calls() -> Iterator[list[tuple[torch.Tensor, ...]]]:
             target.copy_(result)
         seen.append(tensors)
 
-    norm._kernels[CPU, torch.bfloat16, SHAPE[1]] = launch
+    norm._kernels[CPU, torch.bfloat16, SHAPE[1], torch.bfloat16, torch.bfloat16] = launch
     yield seen
     assert seen
 
@@ -151,7 +151,7 @@ def test_what_was_prepared_serves_a_capture_and_is_compiled_once(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     for device in (torch.device("cuda"), torch.device("cuda", 3)):
         assert norm.prepare(device, torch.bfloat16, 16) == ""
-    assert compiled == [(torch.device("cuda", 3), torch.bfloat16, 16)]
+    assert compiled == [(torch.device("cuda", 3), torch.bfloat16, 16, torch.bfloat16, torch.bfloat16)]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert norm.prepare(torch.device("cuda", 3), torch.bfloat16, 16) == ""
 
@@ -167,7 +167,7 @@ def test_where_triton_fails_torch_serves_and_the_log_says_so_once(
     assert len(reasons) == 1
     assert "Triton can't be used: ModuleNotFoundError" in reasons.pop()
     assert caplog.text.count("the composed norm runs as several torch kernels") == 1
-    norm._kernels[CPU, torch.bfloat16, 16] = "it failed before"
+    norm._kernels[CPU, torch.bfloat16, 16, torch.bfloat16, torch.bfloat16] = "it failed before"
     assert norm.add_rms_norm(*arguments(), 1e-6, 0.0, None, None) is None
 
 
@@ -177,4 +177,4 @@ def test_the_kernels_arithmetic_is_that_of_torchs_kernels() -> None:
     environ = {**os.environ, "TRITON_INTERPRET": "1"}
     script = Path(__file__).with_name("interpreted_norm.py")
     done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "36 cases\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "96 cases\n"), done.stderr

@@ -22,10 +22,10 @@ def all_ranges(made: Sequence[Offer]) -> list[Range]:
 def test_a_group_has_a_cell_for_every_possible_call() -> None:
     assert cells(("cpu",)) == (
         *(("all_reduce", "eager", "cpu", dtype) for dtype in DTYPES),
-        *(("all_reduce_add_rms_norm", "eager", "cpu", dtype) for dtype in DTYPES if "float" in dtype),
+        *((op, "eager", "cpu", dtype) for op in OPS[1:] for dtype in DTYPES if "float" in dtype),
     )
     found = cells(DEVICE_TYPES)
-    assert len(found) == len(set(found)) == 27 + 12
+    assert len(found) == len(set(found)) == 27 + 12 + 12
     assert {cell[2] for cell in found if cell[1] == "graph"} == {"cuda"}
 
 
@@ -36,7 +36,8 @@ def test_a_backend_without_ranges_serves_what_it_implements() -> None:
         return answer.ranges
 
     assert served("close", "all_reduce") == (Range("all_reduce"),)
-    assert served("all_reduce_add_rms_norm", "all_reduce") == tuple(Range(op) for op in OPS)
+    assert served("all_reduce_add_rms_norm", "all_reduce") == tuple(Range(op) for op in OPS[:2])
+    assert served("all_reduce_add_rms_norm_quant", "all_reduce") == (Range(OPS[0]), Range(OPS[2]))
 
 
 @patient

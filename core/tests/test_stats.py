@@ -14,7 +14,8 @@ from comm_core._handle import lookup
 from comm_core._handle.lookup import FusedRoutes
 from comm_core._plan.explain import explain
 from comm_core.errors import CommError
-from comm_core.types import TERMINAL, Range, RouteStats
+from comm_core.stats import RouteStats
+from comm_core.types import TERMINAL, Range
 from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, one_backend
 from test_backend_fused import known_or_found
 

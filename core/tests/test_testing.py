@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broken_backends import BROKEN, SERVES, SOUND, Broken, source_of
+from broken_backends import BROKEN, FUSED_ALONE, SERVES, SOUND, Broken, source_of
 from comm_core._testing.kit import Kit
 from comm_core.testing import BackendConformance
 from harness import Ranks, install
@@ -30,8 +30,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool.close()
 
 
-def failing(ranks: Ranks, folder: Path, broken: Broken, tests: Sequence[str], release_s: float) -> dict[str, str]:
-    """The standard tests, of those given, that fail for a backend, with the reason."""
+def failing(
+    ranks: Ranks, folder: Path, broken: Broken, tests: Sequence[str], release_s: float, *, skips: bool = False
+) -> dict[str, str]:
+    """The standard tests, of those given, that fail for a backend, with the reason; with `skips` those skipped, too."""
 
     class Tests(BackendConformance):
         backend = "broken"
@@ -44,8 +46,9 @@ def failing(ranks: Ranks, folder: Path, broken: Broken, tests: Sequence[str], re
     for name in tests:
         try:
             getattr(Tests(), name)(kit)
-        except pytest.skip.Exception:  # noqa: PERF203 - every test has its outcome
-            continue
+        except pytest.skip.Exception as error:  # noqa: PERF203 - every test has its outcome
+            if skips:
+                failed[name.removeprefix("test_")] = str(error)
         except AssertionError as error:
             failed[name.removeprefix("test_")] = str(error)
     return failed
@@ -55,6 +58,16 @@ def test_a_backend_without_a_fault_passes(ranks: Ranks, tmp_path: Path) -> None:
     # The other tests run on the plugin of docs/writing-a-plugin.md, which has no faults either.
     tests = STANDARD if SOAK else [test for test in STANDARD if any(word in test for word in OPTIONAL)]
     assert failing(ranks, tmp_path, SOUND, tests, 20.0) == {}
+
+
+def test_a_backend_that_serves_only_the_fused_operation_is_tested_by_that(ranks: Ranks, tmp_path: Path) -> None:
+    slow = "killed", "without_one_rank", "raises_on_one_rank", "slow"  # half a minute each, or they end processes
+    tests = [name for name in STANDARD if not any(word in name for word in slow)]
+    outcomes = failing(ranks, tmp_path, FUSED_ALONE, tests, 20.0, skips=True)
+    claims = {reason.partition("claim this: ")[2] for reason in outcomes.values()}
+    assert claims == {"another operation than all_reduce_add_rms_norm", "the hooks suspend and resume"}, outcomes
+    passed = {"captured_calls_are_replayed", "fused_calls_are_right", "closed_groups_leave_nothing"}
+    assert not passed & outcomes.keys()
 
 
 @pytest.mark.parametrize("name", [name for name, broken in BROKEN.items() if SOAK or not broken.slow])

@@ -185,6 +185,10 @@ def test_an_unknown_machine_is_refused_in_words(name: str, said: str, explain: C
             ("--size", "64", "--op", "fused", "--mode", "graph", "--dtype", "float32"),
             "all_reduce_add_rms_norm of 64 B, graph, cuda, float32: core's norm after an all_reduce by mine",
         ),
+        (
+            ("--size", "64", "--op", "fused_quant"),
+            "all_reduce_add_rms_norm_quant of 64 B, eager, cuda, bfloat16: core's quantisation after core's norm",
+        ),
     ],
 )
 def test_one_line_says_who_serves_a_message(

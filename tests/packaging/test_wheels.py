@@ -98,7 +98,7 @@ def test_the_benchmark_is_only_in_its_own_wheel(build_wheel: BuildWheel) -> None
     ]
     assert entry_points(core, "comm_core.commands") == []
     extras = {path: read_metadata(path).metadata.get_all("Provides-Extra") for path in (core, bench)}
-    assert extras == {core: ["kernels", "memory", "testing"], bench: ["plot"]}
+    assert extras == {core: ["kernels", "memory", "prometheus", "testing"], bench: ["plot"]}
 
 
 @pytest.mark.parametrize("project", PROJECTS)

@@ -12,9 +12,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 from comm_core.types import DTYPES
+from comm_core.types import OPS as _OPS
 
 __all__ = [
     "ALIASES",
+    "OPS",
     "PLACES",
     "BenchCase",
     "Pattern",
@@ -27,6 +29,8 @@ __all__ = [
     "sizes",
 ]
 
+#: The operations that are timed.
+OPS = _OPS[:2]
 #: nccl-tests' names of dtypes, with torch's names.
 ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 #: The output of a call is a new tensor ("out") or overwrites the input ("in"; for the fused operation, the residual).
@@ -55,7 +59,7 @@ class BenchCase:
     """One kind of call; the benchmark times every contender that supports it.
 
     Attributes:
-        op: one of `comm_core.types.OPS`.
+        op: one of `OPS`.
         mode: "eager" or "graph".
         place: one of `PLACES`.
         dtype: one of `comm_core.types.DTYPES`.
@@ -191,7 +195,7 @@ def shapes(
     """Return the shapes to measure in one dtype, without duplicates.
 
     Args:
-        op: one of `comm_core.types.OPS`.
+        op: one of `OPS`.
         dtype: one of `comm_core.types.DTYPES`.
         sweep: sizes in bytes, rounded down to whole elements, or to whole rows for the fused operation.
         tokens: numbers of rows; if not empty, they replace the sweep.

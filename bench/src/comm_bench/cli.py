@@ -13,17 +13,17 @@ import pathlib
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from comm_core.command import contention, enough_gpus, joined, launch, under_torchrun
-from comm_core.types import DTYPES, OPS
+from comm_core.types import DTYPES
 
 from comm_bench import stats
-from comm_bench.cases import ALIASES, PLACES, BenchCase, parse_nbytes, shapes, sizes
+from comm_bench.cases import ALIASES, OPS, PLACES, BenchCase, parse_nbytes, shapes, sizes
 from comm_bench.compare import compare
 from comm_bench.document import Listener, footer, heading, preamble, read_rows, tables, with_partial_results
+from comm_bench.progress import Progress
 from comm_bench.results import Row, format_row, header, title
 
 __all__ = ["add_parser", "run"]
@@ -268,8 +268,8 @@ def _write_files(args: argparse.Namespace, document: dict[str, Any], rows: Seque
         draw(rows, args.plot, heading(document))
 
 
-class _Printer(Listener):
-    """Prints rows as they are measured, and the progress on stderr if that is a terminal.
+class _Printer(Progress):
+    """Prints rows as they are measured, and the progress.
 
     Attributes:
         document: the record so far, without the rows.
@@ -277,41 +277,31 @@ class _Printer(Listener):
     """
 
     def __init__(self, *, tables: bool) -> None:
+        super().__init__()
         self.document: dict[str, Any] = {}
         self.rows: list[Row] = []
         self._tables = tables
         self._table = ""
-        self._started = 0.0
 
     def on_start(self, document: dict[str, Any]) -> None:
+        super().on_start(document)
         self.document = document
-        self._started = time.monotonic()
         if self._tables:
             print(*preamble(document), sep="\n", flush=True)
 
     def on_case_start(self, number: int, count: int, case: BenchCase) -> None:
+        super().on_case_start(number, count, case)
         table = title(case.op, case.mode, case.place)
-        taken_s, done = time.monotonic() - self._started, number - 1
-        left = f", about {taken_s / done * (count - done):.0f} s left" if done else ""
-        self._progress(f"{number}/{count}  {table}, {case.dtype}, {case.nbytes} B{left}")
         self._table, above = table, self._table
         if self._tables and table != above:
-            self._progress("")
+            self.show("")
             print("", f"# {table}", header(_columns()), sep="\n", flush=True)
 
     def on_case_end(self, rows: Sequence[Row]) -> None:
         self.rows += rows
-        self._progress("")
+        self.show("")
         if self._tables:
             print(*(format_row(row, _columns()) for row in rows), sep="\n", flush=True)
-
-    def on_drop(self, name: str, where: str, reason: str) -> None:
-        self._progress("")
-        print(f"{name} is left out of {where}: {reason}", file=sys.stderr)
-
-    def _progress(self, text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _argument_type(convert: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -183,6 +183,10 @@ class Contender(Recorder, abc.ABC):
         """Return whether a chain needs a spacer after each call. The spacer's time is subtracted."""
         return False
 
+    def composes(self, case: BenchCase) -> bool:  # noqa: ARG002 - most contenders have a kernel of their own
+        """Return whether such a call is composed of a plain sum and core's norm."""
+        return False
+
     def failure_reason(self) -> str:
         """Return the reason that the contender can't be measured any more, or "". Local, the same on every rank."""
         return ""
@@ -210,13 +214,16 @@ class _BackendContender(Contender):
     def supports(self, case: BenchCase) -> bool:
         if self._has_stopped:
             return False
-        decision = self._handle.decision
-        sizes = (case.nbytes, *case.shape) if case.fused else (case.nbytes,)
-        owner = decision.route(case.op, case.mode, case.device_type, case.dtype).backend_for(*sizes)
-        if case.fused and owner == TERMINAL:
-            # Core then composes the operation from this backend's plain sum and a norm.
-            owner = decision.route("all_reduce", case.mode, case.device_type, case.dtype).backend_for(case.nbytes)
-        return owner == self.name
+        op = "all_reduce" if self.composes(case) else case.op
+        return self._owner(op, case) == self.name
+
+    def composes(self, case: BenchCase) -> bool:
+        return case.fused and self._owner(case.op, case) == TERMINAL
+
+    def _owner(self, op: str, case: BenchCase) -> str:
+        """Return the backend that serves `op` of the case's size in the handle's plan."""
+        sizes = (case.nbytes, *case.shape) if op == case.op and case.fused else (case.nbytes,)
+        return self._handle.decision.route(op, case.mode, case.device_type, case.dtype).backend_for(*sizes)
 
     def capture(self) -> AbstractContextManager[None]:
         return comm.capture()
@@ -254,6 +261,9 @@ class _Terminal(Contender):
 
     def supports(self, case: BenchCase) -> bool:  # noqa: ARG002 - it supports every case
         return True
+
+    def composes(self, case: BenchCase) -> bool:
+        return case.fused
 
     def needs_spacer(self, case: BenchCase) -> bool:
         # Out of place, the copy runs between NCCL's kernels.

@@ -53,6 +53,7 @@ class Row:
         times_us: the slowest rank's time of one call, by repetition.
         wrong: the number of wrong elements; None if nothing was compared.
         ratio: the terminal fallback's time over this one's; None for a limit, or if the fallback has no row.
+        composed: whether a fused call was composed of the contender's plain sum and core's norm; not in the JSON.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Row:
     times_us: tuple[float, ...]
     wrong: int | None
     ratio: stats.Ratio | None = None
+    composed: bool = False
 
     def __post_init__(self) -> None:
         # Copies and spacers are timed separately, so subtracting them can make the time of a very short call negative.

@@ -69,7 +69,9 @@ class Roster:
         self.contenders.clear()
 
 
-def assemble(job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only: Sequence[str]) -> Roster:
+def assemble(
+    job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only: Sequence[str], *, extras: bool = True
+) -> Roster:
     """Find and connect all contenders. Collective.
 
     Args:
@@ -79,12 +81,13 @@ def assemble(job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only
         hidden_size: the largest hidden size; 0 without the fused operation.
         only: names of the backends and peers to measure; empty for all. The terminal fallback and the limits are always
             measured.
+        extras: whether peers and limits take part.
 
     Raises:
         UnknownContenderError: no installed backend or peer has one of these names; on all ranks.
     """
     handle = comm.get_backend()
-    makers = [each for peer in _PEERS for each in peer.peers(job, ops, capacity, hidden_size)]
+    makers = [each for peer in _PEERS for each in peer.peers(job, ops, capacity, hidden_size)] if extras else []
     known = {name for name, _ in makers} | {candidate.name for candidate in handle.decision.candidates}
     if unknown := sorted(set(only) - known):
         raise UnknownContenderError(
@@ -98,7 +101,7 @@ def assemble(job: Job, ops: Sequence[str], capacity: int, hidden_size: int, only
             roster.absent[found[0]] = found[1]
     makers = [each for each in makers if not only or each[0] in only]
     deadline_s = env.Settings.read().connect_timeout_s
-    for name, make in [*makers, *limits(job, capacity, roster.topology)]:
+    for name, make in [*makers, *(limits(job, capacity, roster.topology) if extras else ())]:
         try:
             with job.watchdog.step(f"set-up of {name}", deadline_s):
                 roster.contenders.append(job.run_collectively(make))

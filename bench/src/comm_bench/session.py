@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import gc
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ def measure_all(
     procedure: Procedure,
     only: Sequence[str],
     listener: Listener,
+    *,
+    extras: bool = True,
+    limit_s: float | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Measure every case with each contender that supports it. Collective in the world group.
 
@@ -38,6 +42,9 @@ def measure_all(
         procedure: the settings.
         only: names of the backends and peers to measure; empty for all.
         listener: gets this rank's progress.
+        extras: whether peers and limits are measured, too.
+        limit_s: the time in seconds in which the cases, each as long as the longest so far, have to end; None: no
+            limit. The document then has the number of `unmeasured` cases.
 
     Returns:
         The document, see `comm_bench.document`, and its rows; equal on all ranks.
@@ -52,7 +59,7 @@ def measure_all(
         raise ValueError("there is no size to measure; check -b, -e, --tokens and --hidden")
     widest = max((case.shape[1] for case in todo if case.fused), default=0)
     ops = dict.fromkeys(case.op for case in todo)
-    roster = assemble(job, tuple(ops), max(case.nbytes for case in todo), widest, only)
+    roster = assemble(job, tuple(ops), max(case.nbytes for case in todo), widest, only, extras=extras)
     for (hidden_size, dtype), num_tokens in _largest(todo).items():
         roster.prepare(comm.Shapes(num_tokens, hidden_size, getattr(torch, dtype)))
     dropped: list[dict[str, str]] = []
@@ -73,7 +80,15 @@ def measure_all(
     gc.collect()
     gc.freeze()
     rows: list[Row] = []
+    begun, longest_s = time.monotonic(), 0.0
+    if limit_s is not None:
+        document["unmeasured"] = 0
     for number, case in enumerate(todo, 1):
+        started_s = time.monotonic()
+        # The first rank decides: the ranks' clocks differ.
+        if limit_s is not None and job.all_gather(started_s - begun + longest_s)[0] > limit_s:
+            document["unmeasured"] = len(todo) - number + 1
+            break
         listener.on_case_start(number, len(todo), case)
 
         def drop(name: str, reason: str, case: BenchCase = case) -> None:
@@ -84,6 +99,7 @@ def measure_all(
         found = with_ratios(_row(each, job) for each in measure(job, case, roster.contenders, procedure, drop))
         listener.on_case_end(found)
         rows += found
+        longest_s = max(longest_s, time.monotonic() - started_s)
     gc.unfreeze()
     document["clocks"]["after"] = job.all_gather(clocks(job))
     roster.close()
@@ -114,4 +130,5 @@ def _row(measured: Measured, job: Job) -> Row:
         measured.spacer_us,
         measured.times_us,
         measured.wrong,
+        composed=contender.composes(measured.case),
     )

@@ -26,7 +26,7 @@ from comm_core.errors import (
 from comm_core.hookspecs import hookimpl, hookspec
 from comm_core.tokens import TokenCounts, local_num_tokens_non_padded
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
-from comm_core.types import Available, Candidate, Decision, Range, Route, RouteStats, Rule, Unavailable
+from comm_core.types import Available, Candidate, Decision, Range, Route, RouteStats, Rule, Unavailable, WaitStats
 
 if TYPE_CHECKING:
     from comm_core._group.api import capture, close, get_backend, pre_capture_init, recover, resume, suspend
@@ -58,6 +58,7 @@ __all__ = [
     "TokenCounts",
     "Topology",
     "Unavailable",
+    "WaitStats",
     "__version__",
     "capture",
     "close",

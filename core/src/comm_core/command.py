@@ -43,9 +43,21 @@ from typing import Any
 
 from comm_core._control.deadline import describe
 from comm_core._plan.explain import size, table
-from comm_core.env import Settings
+from comm_core.env import Settings, UnreadableSettingError
+from comm_core.tuning import parse_size
 
-__all__ = ["GROUP", "contention", "describe", "enough_gpus", "joined", "launch", "size", "table", "under_torchrun"]
+__all__ = [
+    "GROUP",
+    "contention",
+    "describe",
+    "enough_gpus",
+    "joined",
+    "launch",
+    "parse_size",
+    "size",
+    "table",
+    "under_torchrun",
+]
 
 # A rank's program: `comm-core`, which Ctrl-C ends at once until `joined` has imported what it needs.
 _RANK = (
@@ -199,6 +211,6 @@ def _unreadable_settings() -> str:
     """Return why an environment variable of core's can't be read; "" if all can."""
     try:
         Settings.read()
-    except ValueError as error:
-        return str(error)
+    except UnreadableSettingError as error:
+        return "\n".join((str(error), *error.excerpt))
     return ""

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from comm_core import _schema
+from comm_core.tuning import NO_TUNING, RuleError, Tuning, TuningRule, parse_rules
 
-__all__ = ["MAX_TIMEOUT_S", "PREFIX", "Settings", "check_names", "check_timeout_s"]
+__all__ = ["MAX_TIMEOUT_S", "PREFIX", "Settings", "UnreadableSettingError", "check_names", "check_timeout_s"]
 
 PREFIX = "COMM_CORE_"
 """The prefix of every variable's name."""
@@ -22,6 +23,18 @@ MAX_TIMEOUT_S = 30 * 24 * 3600.0
 """The longest timeout, in seconds: 30 days. Threads and stores can't wait for some larger numbers."""
 # The longest value of a variable, and of the names in one argument, in bytes: the ranks exchange them in one message.
 _VALUE_NBYTES = 2048
+
+
+class UnreadableSettingError(ValueError):
+    """A variable's value can't be read; the text says which and why.
+
+    Attributes:
+        excerpt: the lines that show the fault's place in the value, with a mark below it; none for a simple value.
+    """
+
+    def __init__(self, text: str, excerpt: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.excerpt = excerpt
 
 
 def check_timeout_s(value: float) -> float:
@@ -137,6 +150,19 @@ class Settings:
         "Bytes that the sessions of one group may take for their buffers on each rank: of device memory, and on CPUs "
         "of the whole shared segment.",
     )
+    deterministic: bool = _field(
+        False,
+        _boolean,
+        "1, true or yes: every group is deterministic, as by `get_backend(deterministic=True)`: the bits of a result "
+        "depend on the inputs alone. By default off.",
+    )
+    tune: tuple[TuningRule, ...] | None = _field(
+        None,
+        parse_rules,
+        "Comma-separated [rules](tuning.md) that override the backends' priorities for some messages, such as "
+        "`nccl:all_reduce:4M-inf:graph:inf`; `none`: not even those of a tuned table. By default the rules of a table "
+        "that `comm-core tune` wrote for this group, if there is one.",
+    )
     debug: bool = _field(
         False,
         _boolean,
@@ -144,14 +170,27 @@ class Settings:
         "names the ranks that differ. Slow; for finding mistakes. Also on with `TORCH_DISTRIBUTED_DEBUG=DETAIL`, "
         "unless it is set to 0, false or no. By default off.",
     )
+    profile: bool = _field(
+        False,
+        _boolean,
+        "1, true or yes: each call of a backend runs within a range that names the operation, the backend, the bytes "
+        "and the group, for torch's profiler, and on GPUs for NVTX. Takes some microseconds a call; off, it takes "
+        "nothing. Host-local: the ranks don't compare it. By default off.",
+        local=True,
+    )
     cache_dir: str | None = _field(
         None,
         _folder,
-        "The absolute path of the cache of compiled code. Its folders are private to the user; core refuses a folder "
-        "that another user could write or replace. Host-local: the ranks don't compare it. By default "
+        "The absolute path of the cache of compiled code and tuned tables. Its folders are private to the user; core "
+        "refuses a folder that another user could write or replace. Host-local: the ranks don't compare it. By default "
         "`$XDG_CACHE_HOME/comm_core`, else `~/.cache/comm_core`.",
         local=True,
     )
+
+    @property
+    def tuning(self) -> Tuning:
+        """The rules of `COMM_CORE_TUNE`."""
+        return Tuning(self.tune, f"{PREFIX}TUNE") if self.tune else NO_TUNING
 
     @classmethod
     def variables(cls) -> dict[str, str]:
@@ -161,7 +200,10 @@ class Settings:
     def shared(self) -> dict[str, Any]:
         """Return the values that the ranks of a group compare: all except host-local ones."""
         fields = (field for field in dataclasses.fields(self) if not field.metadata["local"])
-        return {PREFIX + field.name.upper(): getattr(self, field.name) for field in fields}
+        values = {PREFIX + field.name.upper(): getattr(self, field.name) for field in fields}
+        if self.tune is not None:
+            values[f"{PREFIX}TUNE"] = tuple(map(str, self.tune))
+        return values
 
     def may_import(self, name: str) -> bool:
         """Return whether the variables allow to import the plugin of the backend `name`."""
@@ -172,7 +214,7 @@ class Settings:
         """Read the settings from an environment, by default this process's. An empty value counts as unset.
 
         Raises:
-            ValueError: a variable's value can't be read; the text names the variable.
+            UnreadableSettingError: a variable's value can't be read; the text names the variable.
         """
         environ = os.environ if environ is None else environ
         values: dict[str, Any] = {}
@@ -189,7 +231,8 @@ class Settings:
                 values[field.name] = field.metadata["parse"](text)
             except ValueError as error:
                 value, reason = _schema.shorten(repr(text), 100), _schema.shorten(str(error), 200)
-                raise ValueError(f"{name}={value} can't be read: {reason}") from None
+                excerpt = error.excerpt if isinstance(error, RuleError) else ()
+                raise UnreadableSettingError(f"{name}={value} can't be read: {reason}", excerpt) from None
         if environ.get("TORCH_DISTRIBUTED_DEBUG", "").strip().upper() == "DETAIL":
             values.setdefault("debug", True)
         return cls(**values)

@@ -118,13 +118,19 @@ class BackendConformance:
             for other in others:
                 assert [what for (what, bits), (_, theirs) in zip(first, other, strict=True) if bits != theirs] == []
 
+    def test_sums_have_the_bits_that_numerics_promise(self, kit: Kit) -> None:
+        """If `Available.numerics` is "rank_order_fp32": sums in deterministic groups, in one piece and in several."""
+        for world_size in self.world_sizes:
+            for left_out in kit.run(cases.sums_are_in_rank_order, world_size=world_size):
+                kit.require(not left_out, f"numerics ({left_out})")
+
     def test_many_calls_in_a_row_are_right(self, kit: Kit) -> None:
         """Calls of changing sizes, without a pause; the ranks drift apart."""
         kit.run(cases.many_calls, 400)
 
     def test_a_rank_that_comes_late_is_waited_for(self, kit: Kit) -> None:
         """A delay below the wait's limit changes nothing."""
-        kit.run(cases.a_rank_is_slow, 1.5)
+        kit.run(cases.a_rank_is_slow, 1.5, any_operation=True)
 
     def test_two_groups_dont_mix(self, kit: Kit) -> None:
         """Alternating calls in two groups of the same ranks."""
@@ -137,64 +143,64 @@ class BackendConformance:
 
     def test_preparing_again_and_for_larger_shapes_works(self, kit: Kit) -> None:
         """`comm.pre_capture_init` for one shape twice, then for larger ones."""
-        kit.run(cases.preparing_is_repeatable)
+        kit.run(cases.preparing_is_repeatable, any_operation=True)
 
     def test_captured_calls_are_replayed(self, kit: Kit) -> None:
         """Warm-ups inside `comm.capture()`; on GPUs, graphs of several sizes, replayed with other data, twice."""
-        kit.run(capture_cases.captured_calls_are_replayed)
+        kit.run(capture_cases.captured_calls_are_replayed, any_operation=True)
 
     def test_a_capture_that_fails_on_one_rank_is_forgotten(self, kit: Kit) -> None:
         """The rank sees its own error, the others at most a CaptureError; the next capture works."""
-        kit.run(capture_cases.a_capture_fails_on_one_rank)
+        kit.run(capture_cases.a_capture_fails_on_one_rank, any_operation=True)
 
     def test_fused_calls_are_right(self, kit: Kit) -> None:
         """If the backend serves `all_reduce_add_rms_norm`: every shape that its ranges take, also in place."""
         kit.require("all_reduce_add_rms_norm" in kit.describe(2)["hooks"], "the hook all_reduce_add_rms_norm")
-        kit.run(capture_cases.fused_calls_are_right)
+        kit.run(capture_cases.fused_calls_are_right, any_operation=True)
 
     def test_closed_groups_leave_nothing(self, kit: Kit) -> None:
         """Descriptors, threads, shared mappings, segments and GPU memory, over six handles; `close` twice."""
-        kit.run(cases.closed_groups_leave_nothing, 6)
+        kit.run(cases.closed_groups_leave_nothing, 6, any_operation=True)
 
     def test_suspended_groups_resume(self, kit: Kit) -> None:
         """If the backend has the hooks `suspend` and `resume`: three times, with right sums afterwards."""
         kit.require("suspend" in kit.describe(2)["hooks"], "the hooks suspend and resume")
-        kit.run(cases.suspended_and_resumed)
+        kit.run(cases.suspended_and_resumed, any_operation=True)
 
     def test_a_fault_in_connect_is_agreed_and_leaves_nothing(self, kit: Kit) -> None:
         """`connect` raises on one rank, at its begin and in each exchange, then hangs: all ranks drop the backend."""
-        kit.run(fault_cases.connect_fails, kit.release_s)
+        kit.run(fault_cases.connect_fails, kit.release_s, any_operation=True)
 
     def test_a_rank_that_is_slow_in_connect_is_waited_for(self, kit: Kit) -> None:
         """A delay at its begin and before each exchange changes nothing."""
-        kit.run(fault_cases.connect_is_slow, 0.3)
+        kit.run(fault_cases.connect_is_slow, 0.3, any_operation=True)
 
     def test_a_rank_killed_in_connect_releases_the_others(self, kit: Kit) -> None:
         """The peers of a process that dies in `connect` get an error, and keep nothing."""
-        results = kit.run(fault_cases.a_rank_is_killed_in_connect, kit.release_s, dying=[1])
+        results = kit.run(fault_cases.a_rank_is_killed_in_connect, kit.release_s, dying=[1], any_operation=True)
         assert results[1] == DEAD
 
     def test_a_fault_in_preparation_is_agreed_and_leaves_nothing(self, kit: Kit) -> None:
         """If the backend has `pre_capture_init`: it raises on one rank, and all ranks drop the backend."""
         kit.require("pre_capture_init" in kit.describe(2)["hooks"], "the hook pre_capture_init")
-        kit.run(fault_cases.preparing_fails, kit.release_s)
+        kit.run(fault_cases.preparing_fails, kit.release_s, any_operation=True)
 
     def test_a_fault_in_suspension_stops_the_handle(self, kit: Kit) -> None:
         """If the backend has `suspend`: it, and then `resume`, raises on one rank."""
         kit.require("suspend" in kit.describe(2)["hooks"], "the hooks suspend and resume")
-        kit.run(fault_cases.suspending_fails, kit.release_s)
+        kit.run(fault_cases.suspending_fails, kit.release_s, any_operation=True)
 
     def test_a_call_that_raises_on_one_rank_ends_the_others_calls(self, kit: Kit) -> None:
         """All ranks get an error, and at every later call; the closed group leaves nothing."""
-        kit.run(fault_cases.a_call_fails, False, kit.release_s)
+        kit.run(fault_cases.a_call_fails, False, kit.release_s, any_operation=True)
 
     def test_a_call_without_one_rank_ends(self, kit: Kit) -> None:
         """One rank doesn't call: the others' calls end by the wait's limit, and then that rank's, too."""
-        kit.run(fault_cases.a_call_fails, True, kit.release_s)
+        kit.run(fault_cases.a_call_fails, True, kit.release_s, any_operation=True)
 
     def test_a_killed_rank_ends_the_others_calls(self, kit: Kit) -> None:
         """The peers of a process that died get an error soon after the wait's limit, and in every later call."""
-        results = kit.run(cases.a_peer_is_killed, dying=[1])
+        results = kit.run(cases.a_peer_is_killed, dying=[1], any_operation=True)
         kind, text, waited_s = results[0]
         assert results[1] == DEAD
         assert waited_s < WAIT_TIMEOUT_S + 60, f"{kind} came after {waited_s:.0f} s: {text}"

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from comm_core import _schema
+from comm_core.stats import RouteStats, WaitStats
 
 __all__ = [
     "DTYPES",
     "MAX_RANGES",
     "MODES",
     "OPS",
+    "QUANTS",
+    "RANK_ORDER_FP32",
     "TERMINAL",
     "Available",
     "Candidate",
@@ -26,11 +28,14 @@ __all__ = [
     "RouteStats",
     "Rule",
     "Unavailable",
+    "WaitStats",
     "rank_label",
 ]
 
-OPS = ("all_reduce", "all_reduce_add_rms_norm")
-"""The operations that a backend may serve."""
+OPS = ("all_reduce", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm_quant")
+"""The operations that a backend may serve; the last two are the fused ones."""
+QUANTS = ("fp8_static", "fp8_per_token", "fp8_per_group")
+"""The forms of `all_reduce_add_rms_norm_quant`: one scale given; a scale for each row; for each 128 of its elements."""
 MODES = ("eager", "graph")
 """The modes of a call: run at once, or recorded into a CUDA graph inside `comm.capture()`."""
 DTYPES = {
@@ -44,31 +49,19 @@ DTYPES = {
     "int8": 1,
     "uint8": 1,
 }
-"""The supported dtypes, by torch's names, with their sizes in bytes; the fused operation takes only floats."""
+"""The supported dtypes, by torch's names, with their sizes in bytes; fused operations take only floats."""
 TERMINAL = "torch_distributed"
 """The backend at the end of every route; it can't be disabled."""
+RANK_ORDER_FP32 = "rank_order_fp32"
+"""The numerics that deterministic groups require; see `Available.numerics`."""
 
 MAX_RANGES = 64
 """The most ranges that one answer of a backend may have: the answers of all backends share one message."""
-# The most names in one field of a range, and the longest of them in characters: far above those of torch.
-_MAX_NAMES = 16
-_NAME_CHARS = 64
 
 
 def rank_label(rank: int, job_rank: int) -> str:
     """Format a group rank for a message, with the job's rank if that differs: "1", "1 (3 in the job)"."""
     return str(rank) if rank == job_rank else f"{rank} ({job_rank} in the job)"
-
-
-def _unique_names(values: Iterable[Any] | None, prefix: str = "") -> tuple[str, ...] | None:
-    if values is None:
-        return None
-    if isinstance(values, str):
-        raise TypeError(f"expected a sequence of names, got the string {values!r}")
-    names = tuple(dict.fromkeys(str(value).removeprefix(prefix) for value in values))
-    if len(names) > _MAX_NAMES or any(len(name) > _NAME_CHARS or name != _schema.printable(name) for name in names):
-        raise ValueError(f"expected at most {_MAX_NAMES} printable names of at most {_NAME_CHARS} characters")
-    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +78,8 @@ class Range:
         min_nbytes: the smallest message, in bytes of the tensor to be reduced.
         max_nbytes: the largest message, in bytes; None means any.
         multiple_nbytes: the message's size in bytes is a multiple of this number.
-        max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, fused operation only; None means any.
-        hidden_multiple: `hidden_size` is a multiple of this number, fused operation only.
+        max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, fused operations only; None means any.
+        hidden_multiple: `hidden_size` is a multiple of this number, fused operations only.
         prepared: served only once `pre_capture_init` has returned it.
 
     Raises:
@@ -105,9 +98,9 @@ class Range:
     prepared: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modes", _unique_names(self.modes))
-        object.__setattr__(self, "dtypes", _unique_names(self.dtypes, "torch."))
-        object.__setattr__(self, "device_types", _unique_names(self.device_types))
+        object.__setattr__(self, "modes", _schema.unique_names(self.modes))
+        object.__setattr__(self, "dtypes", _schema.unique_names(self.dtypes, "torch."))
+        object.__setattr__(self, "device_types", _schema.unique_names(self.device_types))
         if self.op not in OPS:
             raise ValueError(f"op={self.op!r} isn't one of {', '.join(OPS)}")
         for field, known in (("modes", MODES), ("dtypes", tuple(DTYPES))):
@@ -118,12 +111,12 @@ class Range:
             if getattr(self, field) == ():
                 raise ValueError(f"{field} is empty, which no message satisfies; None means any")
         for field, lowest in (("min_nbytes", 0), ("multiple_nbytes", 1), ("hidden_multiple", 1)):
-            _check_int(field, getattr(self, field), lowest)
+            _schema.check_int(field, getattr(self, field), lowest)
         if self.max_nbytes is not None:
-            _check_int("max_nbytes", self.max_nbytes, self.min_nbytes)
+            _schema.check_int("max_nbytes", self.max_nbytes, self.min_nbytes)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1)
-        _check_bool("prepared", self.prepared)
+            _schema.check_int("max_tokens", self.max_tokens, 1)
+        _schema.check_bool("prepared", self.prepared)
 
     def serves(self, mode: str, device_type: str, dtype: str) -> bool:
         """Return whether the range takes this mode, device type and dtype at some size."""
@@ -183,25 +176,11 @@ class Range:
         return item
 
 
-def _check_int(field: str, value: object, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{field}={value!r} isn't an integer")
-    if value < lowest:
-        raise ValueError(f"{field}={value} is below {lowest}")
-    if value > _schema.MAX_INT:
-        raise ValueError(f"{field} is above {_schema.MAX_INT}")
-
-
-def _check_bool(field: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{field}={value!r} isn't True or False")
-
-
 def _smaller_bound(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
 
 
-_NAMES = _schema.optional(_schema.tuple_of(_schema.text, 1, _MAX_NAMES))
+_NAMES = _schema.optional(_schema.tuple_of(_schema.text, 1, _schema.MAX_NAMES))
 _SIZE = _schema.integer()
 _RANGE = _schema.record(
     Range,
@@ -229,19 +208,29 @@ class Available:
         ranges: the messages it serves, at most 64 ranges; empty means every message that its hooks can take.
         checks_operands: whether `all_reduce_add_rms_norm` may be called with operands that core hasn't validated; see
             the hook. The backend then checks them itself, in native code that is faster than core's checks.
+        numerics: the name of the arithmetic that determines the bits of every sum; "" if they are unspecified.
+            "rank_order_fp32": an element is the sum of rank 0's term, rank 1's and so on, in float32, rounded once to
+            the tensor's dtype; float64 and integers are summed in their own type. The fused operation's sum adds the
+            residual last, and a row's bits depend on its operands, dtype and hidden size, not on the other rows. So
+            neither the size of a message nor the mode nor the algorithm changes a bit. Deterministic groups take only
+            such backends; see `comm_core.get_backend`. Only the bits of a NaN are open.
     """
 
     priority: int
     ranges: tuple[Range, ...] = ()
     checks_operands: bool = False
+    numerics: str = ""
 
     def __post_init__(self) -> None:
-        _check_int("priority", self.priority, 1)
+        _schema.check_int("priority", self.priority, 1)
         object.__setattr__(self, "ranges", tuple(self.ranges))
         for item in self.ranges:
             if not isinstance(item, Range):
                 raise TypeError(f"ranges has {item!r}, which isn't a comm_core.Range")
-        _check_bool("checks_operands", self.checks_operands)
+        _schema.check_bool("checks_operands", self.checks_operands)
+        if not isinstance(self.numerics, str):
+            raise TypeError(f"numerics={self.numerics!r} isn't a string")
+        _schema.unique_names((self.numerics,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +276,11 @@ class Rule:
     """One entry of a route: messages within these bounds go to `backend`.
 
     Units and meaning are those of `Range`.
+
+    Attributes:
+        tuned: the rule of `Decision.tuning` that gave it its place; "": none.
+        piece_nbytes: larger messages go to the backend in pieces of at most so many bytes: of the fused operation in
+            whole rows, and a longer row isn't taken. None: every message goes as a whole. Only in deterministic groups.
     """
 
     backend: str
@@ -295,14 +289,16 @@ class Rule:
     multiple_nbytes: int = 1
     max_tokens: int | None = None
     hidden_multiple: int = 1
+    tuned: str = ""
+    piece_nbytes: int | None = None
 
     def takes(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> bool:
         """Return whether this rule applies to a message of `nbytes` bytes.
 
         Args:
             nbytes: bytes of the tensor to be reduced.
-            num_tokens: rows of `[num_tokens, hidden_size]`, fused operation only.
-            hidden_size: elements per row, fused operation only.
+            num_tokens: rows of `[num_tokens, hidden_size]`, fused operations only.
+            hidden_size: elements per row, fused operations only.
         """
         return (
             self.min_nbytes <= nbytes
@@ -310,6 +306,7 @@ class Rule:
             and nbytes % self.multiple_nbytes == 0
             and (self.max_tokens is None or num_tokens <= self.max_tokens)
             and hidden_size % self.hidden_multiple == 0
+            and (self.piece_nbytes is None or not hidden_size or nbytes <= self.piece_nbytes * num_tokens)
         )
 
 
@@ -324,7 +321,7 @@ class Route:
         mode: one of `MODES`.
         device_type: such as "cuda".
         dtype: one of `DTYPES`.
-        rules: in order of priority; the last one is the terminal fallback's.
+        rules: in order of priority or tuned score; the last one is the terminal fallback's.
     """
 
     op: str
@@ -339,39 +336,22 @@ class Route:
 
 
 @dataclasses.dataclass(frozen=True)
-class RouteStats:
-    """The calls of one rank that one backend served on one route; see `Backend.stats`.
-
-    Attributes:
-        op: one of `OPS`.
-        mode: "eager" for calls that ran at once, "graph" for those that a stream captured; replays don't count.
-        device_type: such as "cuda".
-        dtype: torch's name of the dtype.
-        backend: the backend's name.
-        calls: the number of calls.
-        nbytes: the bytes of the reduced tensors, over all calls.
-    """
-
-    op: str
-    mode: str
-    device_type: str
-    dtype: str
-    backend: str
-    calls: int
-    nbytes: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Decision:
     """The plan of a group: its candidates and routes, equal on every rank.
 
     Attributes:
         candidates: every backend that some rank knows, in the order of their consideration; the terminal fallback last.
         routes: one for each operation, mode, device type and dtype of the group.
+        tuning: the rules that overrode priorities, as texts; see `comm_core.tuning`.
+        tuned_by: where they come from; without rules, a sentence on the tuned table, if there is one.
+        deterministic: whether the group is deterministic; see `comm_core.get_backend`.
     """
 
     candidates: tuple[Candidate, ...]
     routes: tuple[Route, ...]
+    tuning: tuple[str, ...] = ()
+    tuned_by: str = ""
+    deterministic: bool = False
 
     def candidate(self, name: str) -> Candidate | None:
         """Return the candidate of that name; None if no rank knows it."""

@@ -186,6 +186,18 @@ inline float warp_sum(float number) {
     }
     return sums[0];
 }
+template <int kLanes = 32>
+float warp_max(float number) {
+    fake::Warp& warp = *fake::block->warps[threadIdx.x / 32];
+    float* const numbers = warp.numbers[fake::warp_turn];
+    fake::warp_turn ^= 1;
+    numbers[threadIdx.x % 32] = number;
+    warp.sync.arrive_and_wait();
+    const uint32_t first = threadIdx.x % 32 / kLanes * kLanes;
+    float largest = 0.0f;
+    for (uint32_t lane = first; lane < first + kLanes; ++lane) largest = fmaxf(largest, numbers[lane]);
+    return largest;
+}
 using Gate = fake::Gate;
 
 template <uint32_t count>

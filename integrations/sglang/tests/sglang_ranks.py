@@ -113,6 +113,7 @@ def serve(name: str = "tp", custom: bool = True) -> dict[str, Any]:
         "class": type(ours).__name__,
         "stock": [base.__name__ for base in type(ours).__mro__][1:-1],
         "backend": handle and handle.name,
+        "deterministic": handle is not None and handle.decision.deterministic,
         "events": getattr(ours, "events", None),
         "lines": lines,
     }
@@ -343,6 +344,7 @@ def decode(hidden_size: int, batches: list[int]) -> dict[str, Any]:
     """Sum eagerly and in captured graphs, one a batch, in a group that SGLang enters and in one that it doesn't."""
     load()
     group, experts = make_group("tp"), make_group("moe_tp", custom=False)
+    run_cuda_hooks(group)
     for numel in (1, 512, 8192, 1 << 20, (8 << 20) + 8):
         tensor, expected = integers(0, numel, group)
         torch.testing.assert_close(group.all_reduce(tensor), expected, rtol=0, atol=0)

@@ -40,11 +40,19 @@ struct Launch {
     std::function<void(const NormParams&)> kernel;
     uint32_t vecs, cluster, clusters, pipeline_depth;
     bool two_shots, separate;
+    bool quantizes = false;
+};
+
+// How a launch that quantises does so.
+struct Quantised {
+    QuantForm form;
+    bool wants_norm, column_major;
 };
 
 // A rank's tensors, each with what lies behind it.
 struct Tensors {
-    std::vector<char> input, residual, weight, output, sum;
+    std::vector<char> input, residual, weight, output, sum, values;
+    std::vector<float> scales;
 };
 
 struct Rank {
@@ -91,13 +99,23 @@ void plain(std::vector<Rank>& ranks, uint32_t num_rows, uint32_t row_vecs, bool 
 }
 
 // The launch on the first `present` ranks.
+constexpr float kStaticScale = 0.013f;
+
+// The strides of a call's scales, in elements.
+std::pair<int64_t, int64_t> strides_of(const Quantised& how, uint32_t num_rows, uint32_t row_vecs) {
+    if (how.form == QuantForm::kPerToken) return {1, 1};
+    return how.column_major ? std::pair<int64_t, int64_t>{1, num_rows + 3}
+                            : std::pair<int64_t, int64_t>{row_vecs / 16, 1};
+}
+
 template <typename T, int W>
 void run(std::vector<Rank>& ranks,
          uint32_t num_rows,
          uint32_t row_vecs,
          bool in_place,
          const Launch& launch,
-         size_t present = W) {
+         size_t present = W,
+         const Quantised& how = {QuantForm::kStatic, true, false}) {
     if (launch.separate) plain<T, W>(ranks, num_rows, row_vecs, in_place, true);
     const uint32_t groups = launch.two_shots ? (num_rows + W - 1) / W : num_rows;
     const uint32_t clusters = std::min(launch.clusters, groups), together = launch.cluster * launch.vecs;
@@ -106,6 +124,12 @@ void run(std::vector<Rank>& ranks,
         NormParams params = params_of(ranks, rank, num_rows, row_vecs, in_place);
         params.inverse_hidden = 1.0f / static_cast<float>(row_vecs * 4 * T::count);
         params.plain.pipeline_depth = launch.pipeline_depth;
+        if (launch.quantizes) {
+            Tensors& tensors = ranks[rank].tensors;
+            const auto [row_stride, column_stride] = strides_of(how, num_rows, row_vecs);
+            params.quant = {tensors.values.data(), tensors.scales.data(), row_stride, column_stride, how.form};
+            if (!how.wants_norm) params.plain.output = nullptr;
+        }
         fake::run_grid(clusters * launch.cluster, threads, launch.cluster, [&] { launch.kernel(params); });
     });
 }
@@ -165,6 +189,66 @@ bool untouched(const std::vector<char>& tensor, const std::vector<char>& before,
     return std::equal(tensor.begin() + from, tensor.end(), before.begin() + from);
 }
 
+// The nearest float8_e4m3fn, ties to the even one; saturated. From the definition of the format.
+uint8_t to_fp8(float value) {
+    if (value != value) return 0x7f;
+    const double magnitude = std::min(std::abs(static_cast<double>(value)), 448.0);
+    int best = 0;
+    double nearest = 1e9;
+    for (int code = 0; code < 127; ++code) {
+        const double number = code < 8 ? code * 0x1p-9 : (8 + code % 8) * std::ldexp(1.0, code / 8 - 10);
+        const double distance = std::abs(number - magnitude);
+        if (distance < nearest || (distance == nearest && code % 2 == 0)) {
+            nearest = distance;
+            best = code;
+        }
+    }
+    return static_cast<uint8_t>(best | (std::signbit(value) ? 0x80 : 0));
+}
+
+// Why a rank's quantised rows are wrong; "" where they aren't. `norms`: what was to be quantised.
+template <typename T>
+std::string judge_quantised(
+    const Tensors& now, const std::vector<float>& norms, uint32_t num_rows, uint32_t row_vecs, const Quantised& how) {
+    const size_t hidden = row_vecs * 4 * T::count;
+    const auto [row_stride, column_stride] = strides_of(how, num_rows, row_vecs);
+    const size_t together = how.form == QuantForm::kPerGroup ? 128 : hidden;
+    std::vector<bool> written(now.scales.size());
+    for (size_t row = 0; row < num_rows; ++row) {
+        for (size_t from = 0; from < hidden; from += together) {
+            float largest = 0.0f;
+            for (size_t column = from; column < from + together; ++column) {
+                const float number = std::abs(norms[row * hidden + column]);
+                if (number > largest) largest = number;
+            }
+            const size_t place = row * row_stride + from / 128 * column_stride;
+            float scale = kStaticScale;
+            if (how.form != QuantForm::kStatic) {
+                scale = how.form == QuantForm::kPerToken ? std::max(largest / 448.0f, 1.0f / (448.0f * 512.0f))
+                                                         : std::max(largest, 1e-10f) / 448.0f;
+                written[place] = true;
+                if (now.scales[place] != scale) return "scale of row " + std::to_string(row);
+            }
+            for (size_t column = from; column < from + together; ++column) {
+                const float norm = norms[row * hidden + column];
+                const float scaled = how.form == QuantForm::kStatic ? norm * (1.0f / scale) : norm / scale;
+                const auto value = static_cast<uint8_t>(now.values[row * hidden + column]);
+                if (scaled != scaled ? (value & 0x7f) != 0x7f : value != to_fp8(scaled)) {
+                    return "value " + std::to_string(row * hidden + column) + ": " + std::to_string(value) +
+                           " instead of " + std::to_string(to_fp8(scaled));
+                }
+            }
+        }
+    }
+    for (size_t place = 0; place < now.scales.size(); ++place) {
+        if (!written[place] && now.scales[place] != kStaticScale) return "another scale was written";
+    }
+    for (size_t place = num_rows * hidden; place < now.values.size(); ++place) {
+        if (now.values[place] != kCanary) return "written beyond the values";
+    }
+    return "";
+}
+
 // Why a rank's results are wrong; "" where they aren't. `norms`: the bits that the first launch gave, kept by it.
 template <typename T, int W>
 std::string judge(const Tensors& now,
@@ -174,14 +258,15 @@ std::string judge(const Tensors& now,
                   uint32_t row_vecs,
                   bool in_place,
                   bool separate,
+                  bool has_norm,
                   std::vector<float>& norms) {
     const std::vector<char>& output = in_place ? now.input : now.output;
     const std::vector<char>& sums = in_place ? now.residual : now.sum;
     const size_t hidden = row_vecs * 4 * T::count, nbytes = num_rows * row_vecs * 16;
     const Tensors& old = before[rank];
-    if (!untouched(now.weight, old.weight, 0) || !untouched(now.input, old.input, in_place ? nbytes : 0) ||
+    if (!untouched(now.weight, old.weight, 0) || !untouched(now.input, old.input, in_place && has_norm ? nbytes : 0) ||
         !untouched(now.residual, old.residual, in_place ? nbytes : 0) ||
-        !untouched(now.output, old.output, in_place ? 0 : nbytes) ||
+        !untouched(now.output, old.output, in_place || !has_norm ? 0 : nbytes) ||
         !untouched(now.sum, old.sum, in_place ? 0 : nbytes)) {
         return "written where nothing was to be written";
     }
@@ -200,7 +285,7 @@ std::string judge(const Tensors& now,
             squares += static_cast<double>(expected) * expected;
         }
         const double scale = 1.0 / std::sqrt(squares / hidden + kEps);
-        for (size_t column = 0; column < hidden; ++column) {
+        for (size_t column = 0; has_norm && column < hidden; ++column) {
             const size_t index = row * hidden + column;
             const float norm = at<T>(output, index);
             if (first) norms.push_back(norm);
@@ -257,6 +342,16 @@ int check(int rounds, unsigned seed) {
         launches.insert(launches.end(), more.begin(), more.end());
     }
     if constexpr (W == 2) launches.push_back({"oneshot 4", oneshot_push_norm<T, 2, 4>, 4, 1, 2, 0, false, false});
+    // One dtype, as compiling takes long.
+    if constexpr (std::is_same_v<T, comm_core::BFloat16>) {
+        const std::vector<Launch> more = {
+            {"quantised oneshot 2", oneshot_push_norm<T, W, 2, true>, 2, 1, 2, 0, false, false, true},
+            {"quantised oneshot 2, clusters of 2", oneshot_push_norm<T, W, 2, true>, 2, 2, 1, 0, false, false, true},
+            {"quantised twoshot 2", twoshot_push_norm<T, W, 2, true>, 2, 1, 2, 1, true, false, true},
+            {"quantised twoshot 2, clusters of 2", twoshot_push_norm<T, W, 2, true>, 2, 2, 1, 0, true, false, true},
+        };
+        launches.insert(launches.end(), more.begin(), more.end());
+    }
     std::vector<Rank> ranks(W);
     for (Rank& rank : ranks) {
         rank.buffer.assign(cells_at + 2 * (W - 1) * slot + 64, 0);
@@ -267,8 +362,8 @@ int check(int rounds, unsigned seed) {
     std::mt19937 dice(seed);
     int done = 0;
     for (int round = 0; round < rounds; ++round) {
-        const uint32_t lengths[] = {1, 5, 31, 33, 64, 70, 97, 130}, counts[] = {1, 2, 3, 4, 5, 7, 9};
-        const uint32_t row_vecs = lengths[(dice() + round) % 8];
+        const uint32_t lengths[] = {1, 5, 31, 33, 64, 70, 97, 130, 48, 112}, counts[] = {1, 2, 3, 4, 5, 7, 9};
+        const uint32_t row_vecs = lengths[(dice() + round) % 10];
         // Beyond four ranks as many as two shots take, in a round or two, of which the last lacks some ranks' rows.
         const uint32_t num_rows = W <= 4 ? counts[dice() % 7] : W + dice() % (W + 2);
         const bool any_bits = round % 3 == 2;
@@ -278,6 +373,8 @@ int check(int rounds, unsigned seed) {
                  {&tensors.input, &tensors.residual, &tensors.weight, &tensors.output, &tensors.sum}) {
                 tensor->assign(kLargest + kBehind, kCanary);
             }
+            tensors.values.assign(kLargest / 2 + kBehind, kCanary);
+            tensors.scales.assign(4096, kStaticScale);
             fill_tensor<T>(tensors.input, dice, any_bits);
         }
         fill_tensor<T>(fresh[0].residual, dice, any_bits);
@@ -301,16 +398,22 @@ int check(int rounds, unsigned seed) {
                 }
                 for (int rank = 0; rank < W; ++rank) ranks[rank].tensors = fresh[rank];
             }
-            run<T, W>(ranks, num_rows, row_vecs, in_place, launch);
+            const auto form = static_cast<QuantForm>(dice() % (row_vecs % 16 == 0 ? 3 : 2));
+            const Quantised how{form, dice() % 2 == 0, dice() % 2 == 0};
+            run<T, W>(ranks, num_rows, row_vecs, in_place, launch, W, how);
             for (int rank = 0; rank < W; ++rank) {
-                const std::string wrong = judge<T, W>(ranks[rank].tensors,
-                                                      fresh,
-                                                      rank,
-                                                      num_rows,
-                                                      row_vecs,
-                                                      in_place,
-                                                      launch.separate,
-                                                      launch.separate ? apart : norms);
+                std::string wrong = judge<T, W>(ranks[rank].tensors,
+                                                fresh,
+                                                rank,
+                                                num_rows,
+                                                row_vecs,
+                                                in_place,
+                                                launch.separate,
+                                                !launch.quantizes || how.wants_norm,
+                                                launch.separate ? apart : norms);
+                if (launch.quantizes && wrong.empty()) {
+                    wrong = judge_quantised<T>(ranks[rank].tensors, norms, num_rows, row_vecs, how);
+                }
                 if (!wrong.empty() || error_word != 0) {
                     std::printf("%s, %u rows of %u vectors, rank %d of %d%s: %s\n",
                                 launch.name.c_str(),

@@ -21,6 +21,7 @@ struct Kernel {
     int world_size;
     NormAlgorithm algorithm;  // kSeparate: add_norm.cuh
     int vecs;
+    int quantizes;  // an int, so that no byte is left to chance
 };
 
 struct Launched {
@@ -31,7 +32,7 @@ struct Launched {
 
 std::list<Kernel> kernels;
 std::vector<Launched> launched;
-const Kernel plain{}, apart{0, NormAlgorithm::kSeparate, 1};
+const Kernel plain{}, apart{0, NormAlgorithm::kSeparate, 1, 0};
 int major = 0;
 size_t judged = 0;  // launches of fused kernels
 constexpr uint32_t kMultiprocessors = 132;
@@ -48,12 +49,12 @@ const void* kernel_like(const Kernel& wanted) {
 
 namespace comm_customar_v2 {
 
-#define KERNELS_OF(W)                                                            \
-    const void* kernel_of_##W(Element, Algorithm, int) {                         \
-        return &plain;                                                           \
-    }                                                                            \
-    const void* norm_kernel_of_##W(Element, NormAlgorithm algorithm, int vecs) { \
-        return kernel_like({W, algorithm, vecs});                                \
+#define KERNELS_OF(W)                                                                            \
+    const void* kernel_of_##W(Element, Algorithm, int) {                                         \
+        return &plain;                                                                           \
+    }                                                                                            \
+    const void* norm_kernel_of_##W(Element, NormAlgorithm algorithm, int vecs, bool quantizes) { \
+        return kernel_like({W, algorithm, vecs, quantizes});                                     \
     }
 KERNELS_OF(2)
 KERNELS_OF(3)
@@ -162,11 +163,12 @@ namespace {
 
 // Why a launch of a fused kernel is wrong; "" where it isn't.
 const char* wrong_with(const Launched& each, int world_size, const NormShape& shape) {
-    const auto [_, algorithm, vecs] = each.kernel;
+    const auto [_, algorithm, vecs, quantizes] = each.kernel;
     const NormParams& params = each.params;
     if (vecs < min_norm_vecs(world_size) || vecs > max_norm_vecs(world_size, algorithm)) return "no such kernel";
     if (each.threads % 32 != 0) return "a part of a warp";
-    if (each.threads > static_cast<uint32_t>(max_norm_threads(world_size, algorithm, vecs))) return "too many threads";
+    if (each.threads > static_cast<uint32_t>(max_norm_threads(world_size, algorithm, vecs, quantizes != 0)))
+        return "too many threads";
     if (each.cluster > (major >= 9 ? kMaxCluster : 1) || each.cluster < shape.cluster) return "the cluster's size";
     if (each.threads * each.cluster * static_cast<uint32_t>(vecs) < params.row_vecs) return "the row is longer";
     if (each.blocks == 0 || each.blocks % each.cluster != 0) return "a part of a cluster";
@@ -195,9 +197,15 @@ const char* judge(const NormCall& call, int world_size, const NormShape& shape, 
     int64_t done = 0;
     for (const Launched& each : launched) {
         if (each.kernel.world_size != world_size) return "not fused";
+        if ((each.kernel.quantizes != 0) != call.quantizes) return "another kind of kernel";
         const int64_t from = done * call.row_nbytes;
         const NormParams& params = each.params;
-        if (params.plain.input != call.input + from || params.plain.output != call.output + from ||
+        const bool is_static = call.quant.form == QuantForm::kStatic;
+        if (call.quantizes && (params.quant.values != call.quant.values + from / 2 ||
+                               params.quant.scale != call.quant.scale + (is_static ? 0 : done * call.quant.row_stride)))
+            return "other quantised rows";
+        if (params.plain.input != call.input + from ||
+            params.plain.output != (call.output == nullptr ? nullptr : call.output + from) ||
             params.residual != call.residual + from || params.sum != call.sum + from)
             return "other rows";
         const char* const wrong = wrong_with(each, world_size, shape);
@@ -216,6 +224,7 @@ bool check(int world_size) {
     // In vectors: two ranks' threads may have four of a row; beyond that there are clusters, or rows are shorter.
     const int64_t longest = world_size == 2 || major >= 9 ? kMaxRowVecs : kMaxRowVecs / 2;
     char memory[5] = {};
+    float scale = 0.0f;
     for (const auto algorithm : {NormAlgorithm::kOneShotPush, NormAlgorithm::kTwoShotPush}) {
         for (const int vecs : {1, 2, 4}) {
             for (const uint32_t cluster : {1u, 2u, 8u}) {
@@ -226,20 +235,34 @@ bool check(int world_size) {
                                                                         : row_vecs % 256 < 255 ? 23
                                                                                                : 1) {
                     for (const int64_t num_rows : {1, world_size - 1, world_size, 3 * world_size + 1, 200}) {
-                        const NormCall call{memory,
-                                            memory + 1,
-                                            memory + 2,
-                                            memory + 3,
-                                            memory + 4,
-                                            num_rows,
-                                            row_vecs * 16,
-                                            1.0f,
-                                            0.0f,
-                                            Element::kBFloat16,
-                                            nullptr};
+                        const bool fused = row_vecs <= longest;
+                        NormCall call{memory,
+                                      memory + 1,
+                                      memory + 2,
+                                      memory + 3,
+                                      memory + 4,
+                                      num_rows,
+                                      row_vecs * 16,
+                                      1.0f,
+                                      0.0f,
+                                      Element::kBFloat16,
+                                      nullptr,
+                                      false,
+                                      {}};
                         launched.clear();
                         norms.run(call);
-                        const char* const wrong = judge(call, world_size, shape, row_vecs <= longest);
+                        const char* wrong = judge(call, world_size, shape, fused);
+                        call.quantizes = true;
+                        for (const auto form : {QuantForm::kStatic, QuantForm::kPerToken, QuantForm::kPerGroup}) {
+                            if (*wrong != '\0') break;
+                            call.output = form == QuantForm::kPerGroup ? nullptr : memory + 1;
+                            call.quant = {memory, &scale, 3, 5, form};
+                            launched.clear();
+                            if (norms.takes(call) != fused) wrong = "not the rows that are fused otherwise";
+                            if (*wrong != '\0' || !fused) continue;
+                            norms.run(call);
+                            wrong = judge(call, world_size, shape, true);
+                        }
                         if (*wrong != '\0') {
                             std::printf("%d ranks, %d.x, algorithm %d, %d vectors, clusters of %u: %d rows of %d: %s\n",
                                         world_size,

@@ -10,6 +10,7 @@ import comm_plugin_customar_v2 as customar_v2
 import pytest
 import torch
 from comm_core import fallback, memory
+from comm_core.types import QUANTS
 from comm_plugin_customar_v2 import norm_policy, policy, session
 
 
@@ -53,8 +54,32 @@ class Native:
             fallback.add_rms_norm(tensor * 2, residual, weight, eps, weight_offset, out, residual_out)
             return True
 
+        def all_reduce_add_rms_norm_quant(
+            tensor: torch.Tensor,
+            residual: torch.Tensor,
+            weight: torch.Tensor,
+            values: torch.Tensor,
+            scale: torch.Tensor,
+            total: torch.Tensor,
+            norm: torch.Tensor,
+            wants_norm: bool,
+            eps: float,
+            weight_offset: float,
+            form: int,
+        ) -> bool:
+            if self.missing:
+                raise RuntimeError("a kernel timed out")
+            if tensor.shape[1] > 16384:
+                return False
+            target = norm if wants_norm else None
+            normed, _ = fallback.add_rms_norm(tensor * 2, residual, weight, eps, weight_offset, target, total)
+            assert values.dtype is torch.uint8
+            fallback.quantize(normed, QUANTS[form], scale, values.view(torch.float8_e4m3fn))
+            return True
+
         return {
             "all_reduce": all_reduce,
+            "all_reduce_add_rms_norm_quant": all_reduce_add_rms_norm_quant,
             "all_reduce_out": all_reduce_out,
             "all_reduce_add_rms_norm_out": all_reduce_add_rms_norm_out,
             "set_shapes": lambda numbers: self.calls.append(("shapes", numbers)),
@@ -169,6 +194,32 @@ def test_a_fused_call(context: comm.GroupContext, in_place: bool) -> None:
     for one, other in zip(got, wanted, strict=True):
         assert torch.equal(one, other)
     assert (got[0] is x, got[1] is residual) == (in_place, in_place)
+
+
+@pytest.mark.parametrize("form", QUANTS)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_a_quantised_call(context: comm.GroupContext, form: str, *, with_norm: bool) -> None:
+    own = connect(Native(), context)
+    x, residual, weight = torch.randn(3, 256), torch.randn(3, 256), torch.randn(256)
+    wanted, summed = fallback.add_rms_norm(x * 2, residual, weight, 1e-5, 0.5, None, None)
+    scales = [torch.full({"fp8_static": (1,), "fp8_per_token": (3, 1)}.get(form, (3, 2)), 0.1) for _ in range(2)]
+    due, _ = fallback.quantize(wanted, form, scales[0])
+    out, total = torch.empty(3, 256, dtype=torch.float8_e4m3fn), torch.empty_like(x)
+    norm = torch.empty_like(x) if with_norm else None
+    arguments = (x, residual, weight, 1e-5, 0.5, form, scales[1], out, total, norm)
+    assert customar_v2.all_reduce_add_rms_norm_quant(own, *arguments) is None
+    assert torch.equal(out.view(torch.uint8), due.view(torch.uint8))
+    assert torch.equal(*scales)
+    assert torch.equal(total, summed)
+    assert norm is None or torch.equal(norm, wanted)
+
+
+def test_a_quantised_call_that_the_native_code_declines(context: comm.GroupContext) -> None:
+    own = connect(Native(), context)
+    x = torch.ones(1, 20480)
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+    arguments = (x, x, x[0], 1e-5, 0.5, "fp8_per_token", torch.empty(1, 1), out, torch.empty_like(x), None)
+    assert customar_v2.all_reduce_add_rms_norm_quant(own, *arguments) is NotImplemented
 
 
 def test_a_fused_call_that_the_native_code_declines(context: comm.GroupContext) -> None:

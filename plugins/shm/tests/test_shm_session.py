@@ -315,3 +315,40 @@ def test_a_budget_that_is_too_small_drops_the_backend(ranks: Ranks, shm: Path) -
     for verdict, reason in ranks.run(over_budget, path=[[shm]] * 2, env={"COMM_CORE_MEMORY_BUDGET_NBYTES": "1000"}):
         assert verdict == "failed"
         assert "1000" in reason
+
+
+def be_late() -> dict[str, Any]:
+    """Rank 1 comes late to calls, until every rank has seen that, or it has been late 100 times."""
+    backend = comm.get_backend()
+    first = backend.waits()
+    for _ in range(100):
+        if dist.get_rank() == 1:
+            time.sleep(0.05)
+        backend.all_reduce(torch.ones(8))
+        seen = {item.rank: item.longest_us for item in backend.waits()}
+        is_seen = torch.tensor(dist.get_rank() == 1 or seen.get(1, 0) >= 20_000)
+        dist.all_reduce(is_seen, dist.ReduceOp.MIN)
+        if is_seen:
+            break
+    waits, explained = backend.waits(), backend.explain()
+    comm.close()
+    return {"first": first, "waits": waits, "explained": explained, "closed": backend.waits()}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_late_rank_is_named_by_the_waits_of_the_others(ranks: Ranks, shm: Path, world_size: int) -> None:
+    found = ranks.run(be_late, path=[[shm]] * world_size, world_size=world_size)
+    for rank, each in enumerate(found):
+        by_peer = {item.rank: item for item in each["waits"]}
+        assert rank not in by_peer
+        assert all(item.backend == "shm" for item in (*each["first"], *each["waits"]))
+        for item in each["waits"]:
+            assert item.waits > 0
+            assert item.waits * item.longest_us >= item.total_us >= item.longest_us > 0
+        before = {item.rank: item for item in each["first"]}  # of the admission test
+        assert all(by_peer[peer].waits >= item.waits for peer, item in before.items())
+        assert each["closed"] == ()
+        if rank != 1:
+            assert by_peer[1].longest_us >= 20_000
+            assert "waited for" in each["explained"]
+            assert "rank 1" in each["explained"]

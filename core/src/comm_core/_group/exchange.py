@@ -10,9 +10,13 @@ from comm_core._control.store import Control
 from comm_core._plan.checks import check_devices, check_policies
 from comm_core._plan.decide import Evidence
 from comm_core._plan.fit import fit_answers, fit_evidence
-from comm_core._plan.parse import parse_answers, parse_evidence
+from comm_core._plan.parse import parse_answers, parse_each, parse_evidence, read_pair, read_table_vote
+from comm_core._schema import json_nbytes
 
 __all__ = ["exchange_answers", "exchange_evidence"]
+
+# What JSON adds to the two parts of an answering message, in bytes.
+_FRAME_NBYTES = 16
 
 
 def exchange_evidence(control: Control, evidence: Evidence) -> list[Evidence]:
@@ -31,13 +35,23 @@ def exchange_evidence(control: Control, evidence: Evidence) -> list[Evidence]:
     return found
 
 
-def exchange_answers(control: Control, answers: Mapping[str, dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
-    """Return the encoded answers of every rank's backends, by group rank. Collective.
+def exchange_answers(
+    control: Control, answers: Mapping[str, dict[str, Any]], table_vote: tuple[str, str]
+) -> tuple[list[dict[str, dict[str, Any]]], list[tuple[str, str]]]:
+    """Return the encoded answers of every rank's backends, and its vote on a tuned table, by group rank. Collective.
+
+    Args:
+        control: the group's control channel.
+        answers: this rank's answers, by backend.
+        table_vote: the digest of this rank's tuned table, "" for none, and why it can't use the one that it found.
 
     Raises:
         NegotiationError: a rank's answers can't be read.
         StageAbortedError: a rank failed or didn't arrive in time.
     """
     with Stage(control, "ask") as stage:
-        gathered = stage.all_gather(fit_answers(answers, MESSAGE_NBYTES))
-    return parse_answers(gathered, answers.keys(), control.label)
+        room = MESSAGE_NBYTES - json_nbytes(table_vote) - _FRAME_NBYTES
+        gathered = stage.all_gather([fit_answers(answers, room), table_vote])
+    pairs = parse_each(gathered, read_pair, control.label)
+    votes = parse_each([vote for _, vote in pairs], read_table_vote, control.label)
+    return parse_answers([encoded for encoded, _ in pairs], answers.keys(), control.label), votes

@@ -18,7 +18,7 @@ from comm_core._plan import decide
 from comm_core._plugins import discovery
 from comm_core._probe.rank import probe_rank
 from comm_core._schema import load_json, printable, shorten
-from comm_core.env import PREFIX, Settings, check_names, check_timeout_s
+from comm_core.env import PREFIX, Settings, UnreadableSettingError, check_names, check_timeout_s
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
@@ -54,13 +54,15 @@ class Request:
     Attributes:
         backends: names of backends; no others are tried. None: all installed backends.
         timeout_s: the deadline of every exchange and every `connect`, in seconds; None: the environment's.
+        deterministic: whether the group is deterministic; None: the environment's.
     """
 
     backends: tuple[str, ...] | None = None
     timeout_s: float | None = None
+    deterministic: bool | None = None
 
     @classmethod
-    def of(cls, backends: Sequence[str] | None, timeout_s: float | None) -> Request:
+    def of(cls, backends: Sequence[str] | None, timeout_s: float | None, deterministic: bool | None = None) -> Request:
         """Check the arguments of `get_backend` and return them.
 
         Raises:
@@ -77,10 +79,12 @@ class Request:
                 check_timeout_s(timeout_s)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"timeout_s={timeout_s!r}: {error}") from None
-        return cls(backends, timeout_s)
+        if deterministic is not None and not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic={deterministic!r}: expected True, False or None")
+        return cls(backends, timeout_s, deterministic)
 
     def __str__(self) -> str:
-        return f"backends={self.backends!r}, timeout_s={self.timeout_s!r}"
+        return f"backends={self.backends!r}, timeout_s={self.timeout_s!r}, deterministic={self.deterministic!r}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,12 @@ class LocalInputs:
         return self.request.timeout_s or self.settings.connect_timeout_s
 
     @property
+    def deterministic(self) -> bool:
+        """Whether the group is deterministic."""
+        asked = self.request.deterministic
+        return self.settings.deterministic if asked is None else asked
+
+    @property
     def named_backends(self) -> tuple[tuple[str, ...] | None, str]:
         """The only backends to try, None for all installed ones; and the argument or variable that names them."""
         if self.request.backends is not None:
@@ -126,6 +136,7 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
     facts: dict[str, Any] = {}
     device = torch.device("cpu")
     backends = None
+    excerpt: tuple[str, ...] = ()
     try:
         settings = Settings.read()
         # Sorted, like the environment's: the order has no meaning, so it mustn't count as a difference.
@@ -140,17 +151,22 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         timeout_s = request.timeout_s or settings.control_timeout_s
         facts, unusable = probe_plugins(found.plugins, device, timeout_s)
         failures.update(unusable)
+    except UnreadableSettingError as raised:
+        error, excerpt = _truncate(str(raised)), raised.excerpt
     except Exception as raised:  # noqa: BLE001 - any error goes to all ranks, which raise together
         error = _truncate(describe(raised))
     info = probe_rank(dist.get_rank(), device, plugins=found.listed, facts=facts)
     policy = {
         "get_backend(backends=...)": backends,
         "get_backend(timeout_s=...)": request.timeout_s,
+        "get_backend(deterministic=...)": request.deterministic,
         **settings.shared(),
         "the process group's backend": dist.get_backend_config(group),
         "the kind of device": device.type,
     }
-    return LocalInputs(request, settings, found.plugins, device, decide.Evidence(info, policy, failures, error))
+    return LocalInputs(
+        request, settings, found.plugins, device, decide.Evidence(info, policy, failures, error, excerpt)
+    )
 
 
 def topology_of_one(group: dist.ProcessGroup | None) -> Topology:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from comm_core._control.store import Control
+from comm_core._group.ask import ask_backends
 from comm_core._group.connect import connect_and_admit
-from comm_core._group.exchange import exchange_answers, exchange_evidence
-from comm_core._group.local_inputs import LocalInputs, answers_of, device_types_of
+from comm_core._group.exchange import exchange_evidence
+from comm_core._group.local_inputs import LocalInputs, device_types_of
 from comm_core._group.membership import Membership
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._group.outcome import report_outcome
-from comm_core._plan import decide
 from comm_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -41,15 +41,7 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
     evidence = exchange_evidence(control, local.evidence)
     topology = Topology.of((item.info for item in evidence), device_types_of(group, local.device))
 
-    named, source = local.named_backends
-    asked, dropped = decide.screen_candidates(evidence, named, local.settings.disable, source, local.settings.plugins)
-    slate = decide.Slate((), dropped)
-    if asked:
-        plugins = [local.plugins[name] for name in asked]
-        answers = answers_of(plugins, topology, local.device, control.timeout_s)
-        encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
-        slate = decide.initial_slate(asked, exchange_answers(control, encoded), dropped)
-
+    slate = ask_backends(control, local, evidence, topology)
     member = Membership.of(group, topology, control, local.device, local.settings, local.connect_timeout_s)
     admitted, sessions = connect_and_admit(slate, local.plugins, member)
     negotiated = NegotiatedGroup.of(admitted, slate, sessions, local.plugins, member)

@@ -62,7 +62,10 @@ def decide_offline(topology: Topology) -> WhatIf:
     plugins = [found.plugins[name] for name in asked]
     answers = answers_of(plugins, topology, torch.device("cpu"), settings.control_timeout_s)
     encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
-    return WhatIf(decide.initial_slate(asked, [encoded], dropped).decision(topology.device_types), assumed, missing)
+    slate = dataclasses.replace(decide.initial_slate(asked, [encoded], dropped), tuning=settings.tuning)
+    if settings.deterministic:
+        slate = slate.as_deterministic()
+    return WhatIf(slate.decision(topology.device_types), assumed, missing)
 
 
 def _with_facts(topology: Topology, plugins: Mapping[str, Plugin], facts: Mapping[str, Any]) -> Topology:

@@ -65,10 +65,12 @@ def report_outcome(
             title,
             _reason(candidate, control),
         )
-    for name in local.settings.disable:
-        if name != TERMINAL and name not in {*local.evidence.info.plugins, *local.evidence.failures}:
-            # Probably a misspelt name.
-            _warn_once(f"{PREFIX}DISABLE names {name!r}, which isn't installed here")
+    tuned = dict.fromkeys(rule.backend for rule in local.settings.tuning.rules)
+    for variable, names in (("DISABLE", local.settings.disable), ("TUNE", tuple(tuned))):
+        for name in names:
+            if name != TERMINAL and name not in {*local.evidence.info.plugins, *local.evidence.failures}:
+                # Probably a misspelt name.
+                _warn_once(f"{PREFIX}{variable} names {name!r}, which isn't installed here")
     for candidate in negotiated.decision.candidates:
         if candidate.name in broken and candidate.verdict == "unavailable":
             _warn_once(f"backend {candidate.name!r} can't be used: {_reason(candidate, control)}")

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch.utils import _python_dispatch
 
-from comm_core._handle.checked_calls import CheckedCalls, is_writable
+from comm_core._handle.checked_calls import is_writable
 from comm_core._handle.operands import TENSOR_TYPES
+from comm_core._handle.quant_calls import QuantCalls
 from comm_core.errors import CommError
-from comm_core.types import DTYPES, Decision, RouteStats
+from comm_core.types import DTYPES, Decision, RouteStats, WaitStats
 
 if TYPE_CHECKING:
     from comm_core.topology import Topology
@@ -22,10 +23,10 @@ _Tensor = torch.Tensor
 _LOW_ADDRESSES = 1 << 40
 
 
-class Backend(CheckedCalls):
+class Backend(QuantCalls):
     """All-reduce for one process group; `comm_core.get_backend` returns it.
 
-    `all_reduce` and `all_reduce_add_rms_norm` are Collective: every rank of the group makes the same calls in the same
+    `all_reduce` and the two fused operations are Collective: every rank of the group makes the same calls in the same
     order, with tensors of the same shape and dtype. Results carry no gradient. Only one thread may use a handle at a
     time, and only in the process that got it: it can't be pickled, and a deep copy of a handle is the handle itself.
 
@@ -121,7 +122,7 @@ class Backend(CheckedCalls):
     def all_reduce_add_rms_norm(
         self,
         tensor: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float = 1e-6,
         weight_offset: float = 0.0,
@@ -132,25 +133,27 @@ class Backend(CheckedCalls):
         """Sum `tensor` over the ranks, add the residual, and normalise the result with RMSNorm.
 
         Computes `s = sum over ranks of tensor + residual` and `y = s · rsqrt(mean(s², last axis) + eps) · (weight +
-        weight_offset)`. One fused kernel serves the call if a backend offers one for this shape; otherwise core
-        composes it of an all-reduce and a norm.
+        weight_offset)`. One fused kernel serves the call if a backend offers one for this shape; otherwise, and for
+        inputs of two dtypes or without a residual, core composes it of an all-reduce and a norm.
 
         Args:
             tensor: `[num_tokens, hidden_size]`, or `[..., hidden_size]` with any number of dimensions before; floating
                 point.
-            residual: like `tensor`; the same values on every rank.
-            weight: `[hidden_size]`, the dtype of `tensor`; the same values on every rank.
+            residual: like `tensor`, or float32 beside a 16-bit tensor; the same values on every rank. None: there is
+                none, as in a model's first layer, and `s` is the sum over the ranks alone.
+            weight: `[hidden_size]`, the dtype of `tensor`, or float32 beside a 16-bit tensor; the same values on every
+                rank.
             eps: added to the mean square.
             weight_offset: added to the weight, 1.0 for Gemma's norms.
             out: the tensor that receives `y`, like `tensor`; it may be `tensor` itself. None allocates a new tensor.
-            residual_out: the tensor that receives `s`, like `tensor`. Pass `residual` itself to update it in place.
-                None allocates a new tensor.
+            residual_out: the tensor that receives `s`, like `residual`, or like `tensor` without one. Pass `residual`
+                itself to update it in place. None allocates a new tensor.
 
         Returns:
             `(y, s)`: `out` and `residual_out`, or the new tensors.
 
         Raises:
-            TypeError: as in `all_reduce`, or the operands' dtypes differ or aren't floating point.
+            TypeError: as in `all_reduce`, or the operands' dtypes don't match or aren't floating point.
             ValueError: as in `all_reduce`, or the operands' shapes or devices don't match, or `out` and `residual_out`
                 share memory.
             CommTimeoutError: as in `all_reduce`.
@@ -188,6 +191,67 @@ class Backend(CheckedCalls):
                         break
                     return results  # type: ignore[no-any-return]
         return self._fused_slow(key, bound, tensor, residual, weight, eps, weight_offset, out, residual_out)
+
+    def all_reduce_add_rms_norm_quant(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        weight_offset: float = 0.0,
+        *,
+        quant: str,
+        scale: torch.Tensor | None = None,
+        column_major_scales: bool = False,
+        with_norm: bool = False,
+        out: torch.Tensor | None = None,
+        residual_out: torch.Tensor | None = None,
+        norm_out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Sum over the ranks, add the residual, normalise, and quantise the norm to FP8.
+
+        `y` and `s` are those of `all_reduce_add_rms_norm`, and the quantised values have the bits of a quantisation of
+        `y`, as rounded to its dtype, by vLLM's `static_scaled_fp8_quant`, `dynamic_per_token_scaled_fp8_quant` or
+        `per_token_group_quant_fp8`: in float32, saturated at ±448, rounded to the nearest. A NaN stays a NaN, and
+        doesn't count for a scale. One fused kernel serves the call if a backend offers one for this shape; otherwise
+        core composes it.
+
+        Args:
+            tensor: as in `all_reduce_add_rms_norm`.
+            residual: as in `all_reduce_add_rms_norm`.
+            weight: as in `all_reduce_add_rms_norm`.
+            eps: added to the mean square.
+            weight_offset: added to the weight.
+            quant: "fp8_static": `y / scale`, with the scale given; "fp8_per_token": a scale for each row, the row's
+                largest magnitude / 448; "fp8_per_group": likewise for each 128 elements of a row, where `hidden_size`
+                is a multiple of 128.
+            scale: float32. For "fp8_static", the scale: one element, the same value on every rank. Otherwise the tensor
+                that receives the scales, `[..., 1]` or `[..., hidden_size / 128]`, with any strides; None allocates it.
+            column_major_scales: whether new scales for groups are column-major, as DeepGEMM takes them: the stride of
+                rows is 1, and that of columns the number of rows, rounded up to a multiple of 4.
+            with_norm: whether to return `y`, too.
+            out: the tensor that receives the quantised values: float8_e4m3fn, the shape of `tensor`. None allocates it.
+            residual_out: the tensor that receives `s`, as in `all_reduce_add_rms_norm`.
+            norm_out: the tensor that receives `y`, like `tensor`; it may be `tensor` itself. None allocates it if
+                `with_norm` is set.
+
+        Returns:
+            The quantised values, their scales or the scale, `s`, and `y`, or None if it isn't asked for: the tensors
+            that were given, or new ones.
+
+        Raises:
+            TypeError: as in `all_reduce_add_rms_norm`, or "fp8_static" got no scale.
+            ValueError: as in `all_reduce_add_rms_norm`, or `quant` isn't one of `comm_core.types.QUANTS`, `hidden_size`
+                isn't a multiple of 128 as its groups need, `scale` or `out` has another dtype, shape or device, or two
+                outputs share memory.
+            CommTimeoutError: as in `all_reduce`.
+            CaptureError: as in `all_reduce`.
+            CommError: as in `all_reduce`.
+        """
+        return self._quant_call(
+            *(tensor, residual, weight, eps, weight_offset, quant, scale, column_major_scales, with_norm),
+            *(out, residual_out, norm_out),
+        )
 
     def check(self) -> None:
         """Raise the errors that kernels have reported since the last call, such as a peer that timed out in a replay.
@@ -248,15 +312,28 @@ class Backend(CheckedCalls):
         """
         return self._serving.stats()
 
+    def waits(self) -> tuple[WaitStats, ...]:
+        """Return how long this rank has waited for each peer so far, one entry for each backend and awaited peer.
+
+        Local. A peer that others wait for is late to the calls: it computes longer, or was interrupted. Only backends
+        with the hook `waits` are listed, and only until the handle is closed. On GPUs kernels wait, and don't count.
+
+        Raises:
+            Exception: a backend's hook raised.
+        """
+        return self._serving.waits()
+
     def explain(self) -> str:
         """Return a report of the group's decision.
 
         It lists every candidate with its verdict and reason, and for each kind of message the backends that serve it:
-        this is equal on every rank. Then follow this rank's calls so far, if there were some; see `stats`.
+        this is equal on every rank. Then follow this rank's calls so far, if there were some, and its longest waits for
+        peers; see `stats` and `waits`.
         """
         from comm_core._plan.explain import explain
 
-        return explain(self._serving.label, self.topology, self.decision, self.stats())
+        stats = self.stats()
+        return explain(self._serving.label, self.topology, self.decision, stats, self.waits() if stats else ())
 
     def __repr__(self) -> str:
         return f"<comm_core.Backend {self.name!r} of {self._serving.label}>"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from comm_core._handle import checks, fallback, traced
+from comm_core._handle import checks, rank_order, traced
 from comm_core._handle.checker import Checker
 from comm_core._handle.lookup import BoundHook, CallKey, composed, new_counter
 from comm_core._handle.operands import (
@@ -81,12 +81,12 @@ class CheckedCalls:
             return out
         return copy_to_out(result if tensor.numel() else traced.empty_contiguous(tensor), out)
 
-    def _fused_slow(  # noqa: C901, PLR0912 - a third of its time would be calls of its parts
+    def _fused_slow(  # noqa: C901, PLR0912, PLR0915 - a third of its time would be calls of its parts
         self,
         key: CallKey | None,
         bound: BoundHook | None,
         tensor: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
         weight_offset: float,
@@ -99,7 +99,7 @@ class CheckedCalls:
         anything.
         """
         operands = None
-        if bound is not None and bound[0] is not composed and key is not None:
+        if bound is not None and bound[0] is not composed and key is not None and residual is not None:
             index, dtype, shape = key
             try:
                 if (
@@ -117,9 +117,10 @@ class CheckedCalls:
                 operands = None
         if operands is None:
             checks.check_tensors(tensor=tensor, residual=residual, weight=weight)
-            if tensor.dim() != 2 and tensor.layout is residual.layout is torch.strided:
+            like = tensor if residual is None else residual
+            if tensor.dim() != 2 and tensor.layout is like.layout is torch.strided:
                 return self._fused_rows(tensor, residual, weight, eps, weight_offset, out, residual_out)
-            checks.warn_without_gradient(tensor, residual)
+            checks.warn_without_gradient(tensor, like)
             if traced.intercepts():
                 self._require_open()
                 return traced.all_reduce_add_rms_norm(
@@ -129,7 +130,7 @@ class CheckedCalls:
             self._check_operands(tensor, residual, weight, out, residual_out)
             key = (tensor.get_device(), tensor.dtype, tensor.shape)
             bound = self._find("all_reduce_add_rms_norm", key)
-            if bound[0] is not composed:
+            if bound[0] is not composed and residual is not None and not checks.is_mixed(tensor, residual, weight):
                 operands = stage_operands(tensor, residual, weight, out, residual_out)
         elif (out is not None and operands[3] is not tensor) or (
             residual_out is not None and operands[4] is not residual
@@ -158,20 +159,21 @@ class CheckedCalls:
                 )
         if bound is not None and bound[0] is composed:
             counter = bound[4]
-        else:  # the hook declined the call
+        else:  # the hook declined the call, or no hook takes such operands
             key = key or (tensor.get_device(), tensor.dtype, tensor.shape)
             counter = self._serving.fused_routes.counter(key, TERMINAL)
         for _counted in counter:
             break
+        add_rms_norm = rank_order.norm_for(tensor, residual, weight, deterministic=self._serving.decision.deterministic)
         total = self.all_reduce(tensor)
         if out is None and total.is_cuda:
             out = total  # a temporary of this call, and the norm's kernel can work in place
-        return fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
+        return add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
 
     def _fused_rows(
         self,
         tensor: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
         weight_offset: float,
@@ -183,14 +185,14 @@ class CheckedCalls:
         checks.check_fused_outs(tensor, residual, out, residual_out)
         shape = tensor.shape
         rows = (math.prod(shape[:-1]), shape[-1])
-        views = {id(operand): operand.reshape(rows) for operand in (tensor, residual)}
+        views = {id(operand): operand.reshape(rows) for operand in (tensor, residual) if operand is not None}
 
         def rows_of(target: torch.Tensor | None) -> torch.Tensor | None:
             if target is None or not target.is_contiguous():
                 return None
             return views.get(id(target), target.view(rows))
 
-        x, r = views[id(tensor)], views[id(residual)]
+        x, r = views[id(tensor)], views.get(id(residual))
         y, s = self._fused_slow(None, None, x, r, weight, eps, weight_offset, rows_of(out), rows_of(residual_out))
         return (
             out if out is not None and out.is_contiguous() else copy_to_out(y.view(shape), out),
@@ -201,8 +203,7 @@ class CheckedCalls:
 
     def _find(self, op: str, key: CallKey) -> BoundHook:
         """Return the hook that serves `op` for this key, after the checks."""
-        routes = self._serving.all_reduce_routes if op == "all_reduce" else self._serving.fused_routes
-        bound = routes.find(key)
+        bound = self._serving.routes_of(op).find(key)
         if bound is None:
             self._require_open()  # another thread closed or suspended the handle meanwhile
             raise AssertionError(f"no route for {key}")
@@ -298,7 +299,7 @@ class CheckedCalls:
     def _check_operands(
         self,
         tensor: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         weight: torch.Tensor,
         out: torch.Tensor | None,
         residual_out: torch.Tensor | None,
@@ -307,9 +308,10 @@ class CheckedCalls:
         self._require_open()
         checks.check_fused_inputs(tensor, residual, weight)
         self._check_supported(tensor)
-        if not tensor.device == residual.device == weight.device:
-            raise ValueError(f"expected one device; got {tensor.device}, {residual.device} and {weight.device}")
-        for other in (residual, weight):
+        like = tensor if residual is None else residual
+        if not tensor.device == like.device == weight.device:
+            raise ValueError(f"expected one device; got {tensor.device}, {like.device} and {weight.device}")
+        for other in (like, weight):
             self._check_supported(other)
         checks.check_fused_outs(tensor, residual, out, residual_out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -11,7 +12,9 @@ __all__ = [
     "check_fused_outs",
     "check_out",
     "check_tensors",
+    "is_mixed",
     "refuse_jit_trace",
+    "share_memory",
     "warn_without_gradient",
 ]
 
@@ -19,33 +22,52 @@ _warned_of_gradient = False
 
 
 def check_tensors(**operands: object) -> None:
-    """Raise if an operand isn't a tensor.
+    """Raise if an operand isn't a tensor; a residual of None is no residual.
 
     Raises:
         TypeError: an operand isn't a `torch.Tensor`; the text has its name.
     """
     for name, operand in operands.items():
-        if not isinstance(operand, torch.Tensor):
-            hint = ". Without a residual, call all_reduce and your own norm" if name == "residual" else ""
-            raise TypeError(f"expected a torch.Tensor as {name}; got {type(operand).__name__}{hint}")
+        if not isinstance(operand, torch.Tensor) and not (operand is None and name == "residual"):
+            raise TypeError(f"expected a torch.Tensor as {name}; got {type(operand).__name__}")
 
 
-def check_out(tensor: torch.Tensor, out: torch.Tensor, name: str = "out") -> None:
+def check_out(
+    tensor: torch.Tensor,
+    out: torch.Tensor,
+    name: str = "out",
+    dtype: torch.dtype | None = None,
+    shape: Sequence[int] | None = None,
+) -> None:
     """Raise if `out` can't receive a result of the shape and dtype of `tensor`.
 
     Args:
         tensor: the input.
         out: the output.
         name: the output's name in the text.
+        dtype: the result's dtype; None: that of `tensor`.
+        shape: the result's shape; None: that of `tensor`.
 
     Raises:
         TypeError: `out` isn't a tensor, or has no memory.
-        ValueError: `out` differs from `tensor` in shape, dtype, device or layout, or overlaps itself.
+        ValueError: `out` has another shape, dtype, device or layout, or overlaps itself.
     """
     if out is tensor and tensor.is_contiguous():
         return
     check_tensors(**{name: out})
-    if (
+    if dtype is not None or shape is not None:
+        dtype, shape = dtype or tensor.dtype, tensor.shape if shape is None else shape
+        if (
+            (*out.shape,) != (*shape,)
+            or out.dtype != dtype
+            or out.device != tensor.device
+            or out.layout != tensor.layout
+        ):
+            raise ValueError(
+                f"expected as {name} a tensor of {dtype} {list(shape)}, {tensor.layout}, on {tensor.device}; got "
+                f"{out.dtype} {list(out.shape)}, {out.layout}, on {out.device}"
+            )
+    elif (
         out.shape != tensor.shape
         or out.dtype != tensor.dtype
         or out.device != tensor.device
@@ -67,29 +89,36 @@ def check_out(tensor: torch.Tensor, out: torch.Tensor, name: str = "out") -> Non
         )
 
 
-def check_fused_inputs(tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+def check_fused_inputs(tensor: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> None:
     """Raise if the inputs of a fused call don't match each other in shape and dtype.
 
     Raises:
-        TypeError: an input isn't a tensor, or the dtypes differ or aren't floating.
+        TypeError: an input isn't a tensor, or a dtype isn't floating or doesn't match.
         ValueError: the shapes don't match.
     """
     check_tensors(tensor=tensor, residual=residual, weight=weight)
     shape, dtype = tensor.shape, tensor.dtype
-    if not shape or residual.shape != shape or weight.shape != shape[-1:]:
+    like = tensor if residual is None else residual
+    if not shape or like.shape != shape or weight.shape != shape[-1:]:
         raise ValueError(
             "expected tensor and residual [num_tokens, hidden_size] or [..., hidden_size], weight [hidden_size]; got "
-            f"{list(shape)}, {list(residual.shape)} and {list(weight.shape)}"
+            f"{list(shape)}, {list(like.shape)} and {list(weight.shape)}"
         )
-    if not residual.dtype == weight.dtype == dtype or not dtype.is_floating_point:
+    taken = (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
+    if not dtype.is_floating_point or like.dtype not in taken or weight.dtype not in taken:
         raise TypeError(
-            f"expected one floating dtype for tensor, residual and weight; got {dtype}, {residual.dtype} and "
-            f"{weight.dtype}. Convert the others to the dtype of tensor, or call all_reduce and your own norm"
+            "expected one floating dtype for tensor, residual and weight, or a residual or weight of float32 beside a "
+            f"16-bit tensor; got {dtype}, {like.dtype} and {weight.dtype}. Convert the others to the dtype of tensor"
         )
+
+
+def is_mixed(tensor: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> bool:
+    """Return whether a fused call has no residual, or inputs of two dtypes: core composes such a call."""
+    return residual is None or not residual.dtype == weight.dtype == tensor.dtype
 
 
 def check_fused_outs(
-    tensor: torch.Tensor, residual: torch.Tensor, out: torch.Tensor | None, residual_out: torch.Tensor | None
+    tensor: torch.Tensor, residual: torch.Tensor | None, out: torch.Tensor | None, residual_out: torch.Tensor | None
 ) -> None:
     """Raise if `out` or `residual_out` can't receive its result, or both would be written to the same memory.
 
@@ -100,8 +129,8 @@ def check_fused_outs(
     if out is not None:
         check_out(tensor, out)
     if residual_out is not None:
-        check_out(residual, residual_out, "residual_out")
-        if out is not None and (out is residual_out or _share_memory(out, residual_out)):
+        check_out(tensor if residual is None else residual, residual_out, "residual_out")
+        if out is not None and (out is residual_out or share_memory(out, residual_out)):
             raise ValueError(
                 "out and residual_out share memory, but the call writes a different result to each; pass disjoint "
                 "tensors"
@@ -146,8 +175,8 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
-def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether an element of one tensor lies on an element of the other, of the same dtype."""
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether an element of one tensor lies on an element of the other."""
     if not (one.numel() and other.numel()) or one.layout is not torch.strided or other.layout is not torch.strided:
         return False
     spans = [(tensor.data_ptr(), tensor.data_ptr() + _extent_nbytes(tensor)) for tensor in (one, other)]
@@ -155,7 +184,12 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if one.is_contiguous() or other.is_contiguous():
         return True
-    addresses = [tensor.data_ptr() + _element_offsets(tensor) * tensor.itemsize for tensor in (one, other)]
+    # The addresses of all parts of the elements, parts that are as large as the smaller tensor's elements.
+    part = min(one.itemsize, other.itemsize)
+    addresses = [
+        tensor.data_ptr() + _element_offsets(tensor)[:, None] * tensor.itemsize + torch.arange(0, tensor.itemsize, part)
+        for tensor in (one, other)
+    ]
     return bool(torch.isin(*addresses).any())
 
 

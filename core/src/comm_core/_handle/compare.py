@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,7 +46,7 @@ class ComparingBackend(Backend):
     def all_reduce_add_rms_norm(
         self,
         tensor: torch.Tensor,
-        residual: torch.Tensor,
+        residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float = 1e-6,
         weight_offset: float = 0.0,
@@ -59,6 +59,25 @@ class ComparingBackend(Backend):
         with self._compared("all_reduce_add_rms_norm", **operands):
             return super().all_reduce_add_rms_norm(
                 tensor, residual, weight, eps, weight_offset, out=out, residual_out=residual_out
+            )
+
+    def all_reduce_add_rms_norm_quant(
+        self,
+        tensor: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float = 1e-6,
+        weight_offset: float = 0.0,
+        *,
+        quant: str,
+        **named: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """See `Backend.all_reduce_add_rms_norm_quant`."""
+        tensors = {"scale", "out", "residual_out", "norm_out"}.intersection(named)
+        operands = {"tensor": tensor, "residual": residual, "weight": weight} | {name: named[name] for name in tensors}
+        with self._compared(f"all_reduce_add_rms_norm_quant to {quant}", **operands):
+            return super().all_reduce_add_rms_norm_quant(
+                tensor, residual, weight, eps, weight_offset, quant=quant, **named
             )
 
     @contextlib.contextmanager

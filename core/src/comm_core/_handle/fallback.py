@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -25,16 +27,19 @@ class TerminalFallback:
     Args:
         group: the process group.
         title: the group's name in error texts.
+        reduce: sums a tensor, by the contract of the hook `all_reduce` with the process group as the session; None:
+            `torch_distributed`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, title: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, title: str, reduce: Callable[..., torch.Tensor] | None = None) -> None:
         self._group = group
         self._title = title
+        self._reduce = reduce or torch_distributed
         # torch creates the communicator of a group bound to a device together with the group.
         self._has_communicator = group.bound_device_id is not None
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Implement the hook `all_reduce` with `torch_distributed`.
+        """Implement the hook `all_reduce`.
 
         Raises:
             CaptureError: a stream captures, and the group has no communicator yet.
@@ -44,10 +49,10 @@ class TerminalFallback:
                 f"torch.distributed has no communicator for {self._title} yet, and can't create one",
                 "Call comm.pre_capture_init, or reduce a CUDA tensor of any size, before the capture",
             )
-            result = torch_distributed(self._group, tensor, out)
+            result = self._reduce(self._group, tensor, out)
             self._has_communicator = True
             return result
-        return torch_distributed(self._group, tensor, out)
+        return self._reduce(self._group, tensor, out)
 
 
 def torch_distributed(group: dist.ProcessGroup, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -90,7 +95,7 @@ def single_rank_all_reduce(_group: object, tensor: torch.Tensor, out: torch.Tens
 
 def add_rms_norm(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     weight_offset: float,
@@ -99,20 +104,20 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the residual and normalise: the hook `all_reduce_add_rms_norm` without its all-reduce.
 
-    The formula, shapes, dtypes and result are the hook's. Both results are computed in fp32 (fp64 for fp64) and rounded
+    The formula, shapes and result are the hook's. Both results are computed in fp32 (fp64 for fp64) and rounded
     once. CUDA tensors take one Triton kernel if Triton is installed; otherwise several of torch's kernels run.
 
     Args:
         tensor: `[num_tokens, hidden_size]`, summed over the ranks already.
-        residual: like `tensor`.
-        weight: `[hidden_size]`, the dtype of `tensor`.
+        residual: like `tensor`, of any floating dtype; None: there is none.
+        weight: `[hidden_size]`, of any floating dtype.
         eps: added to the mean square.
         weight_offset: added to the weight.
         out: the tensor that receives the normed values; None allocates it.
         residual_out: the tensor that receives `tensor + residual`; None allocates it.
 
     Returns:
-        The normed values, and `tensor + residual`.
+        The normed values, in the dtype of `tensor`, and `tensor + residual`, in that of `residual` if there is one.
     """
     if tensor.is_cuda:
         results = norm.add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out)
@@ -124,7 +129,7 @@ def add_rms_norm(
 @torch.no_grad()  # results carry no gradient, and the weight is usually a parameter
 def _torch_add_rms_norm(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     weight_offset: float,
@@ -133,10 +138,10 @@ def _torch_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = tensor.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    sums = tensor.to(wide) + residual.to(wide)
+    sums = tensor.to(wide) if residual is None else tensor.to(wide) + residual.to(wide)
     scale = torch.rsqrt(sums.square().mean(-1, keepdim=True) + eps)
     normed = (sums * scale * (weight.to(wide) + weight_offset)).to(dtype)
-    summed = sums.to(dtype)
+    summed = sums.to(dtype if residual is None else residual.dtype, copy=residual is None)
     return (
         normed if out is None else out.copy_(normed),
         summed if residual_out is None else residual_out.copy_(summed),

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._control.guard import capturing
-from comm_core.types import DTYPES, TERMINAL, Decision, Rule
+from comm_core._handle import pieces
+from comm_core._handle.profiling import profiled
+from comm_core.types import DTYPES, OPS, TERMINAL, Decision, Rule
 
 if TYPE_CHECKING:
     from comm_core._handle.session import Session
@@ -134,7 +136,7 @@ class Routes(dict[CallKey, BoundHook]):
     def totals(self) -> dict[RouteKey, tuple[int, int]]:
         """Return the numbers of calls and bytes that were counted so far, by route."""
         found = dict(self._dropped)
-        for (key, backend), counter in self._counters.items():
+        for (key, backend), counter in list(self._counters.items()):  # a copy: another thread may call meanwhile
             route, count = (*key[:2], backend), _counted(counter)
             calls, nbytes = found.get(route, (0, 0))
             found[route] = calls + count, nbytes + count * self._rule_arguments(key)[0]
@@ -200,10 +202,17 @@ class ModeRoutes:
     Attributes:
         all_reduce: the routes of `all_reduce`.
         fused: the routes of `all_reduce_add_rms_norm`.
+        quant: the routes of `all_reduce_add_rms_norm_quant`.
     """
 
     all_reduce: Routes
     fused: FusedRoutes
+    quant: FusedRoutes
+
+    @classmethod
+    def empty(cls) -> ModeRoutes:
+        """Return routes that serve no call."""
+        return cls(Routes({}), FusedRoutes({}), FusedRoutes({}))
 
 
 def bind(
@@ -212,6 +221,7 @@ def bind(
     devices: Mapping[str, torch.device],
     terminal: tuple[Callable[..., torch.Tensor], Any],
     sessions: Mapping[str, Session],
+    profiled_title: str = "",
 ) -> ModeRoutes:
     """Bind the decision's routes of one mode to hooks and sessions.
 
@@ -221,20 +231,30 @@ def bind(
         devices: the group's devices by device type.
         terminal: the function of the terminal fallback, and its first argument.
         sessions: the connected sessions by backend.
+        profiled_title: the group's name, for ranges of profilers around each call; "": no ranges.
     """
-    entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]]
-    entries = {"all_reduce": {}, "all_reduce_add_rms_norm": {}}
+    entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]] = {op: {} for op in OPS}
 
-    def hook_of(backend: str, op: str) -> RuleHook:
+    def hook_of(rule: Rule, op: str) -> RuleHook:
+        backend = rule.backend
         if backend == TERMINAL:
-            return (*terminal, TERMINAL, False) if op == "all_reduce" else _COMPOSED
-        session = sessions[backend]
-        checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
-        return session.plugin.hooks[op], session.value, backend, checks_operands
+            if op != "all_reduce":
+                return _COMPOSED
+            (function, value), checks_operands = terminal, False
+        else:
+            session = sessions[backend]
+            function, value = session.plugin.hooks[op], session.value
+            checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
+        if rule.piece_nbytes is not None:
+            function, value, checks_operands = getattr(pieces, op), (function, value, rule.piece_nbytes), False
+        if profiled_title:
+            function = profiled(function, op, backend, profiled_title)
+        return function, value, backend, checks_operands
 
     for route in decision.routes:
         if route.mode == mode:
             device = devices[route.device_type]
             key = (-1 if device.type == "cpu" else device.index, _TORCH_DTYPES[route.dtype])
-            entries[route.op][key] = tuple((rule, hook_of(rule.backend, route.op)) for rule in route.rules)
-    return ModeRoutes(Routes(entries["all_reduce"]), FusedRoutes(entries["all_reduce_add_rms_norm"]))
+            entries[route.op][key] = tuple((rule, hook_of(rule, route.op)) for rule in route.rules)
+    plain, *fused = (entries[op] for op in OPS)
+    return ModeRoutes(Routes(plain), *map(FusedRoutes, fused))

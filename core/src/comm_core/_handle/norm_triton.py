@@ -41,6 +41,7 @@ def _add_rms_norm(
     weight_offset: tl.tensor,
     HIDDEN: tl.constexpr,  # noqa: N803 - Triton's convention for constants
     BLOCK: tl.constexpr,  # noqa: N803
+    HAS_RESIDUAL: tl.constexpr,  # noqa: N803
 ) -> None:
     # The outputs may be the inputs: a program reads and writes only its own row, and no element after writing it.
     row = tl.program_id(0).to(tl.int64) * HIDDEN
@@ -48,7 +49,8 @@ def _add_rms_norm(
     if HIDDEN <= BLOCK:
         inside = columns < HIDDEN
         sums = tl.load(tensor + row + columns, mask=inside, other=0.0).to(tl.float32)
-        sums += tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            sums += tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
         gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
         scale = tl.rsqrt(tl.sum(sums * sums, axis=0) / HIDDEN + eps)
         tl.store(summed + row + columns, sums, mask=inside)
@@ -58,29 +60,40 @@ def _add_rms_norm(
         for start in range(0, HIDDEN, BLOCK):
             inside = start + columns < HIDDEN
             sums = tl.load(tensor + row + start + columns, mask=inside, other=0.0).to(tl.float32)
-            sums += tl.load(residual + row + start + columns, mask=inside, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                sums += tl.load(residual + row + start + columns, mask=inside, other=0.0).to(tl.float32)
             squares += sums * sums
         scale = tl.rsqrt(tl.sum(squares, axis=0) / HIDDEN + eps)
         for start in range(0, HIDDEN, BLOCK):
             inside = start + columns < HIDDEN
             sums = tl.load(tensor + row + start + columns, mask=inside, other=0.0).to(tl.float32)
-            sums += tl.load(residual + row + start + columns, mask=inside, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                sums += tl.load(residual + row + start + columns, mask=inside, other=0.0).to(tl.float32)
             gain = tl.load(weight + start + columns, mask=inside, other=0.0).to(tl.float32) + weight_offset
             tl.store(summed + row + start + columns, sums, mask=inside)
             tl.store(normed + row + start + columns, sums * scale * gain, mask=inside)
 
 
-#: Takes (tensor, residual, weight, normed, summed, eps, weight_offset, HIDDEN, BLOCK): contiguous tensors
-#: `[num_tokens, HIDDEN]` of one dtype, the weight `[HIDDEN]`. The grid has `num_tokens` programs.
+#: Takes (tensor, residual, weight, normed, summed, eps, weight_offset, HIDDEN, BLOCK, HAS_RESIDUAL): contiguous tensors
+#: `[num_tokens, HIDDEN]`, the weight `[HIDDEN]`. The grid has `num_tokens` programs.
 add_rms_norm_kernel: Any = triton.jit(_add_rms_norm)
 
 
-def compile_kernel(dtype: torch.dtype, hidden_size: int, num_warps: int = 0) -> Callable[..., None]:
+def compile_kernel(
+    dtype: torch.dtype,
+    hidden_size: int,
+    residual_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype,
+    num_warps: int = 0,
+) -> Callable[..., None]:
     """Compile the kernel for the current device and load it.
 
     Args:
         dtype: float32, float16 or bfloat16.
         hidden_size: elements a row.
+        residual_dtype: the dtype of the residual and of the sum with it; None: there is no residual, and the kernel
+            takes any tensor in its place.
+        weight_dtype: the dtype of the weight.
         num_warps: warps of a program, for benchmarks; 0 means the number that `launch_shape` returns.
 
     Returns:
@@ -92,12 +105,20 @@ def compile_kernel(dtype: torch.dtype, hidden_size: int, num_warps: int = 0) -> 
         Exception: Triton failed, for example with a RuntimeError because it finds no C compiler.
     """
     block, warps = launch_shape(hidden_size)
+    summed_dtype = residual_dtype or dtype
     kernel = add_rms_norm_kernel.warmup(
-        *(dtype,) * 5, 1e-6, 0.0, HIDDEN=hidden_size, BLOCK=block, num_warps=num_warps or warps, grid=(1,)
+        *(dtype, summed_dtype, weight_dtype, dtype, summed_dtype),
+        1e-6,
+        0.0,
+        HIDDEN=hidden_size,
+        BLOCK=block,
+        HAS_RESIDUAL=residual_dtype is not None,
+        num_warps=num_warps or warps,
+        grid=(1,),
     )
     kernel[1, 1, 1]  # loads the kernel into the device, which the first launch would do otherwise
 
     def launch(num_tokens: int, *arguments: Any) -> None:
-        kernel[(num_tokens, 1, 1)](*arguments, hidden_size, block)
+        kernel[(num_tokens, 1, 1)](*arguments, hidden_size, block, residual_dtype is not None)
 
     return launch

@@ -17,6 +17,7 @@ __all__ = [
     "is_kernel_ready",
     "stage_operands",
     "to_kernel_ready",
+    "writable_or_none",
 ]
 
 #: The classes that aren't wrappers. Any other subclass may wrap a tensor, and its address then says nothing.
@@ -114,7 +115,8 @@ def stage_operands(
         nbytes = tensor.nbytes
         if (x + nbytes <= r or r + nbytes <= x) and (w + weight.nbytes <= r or r + nbytes <= w):
             return tensor, residual, weight, None, residual
-    y, s = _if_writable(out, tensor, (residual, weight)), _if_writable(residual_out, residual, (tensor, weight))
+    y = writable_or_none(out, tensor, (residual, weight))
+    s = writable_or_none(residual_out, residual, (tensor, weight))
     if y is not None and s is not None and not disjoint(y, s):
         raise ValueError(
             "out and residual_out share memory, but the call writes a different result to each; pass disjoint tensors"
@@ -122,10 +124,16 @@ def stage_operands(
     return tensor, residual, weight, y, s
 
 
-def _if_writable(
+def writable_or_none(
     out: torch.Tensor | None, own_input: torch.Tensor, others: tuple[torch.Tensor, ...]
 ) -> torch.Tensor | None:
-    """Return `out` if a hook may write to it directly, else None; see `stage_operands`."""
+    """Return `out` if a hook may write to it directly, else None; see `stage_operands`.
+
+    Args:
+        out: the output.
+        own_input: the input that `out` may be.
+        others: the inputs that it must be disjoint from.
+    """
     if out is None or not is_kernel_ready(out):
         return None
     if out is not own_input and not disjoint(own_input, out):

@@ -5,6 +5,10 @@ all_reduce_(tensor, group_name) -> ()                        in place
 all_reduce_out(tensor, out, group_name) -> ()
 all_reduce_add_rms_norm(tensor, residual, weight, group_name, eps, weight_offset) -> (Tensor, Tensor)
 all_reduce_add_rms_norm_out(tensor, residual, weight, out, residual_out, group_name, eps, weight_offset) -> ()
+all_reduce_add_rms_norm_quant(tensor, residual, weight, quant, scale, group_name, eps, weight_offset, *, with_norm,
+    column_major_scales) -> (Tensor, Tensor, Tensor, Tensor)
+all_reduce_add_rms_norm_quant_out(tensor, residual, weight, quant, scale, out, scale_out, residual_out, norm_out,
+    group_name, eps, weight_offset) -> ()
 
 An operator finds the handle by the process group's `group_name`; "" is the world. Operators that write to an argument
 return nothing, because torch.compile accepts no custom operator that returns an argument it mutates. Results carry no
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
+from comm_core._handle import quant as forms
 from comm_core._handle import traced
 from comm_core._handle.backend import Backend
 from comm_core._handle.compare import ComparingBackend
@@ -82,7 +87,7 @@ def _all_reduce_out(tensor: torch.Tensor, out: torch.Tensor, group_name: str = "
 
 def _fused(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     group_name: str = "",
     eps: float = 1e-6,
@@ -93,7 +98,7 @@ def _fused(
 
 def _fused_out(
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     out: torch.Tensor,
     residual_out: torch.Tensor,
@@ -108,7 +113,66 @@ def _fused_out(
         eps,
         weight_offset,
         out=_canonical_out(tensor, out),
-        residual_out=_canonical_out(residual, residual_out),
+        residual_out=residual_out if residual is None else _canonical_out(residual, residual_out),
+    )
+
+
+def _quant(
+    tensor: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    quant: str,
+    scale: torch.Tensor | None = None,
+    group_name: str = "",
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    *,
+    with_norm: bool = False,
+    column_major_scales: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the handle's results; an empty tensor for scales that are given, and for a norm that isn't asked for."""
+    _refuse_scale_out(quant, scale)
+    q, scales, s, y = _handles[group_name].all_reduce_add_rms_norm_quant(
+        *(tensor, residual, weight, eps, weight_offset),
+        quant=quant,
+        scale=scale,
+        column_major_scales=column_major_scales,
+        with_norm=with_norm,
+    )
+    return q, tensor.new_empty(0, dtype=torch.float32) if scale is not None else scales, s, _or_empty(y, tensor)
+
+
+def _or_empty(result: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty(0) if result is None else result
+
+
+def _refuse_scale_out(quant: str, scale: torch.Tensor | None) -> None:
+    if scale is not None and not forms.is_static(quant):
+        raise ValueError(f"{quant} has no scale as an input; all_reduce_add_rms_norm_quant_out takes a scale_out")
+
+
+def _quant_out(
+    tensor: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    quant: str,
+    scale: torch.Tensor | None,
+    out: torch.Tensor,
+    scale_out: torch.Tensor | None,
+    residual_out: torch.Tensor,
+    norm_out: torch.Tensor | None,
+    group_name: str = "",
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+) -> None:
+    _refuse_scale_out(quant, scale)
+    _handles[group_name].all_reduce_add_rms_norm_quant(
+        *(tensor, residual, weight, eps, weight_offset),
+        quant=quant,
+        scale=scale if scale_out is None else scale_out,
+        out=out,
+        residual_out=residual_out if residual is None else _canonical_out(residual, residual_out),
+        norm_out=norm_out if norm_out is None else _canonical_out(tensor, norm_out),
     )
 
 
@@ -127,8 +191,30 @@ def _canonical_out(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return tensor if same else out
 
 
-def _fake_fused(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return traced.empty_contiguous(tensor), traced.empty_contiguous(tensor)
+def _fake_fused(
+    tensor: torch.Tensor, residual: torch.Tensor | None, *_rest: Any, **_named: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return traced.empty_contiguous(tensor), traced.empty_contiguous(tensor if residual is None else residual)
+
+
+def _fake_quant(
+    tensor: torch.Tensor,
+    residual: torch.Tensor | None,
+    _weight: torch.Tensor,
+    quant: str,
+    *_rest: Any,
+    with_norm: bool = False,
+    column_major_scales: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    forms.check_form(quant, tensor.shape[-1])
+    return (
+        forms.empty_out(tensor),
+        tensor.new_empty(0, dtype=torch.float32)
+        if forms.is_static(quant)
+        else forms.empty_scale(tensor, quant, column_major_scales),
+        traced.empty_contiguous(tensor if residual is None else residual),
+        traced.empty_contiguous(tensor) if with_norm else tensor.new_empty(0),
+    )
 
 
 def _fake_none(*_rest: Any, **_named: Any) -> None:
@@ -153,14 +239,28 @@ _define("all_reduce(Tensor tensor, str group_name='') -> Tensor", _all_reduce, t
 _define("all_reduce_(Tensor(a!) tensor, str group_name='') -> ()", _all_reduce_, _fake_none)
 _define("all_reduce_out(Tensor tensor, Tensor(a!) out, str group_name='') -> ()", _all_reduce_out, _fake_none)
 _define(
-    f"all_reduce_add_rms_norm(Tensor tensor, Tensor residual, Tensor weight, {_COMMON_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"all_reduce_add_rms_norm(Tensor tensor, Tensor? residual, Tensor weight, {_COMMON_ARGUMENTS}) -> (Tensor, Tensor)",
     _fused,
     _fake_fused,
 )
 _define(
-    "all_reduce_add_rms_norm_out(Tensor tensor, Tensor residual, Tensor weight, Tensor(a!) out, "
+    "all_reduce_add_rms_norm_out(Tensor tensor, Tensor? residual, Tensor weight, Tensor(a!) out, "
     f"Tensor(b!) residual_out, {_COMMON_ARGUMENTS}) -> ()",
     _fused_out,
+    _fake_none,
+)
+_define(
+    "all_reduce_add_rms_norm_quant(Tensor tensor, Tensor? residual, Tensor weight, str quant, Tensor? scale=None, "
+    f"{_COMMON_ARGUMENTS}, *, bool with_norm=False, bool column_major_scales=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _quant,
+    _fake_quant,
+)
+_define(
+    "all_reduce_add_rms_norm_quant_out(Tensor tensor, Tensor? residual, Tensor weight, str quant, Tensor? scale, "
+    "Tensor(a!) out, Tensor(b!)? scale_out, Tensor(c!) residual_out, Tensor(d!)? norm_out, "
+    f"{_COMMON_ARGUMENTS}) -> ()",
+    _quant_out,
     _fake_none,
 )
 
@@ -170,3 +270,4 @@ _define(
 for _class in (Backend, ComparingBackend):
     _class.all_reduce._torchdynamo_inline = traced.all_reduce  # type: ignore[attr-defined]  # noqa: SLF001
     _class.all_reduce_add_rms_norm._torchdynamo_inline = traced.all_reduce_add_rms_norm  # type: ignore[attr-defined]  # noqa: SLF001
+    _class.all_reduce_add_rms_norm_quant._torchdynamo_inline = traced.all_reduce_add_rms_norm_quant  # type: ignore[union-attr]  # noqa: SLF001

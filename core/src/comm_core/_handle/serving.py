@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._handle import norm
-from comm_core._handle.lookup import CaptureRoutes, FusedRoutes, ModeRoutes, RouteKey, Routes, bind
+from comm_core._handle.lookup import CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
 from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
 from comm_core._plan.faults import Fault
-from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats
+from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats, WaitStats
 
 if TYPE_CHECKING:
     from comm_core._control.store import Control
@@ -56,6 +56,7 @@ class Serving:
         eager: the routes outside captures.
         all_reduce_routes: the routes of `all_reduce` in use.
         fused_routes: the routes of `all_reduce_add_rms_norm` in use.
+        quant_routes: the routes of `all_reduce_add_rms_norm_quant` in use.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Serving:
         torch_device_types: Collection[str] = (),
         control: Control | None = None,
         wait_timeout_s: float = 0.0,
+        profiles: bool = False,
     ) -> None:
         """Serve by `decision`; `terminal` is the function of the terminal fallback, and its first argument."""
         self.topology = topology
@@ -86,14 +88,16 @@ class Serving:
         self.torch_device_types = torch_device_types
         self.control = control
         self.wait_timeout_s = wait_timeout_s
+        self._profiled_title = title if profiles else ""
         self._peers_checked_s = 0.0
         _servings.add(self)
         self._graphs = False
-        self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
+        self.eager = self._graph = ModeRoutes.empty()
         # The calls and bytes by operation, mode and route, without those that the routes in use have counted.
         self._earlier: dict[tuple[str, str, RouteKey], tuple[int, int]] = {}
         self.all_reduce_routes: Routes | CaptureRoutes
         self.fused_routes: Routes | CaptureRoutes
+        self.quant_routes: Routes | CaptureRoutes
         self.adopt(decision, sessions)
 
     def adopt(self, decision: Decision, sessions: Mapping[str, Session]) -> None:
@@ -107,8 +111,8 @@ class Serving:
         devices = {kind: self.device if kind == self.device.type else torch.device(kind) for kind in kinds}
         self.devices = tuple(devices.values())
         self._earlier = self._counts()
-        self.eager = bind(decision, "eager", devices, self.terminal, sessions)
-        self._graph = bind(decision, "graph", devices, self.terminal, sessions)
+        self.eager = bind(decision, "eager", devices, self.terminal, sessions, self._profiled_title)
+        self._graph = bind(decision, "graph", devices, self.terminal, sessions, self._profiled_title)
         self.decision = decision
         self.sessions = dict(sessions)
         self.all_sessions += [session for session in sessions.values() if session not in self.all_sessions]
@@ -122,6 +126,13 @@ class Serving:
         eager, graph = self.eager, self._graph
         self.all_reduce_routes = CaptureRoutes(eager.all_reduce, graph.all_reduce) if on else eager.all_reduce
         self.fused_routes = CaptureRoutes(eager.fused, graph.fused) if on else eager.fused
+        self.quant_routes = CaptureRoutes(eager.quant, graph.quant) if on else eager.quant
+
+    def routes_of(self, op: str) -> Routes | CaptureRoutes:
+        """Return the routes of an operation in use."""
+        if op == "all_reduce":
+            return self.all_reduce_routes
+        return self.fused_routes if op == "all_reduce_add_rms_norm" else self.quant_routes
 
     @property
     def label(self) -> str:
@@ -137,11 +148,21 @@ class Serving:
         ]
         return tuple(sorted(found, key=_order))
 
+    def waits(self) -> tuple[WaitStats, ...]:
+        """Return this rank's waits so far, by backend and peer; see `Backend.waits`."""
+        found = []
+        for session in self.all_sessions:
+            if session.plugin.has("waits") and not session.suspended:
+                for rank, (waits, total_us, longest_us) in sorted(session.plugin.hooks["waits"](session.value).items()):
+                    if waits:
+                        found.append(WaitStats(session.plugin.name, rank, waits, total_us, longest_us))
+        return tuple(found)
+
     def _counts(self) -> dict[tuple[str, str, RouteKey], tuple[int, int]]:
         """Return the calls and bytes so far, by operation, mode and route."""
         counts = dict(self._earlier)
         for mode, routes in zip(MODES, (self.eager, self._graph), strict=True):
-            for op, of_op in zip(OPS, (routes.all_reduce, routes.fused), strict=True):
+            for op, of_op in zip(OPS, (routes.all_reduce, routes.fused, routes.quant), strict=True):
                 for route, (calls, nbytes) in of_op.totals().items():
                     earlier_calls, earlier_nbytes = counts.get((op, mode, route), (0, 0))
                     counts[op, mode, route] = earlier_calls + calls, earlier_nbytes + nbytes
@@ -151,7 +172,7 @@ class Serving:
         """Make every call raise `CommError` until `resume`."""
         self.suspended = True
         self.refusal = f"{self.title} is suspended. Call comm.resume(group) on all its ranks first"
-        self.all_reduce_routes, self.fused_routes = Routes({}), FusedRoutes({})
+        self._use(ModeRoutes.empty())
 
     def resume(self) -> None:
         """Serve calls again, by the routes of before."""
@@ -245,9 +266,14 @@ class Serving:
         self.fault = None
         self.suspended = False
         self._earlier = self._counts()
-        self.eager = self._graph = ModeRoutes(Routes({}), FusedRoutes({}))
+        self.eager = self._graph = ModeRoutes.empty()
         self.all_sessions.clear()
-        self.all_reduce_routes, self.fused_routes, self.sessions = self.eager.all_reduce, self.eager.fused, {}
+        self.sessions = {}
+        self._use(self.eager)
+
+    def _use(self, routes: ModeRoutes) -> None:
+        """Take every call's route from these."""
+        self.all_reduce_routes, self.fused_routes, self.quant_routes = routes.all_reduce, routes.fused, routes.quant
 
 
 def _device_type(device: int | str) -> str:

@@ -6,10 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from comm_core._handle import quant as forms
+
 if TYPE_CHECKING:
     from comm_core._handle.checked_calls import CheckedCalls
 
-__all__ = ["all_reduce", "all_reduce_add_rms_norm", "empty_contiguous", "intercepts"]
+__all__ = [
+    "all_reduce",
+    "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_quant",
+    "empty_contiguous",
+    "intercepts",
+]
 
 
 def intercepts() -> bool:
@@ -40,7 +48,7 @@ def all_reduce(self: CheckedCalls, tensor: torch.Tensor, out: torch.Tensor | Non
 def all_reduce_add_rms_norm(
     self: CheckedCalls,
     tensor: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float = 1e-6,
     weight_offset: float = 0.0,
@@ -55,8 +63,47 @@ def all_reduce_add_rms_norm(
         )
         return pair
     out = empty_contiguous(tensor) if out is None else out
-    residual_out = empty_contiguous(residual) if residual_out is None else residual_out
+    residual_out = empty_contiguous(tensor if residual is None else residual) if residual_out is None else residual_out
     torch.ops.comm_core.all_reduce_add_rms_norm_out(
         tensor, residual, weight, out, residual_out, self.group_name, eps, weight_offset
     )
     return out, residual_out
+
+
+def all_reduce_add_rms_norm_quant(
+    self: CheckedCalls,
+    tensor: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    *,
+    quant: str,
+    scale: torch.Tensor | None = None,
+    column_major_scales: bool = False,
+    with_norm: bool = False,
+    out: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
+    norm_out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Call `Backend.all_reduce_add_rms_norm_quant` as an operator."""
+    given = scale if forms.is_static(quant) else None
+    if out is None and residual_out is None and norm_out is None and scale is given:
+        q, scales, s, y = torch.ops.comm_core.all_reduce_add_rms_norm_quant(
+            *(tensor, residual, weight, quant, given, self.group_name, eps, weight_offset),
+            with_norm=with_norm,
+            column_major_scales=column_major_scales,
+        )
+        return q, scales if given is None else given, s, y if with_norm else None
+    if scale is None:
+        if forms.is_static(quant):
+            raise TypeError(f"{quant} needs scale, a float32 tensor of one element")
+        scale = forms.empty_scale(tensor, quant, column_major_scales)
+    out = forms.empty_out(tensor) if out is None else out
+    residual_out = empty_contiguous(tensor if residual is None else residual) if residual_out is None else residual_out
+    norm_out = empty_contiguous(tensor) if norm_out is None and with_norm else norm_out
+    torch.ops.comm_core.all_reduce_add_rms_norm_quant_out(
+        *(tensor, residual, weight, quant, given, out, None if forms.is_static(quant) else scale, residual_out),
+        *(norm_out, self.group_name, eps, weight_offset),
+    )
+    return out, scale, residual_out, norm_out

@@ -1,4 +1,4 @@
-"""The user's cache of compiled code: folders that no other user can write, and one builder at a time."""
+"""The user's cache of compiled code and tuned tables: folders that no other user can write, one builder at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from comm_core.env import PREFIX
 from comm_core.errors import CommTimeoutError, PluginLoadError
 
-__all__ = ["build_once", "mtime_ns", "private_folder", "root"]
+__all__ = ["build_once", "mtime_ns", "private_folder", "read_private", "root", "write_private"]
 
 _log = logging.getLogger("comm_core")
 
@@ -39,7 +39,7 @@ def root(configured: str | None) -> Path:
             base = Path.home() / ".cache"
         except RuntimeError as error:
             raise PluginLoadError(
-                f"there is no folder for the cache of compiled code: {error}. Set {PREFIX}CACHE_DIR to a folder"
+                f"there is no folder for the cache: {error}. Set {PREFIX}CACHE_DIR to a folder"
             ) from error
     return base / "comm_core"
 
@@ -52,6 +52,43 @@ def private_folder(top: Path, name: str) -> Path:
         OSError: a folder can't be created.
     """
     return _ensure_private(_ensure_private(top) / name)
+
+
+def read_private(top: Path, name: str, file: str, nbytes: int) -> bytes:
+    """Return the contents of a file in the folder `name` of the cache at `top`.
+
+    Raises:
+        PluginLoadError: another user could write the file or replace it.
+        OSError: it can't be read, or is larger than `nbytes`.
+    """
+    path = private_folder(top, name) / file
+    _check_file(path)
+    with path.open("rb") as opened:
+        data = opened.read(nbytes + 1)
+    if len(data) > nbytes:
+        raise OSError(f"it has more than {nbytes} bytes")
+    return data
+
+
+def write_private(top: Path, name: str, file: str, data: bytes) -> Path:
+    """Write a file in the folder `name` of the cache at `top`, in place of an earlier one; return its path.
+
+    Raises:
+        PluginLoadError: another user could write to the folder or replace it.
+        OSError: it can't be written.
+    """
+    path = private_folder(top, name) / file
+    descriptor, scratch = tempfile.mkstemp(prefix="new-", dir=path.parent)  # readable by this user alone
+    try:
+        with os.fdopen(descriptor, "wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        Path(scratch).replace(path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    return path
 
 
 def build_once(
@@ -186,7 +223,7 @@ def _ensure_private(folder: Path) -> Path:
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
         raise PluginLoadError(
-            f"compiled code isn't kept in {folder}: it isn't a folder, but a link or a file. Set "
+            f"nothing is kept in {folder}: it isn't a folder, but a link or a file. Set "
             f"{PREFIX}CACHE_DIR to the folder itself"
         )
     _check_owner(folder, status, (os.geteuid(),))
@@ -205,11 +242,11 @@ def _check_owner(path: Path, status: os.stat_result, owners: tuple[int, ...], *,
     remedy = f"or set {PREFIX}CACHE_DIR to a private folder of yours"
     if status.st_uid not in owners:
         raise PluginLoadError(
-            f"compiled code isn't loaded from the cache: {path} belongs to user id {status.st_uid}, not to "
+            f"nothing is loaded from the cache: {path} belongs to user id {status.st_uid}, not to "
             f"{os.geteuid()}. Remove it, {remedy}"
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & shared:
         raise PluginLoadError(
-            f"compiled code isn't loaded from the cache: others can write {path} (mode "
+            f"nothing is loaded from the cache: others can write {path} (mode "
             f"{stat.S_IMODE(status.st_mode):04o}). Do chmod go-w {path}, {remedy}"
         )

@@ -17,13 +17,13 @@ from comm_core.types import DTYPES, Route
 __all__ = ["AdmissionCase", "admission_cases", "next_to_test", "untestable_cells"]
 
 #: The largest size that is tested, in bytes, by operation. No protocol changes above it, and the test of nine dtypes
-#: takes only seconds on a CPU. The fused operation has an eighth, because its test computes in fp64.
-LARGEST_NBYTES = {"all_reduce": 64 << 20, "all_reduce_add_rms_norm": 8 << 20}
+#: takes only seconds on a CPU. Fused operations have an eighth, because their tests compute in fp64.
+LARGEST_NBYTES = {"all_reduce": 64 << 20, "all_reduce_add_rms_norm": 8 << 20, "all_reduce_add_rms_norm_quant": 8 << 20}
 #: The largest size, in bytes, that is tested of a range without an upper bound.
 UNBOUNDED_NBYTES = 1 << 20
 #: The largest odd size that is tested, in bytes: a message that ends in the middle of a vector.
 LARGEST_ODD_NBYTES = 1 << 20
-# Elements a row in the fused operation's cases, rounded up to a rule's multiple: small sizes then have many rows.
+# Elements a row in the fused operations' cases, rounded up to a rule's multiple: small sizes then have many rows.
 _BASE_HIDDEN_SIZE = 1024
 # The number of sizes or shapes tried next to an interval's end, until no other backend takes one.
 _MAX_NEIGHBOURS = 8
@@ -37,7 +37,7 @@ class AdmissionCase:
 
     Attributes:
         cell: the kind of message.
-        shape: the tensor's shape; `[num_tokens, hidden_size]` for the fused operation.
+        shape: the tensor's shape; `[num_tokens, hidden_size]` for the fused operations.
     """
 
     cell: Cell

@@ -40,15 +40,15 @@ def check_policies(evidence: Sequence[Evidence], label: Callable[[int], str]) ->
     Raises:
         NegotiationError: a rank reported an error, or settings differ; the text names the ranks and their values.
     """
-    errors: dict[str, list[int]] = {}
+    errors: dict[tuple[str, ...], list[int]] = {}
     for rank, item in enumerate(evidence):
         if item.error:
-            errors.setdefault(item.error, []).append(rank)
+            errors.setdefault((item.error, *item.excerpt), []).append(rank)
     if errors:
         # A misspelt setting fails alike on thousands of ranks, so each text is reported once.
         texts = (
-            f"{label(ranks[0])}{f' and {len(ranks) - 1} more' if len(ranks) > 1 else ''}: {text}"
-            for text, ranks in errors.items()
+            f"{label(ranks[0])}{f' and {len(ranks) - 1} more' if len(ranks) > 1 else ''}: " + "\n".join(lines)
+            for lines, ranks in errors.items()
         )
         raise NegotiationError("this group can't negotiate: " + "; ".join(texts))
     for key in dict.fromkeys(key for item in evidence for key in item.policy):

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from comm_core import _schema
+from comm_core._plan.answers import (
+    encode_answer,
+    encode_prepared,
+    merge_answers,
+    merge_prepared,
+    once_prepared,
+    with_explicit_ranges,
+)
 from comm_core._plan.checks import describe_differences
+from comm_core._plan.pieces import in_pieces
 from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
-from comm_core.errors import CommError
 from comm_core.topology import RankInfo
-from comm_core.types import MAX_RANGES, OPS, TERMINAL, Available, Candidate, Decision, Range, Route, Unavailable
+from comm_core.tuning import NO_TUNING, Tuning
+from comm_core.types import (
+    RANK_ORDER_FP32,
+    TERMINAL,
+    Available,
+    Candidate,
+    Decision,
+    Range,
+    Route,
+)
 
 __all__ = [
     "Evidence",
@@ -28,9 +44,6 @@ __all__ = [
     "with_explicit_ranges",
 ]
 
-# The most ranges of merged answers: ranks that differ have a few ranges each, and without a limit their pairs multiply.
-_MAX_MERGED_RANGES = 4 * MAX_RANGES
-
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
@@ -41,12 +54,14 @@ class Evidence:
         policy: the rank's arguments and settings, by their names in the documentation.
         failures: by backend, the reason why this rank can't use it, such as a plugin that doesn't load.
         error: the reason why this rank can't negotiate at all, such as an unreadable setting; None if it can.
+        excerpt: lines that show the place of the error in a setting.
     """
 
     info: RankInfo
     policy: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     error: str | None = None
+    excerpt: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the evidence as JSON; about 1 KB on a host with 8 GPUs."""
@@ -57,6 +72,7 @@ class Evidence:
             "policy": dict(self.policy),
             "failures": dict(self.failures),
             "error": self.error,
+            "excerpt": list(self.excerpt),
         }
 
     @classmethod
@@ -76,6 +92,7 @@ _EVIDENCE = _schema.record(
     policy=_schema.mapping_of(_schema.anything),
     failures=_schema.mapping_of(_schema.text),
     error=_schema.optional(_schema.text),
+    excerpt=_schema.tuple_of(_schema.text, 0, 2),
 )
 
 
@@ -86,10 +103,14 @@ class Slate:
     Attributes:
         offers: the remaining offers, the most preferred first.
         dropped: the dropped candidates, with their reasons.
+        tuning: the rules that override the offers' priorities.
+        deterministic: whether the group is deterministic.
     """
 
     offers: tuple[Offer, ...]
     dropped: tuple[Candidate, ...] = ()
+    tuning: Tuning = NO_TUNING
+    deterministic: bool = False
 
     def offer(self, name: str) -> Offer:
         """Return the remaining offer of the backend `name`."""
@@ -99,7 +120,8 @@ class Slate:
         """Return the slate with the backend `name` dropped as failed."""
         offer = self.offer(name)
         failed = Candidate(name, "failed", reason, rank, offer.priority, offer.version)
-        return Slate(tuple(o for o in self.offers if o is not offer), (*self.dropped, failed))
+        kept = tuple(o for o in self.offers if o is not offer)
+        return dataclasses.replace(self, offers=kept, dropped=(*self.dropped, failed))
 
     def without_cells(
         self, name: str, failed: Mapping[Cell, tuple[str, int | None]], device_types: Sequence[str]
@@ -120,11 +142,37 @@ class Slate:
     def with_ranges(self, name: str, ranges: Sequence[Range]) -> Slate:
         """Return the slate with the backend `name` offering these ranges."""
         replaced = (dataclasses.replace(o, ranges=tuple(ranges)) if o.name == name else o for o in self.offers)
-        return Slate(tuple(replaced), self.dropped)
+        return dataclasses.replace(self, offers=tuple(replaced))
+
+    def with_prepared_ranges(self, name: str, ranges: Sequence[Range]) -> Slate:
+        """Return the slate after a preparation of the backend `name`, which returned these ranges.
+
+        In a deterministic group the preparation adds no fused ranges, since it would change the bits of such calls.
+        """
+        if self.deterministic:
+            before = self.offer(name).ranges
+            ranges = [item for item in ranges if item.op == "all_reduce" or item in before]
+        return self.with_ranges(name, ranges)
+
+    def as_deterministic(self) -> Slate:
+        """Return the slate of a deterministic group: without the backends that sum in another way."""
+        offers, dropped = [], list(self.dropped)
+        for offer in self.offers:
+            ranges = tuple(item for item in offer.ranges if item.op == "all_reduce" or not item.prepared)
+            if offer.numerics == RANK_ORDER_FP32 and ranges:
+                offers.append(dataclasses.replace(offer, ranges=ranges))
+                continue
+            numerics = f"the numerics of {offer.name} are {offer.numerics or 'unspecified'}"
+            if offer.numerics == RANK_ORDER_FP32:
+                numerics = f"{offer.name} serves only what it has prepared"
+            reason = f"the group is deterministic, which takes {RANK_ORDER_FP32}; {numerics}"
+            dropped.append(Candidate(offer.name, "unavailable", reason, priority=offer.priority, version=offer.version))
+        return dataclasses.replace(self, offers=tuple(offers), dropped=tuple(dropped), deterministic=True)
 
     def routes(self, device_types: Sequence[str]) -> tuple[Route, ...]:
         """Return the routes for the device types of the group's tensors."""
-        return plan_routes(self.offers, device_types)
+        routes = plan_routes(self.offers, device_types, self.tuning.rules)
+        return in_pieces(routes) if self.deterministic else routes
 
     def owners_once_prepared(self, asked: Collection[str], device_types: Sequence[str]) -> set[str]:
         """Return the backends that would own a route once prepared.
@@ -138,7 +186,7 @@ class Slate:
             offer if offer.name in asked else dataclasses.replace(offer, ranges=once_prepared(offer.ranges))
             for offer in self.offers
         )
-        return owners(plan_routes(tuple(prepared), device_types))
+        return owners(plan_routes(tuple(prepared), device_types, self.tuning.rules))
 
     def decision(self, device_types: Sequence[str], notes: Mapping[str, str] | None = None) -> Decision:
         """Return the decision that this slate implies.
@@ -147,37 +195,41 @@ class Slate:
             device_types: the device types of the group's tensors.
             notes: by backend, a text that replaces the reason of a remaining candidate.
         """
-        routes = plan_routes(self.offers, device_types)
+        routes = self.routes(device_types)
         serving = {rule.backend for route in routes for rule in route.rules}
         available = [
             Candidate(
                 offer.name,
                 "serves" if offer.name in serving else "standby",
-                (notes or {}).get(offer.name) or _availability_reason(offer, offer.name in serving),
+                (notes or {}).get(offer.name) or self._availability_reason(offer, offer.name in serving),
                 priority=offer.priority,
                 version=offer.version,
             )
             for offer in self.offers
         ]
         dropped = sorted(self.dropped, key=lambda c: (-(c.priority or 0), c.name))
-        terminal = Candidate(TERMINAL, "serves", "always available", priority=0)
-        return Decision((*available, *dropped, terminal), routes)
-
-
-def once_prepared(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """Return the ranges with `prepared` unset, as after their preparation."""
-    return tuple(dataclasses.replace(item, prepared=False) for item in ranges)
-
-
-def _availability_reason(offer: Offer, serves: bool) -> str:
-    """Return the reason for the verdict "serves" or "standby"."""
-    if any(item.prepared for item in offer.ranges):
-        return (
-            "available on every rank; more once comm.pre_capture_init has prepared it"
-            if serves
-            else "serves once comm.pre_capture_init has prepared it"
+        reason = "always available"
+        if self.deterministic:
+            reason += "; it gathers the ranks' tensors, and core sums them in rank order"
+        terminal = Candidate(TERMINAL, "serves", reason, priority=0)
+        texts = tuple(map(str, self.tuning.rules))
+        return Decision(
+            (*available, *dropped, terminal), routes, texts, self.tuning.source, deterministic=self.deterministic
         )
-    return "available on every rank" if serves else "backends earlier in the order serve all of its ranges"
+
+    def _availability_reason(self, offer: Offer, serves: bool) -> str:
+        """Return the reason for the verdict "serves" or "standby"."""
+        if any(item.prepared for item in offer.ranges):
+            return (
+                "available on every rank; more once comm.pre_capture_init has prepared it"
+                if serves
+                else "serves once comm.pre_capture_init has prepared it"
+            )
+        if serves:
+            return "available on every rank"
+        if any(rule.backend == offer.name and rule.score == 0 for rule in self.tuning.rules):
+            return "tuning rules exclude it, or backends earlier in the order serve its ranges"
+        return "backends earlier in the order serve all of its ranges"
 
 
 def screen_candidates(
@@ -237,19 +289,6 @@ def _absent_candidate(name: str, evidence: Sequence[Evidence], versions: Sequenc
     return None
 
 
-def encode_answer(answer: Available | Unavailable | str) -> dict[str, Any]:
-    """Return an answer of `is_available` as JSON; a string is the reason why the hook gave none."""
-    if isinstance(answer, Available):
-        ranges = [item.to_json() for item in answer.ranges]
-        return {"priority": answer.priority, "ranges": ranges, "checks_operands": answer.checks_operands}
-    return {"reason": answer.reason if isinstance(answer, Unavailable) else answer}
-
-
-def _decode(data: Mapping[str, Any]) -> Available:
-    """Return the `Available` that `encode_answer` encoded."""
-    return Available(data["priority"], tuple(map(Range.from_json, data["ranges"])), data["checks_operands"])
-
-
 def initial_slate(
     asked: Mapping[str, str | None],
     answers: Sequence[Mapping[str, Mapping[str, Any]]],
@@ -268,89 +307,9 @@ def initial_slate(
     for name, version in asked.items():
         merged = merge_answers([answer[name] for answer in answers])
         if isinstance(merged, Available):
-            offers.append(Offer(name, merged.priority, merged.ranges, version, merged.checks_operands))
+            offers.append(Offer(name, merged.priority, merged.ranges, version, merged.checks_operands, merged.numerics))
         else:
             reason, rank = merged
             dropped.append(Candidate(name, "unavailable", reason, rank, version=version))
     offers.sort(key=lambda offer: (-offer.priority, offer.name))
     return Slate(tuple(offers), tuple(dropped))
-
-
-def merge_answers(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | None]:
-    """Merge all ranks' answers of one backend to the lowest priority and the intersection of the ranges.
-
-    Args:
-        answers: the encoded answers by group rank.
-
-    Returns:
-        The merged answer; or, if a rank refuses, its reason and group rank, None for all ranks.
-    """
-    for rank, answer in enumerate(answers):
-        if "reason" in answer:
-            everywhere = all(other == answer for other in answers)
-            return answer["reason"], None if everywhere else rank
-    first = _decode(answers[0])
-    if all(answer == answers[0] for answer in answers):
-        return first
-    priority, ranges, checks_operands = first.priority, first.ranges, first.checks_operands
-    # Each distinct answer once: thousands of ranks give only a few.
-    for answer in {json.dumps(answer, sort_keys=True): answer for answer in answers}.values():
-        other = _decode(answer)
-        priority = min(priority, other.priority)
-        checks_operands = checks_operands and other.checks_operands
-        pairs = (one.intersect(two) for one in ranges for two in other.ranges)
-        ranges = tuple(dict.fromkeys(both for both in pairs if both is not None))
-        if len(ranges) > _MAX_MERGED_RANGES:
-            return f"the ranks' answers differ and have more than {_MAX_MERGED_RANGES} ranges in common", None
-    if not ranges:
-        return "the ranks' answers have no range in common", None
-    return Available(priority, ranges, checks_operands)
-
-
-def encode_prepared(ranges: Sequence[Range], priority: int, hooks: Sequence[str]) -> dict[str, Any]:
-    """Return the answer of `pre_capture_init` as JSON, for the exchange between ranks.
-
-    Args:
-        ranges: the ranges that it returned.
-        priority: the backend's priority.
-        hooks: the names of the plugin's hooks.
-
-    Raises:
-        TypeError, ValueError, CommError: the ranges are invalid.
-    """
-    if not ranges:
-        raise ValueError("pre_capture_init returned no ranges; expected at least one, or None to leave them unchanged")
-    answer = with_explicit_ranges(Available(priority, once_prepared(ranges)), hooks, "pre_capture_init")
-    if isinstance(answer, Unavailable):
-        raise CommError(answer.reason)
-    return encode_answer(answer)
-
-
-def merge_prepared(offer: Offer, answers: Sequence[Mapping[str, Any] | None]) -> Available | tuple[str, int | None]:
-    """Merge all ranks' answers of `pre_capture_init` to the one that holds from now on; see `merge_answers`.
-
-    Args:
-        offer: the backend's offer so far.
-        answers: the encoded answers by group rank; None for unchanged.
-    """
-    unchanged = encode_answer(Available(offer.priority, offer.ranges))
-    return merge_answers([unchanged if answer is None else answer for answer in answers])
-
-
-def with_explicit_ranges(
-    answer: Available, hooks: Sequence[str], asked: str = "is_available"
-) -> Available | Unavailable:
-    """Return an answer with explicit ranges, or `Unavailable` if the plugin lacks the hook of one of them.
-
-    Args:
-        answer: the answer of a hook; no ranges means every operation that the plugin implements.
-        hooks: the names of the plugin's hooks.
-        asked: the name of the hook that returned the answer.
-    """
-    if len(answer.ranges) > MAX_RANGES:
-        return Unavailable(f"{asked} returned {len(answer.ranges)} ranges; the limit is {MAX_RANGES}")
-    ops = [op for op in OPS if op in hooks]
-    missing = sorted({item.op for item in answer.ranges} - set(ops))
-    if missing:
-        return Unavailable(f"{asked} names ranges of {', '.join(missing)}, which the plugin doesn't implement")
-    return dataclasses.replace(answer, ranges=answer.ranges or tuple(Range(op) for op in ops))

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 from comm_core.topology import Topology
-from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, RouteStats, Rule, rank_label
+from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, RouteStats, Rule, WaitStats, rank_label
 
 __all__ = ["explain", "explain_message", "rules_by_size", "size", "table"]
 
+# The most peers that the table of waits shows.
+_SHOWN_WAITS = 8
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 # A cell of a column of numbers: a number, with a mark or without, or none.
 _NUMBER = re.compile(r"[\d.]+\*?|-|")
@@ -38,7 +40,13 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[RouteStats] = ()) -> str:
+def explain(
+    title: str,
+    topology: Topology,
+    decision: Decision,
+    stats: Sequence[RouteStats] = (),
+    waits: Sequence[WaitStats] = (),
+) -> str:
     """Return a report of a group's candidates, with their verdicts and reasons, of its routes, and of calls so far.
 
     Args:
@@ -46,6 +54,7 @@ def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[
         topology: the group's topology.
         decision: the group's decision.
         stats: the calls so far; none: the report doesn't mention them.
+        waits: the waits for peers so far; likewise.
     """
     rows = [("backend", "priority", "verdict", "reason")]
     rows += [
@@ -57,8 +66,10 @@ def explain(title: str, topology: Topology, decision: Decision, stats: Sequence[
         )
         for candidate in decision.candidates
     ]
-    lines = [f"{title}: {_describe_group(topology)}", "", table(rows), ""]
-    return "\n".join(lines + _routes(decision.routes) + (["", *_calls(stats)] if stats else []))
+    kind = ", deterministic" if decision.deterministic else ""
+    lines = [f"{title}: {_describe_group(topology)}{kind}", "", table(rows), "", *_routes(decision), *_tuning(decision)]
+    lines += ["", *_calls(stats)] if stats else []
+    return "\n".join(lines + (["", *_waits(waits, topology)] if waits else []))
 
 
 def rules_by_size(route: Route, nbytes: int) -> tuple[Rule, ...]:
@@ -78,12 +89,17 @@ def explain_message(decision: Decision, route: Route, nbytes: int) -> str:
     """Say in one line who serves a message of `nbytes` bytes on a route of the decision."""
     what = f"{route.op} of {size(nbytes)}, {route.mode}, {route.device_type}, {route.dtype}"
     *conditional, last = rules_by_size(route, nbytes)
-    parts = [f"{rule.backend} with {_shape_condition(rule)}" for rule in conditional]
+    parts = [f"{rule.backend} with {_shape_condition(rule)}{_decided(rule)}" for rule in conditional]
     if last.backend != TERMINAL or route.op == "all_reduce":
-        parts.append(last.backend)
+        parts.append(f"{last.backend}{_decided(last)}")
+    elif route.op == "all_reduce_add_rms_norm_quant":
+        norm = decision.route("all_reduce_add_rms_norm", route.mode, route.device_type, route.dtype)
+        served = explain_message(decision, norm, nbytes).rpartition(": ")[2]
+        parts.append(f"core's quantisation after {served}{_decided(last)}")
     else:
         plain = decision.route("all_reduce", route.mode, route.device_type, route.dtype)
-        parts.append(f"core's norm after an all_reduce by {plain.backend_for(nbytes)}")
+        rule = next(rule for rule in plain.rules if rule.takes(nbytes))
+        parts.append(f"core's norm after an all_reduce by {rule.backend}{_decided(last) or _decided(rule)}")
     return f"{what}: {', else '.join(parts)}"
 
 
@@ -101,17 +117,37 @@ def _describe_group(topology: Topology) -> str:
     return f"{ranks} on {where}, {' and '.join(sorted(devices)) if devices else 'CPU tensors'}"
 
 
-def _routes(routes: Iterable[Route]) -> list[str]:
+def _routes(decision: Decision) -> list[str]:
     """Return the table of routes, with dtypes of equal rules on one line."""
     merged: dict[tuple[str, str, str, tuple[Rule, ...]], list[str]] = {}
-    for route in routes:
+    for route in decision.routes:
         merged.setdefault((route.op, route.mode, route.device_type, route.rules), []).append(route.dtype)
     rows = [("operation", "mode", "device", "dtypes", "backends by size")]
     rows += [
-        (op, mode, device_type, _dtypes(op, dtypes), "; ".join(map(_rule, rules)))
+        (op, mode, device_type, _dtypes(op, dtypes), "; ".join(_rule(rule, decision.tuning) for rule in rules))
         for (op, mode, device_type, rules), dtypes in merged.items()
     ]
     return table(rows).splitlines()
+
+
+def _tuning(decision: Decision) -> list[str]:
+    """Return the lines about the rules that override priorities, with the numbers that the routes show."""
+    if not decision.tuned_by:
+        return []
+    if not decision.tuning:
+        return ["", decision.tuned_by]
+    verdicts = {candidate.name: candidate.verdict for candidate in decision.candidates}
+    lines = ["", f"Rules of {decision.tuned_by} that override priorities:"]
+    for number, text in enumerate(decision.tuning, 1):
+        verdict = verdicts.get(text.partition(":")[0], "not installed")
+        note = "" if verdict in {"serves", "standby"} else f"  (no effect: the backend is {verdict})"
+        lines.append(f"  [{number}] {text}{note}")
+    return lines
+
+
+def _decided(rule: Rule) -> str:
+    """Return a text that names the rule of tuning that decided; "" if none did."""
+    return f" (by the rule {rule.tuned})" if rule.tuned else ""
 
 
 def _calls(stats: Sequence[RouteStats]) -> list[str]:
@@ -124,13 +160,31 @@ def _calls(stats: Sequence[RouteStats]) -> list[str]:
     return table(rows).splitlines()
 
 
+def _waits(waits: Sequence[WaitStats], topology: Topology) -> list[str]:
+    """Return the table of this rank's waits, the peer that it waited for the longest first."""
+    rows = [("waited for", "in", "waits", "us of all", "longest us")]
+    rows += [
+        (
+            f"rank {rank_label(item.rank, topology.ranks[item.rank].global_rank)}",
+            item.backend,
+            str(item.waits),
+            f"{item.total_us:.0f}",
+            f"{item.longest_us:.0f}",
+        )
+        for item in sorted(waits, key=lambda item: -item.total_us)[:_SHOWN_WAITS]
+    ]
+    return table(rows).splitlines()
+
+
 def _dtypes(op: str, dtypes: list[str]) -> str:
     possible = [dtype for dtype in DTYPES if op == "all_reduce" or "float" in dtype]
     return "all" if dtypes == possible else ",".join(dtypes)
 
 
-def _rule(rule: Rule) -> str:
-    if rule.max_nbytes is None and rule.min_nbytes <= 1:
+def _rule(rule: Rule, tuning: Sequence[str]) -> str:
+    if rule.piece_nbytes is not None:
+        bounds = f"in pieces of up to {size(rule.piece_nbytes)}"
+    elif rule.max_nbytes is None and rule.min_nbytes <= 1:
         bounds = "any size"
     elif rule.max_nbytes is None:
         bounds = f"from {size(rule.min_nbytes)}"
@@ -139,7 +193,8 @@ def _rule(rule: Rule) -> str:
     else:
         bounds = f"{size(rule.min_nbytes)} to {size(rule.max_nbytes)}"
     multiples = f"multiples of {size(rule.multiple_nbytes)}" if rule.multiple_nbytes > 1 else ""
-    return ", ".join(filter(None, (f"{rule.backend} {bounds}", multiples, _shape_condition(rule))))
+    text = ", ".join(filter(None, (f"{rule.backend} {bounds}", multiples, _shape_condition(rule))))
+    return f"{text} [{tuning.index(rule.tuned) + 1}]" if rule.tuned else text
 
 
 def _shape_condition(rule: Rule) -> str:

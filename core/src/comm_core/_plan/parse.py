@@ -20,9 +20,11 @@ __all__ = [
     "parse_evidence",
     "read_failures",
     "read_memory",
+    "read_pair",
     "read_prepared",
     "read_recorded",
     "read_shapes",
+    "read_table_vote",
 ]
 
 
@@ -107,7 +109,7 @@ def _read_answer(value: Any, where: str) -> dict[str, Any]:
     fields = _schema.mapping_of(_schema.anything)(value, where)
     if "reason" in fields:
         return encode_answer(_schema.text(fields["reason"], f"{where}.reason"))
-    missing = sorted({"priority", "ranges", "checks_operands"} - fields.keys())
+    missing = sorted({"priority", "ranges", "checks_operands", "numerics"} - fields.keys())
     if missing:
         raise _schema.MalformedError(f"{where} lacks {', '.join(missing)}")
     answer: Available = _AVAILABLE(fields, where)
@@ -124,9 +126,14 @@ _AVAILABLE = _schema.record(
     priority=_schema.integer(1),
     ranges=_schema.tuple_of(_read_range, 1, MAX_RANGES),
     checks_operands=_schema.boolean,
+    numerics=_schema.text,
 )
 
 
+#: Reads the two parts of a rank's answering message: the answers, and the vote on a tuned table.
+read_pair = _schema.tuple_of(_schema.anything, 2, 2)
+#: Reads a rank's vote on a tuned table: its digest, and the reason against it.
+read_table_vote = _schema.tuple_of(_schema.text, 2, 2)
 #: Reads a rank's vote on `connect`: the memory that its session takes, in bytes.
 read_memory = _schema.integer()
 #: Reads the numbers of the admission cases that a rank has recorded; -1 if its capture failed.

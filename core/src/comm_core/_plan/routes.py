@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
+from comm_core.tuning import TuningRule
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Range, Route, Rule
 
 __all__ = ["Cell", "Offer", "cells", "exclude_cells", "owned_cells", "owned_intervals", "owners", "plan_routes"]
@@ -24,7 +25,7 @@ class Offer:
         priority: the backend's priority; higher ones are preferred.
         ranges: the ranges it serves.
         version: the version of its distribution.
-        checks_operands: see `Available`.
+        checks_operands, numerics: see `Available`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Offer:
     ranges: tuple[Range, ...]
     version: str | None = None
     checks_operands: bool = False
+    numerics: str = ""
 
 
 def cells(device_types: Iterable[str]) -> tuple[Cell, ...]:
@@ -44,14 +46,17 @@ def cells(device_types: Iterable[str]) -> tuple[Cell, ...]:
     )
 
 
-def plan_routes(offers: Sequence[Offer], device_types: Iterable[str]) -> tuple[Route, ...]:
+def plan_routes(
+    offers: Sequence[Offer], device_types: Iterable[str], tuning: Sequence[TuningRule] = ()
+) -> tuple[Route, ...]:
     """Return a route for each kind of message: the offers' rules in order, then the terminal fallback's.
 
     Args:
         offers: the offers, the most preferred first, without the terminal fallback.
         device_types: the device types of the group's tensors.
+        tuning: rules that override the offers' priorities.
     """
-    return tuple(Route(*cell, rules=_rules(offers, cell)) for cell in cells(device_types))
+    return tuple(Route(*cell, rules=_rules(offers, cell, tuning)) for cell in cells(device_types))
 
 
 def owners(routes: Iterable[Route]) -> set[str]:
@@ -92,24 +97,46 @@ def exclude_cells(ranges: Iterable[Range], excluded: set[Cell], device_types: Se
     return tuple(kept)
 
 
-def _rules(offers: Sequence[Offer], cell: Cell) -> tuple[Rule, ...]:
+# The terminal fallback, to be given a score by tuning rules.
+_TERMINAL_OFFER = Offer(TERMINAL, 0, tuple(map(Range, OPS)))
+
+
+def _rules(offers: Sequence[Offer], cell: Cell, tuning: Sequence[TuningRule]) -> tuple[Rule, ...]:
     op, mode, device_type, dtype = cell
-    rules: list[Rule] = []
-    for offer in offers:
+    scored: list[tuple[float, Rule]] = []
+    for offer in (*offers, _TERMINAL_OFFER):
+        concerned = [each for each in tuning if each.matches(offer.name, op, mode, device_type)]
         for item in offer.ranges:
-            if item.op != op or item.prepared or not item.serves(mode, device_type, dtype):
-                continue
-            rule = Rule(
-                offer.name,
-                item.min_nbytes,
-                item.max_nbytes,
-                item.multiple_nbytes,
-                item.max_tokens,
-                item.hidden_multiple,
-            )
-            if _uncovered_intervals(rule, rules, DTYPES[dtype]):
-                rules.append(rule)
+            if item.op == op and not item.prepared and item.serves(mode, device_type, dtype):
+                scored += _scored_rules(offer, item, concerned)
+    if tuning:  # a stable sort: equal scores keep the offers' order
+        scored.sort(key=lambda each: -each[0])
+    rules: list[Rule] = []
+    for score, rule in scored:
+        if score > 0 and _uncovered_intervals(rule, rules, DTYPES[dtype]):
+            rules.append(rule)
     return (*rules, Rule(TERMINAL))
+
+
+def _scored_rules(offer: Offer, item: Range, tuning: Sequence[TuningRule]) -> list[tuple[float, Rule]]:
+    """Return the rules of one range with their scores: one rule for each interval of sizes of one score."""
+    multiples = item.multiple_nbytes, item.max_tokens, item.hidden_multiple
+    scored: list[tuple[float, Rule]] = []
+    left: list[tuple[int, int | None]] = [(item.min_nbytes, item.max_nbytes)]
+    for each in reversed(tuning):  # the last one that matches a message counts
+        text = str(each)
+        for low, high in (both for part in left if (both := _intersect(part, each)) is not None):
+            scored.append((each.score, Rule(offer.name, low, high, *multiples, tuned=text)))
+        left = [part for interval in left for part in _subtract(interval, each)]
+    return [*scored, *((float(offer.priority), Rule(offer.name, low, high, *multiples)) for low, high in left)]
+
+
+def _intersect(interval: tuple[int, int | None], other: TuningRule) -> tuple[int, int | None] | None:
+    """Return the part of the interval that a tuning rule concerns; None if there is none."""
+    low = max(interval[0], other.min_nbytes)
+    highs = [high for high in (interval[1], other.max_nbytes) if high is not None]
+    high = min(highs, default=None)
+    return None if high is not None and high < low else (low, high)
 
 
 def _uncovered_intervals(rule: Rule, earlier: Sequence[Rule], itemsize: int) -> tuple[tuple[int, int | None], ...]:
@@ -118,7 +145,8 @@ def _uncovered_intervals(rule: Rule, earlier: Sequence[Rule], itemsize: int) -> 
     The smallest size is one element.
     """
     step = math.lcm(itemsize, rule.multiple_nbytes)
-    left: list[tuple[int, int | None]] = [(rule.min_nbytes, rule.max_nbytes)]
+    # In pieces, the backend itself gets no more than one piece.
+    left: list[tuple[int, int | None]] = [(rule.min_nbytes, rule.piece_nbytes or rule.max_nbytes)]
     for other in earlier:
         if _covers_within_bounds(other, rule, step):
             left = [part for interval in left for part in _subtract(interval, other)]
@@ -140,7 +168,7 @@ def _covers_within_bounds(other: Rule, rule: Rule, step: int) -> bool:
     return covers_tokens and step % other.multiple_nbytes == 0 and rule.hidden_multiple % other.hidden_multiple == 0
 
 
-def _subtract(interval: tuple[int, int | None], other: Rule) -> list[tuple[int, int | None]]:
+def _subtract(interval: tuple[int, int | None], other: Rule | TuningRule) -> list[tuple[int, int | None]]:
     """Return the parts of the interval outside the size bounds of `other`."""
     low, high = interval
     parts: list[tuple[int, int | None]] = []

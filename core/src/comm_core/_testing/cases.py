@@ -5,114 +5,33 @@ Each has the backend's name as its first parameter, and raises `AssertionError` 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import itertools
-import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import comm_core as comm
-from comm_core._testing import inputs
-from comm_core._testing.inputs import largest_error, make_inputs, make_integers, sizes_of, sum_exactly
-
-#: After so many handles, the process has loaded and cached all that it keeps.
-WARM_HANDLES = 3
-
-
-def describe(name: str) -> dict[str, Any]:
-    """Negotiate a group, and return the outcome for the backend."""
-    try:
-        backend = comm.get_backend()
-    except comm.CommError as error:
-        return {"verdict": "failed", "reason": str(error), "dropped": "", "hooks": []}
-    candidate = backend.decision.candidate(name)
-    session = backend._serving.sessions.get(name)
-    outcome = {
-        "verdict": "absent" if candidate is None else candidate.verdict,
-        "reason": "" if candidate is None else candidate.reason,
-        "dropped": "" if session is None or not session.failed_cells else session.describe_failed_cells(),
-        "hooks": [] if session is None else sorted(session.plugin.hooks),
-    }
-    comm.close()
-    return outcome
-
-
-def eager_cells(
-    backend: comm.Backend, name: str, most_nbytes: int = inputs.SMALL_NBYTES, least_nbytes: int = 1
-) -> Iterator[tuple[torch.device, torch.dtype, list[int]]]:
-    """Yield the devices and dtypes of which the backend serves some eager message, with sizes in elements."""
-    for route in backend.decision.routes:
-        if (route.op, route.mode) == ("all_reduce", "eager"):
-            dtype = getattr(torch, route.dtype)
-            sizes = sizes_of(route.rules, name, dtype.itemsize, most_nbytes, least_nbytes)
-            if sizes:
-                device = backend.device if route.device_type == backend.device.type else torch.device(route.device_type)
-                yield device, dtype, sizes
-
-
-@contextlib.contextmanager
-def open_handle(name: str, group: dist.ProcessGroup | None = None) -> Iterator[comm.Backend]:
-    """Get a handle that the backend serves, check it, and close it."""
-    backend = comm.get_backend(group, backends=(name,))
-    yield backend
-    synchronize(backend)
-    backend.check()
-    comm.close(group)
-
-
-@contextlib.contextmanager
-def warnings_of_core() -> Iterator[list[str]]:
-    """Yield a list that gains the warnings that core logs, such as of a hook `close` that raised or hung."""
-    texts: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("comm_core")
-    logger.addHandler(handler)
-    try:
-        yield texts
-    finally:
-        logger.removeHandler(handler)
-
-
-def synchronize(backend: comm.Backend) -> None:
-    """Wait for the group's GPU, if it has one."""
-    if backend.device.type == "cuda":
-        torch.cuda.synchronize(backend.device)
-
-
-def call_and_check(backend: comm.Backend, x: torch.Tensor) -> None:
-    """Call three times, and check: a kernel's error shows in `check`, or in the next call."""
-    for _ in range(3):
-        backend.all_reduce(x)
-        synchronize(backend)
-        backend.check()
-
-
-def check_sum(
-    backend: comm.Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    numel: int,
-    what: str,
-    members: Sequence[int] | None = None,
-    salt: int = 0,
-) -> None:
-    """Sum integers over the ranks of a group, by default all, and check every element."""
-    world_size = dist.get_world_size()
-    members = range(world_size) if members is None else members
-    every = [make_integers(member, world_size, numel, dtype, salt) for member in members]
-    result = backend.all_reduce(every[members.index(dist.get_rank())].to(device, copy=True)).cpu()
-    assert torch.equal(result, sum_exactly(every).to(dtype)), f"{what}: wrong sums of {numel} elements of {dtype}"
+from comm_core._handle.rank_order import sum_in_rank_order
+from comm_core._testing.handles import (
+    WARM_HANDLES,
+    FusedCall,
+    call_and_check,
+    check_sum,
+    eager_cells,
+    first_call,
+    open_handle,
+    prepare_if_needed,
+    synchronize,
+    warnings_of_core,
+)
+from comm_core._testing.inputs import largest_error, make_inputs, make_integers, sum_exactly
 
 
 def sums_are_near_the_reference(name: str) -> None:
@@ -242,6 +161,27 @@ def results(name: str, most_nbytes: int) -> list[tuple[str, bytes]]:
     return found
 
 
+def sums_are_in_rank_order(name: str) -> str:
+    """Compare bits with those of the rank order; return the reason if a deterministic group leaves the backend out."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    backend = comm.get_backend(deterministic=True)
+    candidate = backend.decision.candidate(name)
+    assert candidate is not None, f"{name} isn't among the candidates"
+    assert candidate.verdict != "failed", candidate.reason
+    checked = 0
+    for device, dtype, sizes in eager_cells(backend, name, 1 << 18):
+        for numel in sizes:
+            every = [make_inputs(r, numel, dtype) for r in range(world_size)]
+            result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
+            expected = sum_in_rank_order(every)
+            same = torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
+            assert same, f"{numel} elements of {dtype} on {device} have other bits than in rank order"
+            checked += 1
+    comm.close()
+    assert checked or candidate.verdict == "unavailable", "the backend serves no eager message"
+    return "" if checked else candidate.reason
+
+
 def many_calls(name: str, count: int) -> None:
     """Calls of changing sizes without waiting between them; ranks that come late, in turn."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -294,18 +234,19 @@ def sub_groups_are_served(name: str) -> list[str]:
 
 def preparing_is_repeatable(name: str) -> None:
     """`pre_capture_init` twice for one shape, then for larger ones; earlier shapes stay served."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     with open_handle(name) as backend:
+        dtype = first_call(name, backend).dtype
         for max_tokens in (4, 4, 16, 64):
-            comm.pre_capture_init(max_tokens=max_tokens, hidden_size=64, dtype=torch.float32)
+            comm.pre_capture_init(max_tokens=max_tokens, hidden_size=64, dtype=dtype)
             candidate = backend.decision.candidate(name)
             assert candidate is not None
             assert candidate.verdict != "failed", f"{max_tokens} tokens: {candidate.reason}"
             for tokens in (1, 4):
-                every = [make_integers(r, world_size, tokens * 64, torch.float32) for r in range(world_size)]
-                mine = every[rank].view(tokens, 64).to(backend.device, copy=True)
-                result = backend.all_reduce(mine).cpu().flatten()
-                assert torch.equal(result, sum_exactly(every).float()), f"{tokens} tokens after {max_tokens}"
+                what = f"{tokens} tokens after {max_tokens}"
+                check_sum(backend, backend.device, dtype, tokens * 64, what)
+                if dtype.is_floating_point:
+                    fused = FusedCall(backend, dtype, (tokens, 64))
+                    fused.check_results(fused(), what)
 
 
 def closed_groups_leave_nothing(name: str, count: int) -> None:
@@ -313,8 +254,9 @@ def closed_groups_leave_nothing(name: str, count: int) -> None:
     held = []
     for _ in range(WARM_HANDLES + count):
         with warnings_of_core() as logged, open_handle(name) as backend:
-            for device, dtype, sizes in itertools.islice(eager_cells(backend, name, 1 << 16), 1):
-                check_sum(backend, device, dtype, sizes[-1], "a new handle")
+            call = first_call(name, backend)
+            call.check_results(call(), "a new handle")
+            del call
         assert not logged, f"core logged: {logged}"
         del backend
         dist.barrier()
@@ -344,39 +286,39 @@ def count_held() -> dict[str, int]:
 
 def suspended_and_resumed(name: str) -> None:
     with open_handle(name) as backend:
-        device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
+        call = first_call(name, backend)
         for _ in range(3):
             comm.suspend()
             try:
-                backend.all_reduce(torch.ones(sizes[-1], device=device, dtype=dtype))
+                call()
             except comm.CommError:
                 pass
             else:
                 raise AssertionError("a call between suspend and resume didn't raise")
             comm.resume()
             for _ in range(3):
-                check_sum(backend, device, dtype, sizes[-1], "after resume")
+                call.check_results(call(), "after resume")
 
 
 def a_peer_is_killed(name: str) -> tuple[str, str, float]:
     """The last rank dies; the others' next call must raise within the wait's limit."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     backend = comm.get_backend(backends=(name,))
-    device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
-    x = torch.ones(sizes[-1], device=device, dtype=dtype)
-    backend.all_reduce(x)
+    prepare_if_needed(backend, name)
+    call = first_call(name, backend)
+    call()
     synchronize(backend)
     if rank == world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     start = time.monotonic()
     try:
-        call_and_check(backend, x)
+        call_and_check(name, backend)
     except comm.CommError as error:
         outcome = (type(error).__name__, str(error), time.monotonic() - start)
     else:
         raise AssertionError("calls without the killed rank returned")
     try:
-        backend.all_reduce(x)
+        call()
     except comm.CommError:
         return outcome
     raise AssertionError("a call after the failure returned")
@@ -385,8 +327,8 @@ def a_peer_is_killed(name: str) -> tuple[str, str, float]:
 def a_rank_is_slow(name: str, delay_s: float) -> None:
     """Each rank in turn comes late by less than the wait's limit."""
     with open_handle(name) as backend:
-        device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
+        call = first_call(name, backend)
         for late in range(dist.get_world_size()):
             if dist.get_rank() == late:
                 time.sleep(delay_s)
-            check_sum(backend, device, dtype, sizes[-1], f"rank {late} came late by {delay_s} s")
+            call.check_results(call(), f"rank {late} came late by {delay_s} s")

@@ -21,13 +21,14 @@ import torch.distributed as dist
 
 import comm_core as comm
 from comm_core._plugins.discovery import replaced_hook
-from comm_core._testing.cases import (
+from comm_core._testing.cases import count_held
+from comm_core._testing.handles import (
     WARM_HANDLES,
     call_and_check,
     check_sum,
-    count_held,
-    eager_cells,
+    first_call,
     open_handle,
+    prepare_if_needed,
     synchronize,
 )
 
@@ -83,17 +84,23 @@ def _warm_up(name: str) -> dict[str, int]:
     return count_held()
 
 
-def _works(name: str, *, fallback: bool = False) -> None:
-    """Get a new handle of the backend, and check one sum; with `fallback`, call that, too, which keeps its buffers."""
+def _works(name: str, *, fallback: bool = False) -> str:
+    """Get a new handle of the backend, and check one call; return its hook.
+
+    With `fallback`, call that, too, which keeps its buffers.
+    """
     with open_handle(name) as backend:
-        _sum_once(name, backend, "after a fault")
+        hook = _call_once(name, backend, "after a fault")
         if fallback:
             dist.all_reduce(torch.ones(1000, device=backend.device))
+    return hook
 
 
-def _sum_once(name: str, backend: comm.Backend, what: str) -> None:
-    device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
-    check_sum(backend, device, dtype, sizes[-1], what)
+def _call_once(name: str, backend: comm.Backend, what: str) -> str:
+    """Check a call that the backend serves; return its hook."""
+    call = first_call(name, backend)
+    call.check_results(call(), what)
+    return call.hook
 
 
 def _nothing_is_left(before: dict[str, int], what: str, release_s: float, *, in_use: bool = False) -> None:
@@ -122,6 +129,7 @@ def _nothing_is_left(before: dict[str, int], what: str, release_s: float, *, in_
 def _refused(name: str, what: str, reason: str, timeout_s: float | None = None) -> None:
     """Get a handle that the backend can't serve, on all ranks for the same reason; its sums are right all the same."""
     backend = comm.get_backend(timeout_s=timeout_s)
+    prepare_if_needed(backend, name)
     candidate = backend.decision.candidate(name)
     assert candidate is not None
     assert candidate.verdict == "failed", f"{what}: the verdict is {candidate.verdict}"
@@ -209,7 +217,7 @@ def a_rank_is_killed_in_connect(name: str, release_s: float) -> None:
 
     with replaced_hook(name, "connect", die):
         try:
-            comm.get_backend(timeout_s=_HANG_TIMEOUT_S)
+            prepare_if_needed(comm.get_backend(timeout_s=_HANG_TIMEOUT_S), name)
         except comm.CommError:
             pass
         else:
@@ -218,20 +226,21 @@ def a_rank_is_killed_in_connect(name: str, release_s: float) -> None:
 
 
 def a_call_fails(name: str, absent: bool, release_s: float) -> None:
-    """The last rank's `all_reduce` raises, or isn't called: every rank's calls end in an error, and keep to it."""
+    """The last rank's call raises, or is missing: every rank's calls end in an error, and keep to it."""
     last, before = _is_last(), _warm_up(name)
     fails = threading.Event()
 
-    def failing(original: Callable[..., Any], session: Any, tensor: torch.Tensor, out: torch.Tensor | None) -> Any:
+    def failing(original: Callable[..., Any], *arguments: Any) -> Any:
         if last and fails.is_set():
             raise RuntimeError(FAULT)
-        return original(session, tensor, out)
+        return original(*arguments)
 
     what = "a call without one rank" if absent else "a call that raised on one rank"
-    with replaced_hook(name, "all_reduce", failing):
+    with replaced_hook(name, _works(name), failing):
         # Calls in `context.group` over Gloo wait as long as `connect` may take.
         backend = comm.get_backend(backends=(name,), timeout_s=_CALL_TIMEOUT_S)
-        _sum_once(name, backend, "before the fault")
+        prepare_if_needed(backend, name)
+        _call_once(name, backend, "before the fault")
         synchronize(backend)
         if not absent:
             fails.set()
@@ -252,10 +261,8 @@ def a_call_fails(name: str, absent: bool, release_s: float) -> None:
 
 def _error_of_calls(name: str, backend: comm.Backend, what: str) -> str:
     """Call, and return the error."""
-    device, dtype, sizes = next(eager_cells(backend, name, 1 << 16))
-    x = torch.ones(sizes[-1], device=device, dtype=dtype)
     try:
-        call_and_check(backend, x)
+        call_and_check(name, backend)
     except comm.CommError as error:
         return str(error)
     except RuntimeError as error:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from comm_core._testing import cases
+from comm_core._testing.handles import FUSED, describe
 from comm_core._testing.ranks import Ranks
 
 __all__ = ["WAIT_TIMEOUT_S", "Kit"]
@@ -50,10 +50,11 @@ class Kit:
         world_size: int = 2,
         group_size: int | None = None,
         dying: Collection[int] = (),
+        any_operation: bool = False,
     ) -> list[Any]:
         """Run a function of the `cases` modules on every rank; return the results by rank.
 
-        Skip the test if the backend doesn't serve a group of this size.
+        Skip the test if the backend doesn't serve a group of this size, or sums in no other way than fused.
 
         Args:
             case: the function.
@@ -61,11 +62,13 @@ class Kit:
             world_size: the number of ranks.
             group_size: the size of the groups, each of neighbouring ranks, that the backend serves; None: all ranks.
             dying: the ranks that are killed.
+            any_operation: whether the function also tests backends that serve the fused operation alone.
         """
         group_size = group_size or world_size
         outcome = self.describe(group_size)
         if outcome["verdict"] != "serves":
             self._skip(f"'{self.backend}' doesn't serve {group_size} ranks here: {outcome['reason']}")
+        self.require(any_operation or not outcome["fused_only"], f"another operation than {FUSED}")
         return self.run_anyway(case, *arguments, world_size=world_size, group_size=group_size, dying=dying)
 
     def require(self, condition: bool, claim: str) -> None:
@@ -76,7 +79,7 @@ class Kit:
     @functools.cache  # noqa: B019 - a kit lives as long as its tests
     def describe(self, world_size: int) -> dict[str, Any]:
         """Return the outcome of a negotiation for the backend."""
-        found: dict[str, Any] = self.run_anyway(cases.describe, world_size=world_size)[0]
+        found: dict[str, Any] = self.run_anyway(describe, world_size=world_size)[0]
         return found
 
     def check_outcome(self, world_size: int) -> None:

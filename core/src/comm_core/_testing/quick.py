@@ -21,12 +21,15 @@ _TESTS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "tensors of any layout are summed": (cases.any_layout_is_summed, ()),
     "many calls in a row are right": (cases.many_calls, (200,)),
     "two groups don't mix": (cases.groups_dont_mix, ()),
+}
+"""The tests of plain sums by name: a function that each rank runs, and its arguments."""
+_TESTS_OF_ANY_OPERATION: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "preparing again and for larger shapes works": (cases.preparing_is_repeatable, ()),
     "captured calls are replayed": (capture_cases.captured_calls_are_replayed, ()),
     "closed groups leave nothing": (cases.closed_groups_leave_nothing, (6,)),
     "a rank that is slow in connect is waited for": (fault_cases.connect_is_slow, (0.3,)),
 }
-"""The tests by name: a function that each rank runs, and its arguments."""
+"""Those that backends pass, too, which serve the fused operation alone."""
 
 
 class _SkippedError(Exception):
@@ -47,8 +50,10 @@ def run_quick_tests(name: str, world_size: int) -> Iterator[tuple[str, str, str]
         kit = Kit(name, ranks, _skip)
         try:
             yield "it serves the group or says why not", *_outcome(lambda: kit.check_outcome(world_size))
-            for test, (case, arguments) in _TESTS.items():
-                yield test, *_outcome(functools.partial(kit.run, case, *arguments, world_size=world_size))
+            for tests in (_TESTS, _TESTS_OF_ANY_OPERATION):
+                for test, (case, arguments) in tests.items():
+                    run = functools.partial(kit.run, case, *arguments, world_size=world_size)
+                    yield test, *_outcome(functools.partial(run, any_operation=tests is not _TESTS))
         finally:
             ranks.close()
 

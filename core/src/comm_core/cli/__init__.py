@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 _COMMANDS = ("check", "demo", "doctor", "explain", "new", "run")
 #: This project's subcommands in other distributions, with the distributions' names.
-_SEPARATE_DISTRIBUTIONS = {"bench": "comm-bench"}
+_SEPARATE_DISTRIBUTIONS = {"bench": "comm-bench", "tune": "comm-bench"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         importlib.import_module(f"comm_core.cli.{command}").add_parser(subparsers)
     arguments = sys.argv[1:] if argv is None else list(argv)
+    completing = "_ARGCOMPLETE" in os.environ  # the shell asks what can follow the words of COMP_LINE
+    if completing:
+        arguments = os.environ.get("COMP_LINE", "").split()[1:]
     called = next((argument for argument in arguments if not argument.startswith("-")), "")
     if not _add_installed_commands(subparsers, called):
         return 1
@@ -48,12 +51,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             subparsers.add_parser(name, help=f"not installed: pip install {distribution}")
             if name == called:
                 parser.error(f"'{name}' isn't installed: pip install {distribution}")
+    if completing:
+        _complete(parser)
     args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()
         return 0
     args.arguments = arguments  # for a command that starts itself again in other processes
     return _run(args)
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Tell the shell what can follow, and end this process."""
+    try:
+        import argcomplete
+    except ModuleNotFoundError:
+        sys.exit(1)
+    argcomplete.autocomplete(parser)
 
 
 class _Parser(argparse.ArgumentParser):

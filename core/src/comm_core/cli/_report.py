@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from comm_core.env import Settings
 from comm_core.topology import Device, Host, Link
 from comm_core.types import TERMINAL
 
-__all__ = ["PluginLine", "Problem", "Report", "diagnose", "encodable", "render", "to_json"]
+__all__ = ["PluginLine", "Problem", "Report", "diagnose", "render", "to_json"]
 
 #: The version of the JSON.
 SCHEMA = 1
@@ -70,6 +69,7 @@ class Report:
         versions: as in `comm_core.RankInfo`.
         torch: "cuda": whether it can use a GPU; "process_groups": the backends that it was built with. Empty if it
             can't be imported.
+        system: the operating system, processor and compilers, and other packages that matter, by name, in words.
         host: this host.
         devices: every GPU of the host that NVML sees.
         environment: the relevant variables.
@@ -90,6 +90,7 @@ class Report:
     plugins: Sequence[PluginLine]
     unknown: Mapping[str, str]
     integrations: Sequence[PluginLine] = ()
+    system: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def diagnose(report: Report) -> tuple[Problem, ...]:
@@ -199,6 +200,7 @@ def _setting_problems(report: Report) -> Iterator[Problem]:
             ("COMM_CORE_BACKENDS", report.settings.backends or ()),
             ("COMM_CORE_DISABLE", report.settings.disable),
             ("COMM_CORE_PLUGINS", report.settings.plugins or ()),
+            ("COMM_CORE_TUNE", tuple(dict.fromkeys(rule.backend for rule in report.settings.tuning.rules))),
         ):
             yield from (_unknown_name(variable, name, sorted(installed)) for name in names if name not in installed)
 
@@ -242,6 +244,7 @@ def to_json(report: Report, problems: Sequence[Problem]) -> dict[str, Any]:
         "schema": SCHEMA,
         "versions": dict(report.versions),
         "torch": dict(report.torch),
+        "system": dict(report.system),
         "host": dataclasses.asdict(report.host),
         "devices": [dataclasses.asdict(device) for device in report.devices],
         "environment": dict(report.environment),
@@ -258,6 +261,7 @@ def render(report: Report, problems: Sequence[Problem]) -> str:
     sections = {
         "Versions": [f"{name}: {version}" for name, version in report.versions.items()],
         "torch": [f"{name}: {_format_value(value)}" for name, value in report.torch.items()] or ["can't be imported"],
+        "System": [f"{name}: {value}" for name, value in report.system.items()],
         "Host": _host_lines(report.host),
         "GPUs, as NVML sees them": [_device_line(i, device) for i, device in enumerate(report.devices)] or ["none"],
         "Links": list(_link_lines(report.devices)),
@@ -274,12 +278,6 @@ def render(report: Report, problems: Sequence[Problem]) -> str:
             lines += [title, *(f"  {shorten(line, _LINE_NBYTES)}" for line in content), ""]
     # Names, reasons, facts and variables come from other software.
     return "\n".join(map(printable, [*lines, *(shorten(line, _LINE_NBYTES) for line in _fix_lines(problems))]))
-
-
-def encodable(text: str, stream: object) -> str:
-    """Return the text with escapes for what the stream's encoding lacks: it may quote other software's text."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _host_lines(host: Host) -> list[str]:
@@ -334,8 +332,11 @@ def _variable_line(name: str, value: str, report: Report) -> str:
 
 def _plugin_line(plugin: PluginLine) -> str:
     state = {True: "loaded", False: "can't be used: ", None: "not loaded: "}[plugin.usable]
-    facts = f", {json.dumps(plugin.facts)}" if plugin.facts else ""
-    return f"{plugin.name} {plugin.version or '(version unknown)'}: {state}{plugin.reason}{facts}"
+    facts = plugin.facts.items() if isinstance(plugin.facts, dict) else ()
+    words = [
+        f"{name.replace('_', ' ')}: {_format_value(value)}" for name, value in facts if value not in (None, {}, [])
+    ]
+    return f"{plugin.name} {plugin.version or '(version unknown)'}: {'; '.join((state + plugin.reason, *words))}"
 
 
 def _fix_lines(problems: Sequence[Problem]) -> Iterator[str]:
@@ -349,9 +350,14 @@ def _fix_lines(problems: Sequence[Problem]) -> Iterator[str]:
 
 
 def _format_value(value: object) -> str:
+    """Return a fact, which is JSON, in words."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(_format_value, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_format_value(item)}" for name, item in value.items()) or "none"
+    return "unknown" if value is None else str(value)
 
 
 def _size(nbytes: int) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from comm_core._schema import printable
-from comm_core.cli._report import encodable
+from comm_core.cli._terminal import show
 from comm_core.env import Settings
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ranks is not None and args.ranks < 2:
         args.fail(f"--ranks {args.ranks}: expected at least 2")
     found = examine(args.name, settings)
-    print(encodable("\n".join(_lines(args.name, found)), sys.stdout), flush=True)
+    show("\n".join(_lines(args.name, found)))
     if found.faults:
         return 1
     return 0 if args.ranks is None else _run_quick_tests(args.name, args.ranks)
@@ -63,7 +62,7 @@ def _run_quick_tests(name: str, ranks: int) -> int:
     failed = 0
     for test, outcome, text in run_quick_tests(name, ranks):
         failed += outcome == "failed"
-        print(encodable(f"{outcome:>7}  {printable(test)}" + (f": {text}" if text else ""), sys.stdout), flush=True)
+        show(f"{outcome:>7}  {printable(test)}" + (f": {text}" if text else ""))
     return 1 if failed else 0
 
 

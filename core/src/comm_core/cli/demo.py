@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from comm_core.cli._report import encodable
+from comm_core.cli._terminal import show
 from comm_core.command import contention, joined, launch, size, table, under_torchrun
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _demo(rank: int, *, as_json: bool) -> int:
 
     backend = comm.get_backend()
     if rank == 0 and not as_json:
-        print(encodable(backend.explain(), sys.stdout), end="\n\n", flush=True)
+        show(backend.explain(), end="\n\n")
     group = dist.group.WORLD
     world_size = dist.get_world_size()
     rows = []

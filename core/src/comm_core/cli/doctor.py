@@ -9,29 +9,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from comm_core._control.deadline import run_with_deadline
 from comm_core._probe.attempt import try_query
 from comm_core._probe.rank import Sources, probe_devices, probe_host, probe_versions
-from comm_core.cli._report import PluginLine, Problem, Report, diagnose, encodable, render, to_json
+from comm_core.cli._integrations import examine_integrations
+from comm_core.cli._report import PluginLine, Problem, Report, diagnose, render, to_json
+from comm_core.cli._system import describe_system
+from comm_core.cli._terminal import show
 from comm_core.env import PREFIX, Settings
 
 if TYPE_CHECKING:
     from comm_core._plugins.discovery import Plugin
-    from comm_core._plugins.installed import InstalledPlugin, LoadFailure
     from comm_core._testing.examine import Fault
 
 __all__ = ["add_parser", "collect", "run"]
 
-# The entry-point group of integrations into serving engines. An entry is a function that returns facts as JSON, as a
-# plugin's `probe` does; the fact "missing" is a reason why it has no effect here.
-_INTEGRATIONS = "comm_core.integrations"
-
 #: Other software's variables that affect the choice of backends.
-_RELEVANT = ("CUDA_VISIBLE_DEVICES", "NCCL_", "NVIDIA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_RELEVANT = (
+    "CUDA_VISIBLE_DEVICES",
+    "GLOO_",
+    "NCCL_",
+    "NVIDIA_VISIBLE_DEVICES",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; return 1 if there is a problem to fix, else 0."""
     report = collect(Sources())
     problems = diagnose(report)
-    text = json.dumps(to_json(report, problems), indent=2) if args.json else render(report, problems)
-    print(encodable(text, sys.stdout))
+    if args.json:
+        print(json.dumps(to_json(report, problems), indent=2))
+    else:
+        show(render(report, problems))
     return 1 if problems else 0
 
 
@@ -64,13 +69,14 @@ def collect(sources: Sources) -> Report:
     return Report(
         versions=versions | ({"driver": driver} if driver else {}),
         torch=_torch(sources, unknown) if "torch" in versions else {},
+        system=describe_system(sources.environ, unknown),
         host=probe_host(sources, unknown),
         devices=devices,
         environment=_relevant_variables(sources.environ),
         settings=settings,
         misspelt=Settings.unknown(sources.environ),
         plugins=try_query(unknown, "plugins", lambda: _plugins(settings or Settings())) or (),
-        integrations=try_query(unknown, "integrations", lambda: _integrations(settings or Settings())) or (),
+        integrations=try_query(unknown, "integrations", lambda: examine_integrations(settings or Settings())) or (),
         unknown=unknown,
     )
 
@@ -141,33 +147,3 @@ def _examined_line(plugin: Plugin, timeout_s: float) -> PluginLine:
 def _remedy(fault: Fault, plugin: Plugin) -> str:
     place = f" It is at {fault.place}." if fault.place else ""
     return f"{fault.remedy}{place} Or disable the plugin: COMM_CORE_DISABLE={plugin.name}."
-
-
-def _integrations(settings: Settings) -> tuple[PluginLine, ...]:
-    """Describe the installed integrations, with the facts that their entry points return."""
-    from comm_core._plugins.installed import list_installed
-
-    return tuple(_integration_line(item, settings.import_timeout_s) for item in list_installed(_INTEGRATIONS))
-
-
-def _integration_line(item: InstalledPlugin | LoadFailure, timeout_s: float) -> PluginLine:
-    """Describe an integration; it is usable unless its function can't be imported, or fails."""
-    from comm_core._plugins.installed import LoadFailure
-    from comm_core._plugins.metadata_backport import metadata
-
-    line = PluginLine(item.name, item.distribution, item.version, usable=True)
-    if isinstance(item, LoadFailure):
-        return dataclasses.replace(line, usable=False, reason=item.reason, remedy=item.remedy)
-
-    def ask() -> dict[str, Any]:
-        function = metadata.EntryPoint(item.name, item.value, _INTEGRATIONS).load()
-        facts = run_with_deadline(function, timeout_s, name=item.value)
-        as_json: dict[str, Any] = json.loads(json.dumps(facts))
-        return as_json
-
-    failure: dict[str, str] = {}
-    facts = try_query(failure, "facts", ask)
-    if not failure:
-        return dataclasses.replace(line, facts=facts)
-    remedy = f"Reinstall or remove {item.distribution}."
-    return dataclasses.replace(line, usable=False, reason=f"its {item.value} failed: {failure['facts']}", remedy=remedy)

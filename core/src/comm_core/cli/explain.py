@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from comm_core._schema import MAX_INT, printable
+from comm_core._schema import printable
 from comm_core.cli._machines import load_machine, print_machines
-from comm_core.cli._report import encodable
-from comm_core.command import joined, launch, table, under_torchrun
+from comm_core.cli._terminal import encodable, show
+from comm_core.command import joined, launch, parse_size, table, under_torchrun
 from comm_core.env import Settings
 from comm_core.types import DTYPES, MODES, OPS
 
@@ -27,8 +26,7 @@ __all__ = ["add_parser", "run"]
 #: The version of the JSON.
 SCHEMA = 1
 #: The operations by their names on the command line, as in `comm-core bench`.
-_OPS = dict(zip(("all_reduce", "fused"), OPS, strict=True))
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_OPS = dict(zip(("all_reduce", "fused", "fused_quant"), OPS, strict=True))
 
 
 def add_parser(subparsers: Any) -> None:
@@ -82,10 +80,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _nbytes(text: str) -> int:
     """Parse a size: bytes, or a number with K, M or G for powers of 1024."""
-    found = re.fullmatch(r"(\d{1,18})([KMG]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
-    nbytes = int(found[1]) * _UNITS[found[2].upper()] if found else 0
-    if not 0 < nbytes <= MAX_INT:
-        raise argparse.ArgumentTypeError(f"expected bytes, such as 8, 64K or 1M; got {text!r}")
+    try:
+        nbytes = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if nbytes == 0:
+        raise argparse.ArgumentTypeError("expected bytes, at least one")
     return nbytes
 
 
@@ -112,7 +112,7 @@ def _route(args: argparse.Namespace, decision: Decision) -> Route | None:
         devices = ", ".join(dict.fromkeys(route.device_type for route in decision.routes))
         args.fail(
             f"the group has no messages of {', '.join(kind)}: its tensors are on {devices}, graphs are CUDA graphs, "
-            "and the fused operation takes floating-point tensors"
+            "and the fused operations take floating-point tensors"
         )
     return routes[kind]
 
@@ -178,4 +178,4 @@ def _print(
             data["message"] = {**dataclasses.asdict(route), "nbytes": args.size, "rules": rules}
         print(json.dumps(data, indent=1))
     else:
-        print(encodable(text if route is None else explain.explain_message(decision, route, args.size), sys.stdout))
+        show(text if route is None else explain.explain_message(decision, route, args.size))

@@ -11,6 +11,7 @@ from typing import Any
 import comm_core as comm
 import torch
 from comm_core import kernels, memory
+from comm_core.types import QUANTS, RANK_ORDER_FP32
 
 from comm_plugin_customar_v2 import policy, session
 from comm_plugin_customar_v2.session import Session
@@ -20,6 +21,7 @@ __all__ = [
     "abort",
     "all_reduce",
     "all_reduce_add_rms_norm",
+    "all_reduce_add_rms_norm_quant",
     "check",
     "close",
     "connect",
@@ -31,6 +33,8 @@ __all__ = [
 
 COMM_HOOK_API = (1, 0)
 
+# `QuantForm` in csrc/quant.cuh.
+_FORMS = {form: code for code, form in enumerate(QUANTS)}
 _library = kernels.Library("comm_plugin_customar_v2")
 
 
@@ -50,7 +54,8 @@ def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     reason = policy.unavailable_reason(topology)
     if reason:
         return comm.Unavailable(reason)
-    return comm.Available(policy.PRIORITY, policy.ranges(topology), checks_operands=True)
+    ranges = policy.ranges(topology)
+    return comm.Available(policy.PRIORITY, ranges, checks_operands=True, numerics=RANK_ORDER_FP32)
 
 
 @comm.hookimpl
@@ -100,6 +105,33 @@ def all_reduce_add_rms_norm(
         session.check()  # if a kernel timed out, raise that
         raise
     return (out, residual_out) if taken else NotImplemented
+
+
+@comm.hookimpl
+def all_reduce_add_rms_norm_quant(
+    session: Session,
+    tensor: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    quant: str,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+    residual_out: torch.Tensor,
+    norm_out: torch.Tensor | None,
+) -> Any:
+    """Sum over the ranks, add the residual, normalise, quantise; see the hook's spec. Declines long rows."""
+    norm = residual_out if norm_out is None else norm_out  # not written in the former case
+    try:
+        taken = session.all_reduce_add_rms_norm_quant(
+            *(tensor, residual, weight, out.view(torch.uint8), scale, residual_out, norm, norm_out is not None),
+            *(eps, weight_offset, _FORMS[quant]),
+        )
+    except RuntimeError:
+        session.check()  # if a kernel timed out, raise that
+        raise
+    return None if taken else NotImplemented
 
 
 @comm.hookimpl

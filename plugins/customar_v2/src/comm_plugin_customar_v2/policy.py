@@ -144,7 +144,7 @@ def needs_fabric(topology: comm.Topology) -> bool:
 
 
 def ranges(topology: comm.Topology) -> tuple[comm.Range, ...]:
-    """Say what is served: plain messages of any number of elements, and fused ones with rows of whole vectors."""
+    """Say what is served: plain messages of any number of elements; fused ones with rows of whole vectors."""
     # The fused tables go as far as the plain ones. No plain kernel reads or writes beyond the last element.
     largest = rows_for(major(topology), topology.world_size)[-1].up_to_nbytes
     plain = comm.Range("all_reduce", dtypes=DTYPES, device_types=("cuda",), max_nbytes=largest)
@@ -158,7 +158,14 @@ def ranges(topology: comm.Topology) -> tuple[comm.Range, ...]:
         )
         for dtypes, itemsize in ((DTYPES[:1], 4), (DTYPES[1:], 2))
     )
-    return (plain, *fused)
+    quantized = comm.Range(
+        "all_reduce_add_rms_norm_quant",
+        dtypes=DTYPES[1:],
+        device_types=("cuda",),
+        max_nbytes=largest,
+        hidden_multiple=VEC_NBYTES // 2,
+    )
+    return (plain, *fused, quantized)
 
 
 def major(topology: comm.Topology) -> int:

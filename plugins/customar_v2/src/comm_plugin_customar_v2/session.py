@@ -26,6 +26,7 @@ class Native(NamedTuple):
     all_reduce: Any
     all_reduce_out: Any
     all_reduce_add_rms_norm_out: Any
+    all_reduce_add_rms_norm_quant: Any
     set_shapes: Any
     set_norm_shapes: Any
     error: Any
@@ -44,6 +45,8 @@ class Session:
         all_reduce_add_rms_norm_out: (tensor, residual, weight, out, residual_out, eps, weight_offset) sums, adds and
             normalises; `out` may be `tensor`, and `residual_out` may be `residual`. Returns False, and does nothing, if
             the operands break the hook's preconditions.
+        all_reduce_add_rms_norm_quant: (tensor, residual, weight, values, scale, sum, norm, wants_norm, eps,
+            weight_offset, form) likewise, and quantises; csrc/customar_v2.cu describes it.
         set_early: (early) chooses whether a kernel may start while the one before it still runs; for comparisons.
         memory_nbytes: the size of this rank's buffer.
     """
@@ -52,6 +55,7 @@ class Session:
         self.all_reduce = native.all_reduce
         self.all_reduce_out = native.all_reduce_out
         self.all_reduce_add_rms_norm_out = native.all_reduce_add_rms_norm_out
+        self.all_reduce_add_rms_norm_quant = native.all_reduce_add_rms_norm_quant
         self.set_early = native.set_early
         self.memory_nbytes = buffer.nbytes
         self._native: Any = native  # a `Native`; None once the session is closed
@@ -116,7 +120,8 @@ class Session:
         if self._native is None:
             return
         native, self._native = self._native, None
-        self.all_reduce = self.all_reduce_out = self.all_reduce_add_rms_norm_out = self.set_early = None
+        self.all_reduce = self.all_reduce_out = self.set_early = None
+        self.all_reduce_add_rms_norm_out = self.all_reduce_add_rms_norm_quant = None
         if orderly:
             self._buffer.close()
         else:

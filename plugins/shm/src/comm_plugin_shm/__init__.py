@@ -11,13 +11,13 @@ from typing import Any
 
 import comm_core as comm
 import torch
-from comm_core import kernels
+from comm_core import kernels, types
 
 from comm_plugin_shm import policy, session
 from comm_plugin_shm.policy import DTYPE_CODES
 from comm_plugin_shm.session import Session
 
-__all__ = ["COMM_HOOK_API", "abort", "all_reduce", "close", "connect", "is_available", "limits", "probe"]
+__all__ = ["COMM_HOOK_API", "abort", "all_reduce", "close", "connect", "is_available", "limits", "probe", "waits"]
 
 COMM_HOOK_API = (1, 0)
 
@@ -34,7 +34,9 @@ def probe() -> dict[str, Any]:
 def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     """Require CPU tensors, one host, one PID namespace and 2 to 64 ranks."""
     reason = policy.unavailable_reason(topology)
-    return comm.Unavailable(reason) if reason else comm.Available(policy.PRIORITY, policy.ranges(topology))
+    if reason:
+        return comm.Unavailable(reason)
+    return comm.Available(policy.PRIORITY, policy.ranges(topology), numerics=types.RANK_ORDER_FP32)
 
 
 @comm.hookimpl
@@ -59,6 +61,12 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
 def limits(session: Session) -> dict[str, float]:
     """Measure what bounds this backend on this machine; see `Session.limits`."""
     return session.limits()
+
+
+@comm.hookimpl
+def waits(session: Session) -> dict[int, tuple[int, float, float]]:
+    """Return this rank's waits for each peer; see `Session.waits`."""
+    return session.waits()
 
 
 @comm.hookimpl

@@ -45,6 +45,7 @@ class Session:
         self.all_reduce: Any = functions["all_reduce"]
         self._message: Any = functions["message"]
         self._abort: Any = functions["abort"]
+        self._waits: Any = functions["waits"]
         self._round_trip_s: Any = functions["round_trip_s"]
         self.memory_nbytes = memory_nbytes
         self._pids = pids
@@ -65,6 +66,21 @@ class Session:
             "a copy of 16 MiB": min(_timed(lambda: target.copy_(source), 1) for _ in range(20)) * 1e6,
         }
 
+    def waits(self) -> dict[int, tuple[int, float, float]]:
+        """Return this rank's waits for each peer: their number, total and longest time, in microseconds.
+
+        A wait of about a microsecond is part of every exchange, and doesn't count.
+        """
+        if self._waits is None:
+            return {}
+        numbers = list(self._waits())
+        by_rank = (numbers[start : start + 3] for start in range(0, len(numbers), 3))
+        return {
+            rank: (count, total_ns / 1e3, longest_ns / 1e3)
+            for rank, (count, total_ns, longest_ns) in enumerate(by_rank)
+            if rank != self._context.rank
+        }
+
     def abort(self) -> None:
         """Make every later call on any rank raise, and the peers' waits for this rank end. Idempotent."""
         if self._abort is not None:
@@ -74,7 +90,7 @@ class Session:
         """Unmap the shared memory, which lives as long as the native functions. Idempotent."""
         if not orderly:
             self.abort()
-        self.all_reduce = self._message = self._abort = self._round_trip_s = None
+        self.all_reduce = self._message = self._abort = self._waits = self._round_trip_s = None
 
     def raise_failure(self, result: int, numel: int, dtype: torch.dtype) -> NoReturn:
         """Raise the error that a call's result stands for.

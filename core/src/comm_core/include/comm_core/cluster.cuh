@@ -57,6 +57,15 @@ __device__ __forceinline__ float warp_sum(float number) {
     return number;
 }
 
+// Takes the largest of numbers that aren't negative, over each `kLanes` consecutive lanes of a warp, a power of two. A
+// NaN doesn't count.
+template <int kLanes = 32>
+__device__ __forceinline__ float warp_max(float number) {
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) number = fmaxf(number, __shfl_xor_sync(0xffffffffu, number, mask));
+    return number;
+}
+
 // Returns `count` numbers in this block's shared memory, aligned to 16 bytes: the same ones for every call with that
 // count.
 template <uint32_t count>

@@ -1,5 +1,5 @@
-// Sums over all threads of a cluster (cluster.cuh), often a single block. A sum's bits don't depend on the cluster's
-// shape.
+// Sums and maxima over all threads of a cluster (cluster.cuh), often a single block. A result's bits don't depend on
+// the cluster's shape.
 #pragma once
 
 #include "cluster.cuh"
@@ -9,8 +9,19 @@ namespace comm_core {
 // The most numbers of a sum.
 constexpr uint32_t kMaxReducerNumbers = 64;
 
-// Takes sums over a cluster. Every block has a buffer of numbers in its shared memory. Each warp posts its numbers to
-// the buffers of all blocks, and each block adds up its own buffer once all numbers of a sum have arrived.
+// How a reduction combines numbers; 0 changes no result.
+struct Addition {
+    static __device__ __forceinline__ float over_warp(float number) { return warp_sum(number); }
+    static __device__ __forceinline__ float of(float one, float other) { return one + other; }
+};
+
+struct Maximum {
+    static __device__ __forceinline__ float over_warp(float number) { return warp_max(number); }
+    static __device__ __forceinline__ float of(float one, float other) { return fmaxf(one, other); }
+};
+
+// Takes sums over a cluster, or maxima. Every block has a buffer of numbers in its shared memory. Each warp posts its
+// numbers to the buffers of all blocks, and each block adds up its own buffer once all numbers of a sum have arrived.
 //
 // A block has two buffers, which consecutive sums use in turn, so a warp needn't wait until a buffer has been read: a
 // warp that posts to a buffer again has passed the gate of the sum in between. That gate opened only after every warp
@@ -50,6 +61,18 @@ class ClusterReducer {
     // how its terms are spread over blocks, warps and a thread's V terms, or on the other sums.
     template <int N, int V>
     __device__ __forceinline__ void sum(const float (&terms)[N][V], float (&totals)[N], uint32_t count) {
+        reduce<Addition>(terms, totals, count);
+    }
+
+    // Takes N maxima of terms that aren't negative, as `sum` takes sums; a NaN doesn't count.
+    template <int N, int V>
+    __device__ __forceinline__ void max(const float (&terms)[N][V], float (&totals)[N], uint32_t count) {
+        reduce<Maximum>(terms, totals, count);
+    }
+
+  private:
+    template <typename Operation, int N, int V>
+    __device__ __forceinline__ void reduce(const float (&terms)[N][V], float (&totals)[N], uint32_t count) {
         static_assert(N <= kSums, "the buffers have room for fewer sums");
         const uint32_t turn = turns_ % 2, parity = turns_ / 2 % 2;
         ++turns_;
@@ -61,7 +84,7 @@ class ClusterReducer {
         for (int n = 0; n < N; ++n) {
             totals[n] = 0.0f;
 #pragma unroll
-            for (int j = 0; j < V; ++j) sums[n][j] = warp_sum(terms[n][j]);
+            for (int j = 0; j < V; ++j) sums[n][j] = Operation::over_warp(terms[n][j]);
         }
         if (blocks_ == 1) {
 #pragma unroll
@@ -90,10 +113,10 @@ class ClusterReducer {
             pass(gate, parity);
         }
 #pragma unroll
-        for (int n = 0; n < N; ++n) totals[n] = total(buffer + n * kMaxReducerNumbers, count);
+        for (int n = 0; n < N; ++n) totals[n] = total<Operation>(buffer + n * kMaxReducerNumbers, count);
     }
 
-  private:
+    template <typename Operation>
     static __device__ __forceinline__ float total(const float* buffer, uint32_t count) {
         float sums[4] = {};
         // In batches, so that loads are issued together.
@@ -105,10 +128,11 @@ class ClusterReducer {
             for (int k = 0; k < 4; ++k) {
                 const float numbers[4] = {batch[k].x, batch[k].y, batch[k].z, batch[k].w};
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums[i] += place + 4 * k + i < count ? numbers[i] : 0.0f;
+                for (int i = 0; i < 4; ++i)
+                    sums[i] = Operation::of(sums[i], place + 4 * k + i < count ? numbers[i] : 0.0f);
             }
         }
-        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        return Operation::of(Operation::of(sums[0], sums[1]), Operation::of(sums[2], sums[3]));
     }
 
     float* buffers_;

@@ -76,6 +76,10 @@ std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
 //   all_reduce_add_rms_norm_out(tensor, residual, weight, out, sum, eps, offset)
 //                                sums, adds the residual and normalises; `out` may be `tensor`, and `sum` may be
 //                                `residual`. Returns false, and does nothing, if an operand breaks a precondition
+//   all_reduce_add_rms_norm_quant(tensor, residual, weight, values, scale, sum, norm, wants_norm, eps, offset, form)
+//                                likewise, and quantises the norm into `values`, bytes, by the `QuantForm` with that
+//                                code; stores the norm only if `wants_norm`. The operands meet the hook's
+//                                preconditions. Returns false, and does nothing, if no fused kernel takes the rows
 //   set_shapes(numbers)          sets the table
 //   set_norm_shapes(numbers)     sets the fused table
 //   error()                      returns 0, or 1 + the rank that didn't come in time
@@ -126,7 +130,46 @@ Map<String, Function> connect(
                     static_cast<float>(eps),
                     static_cast<float>(offset),
                     element_of(dtype),
-                    static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id))});
+                    static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id)),
+                    false,
+                    {}});
+        return true;
+    };
+    const auto all_reduce_add_rms_norm_quant = [session, norms](TensorView tensor,
+                                                                TensorView residual,
+                                                                TensorView weight,
+                                                                TensorView values,
+                                                                TensorView scale,
+                                                                TensorView sum,
+                                                                TensorView norm,
+                                                                bool wants_norm,
+                                                                double eps,
+                                                                double offset,
+                                                                int64_t form) {
+        refuse_if_poisoned(*session);
+        if (form < 0 || form >= static_cast<int64_t>(QuantForm::kCount))
+            TVM_FFI_THROW(ValueError) << "there is no form " << form;
+        const DLDevice place{kDLCUDA, session->device()};
+        const bool has_strides = scale.ndim() == 2;
+        const NormCall call{data_of(tensor),
+                            wants_norm ? data_of(norm) : nullptr,
+                            data_of(residual),
+                            data_of(sum),
+                            data_of(weight),
+                            tensor.size(0),
+                            tensor.size(1) * tensor.dtype().bits / 8,
+                            static_cast<float>(eps),
+                            static_cast<float>(offset),
+                            element_of(tensor.dtype()),
+                            static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id)),
+                            true,
+                            {data_of(values),
+                             reinterpret_cast<float*>(data_of(scale)),
+                             has_strides ? scale.stride(0) : 0,
+                             has_strides ? scale.stride(1) : 0,
+                             static_cast<QuantForm>(form)}};
+        if (!norms->takes(call)) return false;
+        norms->run(call);
         return true;
     };
     const auto set_shapes = [session](Array<int64_t> numbers) { session->set_shapes(shapes_of(numbers)); };
@@ -145,6 +188,7 @@ Map<String, Function> connect(
     return {{"all_reduce", Function::FromTyped(all_reduce)},
             {"all_reduce_out", Function::FromTyped(all_reduce_out)},
             {"all_reduce_add_rms_norm_out", Function::FromTyped(all_reduce_add_rms_norm_out)},
+            {"all_reduce_add_rms_norm_quant", Function::FromTyped(all_reduce_add_rms_norm_quant)},
             {"set_shapes", Function::FromTyped(set_shapes)},
             {"set_norm_shapes", Function::FromTyped(set_norm_shapes)},
             {"error", Function::FromTyped(error)},

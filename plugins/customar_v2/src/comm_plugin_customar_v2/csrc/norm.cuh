@@ -8,6 +8,9 @@
 // all ranks hold the same bits, and a row's bits depend neither on the algorithm, nor on the launch shape, nor on the
 // other rows (comm_core/cluster_reducer.cuh).
 //
+// A kernel with `kQuantizes` also stores y in FP8 (quant.cuh), and y itself only if the call wants it. Both are
+// computed from the y that is rounded to the dtype.
+//
 // Cells, slots, epochs and waits are those of the plain kernels, so that launches of both may follow each other.
 //
 // Lineage: a fused one-shot Lamport kernel with a cluster for each row is TensorRT-LLM's (allReduceFusionKernels.cu),
@@ -17,6 +20,7 @@
 #include <comm_core/cluster_reducer.cuh>
 
 #include "cells.cuh"
+#include "quant.cuh"
 
 namespace comm_customar_v2 {
 
@@ -30,13 +34,14 @@ enum class NormAlgorithm : int32_t {
 };
 
 struct NormParams {
-    Params plain;  // its output is y; no tail
+    Params plain;  // its output is y, null if a call with `kQuantizes` doesn't want it; no tail
     const char* residual;
     const char* weight;
     char* sum;  // may be the residual
     uint32_t num_rows;
     uint32_t row_vecs;  // vectors of a row
     float inverse_hidden, eps, offset;
+    QuantParams quant;  // of kernels with `kQuantizes`
 };
 
 // The longest row of the fused kernels, in vectors: every 32 vectors give the reducer one number.
@@ -53,8 +58,10 @@ __host__ __device__ constexpr int min_norm_vecs(int world_size) {
 __host__ __device__ constexpr int max_norm_vecs(int world_size, NormAlgorithm algorithm) {
     return world_size == 2 && algorithm == NormAlgorithm::kOneShotPush ? 4 : 2;
 }
-__host__ __device__ constexpr int max_norm_threads(int world_size, NormAlgorithm algorithm, int vecs) {
-    return world_size == 2 && vecs <= (algorithm == NormAlgorithm::kOneShotPush ? 2 : 1) ? 1024 : 512;
+__host__ __device__ constexpr int max_norm_threads(int world_size, NormAlgorithm algorithm, int vecs, bool quantizes) {
+    if (world_size > 2) return 512;
+    if (quantizes) return algorithm == NormAlgorithm::kOneShotPush && vecs == 1 ? 1024 : 512;
+    return vecs <= (algorithm == NormAlgorithm::kOneShotPush ? 2 : 1) ? 1024 : 512;
 }
 
 // The V vectors of a row that a thread holds. They are as far apart as the cluster has threads, so that a warp holds 32
@@ -68,10 +75,13 @@ struct Place {
           step(comm_core::ready(comm_core::blocks_in_cluster() * blockDim.x)),
           row_vecs(comm_core::ready(params.row_vecs)) {}
 
-    __device__ __forceinline__ bool has(int j) const { return first + j * step < row_vecs; }
+    // Returns the index of vector j in the row.
+    __device__ __forceinline__ uint32_t vec(int j) const { return first + j * step; }
+
+    __device__ __forceinline__ bool has(int j) const { return vec(j) < row_vecs; }
 
     // Returns the offset of vector j from the row's beginning, in bytes.
-    __device__ __forceinline__ uint32_t offset(int j) const { return (first + j * step) * 16; }
+    __device__ __forceinline__ uint32_t offset(int j) const { return vec(j) * 16; }
 };
 
 // Prefetches the weight and the first row's residual into the second-level cache while the kernel before may still run.
@@ -129,15 +139,75 @@ __device__ __forceinline__ uint32_t normed(uint32_t sum, uint32_t weight, float 
     return T::pack(values);
 }
 
+// Returns what a static scale multiplies with; 0 in kernels and forms without one.
+template <bool kQuantizes>
+__device__ __forceinline__ float factor_of(const NormParams& params) {
+    if constexpr (kQuantizes) {
+        if (params.quant.form == QuantForm::kStatic) return 1.0f / *params.quant.scale;
+    }
+    return 0.0f;
+}
+
+// Quantises N normed rows and stores them with their scales; `factor` comes from `factor_of`. All threads of the
+// cluster call it.
+template <typename T, int V, int N, uint32_t kSums>
+__device__ __forceinline__ void quantize_rows(const QuantParams& quant,
+                                              float factor,
+                                              ClusterReducer<kSums>& reducer,
+                                              const Place<V>& place,
+                                              const Vec (&normed)[N][V],
+                                              const uint32_t (&rows)[N],
+                                              const bool (&present)[N]) {
+    constexpr uint32_t kVecNbytes = 4 * T::count, kGroupVecs = kGroupElements / kVecNbytes;
+    const auto values_of = [&](int n, int j) {
+        return quant.values + (static_cast<size_t>(rows[n]) * place.row_vecs + place.vec(j)) * kVecNbytes;
+    };
+    if (quant.form == QuantForm::kStatic) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                if (place.has(j) && present[n]) store_quantized<T, false>(values_of(n, j), normed[n][j], factor);
+            }
+        }
+        return;
+    }
+    float largest[N][V], maxima[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) largest[n][j] = place.has(j) ? magnitude<T>(normed[n][j]) : 0.0f;
+    }
+    const bool per_token = quant.form == QuantForm::kPerToken;
+    if (per_token) reducer.max(largest, maxima, (place.row_vecs + 31) / 32);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float* const scales = quant.scale + rows[n] * quant.row_stride;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            // A warp holds whole groups, because it holds 32 consecutive vectors.
+            const float scale =
+                per_token ? fmaxf(maxima[n] / kLargestFp8, kLeastTokenScale)
+                          : fmaxf(comm_core::warp_max<kGroupVecs>(largest[n][j]), kLeastGroupMaximum) / kLargestFp8;
+            if (!place.has(j) || !present[n]) continue;
+            const uint32_t vec = place.vec(j);
+            if (per_token ? vec == 0 : vec % kGroupVecs == 0)
+                scales[per_token ? 0 : vec / kGroupVecs * quant.column_stride] = scale;
+            store_quantized<T, true>(values_of(n, j), normed[n][j], scale);
+        }
+    }
+}
+
 // Normalises N rows and stores them. The cluster's threads hold the rows' sums, and all of them call it. Rows that
 // aren't present are computed, but not stored.
-template <typename T, int V, int N, uint32_t kSums>
+template <typename T, bool kQuantizes, int V, int N, uint32_t kSums>
 __device__ __forceinline__ void norm_rows(const NormParams& params,
+                                          float factor,
                                           ClusterReducer<kSums>& reducer,
                                           const Place<V>& place,
                                           const Vec (&sums)[V][N],
                                           const Vec (&weight)[V],
-                                          char* const (&outputs)[N],
+                                          const uint32_t (&rows)[N],
                                           const bool (&present)[N]) {
     float terms[N][V], totals[N];
 #pragma unroll
@@ -146,34 +216,39 @@ __device__ __forceinline__ void norm_rows(const NormParams& params,
         for (int j = 0; j < V; ++j) terms[n][j] = place.has(j) ? squares<T>(sums[j][n]) : 0.0f;
     }
     reducer.sum(terms, totals, (place.row_vecs + 31) / 32);
+    [[maybe_unused]] Vec kept[N][V];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const float scale = rsqrtf(fmaf(totals[n], params.inverse_hidden, params.eps));
+        char* const output = params.plain.output + rows[n] * (place.row_vecs * 16);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (!place.has(j) || !present[n]) continue;
-            comm_core::store(outputs[n] + place.offset(j),
-                             {normed<T>(sums[j][n].x, weight[j].x, scale, params.offset),
-                              normed<T>(sums[j][n].y, weight[j].y, scale, params.offset),
-                              normed<T>(sums[j][n].z, weight[j].z, scale, params.offset),
-                              normed<T>(sums[j][n].w, weight[j].w, scale, params.offset)});
+            const Vec vec{normed<T>(sums[j][n].x, weight[j].x, scale, params.offset),
+                          normed<T>(sums[j][n].y, weight[j].y, scale, params.offset),
+                          normed<T>(sums[j][n].z, weight[j].z, scale, params.offset),
+                          normed<T>(sums[j][n].w, weight[j].w, scale, params.offset)};
+            if constexpr (kQuantizes) kept[n][j] = vec;
+            if (!kQuantizes || params.plain.output != nullptr) comm_core::store(output + place.offset(j), vec);
         }
     }
+    if constexpr (kQuantizes) quantize_rows<T>(params.quant, factor, reducer, place, kept, rows, present);
 }
 
-template <typename T, int V, uint32_t kSums>
+template <typename T, bool kQuantizes, int V, uint32_t kSums>
 __device__ __forceinline__ void norm_row(const NormParams& params,
+                                         float factor,
                                          ClusterReducer<kSums>& reducer,
                                          const Place<V>& place,
                                          const Vec (&sums)[V],
                                          const Vec (&weight)[V],
-                                         char* output) {
-    Vec rows[V][1];
+                                         uint32_t row) {
+    Vec each[V][1];
 #pragma unroll
-    for (int j = 0; j < V; ++j) rows[j][0] = sums[j];
-    char* const outputs[1] = {output};
+    for (int j = 0; j < V; ++j) each[j][0] = sums[j];
+    const uint32_t rows[1] = {row};
     const bool present[1] = {true};
-    norm_rows<T>(params, reducer, place, rows, weight, outputs, present);
+    norm_rows<T, kQuantizes>(params, factor, reducer, place, each, weight, rows, present);
 }
 
 }  // namespace comm_customar_v2

@@ -11,13 +11,13 @@
 
 namespace comm_customar_v2 {
 
-const void* norm_kernel_of_2(Element, NormAlgorithm, int);
-const void* norm_kernel_of_3(Element, NormAlgorithm, int);
-const void* norm_kernel_of_4(Element, NormAlgorithm, int);
-const void* norm_kernel_of_5(Element, NormAlgorithm, int);
-const void* norm_kernel_of_6(Element, NormAlgorithm, int);
-const void* norm_kernel_of_7(Element, NormAlgorithm, int);
-const void* norm_kernel_of_8(Element, NormAlgorithm, int);
+const void* norm_kernel_of_2(Element, NormAlgorithm, int, bool);
+const void* norm_kernel_of_3(Element, NormAlgorithm, int, bool);
+const void* norm_kernel_of_4(Element, NormAlgorithm, int, bool);
+const void* norm_kernel_of_5(Element, NormAlgorithm, int, bool);
+const void* norm_kernel_of_6(Element, NormAlgorithm, int, bool);
+const void* norm_kernel_of_7(Element, NormAlgorithm, int, bool);
+const void* norm_kernel_of_8(Element, NormAlgorithm, int, bool);
 const void* add_norm_of(Element);
 
 // The algorithm and launch shape of fused messages up to a size: a row of norm_policy.py's table. The length of a
@@ -41,6 +41,9 @@ struct NormCall {
     float eps, offset;
     Element element;
     cudaStream_t stream;
+    // The call quantises: `output` may be null. Otherwise `quant` isn't used.
+    bool quantizes;
+    QuantParams quant;
 };
 
 class Norms {
@@ -55,7 +58,8 @@ class Norms {
             session_.prepare(add_norm_of(element));
             for (const NormAlgorithm algorithm : {NormAlgorithm::kOneShotPush, NormAlgorithm::kTwoShotPush}) {
                 for (int vecs = min_norm_vecs(session_.world_size_); vecs <= most_vecs(algorithm); vecs *= 2) {
-                    session_.prepare(kernel(element, algorithm, vecs));
+                    session_.prepare(kernel(element, algorithm, vecs, false));
+                    if (element != Element::kFloat32) session_.prepare(kernel(element, algorithm, vecs, true));
                 }
             }
         }
@@ -68,6 +72,15 @@ class Norms {
         shapes_ = std::move(shapes);
     }
 
+    // Returns whether a fused kernel takes the rows, in which case it takes all of them: calls that quantise have no
+    // separate way.
+    bool takes(const NormCall& call) {
+        const NormShape& shape = shape_of(call.num_rows * call.row_nbytes);
+        const auto cells = static_cast<int64_t>(session_.params_.cells_nbytes);
+        return shape.algorithm != NormAlgorithm::kSeparate && session_.usable_cells(cells) >= call.row_nbytes &&
+               fit_of(shape, NormAlgorithm::kOneShotPush, call);
+    }
+
     // Serves all rows of a message, in several launches if a slot doesn't hold them.
     void run(const NormCall& call) {
         const NormShape& shape = shape_of(call.num_rows * call.row_nbytes);
@@ -77,9 +90,12 @@ class Norms {
             const int64_t done = launch(shape, rest);
             rest.num_rows -= done;
             rest.input += done * call.row_nbytes;
-            rest.output += done * call.row_nbytes;
+            if (rest.output != nullptr) rest.output += done * call.row_nbytes;
             rest.residual += done * call.row_nbytes;
             rest.sum += done * call.row_nbytes;
+            if (!call.quantizes) continue;
+            rest.quant.values += done * call.row_nbytes / 2;  // one byte for each two
+            if (call.quant.form != QuantForm::kStatic) rest.quant.scale += done * call.quant.row_stride;
         }
         session_.order_->end(call.stream);
     }
@@ -102,8 +118,8 @@ class Norms {
 
     int most_vecs(NormAlgorithm algorithm) const { return max_norm_vecs(session_.world_size_, algorithm); }
 
-    const void* kernel(Element element, NormAlgorithm algorithm, int vecs) const {
-        using Lookup = const void* (*)(Element, NormAlgorithm, int);
+    const void* kernel(Element element, NormAlgorithm algorithm, int vecs, bool quantizes) const {
+        using Lookup = const void* (*)(Element, NormAlgorithm, int, bool);
         constexpr Lookup lookups[] = {norm_kernel_of_2,
                                       norm_kernel_of_3,
                                       norm_kernel_of_4,
@@ -111,7 +127,7 @@ class Norms {
                                       norm_kernel_of_6,
                                       norm_kernel_of_7,
                                       norm_kernel_of_8};
-        return lookups[session_.world_size_ - 2](element, algorithm, vecs);
+        return lookups[session_.world_size_ - 2](element, algorithm, vecs, quantizes);
     }
 
     // Launches a kernel for the first rows of a message, as many as a slot holds. Returns how many.
@@ -164,6 +180,7 @@ class Norms {
         params.inverse_hidden = 1.0f / static_cast<float>(call.row_nbytes / element_nbytes);
         params.eps = call.eps;
         params.offset = call.offset;
+        params.quant = call.quant;
         return params;
     }
 
@@ -181,8 +198,10 @@ class Norms {
             for (int vecs = fewest; vecs <= most; vecs *= 2) {
                 const uint32_t together = cluster * static_cast<uint32_t>(vecs);
                 const uint32_t threads = (static_cast<uint32_t>(row_vecs) + together - 1) / together;
-                if (threads > static_cast<uint32_t>(max_norm_threads(session_.world_size_, algorithm, vecs))) continue;
-                return fit_of(kernel(call.element, algorithm, vecs), (threads + 31) / 32 * 32, cluster);
+                const int limit = max_norm_threads(session_.world_size_, algorithm, vecs, call.quantizes);
+                if (threads > static_cast<uint32_t>(limit)) continue;
+                const void* const function = kernel(call.element, algorithm, vecs, call.quantizes);
+                return fit_of(function, (threads + 31) / 32 * 32, cluster);
             }
         }
         return std::nullopt;

@@ -10,8 +10,8 @@
 
 namespace comm_customar_v2 {
 
-template <typename T, int W, int V>
-__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPush, V), 1)
+template <typename T, int W, int V, bool kQuantizes = false>
+__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPush, V, kQuantizes), 1)
     oneshot_push_norm(const __grid_constant__ NormParams params) {
     ClusterReducer<> reducer;
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
     reducer.open();
     // Only from here on may it access data that kernels before it read and write.
     comm_core::wait_for_predecessors();
+    const float factor = factor_of<kQuantizes>(params);
 
     Vec weight[V];
     for (uint32_t row = first_row; row < num_rows; row += rows) {
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
             }
             reconverge();
         }
-        norm_row<T>(params, reducer, place, own, weight, params.plain.output + at);
+        norm_row<T, kQuantizes>(params, factor, reducer, place, own, weight, row);
         // Late, since the next launch needs the results, while the cells must be empty only for the launch after it.
 #pragma unroll
         for (int j = 0; j < V; ++j) {

@@ -16,8 +16,8 @@
 
 namespace comm_customar_v2 {
 
-template <typename T, int W, int V>
-__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPush, V), 1)
+template <typename T, int W, int V, bool kQuantizes = false>
+__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPush, V, kQuantizes), 1)
     twoshot_push_norm(const __grid_constant__ NormParams params) {
     // The number of peers with rows in flight at once, to them and from them: the limit comes from registers.
     constexpr int kSends = W <= 3 ? W - 1 : 2, kGathers = W <= 4 ? W - 1 : 1;
@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
     prefetch(params, place, cluster * W + rank);
     reducer.open();
     comm_core::wait_for_predecessors();
+    const float factor = factor_of<kQuantizes>(params);
 
     Vec weight[V];
     for (uint32_t step = 0; step < rounds + 2 * pipeline_depth; ++step) {
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                     }
                     reconverge();
                 }
-                norm_row<T>(params, reducer, place, sums, weight, params.plain.output + at);
+                norm_row<T, kQuantizes>(params, factor, reducer, place, sums, weight, row);
             }
         }
         if (step < 2 * pipeline_depth) continue;
@@ -129,15 +130,14 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
             }
             // Owners ascend: if the first row doesn't exist, none does.
             if (!has_row(0)) continue;
-            char* outputs[kGathers];
+            uint32_t rows[kGathers];
             bool present[kGathers];
 #pragma unroll
             for (int i = 0; i < kGathers; ++i) {
-                outputs[i] = nullptr;
+                rows[i] = group * W + owner_of(i);
                 present[i] = has_row(i);
                 if (!present[i]) continue;
-                const uint32_t at = (group * W + owner_of(i)) * row_nbytes;
-                outputs[i] = params.plain.output + at;
+                const uint32_t at = rows[i] * row_nbytes;
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                     if (!place.has(j)) continue;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
                 }
             }
             // Normalise them together, so that the cluster meets once.
-            norm_rows<T>(params, reducer, place, sums, weight, outputs, present);
+            norm_rows<T, kQuantizes>(params, factor, reducer, place, sums, weight, rows, present);
         }
     }
 }

@@ -95,6 +95,19 @@ inline size_t segment_nbytes(int world_size, size_t chunk_nbytes) {
     return sizeof(Header) + 2 * static_cast<size_t>(world_size) * chunk_nbytes;
 }
 
+// The waits of this rank for one peer. One thread writes them, any thread may read them.
+struct Waits {
+    std::atomic<int64_t> count{0};
+    std::atomic<int64_t> total_ns{0};
+    std::atomic<int64_t> longest_ns{0};
+
+    void add(int64_t ns) {
+        count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+        total_ns.store(total_ns.load(std::memory_order_relaxed) + ns, std::memory_order_relaxed);
+        if (ns > longest_ns.load(std::memory_order_relaxed)) longest_ns.store(ns, std::memory_order_relaxed);
+    }
+};
+
 class AllReduce {
   public:
     // The result of a call. Other positive values are an `abort_word`; kDiffers - n: rank n has another message.
@@ -132,6 +145,9 @@ class AllReduce {
 
     // The message of a rank, after a call has returned kDiffers - rank.
     uint64_t message(int rank) const { return header_->ranks[rank].messages[parity_].load(std::memory_order_relaxed); }
+
+    // The waits for a rank so far that took longer than kExchangeLooks.
+    const Waits& waits(int rank) const { return waits_[rank]; }
 
     // Measures how long a flag takes to the other rank and back, in seconds: no exchange between two ranks is faster.
     // Ranks 0 and 1 call it at the same time. Returns 0 on the other ranks, and if the peer times out.
@@ -217,17 +233,37 @@ class AllReduce {
         return kDiffers - rank;
     }
 
+    // Looks at a peer's step that are part of every exchange: about a microsecond. Only longer waits are timed, because
+    // reading the clock takes as long as a few looks.
+    static constexpr int kExchangeLooks = 32;
+
     int await_step(int rank) {
         const std::atomic<uint32_t>& step = header_->ranks[rank].step;
-        for (int look = 0; look < config_.spins; ++look) {
+        for (int look = 0; look < kExchangeLooks && look < config_.spins; ++look) {
             if (reached(step.load(std::memory_order_acquire))) return kDone;
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#elif defined(__aarch64__)
-            asm volatile("yield");
-#endif
+            pause();
+        }
+        const double begin = now_s();
+        const int ended = await_timed(rank);
+        waits_[rank].add(static_cast<int64_t>((now_s() - begin) * 1e9));
+        return ended;
+    }
+
+    int await_timed(int rank) {
+        const std::atomic<uint32_t>& step = header_->ranks[rank].step;
+        for (int look = kExchangeLooks; look < config_.spins; ++look) {
+            if (reached(step.load(std::memory_order_acquire))) return kDone;
+            pause();
         }
         return await_long(rank);
+    }
+
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
     }
 
     bool reached(uint32_t step) const { return static_cast<int32_t>(step - step_) >= 0; }
@@ -292,6 +328,7 @@ class AllReduce {
     uint32_t step_ = 0;     // equal to this rank's step in the header
     size_t parity_ = 0;     // which of the two slots the next chunk uses
     uint32_t flag_ = 0;     // of `round_trip_s`
+    Waits waits_[kMaxRanks];
 };
 
 }  // namespace comm_shm

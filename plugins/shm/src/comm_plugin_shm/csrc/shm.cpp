@@ -52,6 +52,8 @@ class Mapping {
 //   all_reduce(input, out, numel, dtype)   sums; takes addresses; returns the result of a call (protocol.h)
 //   message(rank)                          returns a rank's message, after all_reduce has found that it differs
 //   abort()                                makes every later call fail, on all ranks
+//   waits()                                returns by rank, one after the other, the number of waits for it, their
+//                                          total time and the longest, in nanoseconds
 //   round_trip_s(rounds)                   measures a flag's round trip, in seconds
 //
 // `pids`: the ranks' process ids, by rank; 0 for a process that isn't watched.
@@ -103,9 +105,20 @@ Map<String, Function> connect(int64_t descriptor,
         return static_cast<int64_t>(all_reduce->message(static_cast<int>(rank)));
     };
     const auto abort = [mapping, all_reduce] { all_reduce->abort(); };
+    const auto waits = [mapping, all_reduce, world_size]() -> Array<int64_t> {
+        Array<int64_t> numbers;
+        for (int peer = 0; peer < world_size; ++peer) {
+            const Waits& of_peer = all_reduce->waits(peer);
+            for (const auto* number : {&of_peer.count, &of_peer.total_ns, &of_peer.longest_ns}) {
+                numbers.push_back(number->load(std::memory_order_relaxed));
+            }
+        }
+        return numbers;
+    };
     return {{"all_reduce", Function::FromTyped(run)},
             {"message", Function::FromTyped(message)},
             {"abort", Function::FromTyped(abort)},
+            {"waits", Function::FromTyped(waits)},
             {"round_trip_s", Function::FromTyped(round_trip_s)}};
 }
 

@@ -1,0 +1,157 @@
+"""`comm-core tune`: measure the installed backends in this group, and keep the rules that pay off for later jobs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from comm_core.command import contention, joined, launch, size, table, under_torchrun
+from comm_core.types import TERMINAL, Decision
+
+from comm_bench import stats
+from comm_bench.cases import OPS, BenchCase, shapes, sizes
+from comm_bench.document import Listener
+from comm_bench.progress import Progress
+from comm_bench.winners import Choice, rules_of
+
+__all__ = ["add_parser", "run"]
+
+# The longest measurement, in seconds, set-up and the last case not included; and with --quick.
+_LIMIT_S, _QUICK_LIMIT_S = 540.0, 50.0
+_LARGEST_NBYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
+_SMALLEST_NBYTES = 1 << 10
+_HIDDEN_SIZE = 4096
+_DTYPE = "bfloat16"
+_WARMUP, _REPETITIONS = 3, 9
+# Calls in a chain, where the time around it hardly counts; None: the benchmark's own numbers.
+_CALLS = {"cuda": None, "cpu": 20}
+# The factor between sizes with --quick.
+_QUICK_FACTOR = 4
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "tune",
+        help="measure this group's backends, and keep rules for the sizes where another one is faster",
+        description="Joins the job that torchrun started, or else starts processes on this host. Times every backend "
+        "of the group, and writes the rules that pay off into a table in the user's cache. Later groups of this kind "
+        "follow it, while the versions stay the same, unless COMM_CORE_TUNE is set.",
+    )
+    parser.add_argument("--quick", action="store_true", help="every second size; about a minute instead of up to ten")
+    parser.add_argument("--dry-run", action="store_true", help="print the rules; write no table")
+    parser.add_argument("--json", action="store_true", help="print the table's JSON instead of text")
+    parser.add_argument("--nproc", type=int, default=2, metavar="N", help="processes to start (2)")
+    parser.set_defaults(run=run, fail=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and write the table; return 1 if an element was wrong, nothing could be measured or a process failed."""
+    if (os.environ["WORLD_SIZE"] if under_torchrun() else str(args.nproc)) == "1" or args.nproc < 1:
+        args.fail("a single rank has nothing to reduce; start at least two")
+    # What is measured is the plan without rules. The ranks compare it, so all of them set it.
+    os.environ["COMM_CORE_TUNE"] = "none"
+    if not under_torchrun():
+        return launch(args.nproc, args.arguments)
+    with joined() as rank:
+        if rank == 0 and (reason := contention()):
+            sys.stderr.write(f"comm-core tune: the table may suit a busy machine alone: {reason}\n")
+        return _tune(args, rank)
+
+
+def _tune(args: argparse.Namespace, rank: int) -> int:
+    import comm_core as comm
+    from comm_core.env import Settings
+    from comm_core.tuned import TunedTable, describe_group, describe_versions, save_table
+
+    from comm_bench.measure import Procedure
+    from comm_bench.session import measure_all
+
+    backend = comm.get_backend()
+    calls = _CALLS[backend.device.type]
+    document, rows = measure_all(
+        functools.partial(cases, ops=_ops(backend.decision, backend.device.type), quick=args.quick),
+        ["comm-core", *args.arguments],
+        Procedure(calls, 1, _WARMUP, stats.MIN_SAMPLES if args.quick else _REPETITIONS, checks=True),
+        (),
+        Progress() if rank == 0 else Listener(),
+        extras=False,
+        limit_s=_QUICK_LIMIT_S if args.quick else _LIMIT_S,
+    )
+    rules, choices = rules_of(rows, backend.decision, backend.device.type)
+    provenance = {
+        **{name: document[name] for name in ("comm_core", "started", "command", "machine", "clocks", "settings")},
+        **{name: document[name] for name in ("absent", "dropped", "wrong", "unmeasured")},
+        "dtype": _DTYPE,
+        "measured": [_to_json(choice) for choice in choices],
+    }
+    topology = backend.topology
+    tuned = TunedTable(describe_group(topology), describe_versions(topology), rules, provenance)
+    path = None
+    if not args.dry_run and not document["wrong"] and rank in _first_ranks([info.host.id for info in topology.ranks]):
+        path = save_table(tuned, Settings.read().cache_dir)
+    if rank == 0:
+        text = json.dumps(tuned.to_json(), indent=1) if args.json else _text(tuned.rules, choices, document)
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+        if path is not None:
+            sys.stderr.write(f"comm-core tune: wrote {path}\n")
+        if document["wrong"]:
+            sys.stderr.write(f"comm-core tune: {document['wrong']} elements were wrong, so no table is written\n")
+    return 1 if document["wrong"] else 0
+
+
+def _ops(decision: Decision, device_type: str) -> tuple[str, ...]:
+    """Return the operations with a choice: on CPUs, the fused one may have none but core's composition."""
+    fuses = any(rule.backend != TERMINAL for route in decision.routes if route.op == OPS[1] for rule in route.rules)
+    return OPS if device_type == "cuda" or fuses else OPS[:1]
+
+
+def cases(device_type: str, *, ops: Sequence[str], quick: bool) -> list[BenchCase]:
+    """Return the cases to measure: sizes far apart first, so that a run that ends early has covered the range."""
+    modes = ("eager", "graph") if device_type == "cuda" else ("eager",)
+    sweep = list(sizes(_SMALLEST_NBYTES, _LARGEST_NBYTES[device_type], _QUICK_FACTOR if quick else 2, 0))
+    ordered = dict.fromkeys([*sweep[::4], sweep[-1], *sweep[2::4], *sweep[1::2]])
+    return [
+        BenchCase(op, mode, "out", _DTYPE, device_type, shape)
+        for nbytes, op, mode in itertools.product(ordered, ops, modes)
+        for shape in shapes(op, _DTYPE, [nbytes], (), (_HIDDEN_SIZE,))
+    ]
+
+
+def _first_ranks(hosts: Sequence[str]) -> set[int]:
+    """Return the first rank of each host, to write the table there."""
+    return {hosts.index(host) for host in hosts}
+
+
+def _to_json(choice: Choice) -> dict[str, Any]:
+    medians = {name: round(statistics.median(times), 3) for name, times in choice.times_us.items()}
+    return {**dataclasses.asdict(choice), "times_us": medians}
+
+
+def _text(rules: Sequence[object], choices: Sequence[Choice], document: Mapping[str, Any]) -> str:
+    """Return the measured messages and the rules as text."""
+    lines: list[tuple[str, ...]] = [("operation", "mode", "size", "planned", "us", "fastest", "us")]
+    for choice in choices:
+        medians = {name: statistics.median(times) for name, times in choice.times_us.items()}
+        fastest = min(medians, key=lambda name: medians[name], default="-")
+        cells = [
+            cell
+            for name in (choice.planned, fastest)
+            for cell in (name, f"{medians[name]:.1f}" if name in medians else "-")
+        ]
+        lines.append((choice.op, choice.mode, size(choice.nbytes), *cells))
+    text = [table(lines), ""]
+    if document["unmeasured"]:
+        text.append(f"The time was over before {document['unmeasured']} cases were measured.")
+    text += [f"not measured: {name}: {reason}" for name, reason in document["absent"].items()]
+    text.append("Rules:" if rules else "No rule pays off: the backends' own order stays.")
+    return "\n".join([*text, *(f"  {rule}" for rule in rules)])

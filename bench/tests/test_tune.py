@@ -1,0 +1,240 @@
+"""`comm-core tune`: rules from measured times, and a table that later groups follow."""
+
+from __future__ import annotations
+
+import importlib.resources
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from comm_bench import tune
+from comm_bench.cases import OPS, BenchCase
+from comm_bench.results import Row
+from comm_bench.winners import RULE_COST, Choice, choose, rules_of
+from comm_core import cli
+from comm_core.tuned import TunedTable
+from comm_core.tuning import parse_rules
+from comm_core.types import MODES, TERMINAL, Decision, Route, Rule
+from harness import install
+from hypothesis import given
+from hypothesis import strategies as st
+
+PLANNED = {1024: "a", 4096: "a", 16384: "b", 65536: "b"}
+
+
+def choices(
+    times: Mapping[str, Mapping[int, float]], planned: Mapping[int, str] = PLANNED, spread: float = 1.0
+) -> list[Choice]:
+    """Choices from each backend's time by size; every other repetition takes `spread` times as long."""
+    return [
+        Choice(
+            OPS[0],
+            "eager",
+            nbytes,
+            planned[nbytes],
+            {
+                name: tuple(of_size[nbytes] * (spread if number % 2 else 1) for number in range(7))
+                for name, of_size in times.items()
+                if nbytes in of_size
+            },
+        )
+        for nbytes in planned
+    ]
+
+
+def chosen(*args: Any, **kwargs: Any) -> list[str]:
+    return list(map(str, choose(choices(*args, **kwargs), "cpu")))
+
+
+def all_sizes(time_us: float) -> dict[int, float]:
+    return dict.fromkeys(PLANNED, time_us)
+
+
+@pytest.mark.parametrize(
+    ("times", "rules"),
+    [
+        ({"a": all_sizes(5), "b": all_sizes(5)}, []),
+        # What is planned is the fastest.
+        ({"a": {1024: 5, 4096: 5, 16384: 9, 65536: 9}, "b": {1024: 9, 4096: 9, 16384: 5, 65536: 5}}, []),
+        ({"a": all_sizes(5), "b": all_sizes(10)}, ["a:all_reduce:10241-inf:eager:cpu:inf"]),
+        ({"a": all_sizes(10), "b": all_sizes(5)}, ["b:all_reduce:0-10K:eager:cpu:inf"]),
+        ({"a": all_sizes(10), "b": all_sizes(10), "c": all_sizes(5)}, ["c:all_reduce:eager:cpu:inf"]),
+        # The change comes a size earlier.
+        ({"a": all_sizes(5), "b": {1024: 9, 4096: 3, 16384: 3, 65536: 3}}, ["b:all_reduce:2561-10K:eager:cpu:inf"]),
+        # A gain of 2 % at one size isn't worth a rule.
+        ({"a": {1024: 5, 4096: 5, 16384: 4.9}, "b": all_sizes(5)}, []),
+        # One that can't take a size isn't chosen there.
+        ({"a": all_sizes(10), "b": all_sizes(10), "c": {4096: 5}}, ["c:all_reduce:2561-10K:eager:cpu:inf"]),
+        # Where the planned one wasn't measured, nothing is known.
+        ({"a": {1024: 5}, "b": all_sizes(1)}, ["b:all_reduce:0-2560:eager:cpu:inf"]),
+    ],
+)
+def test_a_rule_stands_where_another_backend_is_faster(times: dict[str, dict[int, float]], rules: list[str]) -> None:
+    assert chosen(times) == rules
+
+
+def test_a_gain_within_the_noise_is_none() -> None:
+    times = {"a": all_sizes(10), "b": all_sizes(9)}
+    assert chosen(times) == ["b:all_reduce:0-10K:eager:cpu:inf"]
+    # Noisy times: the intervals have gains and losses.
+    noisy = choices(times)
+    noisy = [
+        Choice(c.op, c.mode, c.nbytes, c.planned, {"a": c.times_us["a"], "b": (9, 11, 9, 11, 9, 11, 9)}) for c in noisy
+    ]
+    assert choose(noisy, "cpu") == []
+
+
+times_of = st.dictionaries(
+    st.sampled_from("abcd"), st.dictionaries(st.sampled_from(list(PLANNED)), st.floats(1, 20), max_size=4), max_size=4
+)
+
+
+@given(times_of, st.lists(st.sampled_from("abcd"), min_size=4, max_size=4))
+def test_rules_are_worth_it_apart_and_of_measured_backends(
+    times: dict[str, dict[int, float]], planned: list[str]
+) -> None:
+    made = choices(times, dict(zip(PLANNED, planned, strict=True)))
+    rules = choose(made, "cpu")
+    for one in rules:
+        covered = [c for c in made if one.min_nbytes <= c.nbytes <= (one.max_nbytes or 1 << 40)]
+        assert sum(c.gain(one.backend) for c in covered) > RULE_COST
+        assert all(one.backend in c.times_us for c in covered if c.planned != one.backend)
+    ends = [(rule.min_nbytes, math.inf if rule.max_nbytes is None else rule.max_nbytes) for rule in rules]
+    assert all(low > high for (_, high), (low, _) in itertools.pairwise(ends))
+    # No single rule over any range would gain more than all of them.
+    total = sum(
+        c.gain(one.backend) for one in rules for c in made if one.min_nbytes <= c.nbytes <= (one.max_nbytes or 1 << 40)
+    ) - RULE_COST * len(rules)
+    for name in times:
+        for first in range(4):
+            for end in range(first + 1, 5):
+                assert sum(c.gain(name) for c in made[first:end]) - RULE_COST <= total + 1e-9
+
+
+def row(name: str, op: str, nbytes: int, time_us: float, *, composed: bool = False) -> Row:
+    shape = (nbytes // 2,) if op == OPS[0] else (nbytes // 8192, 4096)
+    case = BenchCase(op, "graph", "out", "bfloat16", "cuda", shape)
+    kind = "terminal" if name == TERMINAL else "backend"
+    return Row(name, kind, case, 2, 10, 1, 0.0, 0.0, (time_us,) * 7, 0, composed=composed)
+
+
+def test_a_fused_call_is_composed_where_that_is_faster() -> None:
+    rules = {OPS[0]: (Rule("fast"), Rule("plain"), Rule(TERMINAL)), OPS[1]: (Rule("fast"), Rule(TERMINAL))}
+    decision = Decision((), tuple(Route(op, mode, "cuda", "bfloat16", rules[op]) for op in OPS for mode in MODES))
+    rows = []
+    for nbytes, fast, plain, fused, of_fast, of_plain, of_terminal in (
+        (8192, 2, 7, 3, 5, 9, 12),
+        (1 << 20, 9, 7, 14, 15, 10, 16),
+    ):
+        rows += [row("fast", OPS[0], nbytes, fast), row("plain", OPS[0], nbytes, plain)]
+        rows += [row(TERMINAL, OPS[0], nbytes, 11), row("fast", OPS[1], nbytes, fused)]
+        rows += [row("fast2", OPS[1], nbytes, of_fast, composed=True)]
+        rows += [row("plain", OPS[1], nbytes, of_plain, composed=True)]
+        rows += [row(TERMINAL, OPS[1], nbytes, of_terminal, composed=True)]
+    found, made = rules_of(rows, decision, "cuda")
+    assert list(map(str, found)) == [
+        "plain:all_reduce:528385-inf:graph:cuda:inf",
+        f"{TERMINAL}:fused:528385-inf:graph:cuda:inf",
+    ]
+    # The composition that the rule would choose takes `plain`, to which the sum's rule gives such messages.
+    (large,) = (choice for choice in made if choice.op == OPS[1] and choice.nbytes == 1 << 20)
+    assert {name: times[0] for name, times in large.times_us.items()} == {"fast": 14, TERMINAL: 10}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_the_first_cases_cover_the_sizes(device_type: str, quick: bool) -> None:
+    ops = OPS if device_type == "cuda" else OPS[:1]
+    found = tune.cases(device_type, ops=ops, quick=quick)
+    assert len(found) == len(set(found))
+    assert {case.mode for case in found} == set(MODES if device_type == "cuda" else MODES[:1])
+    sizes = [case.nbytes for case in found if case.op == OPS[0] and case.mode == "eager"]
+    assert {min(sizes), max(sizes)} <= set(sizes[:6])
+    # A message of less than a row isn't fused.
+    assert all(case.shape[0] > 0 for case in found)
+
+
+@pytest.mark.parametrize("nproc", ["1", "0"])
+def test_one_rank_is_a_usage_error(nproc: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["tune", "--nproc", nproc])
+    assert ended.value.code == 2
+    assert "a single rank has nothing to reduce" in capsys.readouterr().err
+
+
+SLOW = """\
+import sys
+import time
+
+import comm_core as comm
+import torch.distributed as dist
+
+plugin = sys.modules[__name__]
+COMM_HOOK_API = (1, 0)
+
+@comm.hookimpl
+def is_available(topology):
+    return comm.Available(900, (comm.Range("all_reduce", max_nbytes=65536),))
+
+@comm.hookimpl
+def all_reduce(session, tensor, out):
+    time.sleep(0.002)
+    out = tensor.clone() if out is None else out if out is tensor else out.copy_(tensor)
+    dist.all_reduce(out, group=session.group)
+    return out
+"""
+
+
+def command(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "comm_core", *arguments],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(900)
+def test_later_groups_follow_what_was_measured(tmp_path: Path) -> None:
+    """A slow backend of high priority loses its sizes, in the table and then in a group's plan."""
+    env = {
+        "PYTHONPATH": str(install(tmp_path / "site", "slow", SLOW)),
+        "COMM_CORE_CACHE_DIR": str(tmp_path / "cache"),
+        "COMM_CORE_DISABLE": "shm",
+        "COMM_CORE_TUNE": "slow:0",  # not in force while the backends are measured
+    }
+    done = command(env, "tune", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    text = importlib.resources.files("comm_bench").joinpath("table_schema.json").read_text(encoding="utf-8")
+    jsonschema.Draft202012Validator(json.loads(text)).validate(data)
+    assert len(data["provenance"]["measured"]) > 2
+    assert data["provenance"]["measured"][0]["planned"] == "slow"
+    # On a busy machine a size may be undecided.
+    assert data["rules"]
+    rules = parse_rules(",".join(data["rules"]))
+    assert {(rule.backend, rule.op, rule.mode, rule.device_type) for rule in rules} == {
+        (TERMINAL, OPS[0], "eager", "cpu")
+    }
+    rule = rules[0]
+    nbytes = next(each["nbytes"] for each in data["provenance"]["measured"] if each["nbytes"] >= rule.min_nbytes)
+    (file,) = (tmp_path / "cache" / "tuned").iterdir()
+    assert f"wrote {file}" in done.stderr
+    assert json.loads(file.read_text()) == data
+    del env["COMM_CORE_TUNE"]
+    explained = command(env, "explain", "--nproc", "2", "--size", str(nbytes))
+    assert explained.returncode == 0, explained.stderr
+    assert explained.stdout.endswith(f": {TERMINAL} (by the rule {rule})\n")
+    assert TunedTable.from_json(data).to_json() == data
