@@ -198,6 +198,10 @@ class BackendConformance:
         """One rank doesn't call: the others' calls end by the wait's limit, and then that rank's, too."""
         kit.run(fault_cases.a_call_fails, True, kit.release_s, any_operation=True)
 
+    def test_a_group_recovers_with_the_same_handle(self, kit: Kit) -> None:
+        """`comm.recover`: after a misuse the backend is connected again, after a call that raised it is dropped."""
+        kit.run(fault_cases.a_group_recovers, kit.release_s)
+
     def test_a_killed_rank_ends_the_others_calls(self, kit: Kit) -> None:
         """The peers of a process that died get an error soon after the wait's limit, and in every later call."""
         results = kit.run(cases.a_peer_is_killed, dying=[1], any_operation=True)

@@ -253,11 +253,11 @@ class Serving:
             decision: the new decision.
             sessions: the new sessions by backend.
             control: the group's control channel, in a new incarnation.
-            dropped: sessions of before that stay open; `check` asks them for replays.
+            dropped: all sessions of before that stay open; `check` asks them for replays.
         """
         self.failure = self.refusal = self.fault = None
         self.control = control
-        self.dropped_sessions += dropped
+        self.dropped_sessions = list(dropped)
         self.adopt(decision, sessions)
 
     def retire(self, why: str) -> None:

@@ -34,6 +34,7 @@ from comm_core._testing.handles import (
 
 __all__ = [
     "a_call_fails",
+    "a_group_recovers",
     "a_rank_is_killed_in_connect",
     "connect_fails",
     "connect_is_slow",
@@ -255,6 +256,43 @@ def a_call_fails(name: str, absent: bool, release_s: float) -> None:
         comm.close()
     del backend
     _nothing_is_left(before, what, release_s, in_use=True)
+    dist.barrier()
+    _works(name)
+
+
+def a_group_recovers(name: str, release_s: float) -> None:
+    """All ranks recover after a misuse, with the backend, and after its call raised on the last rank, without it."""
+    last, before = _is_last(), _warm_up(name)
+    fails = threading.Event()
+
+    def failing(original: Callable[..., Any], *arguments: Any) -> Any:
+        if last and fails.is_set():
+            raise RuntimeError(FAULT)
+        return original(*arguments)
+
+    with replaced_hook(name, _works(name), failing):
+        backend = comm.get_backend(timeout_s=_CALL_TIMEOUT_S)
+        prepare_if_needed(backend, name)
+        _call_once(name, backend, "before comm.recover")
+        synchronize(backend)
+        if last:
+            backend._serving.fail("a misuse made by the conformance kit")
+        comm.recover()
+        prepare_if_needed(backend, name)
+        _call_once(name, backend, "after comm.recover")
+        synchronize(backend)
+        fails.set()
+        _error_of_calls(name, backend, "a call that raised on one rank")
+        comm.recover(timeout_s=2 * _CALL_TIMEOUT_S)  # a peer's call may wait as long as `connect`
+        candidate = backend.decision.candidate(name)
+        assert candidate is not None
+        dropped = (candidate.verdict, FAULT in candidate.reason)
+        assert dropped == ("failed", True), f"after comm.recover: {candidate}"
+        check_sum(backend, backend.device, torch.float32, 1000, "the fallback after comm.recover")
+        synchronize(backend)
+        comm.close()
+    del backend
+    _nothing_is_left(before, "comm.recover", release_s, in_use=True)
     dist.barrier()
     _works(name)
 
