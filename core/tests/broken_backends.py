@@ -232,6 +232,11 @@ BROKEN = {
     "other_bits_on_other_ranks": _broken(
         "all_ranks_get_the_same_bits", all_reduce=_FRACTIONS.format("x * (1 + 1.2e-7 * session.rank)")
     ),
+    "sums_otherwise_than_it_says": _broken(
+        "sums_have_the_bits_that_numerics_promise",
+        available="return comm.Available(priority, ranges, numerics='rank_order_fp32')",
+        all_reduce=_FRACTIONS.format("x * (1 + 1.2e-7)"),
+    ),
     "wrong_after_300_calls": _broken(MANY, all_reduce="if session.calls > 300: x.zero_()"),
     "impatient": _broken(
         "a_rank_that_comes_late_is_waited_for",

@@ -8,16 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 __all__ = [
     "MAX_DEPTH",
     "MAX_INT",
+    "MAX_NAMES",
     "MalformedError",
     "Reader",
     "anything",
     "boolean",
+    "check_bool",
+    "check_int",
     "integer",
     "json_nbytes",
     "load_json",
@@ -28,12 +31,16 @@ __all__ = [
     "shorten",
     "text",
     "tuple_of",
+    "unique_names",
 ]
 
 #: The deepest nesting of lists and objects in JSON from outside: core's own messages have less than ten levels.
 MAX_DEPTH = 64
 #: The largest integer from outside: that of torch's sizes.
 MAX_INT = 2**63 - 1
+#: The most names in one field of a range, and the longest of them in characters: far above those of torch.
+MAX_NAMES = 16
+_NAME_CHARS = 64
 
 #: Checks a value that came from JSON and returns it in its final form; the second argument is its place, for errors.
 Reader: TypeAlias = Callable[[Any, str], Any]
@@ -122,6 +129,38 @@ def _check_depth(value: Any, depth: int) -> None:
 def anything(value: Any, _where: str) -> Any:
     """Read any value."""
     return value
+
+
+def unique_names(values: Iterable[Any] | None, prefix: str = "") -> tuple[str, ...] | None:
+    """Return each name once, without `prefix`; None for None.
+
+    Raises:
+        TypeError, ValueError: it is one string, or there are too many names, too long ones or unprintable ones.
+    """
+    if values is None:
+        return None
+    if isinstance(values, str):
+        raise TypeError(f"expected a sequence of names, got the string {values!r}")
+    names = tuple(dict.fromkeys(str(value).removeprefix(prefix) for value in values))
+    if len(names) > MAX_NAMES or any(len(name) > _NAME_CHARS or name != printable(name) for name in names):
+        raise ValueError(f"expected at most {MAX_NAMES} printable names of at most {_NAME_CHARS} characters")
+    return names
+
+
+def check_int(field: str, value: object, lowest: int) -> None:
+    """Raise `TypeError` or `ValueError` unless a field's value is an integer from `lowest` to `MAX_INT`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{field}={value!r} isn't an integer")
+    if value < lowest:
+        raise ValueError(f"{field}={value} is below {lowest}")
+    if value > MAX_INT:
+        raise ValueError(f"{field} is above {MAX_INT}")
+
+
+def check_bool(field: str, value: object) -> None:
+    """Raise `TypeError` unless a field's value is a boolean."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{field}={value!r} isn't True or False")
 
 
 def text(value: Any, where: str) -> str:

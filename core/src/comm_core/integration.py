@@ -40,6 +40,7 @@ def get_handle(
     log: logging.Logger,
     objection: str | None = None,
     vote_s: float = VOTE_S,
+    deterministic: bool | None = None,
 ) -> Backend | None:
     """Return the group's handle, or None on all its ranks. Collective over the group.
 
@@ -55,6 +56,7 @@ def get_handle(
             says which backend serves the smallest message, and the whole report at DEBUG.
         objection: this rank's reason against a handle.
         vote_s: how long this rank waits for the votes of the others, in seconds.
+        deterministic: whether the engine needs one reduction order; see `comm_core.get_backend`.
     """
     if device_group is None or not _is_known(cpu_group, device_group) or dist.get_world_size(cpu_group) == 1:
         return None
@@ -67,7 +69,7 @@ def get_handle(
         leave("; ".join(f"rank {rank}: {reason}" for rank, reason in objections.items()))
         return None
     try:
-        handle = comm_core.get_backend(device_group)
+        handle = comm_core.get_backend(device_group, deterministic=deterministic)
     except (CommError, TypeError, ValueError) as error:
         leave(str(error))
         return None

@@ -118,6 +118,12 @@ class BackendConformance:
             for other in others:
                 assert [what for (what, bits), (_, theirs) in zip(first, other, strict=True) if bits != theirs] == []
 
+    def test_sums_have_the_bits_that_numerics_promise(self, kit: Kit) -> None:
+        """If `Available.numerics` is "rank_order_fp32": sums in deterministic groups, in one piece and in several."""
+        for world_size in self.world_sizes:
+            for left_out in kit.run(cases.sums_are_in_rank_order, world_size=world_size):
+                kit.require(not left_out, f"numerics ({left_out})")
+
     def test_many_calls_in_a_row_are_right(self, kit: Kit) -> None:
         """Calls of changing sizes, without a pause; the ranks drift apart."""
         kit.run(cases.many_calls, 400)

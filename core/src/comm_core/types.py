@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from comm_core import _schema
@@ -19,6 +18,7 @@ __all__ = [
     "MODES",
     "OPS",
     "QUANTS",
+    "RANK_ORDER_FP32",
     "TERMINAL",
     "Available",
     "Candidate",
@@ -52,27 +52,16 @@ DTYPES = {
 """The supported dtypes, by torch's names, with their sizes in bytes; fused operations take only floats."""
 TERMINAL = "torch_distributed"
 """The backend at the end of every route; it can't be disabled."""
+RANK_ORDER_FP32 = "rank_order_fp32"
+"""The numerics that deterministic groups require; see `Available.numerics`."""
 
 MAX_RANGES = 64
 """The most ranges that one answer of a backend may have: the answers of all backends share one message."""
-# The most names in one field of a range, and the longest of them in characters: far above those of torch.
-_MAX_NAMES, _NAME_CHARS = 16, 64
 
 
 def rank_label(rank: int, job_rank: int) -> str:
     """Format a group rank for a message, with the job's rank if that differs: "1", "1 (3 in the job)"."""
     return str(rank) if rank == job_rank else f"{rank} ({job_rank} in the job)"
-
-
-def _unique_names(values: Iterable[Any] | None, prefix: str = "") -> tuple[str, ...] | None:
-    if values is None:
-        return None
-    if isinstance(values, str):
-        raise TypeError(f"expected a sequence of names, got the string {values!r}")
-    names = tuple(dict.fromkeys(str(value).removeprefix(prefix) for value in values))
-    if len(names) > _MAX_NAMES or any(len(name) > _NAME_CHARS or name != _schema.printable(name) for name in names):
-        raise ValueError(f"expected at most {_MAX_NAMES} printable names of at most {_NAME_CHARS} characters")
-    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +98,9 @@ class Range:
     prepared: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modes", _unique_names(self.modes))
-        object.__setattr__(self, "dtypes", _unique_names(self.dtypes, "torch."))
-        object.__setattr__(self, "device_types", _unique_names(self.device_types))
+        object.__setattr__(self, "modes", _schema.unique_names(self.modes))
+        object.__setattr__(self, "dtypes", _schema.unique_names(self.dtypes, "torch."))
+        object.__setattr__(self, "device_types", _schema.unique_names(self.device_types))
         if self.op not in OPS:
             raise ValueError(f"op={self.op!r} isn't one of {', '.join(OPS)}")
         for field, known in (("modes", MODES), ("dtypes", tuple(DTYPES))):
@@ -122,12 +111,12 @@ class Range:
             if getattr(self, field) == ():
                 raise ValueError(f"{field} is empty, which no message satisfies; None means any")
         for field, lowest in (("min_nbytes", 0), ("multiple_nbytes", 1), ("hidden_multiple", 1)):
-            _check_int(field, getattr(self, field), lowest)
+            _schema.check_int(field, getattr(self, field), lowest)
         if self.max_nbytes is not None:
-            _check_int("max_nbytes", self.max_nbytes, self.min_nbytes)
+            _schema.check_int("max_nbytes", self.max_nbytes, self.min_nbytes)
         if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1)
-        _check_bool("prepared", self.prepared)
+            _schema.check_int("max_tokens", self.max_tokens, 1)
+        _schema.check_bool("prepared", self.prepared)
 
     def serves(self, mode: str, device_type: str, dtype: str) -> bool:
         """Return whether the range takes this mode, device type and dtype at some size."""
@@ -187,25 +176,11 @@ class Range:
         return item
 
 
-def _check_int(field: str, value: object, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{field}={value!r} isn't an integer")
-    if value < lowest:
-        raise ValueError(f"{field}={value} is below {lowest}")
-    if value > _schema.MAX_INT:
-        raise ValueError(f"{field} is above {_schema.MAX_INT}")
-
-
-def _check_bool(field: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{field}={value!r} isn't True or False")
-
-
 def _smaller_bound(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
 
 
-_NAMES = _schema.optional(_schema.tuple_of(_schema.text, 1, _MAX_NAMES))
+_NAMES = _schema.optional(_schema.tuple_of(_schema.text, 1, _schema.MAX_NAMES))
 _SIZE = _schema.integer()
 _RANGE = _schema.record(
     Range,
@@ -233,19 +208,29 @@ class Available:
         ranges: the messages it serves, at most 64 ranges; empty means every message that its hooks can take.
         checks_operands: whether `all_reduce_add_rms_norm` may be called with operands that core hasn't validated; see
             the hook. The backend then checks them itself, in native code that is faster than core's checks.
+        numerics: the name of the arithmetic that determines the bits of every sum; "" if they are unspecified.
+            "rank_order_fp32": an element is the sum of rank 0's term, rank 1's and so on, in float32, rounded once to
+            the tensor's dtype; float64 and integers are summed in their own type. The fused operation's sum adds the
+            residual last, and a row's bits depend on its operands, dtype and hidden size, not on the other rows. So
+            neither the size of a message nor the mode nor the algorithm changes a bit. Deterministic groups take only
+            such backends; see `comm_core.get_backend`. Only the bits of a NaN are open.
     """
 
     priority: int
     ranges: tuple[Range, ...] = ()
     checks_operands: bool = False
+    numerics: str = ""
 
     def __post_init__(self) -> None:
-        _check_int("priority", self.priority, 1)
+        _schema.check_int("priority", self.priority, 1)
         object.__setattr__(self, "ranges", tuple(self.ranges))
         for item in self.ranges:
             if not isinstance(item, Range):
                 raise TypeError(f"ranges has {item!r}, which isn't a comm_core.Range")
-        _check_bool("checks_operands", self.checks_operands)
+        _schema.check_bool("checks_operands", self.checks_operands)
+        if not isinstance(self.numerics, str):
+            raise TypeError(f"numerics={self.numerics!r} isn't a string")
+        _schema.unique_names((self.numerics,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +275,12 @@ class Candidate:
 class Rule:
     """One entry of a route: messages within these bounds go to `backend`.
 
-    Units and meaning are those of `Range`. `tuned` is the rule of `Decision.tuning` that gave it its place; "": none.
+    Units and meaning are those of `Range`.
+
+    Attributes:
+        tuned: the rule of `Decision.tuning` that gave it its place; "": none.
+        piece_nbytes: larger messages go to the backend in pieces of at most so many bytes: of the fused operation in
+            whole rows, and a longer row isn't taken. None: every message goes as a whole. Only in deterministic groups.
     """
 
     backend: str
@@ -300,6 +290,7 @@ class Rule:
     max_tokens: int | None = None
     hidden_multiple: int = 1
     tuned: str = ""
+    piece_nbytes: int | None = None
 
     def takes(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> bool:
         """Return whether this rule applies to a message of `nbytes` bytes.
@@ -315,6 +306,7 @@ class Rule:
             and nbytes % self.multiple_nbytes == 0
             and (self.max_tokens is None or num_tokens <= self.max_tokens)
             and hidden_size % self.hidden_multiple == 0
+            and (self.piece_nbytes is None or not hidden_size or nbytes <= self.piece_nbytes * num_tokens)
         )
 
 
@@ -352,12 +344,14 @@ class Decision:
         routes: one for each operation, mode, device type and dtype of the group.
         tuning: the rules that overrode priorities, as texts; see `comm_core.tuning`.
         tuned_by: where they come from; without rules, a sentence on the tuned table, if there is one.
+        deterministic: whether the group is deterministic; see `comm_core.get_backend`.
     """
 
     candidates: tuple[Candidate, ...]
     routes: tuple[Route, ...]
     tuning: tuple[str, ...] = ()
     tuned_by: str = ""
+    deterministic: bool = False
 
     def candidate(self, name: str) -> Candidate | None:
         """Return the candidate of that name; None if no rank knows it."""

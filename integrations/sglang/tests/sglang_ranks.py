@@ -113,6 +113,7 @@ def serve(name: str = "tp", custom: bool = True) -> dict[str, Any]:
         "class": type(ours).__name__,
         "stock": [base.__name__ for base in type(ours).__mro__][1:-1],
         "backend": handle and handle.name,
+        "deterministic": handle is not None and handle.decision.deterministic,
         "events": getattr(ours, "events", None),
         "lines": lines,
     }

@@ -71,6 +71,7 @@ def serve(name: str = "tp") -> dict[str, Any]:
         "class": type(communicator).__name__,
         "handle": kept,
         "backend": communicator.handle.name if kept else None,
+        "deterministic": kept and communicator.handle.decision.deterministic,
         "in_place": all(served),
         "stock_calls": communicator.events.count("all_reduce"),
         "buffers": getattr(communicator, "buffers", None),

@@ -52,7 +52,7 @@ def group(
 def test_nvlink_between_every_two(count: int, capability: tuple[int, int]) -> None:
     answer = customar_v2.is_available(group(count, capability=dict.fromkeys(range(count), capability)))
     assert isinstance(answer, comm.Available)
-    assert answer.priority == 300
+    assert (answer.priority, answer.numerics) == (300, "rank_order_fp32")
     largest = policy.rows_for(capability[0], count)[-1].up_to_nbytes
     dtypes = ("float32", "float16", "bfloat16")
     plain, *fused = answer.ranges

@@ -26,7 +26,7 @@ def group(
 def test_cpu_tensors_of_one_host_are_served(count: int) -> None:
     answer = shm.is_available(group(count))
     assert isinstance(answer, comm.Available)
-    assert answer.priority == 300
+    assert (answer.priority, answer.numerics) == (300, "rank_order_fp32")
     assert [(item.op, item.device_types, item.modes) for item in answer.ranges] == [
         ("all_reduce", ("cpu",), ("eager",))
     ]

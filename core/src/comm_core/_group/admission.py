@@ -15,17 +15,14 @@ from typing import Any
 
 import torch
 
-from comm_core._control.stage import StageAbortedError
-from comm_core._control.steps import Steps
 from comm_core._group.failures import Failures
+from comm_core._group.ordered_values import mixed_bits, ordered_values
 from comm_core._group.quant_forms import QuantCall, call_every_form, check_bits
-from comm_core._group.step import Step
-from comm_core._handle.session import Session
+from comm_core._handle.rank_order import sum_in_rank_order
 from comm_core._plan.cases import AdmissionCase
-from comm_core._plan.routes import Cell, cells
-from comm_core.errors import CaptureError, NegotiationError
+from comm_core.errors import CaptureError
 
-__all__ = ["admit", "run_cases"]
+__all__ = ["run_cases"]
 
 # The largest n such that the dtype holds every integer up to n exactly: sums up to n are exact in any order.
 _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
@@ -33,75 +30,6 @@ _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 _PERIOD = 1021
 # A rank sends this instead of the numbers of its recorded cases if `capture_ctx` raised on exit.
 _CAPTURE_FAILED = -1
-
-
-def admit(
-    session: Session, cases: list[AdmissionCase], step: Step
-) -> dict[Cell, tuple[str, int | None]] | StageAbortedError:
-    """Test the cases on every rank. Collective.
-
-    Returns:
-        For each kind of message that failed on any rank, the reason and the rank, rather of a rank where it failed
-        before any time-out; the error if a rank aborted the test.
-    """
-    member = step.member
-    tested_before = len(session.tested)
-    session.mark_tested(cases)
-    context = member.context
-    numbers = {cell: number for number, cell in enumerate(cells(member.topology.device_types))}
-    failures = Failures()
-    unreadable: list[NegotiationError] = []
-
-    def gather(numbers: list[int]) -> list[tuple[int, ...]]:
-        values = stage.all_gather(numbers)
-        try:
-            return member.read_recorded(values)
-        except NegotiationError as error:
-            unreadable.append(error)
-            raise
-
-    try:
-        name = f"{member.stage_prefix}admit {session.plugin.name} {tested_before}"
-        with session.channel.open_stage(member.control, name, step.left_s) as stage:
-            steps = Steps(member.control, name, stage, member.connect_timeout_s)
-            test = functools.partial(
-                run_cases,
-                session.plugin.hooks,
-                session.value,
-                cases,
-                rank=context.rank,
-                world_size=context.world_size,
-                device=context.device,
-                all_gather=gather,
-                end_step=steps.end,
-                failures=failures,
-            )
-            try:
-                try:
-                    step.run(test, f"the admission test of {session.plugin.name}")
-                finally:
-                    steps.finish()
-                late = failures.after_timeout
-                vote = {numbers[cell]: [cell in late, reason] for cell, reason in failures.items()}
-                votes = stage.all_gather(vote, "vote")
-            except StageAbortedError:
-                step.failure = failures.cause
-                raise
-            except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks
-                if error in unreadable:  # not the plugin's
-                    raise
-                step.failure = failures.cause
-                raise step.abort(stage, error) from error
-    except StageAbortedError as error:
-        return error
-    failed: dict[Cell, tuple[str, int | None]] = {}
-    read = member.read_failures(votes)
-    for cell, number in numbers.items():
-        found = [(*vote[str(number)], rank) for rank, vote in enumerate(read) if str(number) in vote]
-        if found:
-            _, reason, rank = min(found, key=lambda item: (item[0], item[2]))
-            failed[cell] = (reason, rank)
-    return failed
 
 
 def run_cases(
@@ -115,6 +43,7 @@ def run_cases(
     all_gather: Callable[[list[int]], Sequence[Sequence[int]]],
     end_step: Callable[[str], None],
     failures: Failures | None = None,
+    ordered: bool = False,
 ) -> Failures:
     """Run every case through a backend. Collective: every rank makes every call, even after a failed one.
 
@@ -129,11 +58,13 @@ def run_cases(
         end_step: called at the end of each step with the reason why it failed, "" if it succeeded; may raise to end the
             test.
         failures: what to add the failures to; by default a new object.
+        ordered: sum floats for which the order of the ranks and every rounding count, not integers; the expected bits
+            are those of "rank_order_fp32" (`comm_core.Available`).
 
     Returns:
         For each kind of message that failed on this rank, the reason.
     """
-    tester = _Tester(plugin_hooks, session, rank, world_size, device)
+    tester = _Tester(plugin_hooks, session, rank, world_size, device, ordered=ordered)
     failures = Failures() if failures is None else failures
     run_step = functools.partial(_run_step, failures, end_step)
     eager = [case for case in cases if case.cell[1] == "eager"]
@@ -208,13 +139,21 @@ class _Tester:
     """One rank's test: makes the inputs, calls the backend's hooks and compares the results."""
 
     def __init__(
-        self, hooks: Mapping[str, Callable[..., Any]], session: Any, rank: int, world_size: int, device: torch.device
+        self,
+        hooks: Mapping[str, Callable[..., Any]],
+        session: Any,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        *,
+        ordered: bool = False,
     ) -> None:
         self.hooks = hooks
         self.session = session
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self.ordered = ordered
 
     def out_of_place(self, case: AdmissionCase, salt: int) -> None:
         """Test a call that allocates its output; it must not change the inputs."""
@@ -260,14 +199,15 @@ class _Tester:
         return tensor, residual, weight
 
     def _values(self, dtype: str, rank: int, salt: int) -> torch.Tensor:
-        """Return one period of small integers that differ between ranks; their sum, residual included, is exact."""
+        """Return one period of the values of a rank, which differ between ranks; the residual counts as one more rank.
+
+        They are small integers, whose sum is exact; or, where the order counts, floats of unlike exponents.
+        """
+        if self.ordered and "float" in dtype:
+            return ordered_values(dtype, rank, self.world_size + 1, salt, _PERIOD)
         terms, limit = self.world_size + 1, min(_MAX_EXACT_INT.get(dtype, 4096), 4096)
         index = torch.arange(_PERIOD)
-        # An integer hash: the data of two ranks, or of one rank shifted by a few elements, have nothing in common, even
-        # if the values are only zeros and ones.
-        mixed = (index * 7919 + rank * 104729 + salt * 31) * 2654435761 % (1 << 32)
-        mixed = (mixed ^ mixed >> 15) * 2246822519 % (1 << 32) >> 13
-        values = mixed % (max(limit // terms, 1) + 1)
+        values = mixed_bits(index, rank, salt) % (max(limit // terms, 1) + 1)
         # If even ones of all ranks would add up to more than the limit, only some ranks contribute to each element.
         return values * ((index + rank) % -(-terms // limit) == 0)
 
@@ -299,7 +239,8 @@ class _Tester:
             check_bits(results)
             return
         terms = self.world_size + (case.cell[0] != "all_reduce")
-        total = torch.stack([self._values(case.cell[3], rank, salt) for rank in range(terms)]).sum(0)
+        values = [self._values(case.cell[3], rank, salt) for rank in range(terms)]
+        total = sum_in_rank_order(values) if self.ordered else torch.stack(values).sum(0)
         expected = self._pattern(case, total)
         for result in results:
             _check_shape_and_dtype(case, result, expected)

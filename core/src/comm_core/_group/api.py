@@ -37,6 +37,7 @@ def get_backend(
     *,
     backends: Sequence[str] | None = None,
     timeout_s: float | None = None,
+    deterministic: bool | None = None,
 ) -> Backend:
     """Return the all-reduce handle of a process group; the first call negotiates it.
 
@@ -53,6 +54,10 @@ def get_backend(
             that `COMM_CORE_BACKENDS` and `COMM_CORE_DISABLE` allow.
         timeout_s: the deadline of each exchange between the ranks, and of each backend's `connect`, in seconds; None:
             `COMM_CORE_CONTROL_TIMEOUT_S` and `COMM_CORE_CONNECT_TIMEOUT_S`.
+        deterministic: True: each result's bits depend on the inputs alone, not on how many elements or tokens travel
+            together, on eager or graph, on the backend or on the run. Only backends whose `Available.numerics` is
+            "rank_order_fp32" serve; a message above a backend's largest goes to it in pieces, and instead of
+            torch.distributed's sum, floats are gathered and summed in rank order. None: `COMM_CORE_DETERMINISTIC`.
 
     Raises:
         TypeError, ValueError: an argument is invalid, this process isn't in the group, torch.distributed doesn't know
@@ -64,7 +69,7 @@ def get_backend(
             raises its own.
         CommTimeoutError: a rank didn't call in time, or vanished; on all ranks, on a late one as soon as it calls.
     """
-    request = Request.of(backends, timeout_s)
+    request = Request.of(backends, timeout_s, deterministic)
     while True:
         state = get_or_create_state(group, request)
         with state.lock:

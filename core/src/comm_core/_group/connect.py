@@ -9,7 +9,7 @@ from typing import Any
 
 from comm_core._control.channel import SessionChannel
 from comm_core._control.stage import Stage, StageAbortedError
-from comm_core._group.admission import admit
+from comm_core._group.admit import admit
 from comm_core._group.membership import Membership
 from comm_core._group.step import Step, check_budget
 from comm_core._handle.session import Session, close_all, close_value
@@ -87,7 +87,7 @@ def _connect_and_test(
     if name not in sessions:
         return slate
     step = Step(member)
-    failures = admit(sessions[name], cases, step)
+    failures = admit(sessions[name], cases, step, ordered=slate.deterministic)
     if isinstance(failures, StageAbortedError):
         return drop(slate, name, "admission", failures, sessions, step)
     sessions[name].mark_failed(failures)

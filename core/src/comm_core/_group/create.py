@@ -11,7 +11,7 @@ from comm_core._group.local_inputs import gather_local_inputs, other_device_type
 from comm_core._group.negotiation import negotiate
 from comm_core._group.states import GroupState, translate_stage_errors, used_incarnations
 from comm_core._group.unnegotiated import create_unnegotiated, is_unnegotiated
-from comm_core._handle import fallback
+from comm_core._handle import rank_order
 from comm_core._handle.serving import Serving
 
 __all__ = ["create_serving"]
@@ -44,13 +44,12 @@ def _create_negotiated(state: GroupState, group: dist.ProcessGroup) -> Serving:
         control.timeout_s = local.control_timeout_s
         with translate_stage_errors(state):
             negotiated = negotiate(group, state.title, control, local)
-        terminal = fallback.TerminalFallback(group, state.title)
         serving = Serving(
             negotiated.decision,
             negotiated.topology,
             state.title,
             local.device,
-            (fallback.TerminalFallback.all_reduce, terminal),
+            rank_order.terminal_fallback(group, state.title, deterministic=local.deterministic),
             negotiated.sessions,
             torch_device_types=other_device_types(group, negotiated.topology.device_types),
             control=control,

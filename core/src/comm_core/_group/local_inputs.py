@@ -54,13 +54,15 @@ class Request:
     Attributes:
         backends: names of backends; no others are tried. None: all installed backends.
         timeout_s: the deadline of every exchange and every `connect`, in seconds; None: the environment's.
+        deterministic: whether the group is deterministic; None: the environment's.
     """
 
     backends: tuple[str, ...] | None = None
     timeout_s: float | None = None
+    deterministic: bool | None = None
 
     @classmethod
-    def of(cls, backends: Sequence[str] | None, timeout_s: float | None) -> Request:
+    def of(cls, backends: Sequence[str] | None, timeout_s: float | None, deterministic: bool | None = None) -> Request:
         """Check the arguments of `get_backend` and return them.
 
         Raises:
@@ -77,10 +79,12 @@ class Request:
                 check_timeout_s(timeout_s)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"timeout_s={timeout_s!r}: {error}") from None
-        return cls(backends, timeout_s)
+        if deterministic is not None and not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic={deterministic!r}: expected True, False or None")
+        return cls(backends, timeout_s, deterministic)
 
     def __str__(self) -> str:
-        return f"backends={self.backends!r}, timeout_s={self.timeout_s!r}"
+        return f"backends={self.backends!r}, timeout_s={self.timeout_s!r}, deterministic={self.deterministic!r}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +114,12 @@ class LocalInputs:
     def connect_timeout_s(self) -> float:
         """The deadline of one backend's `connect`, in seconds."""
         return self.request.timeout_s or self.settings.connect_timeout_s
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the group is deterministic."""
+        asked = self.request.deterministic
+        return self.settings.deterministic if asked is None else asked
 
     @property
     def named_backends(self) -> tuple[tuple[str, ...] | None, str]:
@@ -149,6 +159,7 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
     policy = {
         "get_backend(backends=...)": backends,
         "get_backend(timeout_s=...)": request.timeout_s,
+        "get_backend(deterministic=...)": request.deterministic,
         **settings.shared(),
         "the process group's backend": dist.get_backend_config(group),
         "the kind of device": device.type,
@@ -170,7 +181,7 @@ def topology_of_one(group: dist.ProcessGroup | None) -> Topology:
 def discover(settings: Settings, allowed: tuple[str, ...] | None) -> tuple[discovery.Discovery, dict[str, str]]:
     """Load the allowed plugins; return them, and for each that failed to load the reason."""
     found = discovery.discover(
-        lambda name: (allowed is None or name in allowed) and name not in settings.disable, settings.import_timeout_s
+        lambda name: (allowed is None or name in allowed) and settings.may_import(name), settings.import_timeout_s
     )
     return found, {name: f"{_truncate(failure.reason)}. {failure.remedy}" for name, failure in found.failures.items()}
 

@@ -53,12 +53,18 @@ def decide_offline(topology: Topology) -> WhatIf:
     topology = _with_facts(topology, found.plugins, assumed)
     first = dataclasses.replace(topology.ranks[0], plugins=found.listed)
     asked, dropped = decide.screen_candidates(
-        [decide.Evidence(first, failures=failures)], settings.backends, settings.disable, f"{PREFIX}BACKENDS"
+        [decide.Evidence(first, failures=failures)],
+        settings.backends,
+        settings.disable,
+        f"{PREFIX}BACKENDS",
+        settings.plugins,
     )
     plugins = [found.plugins[name] for name in asked]
     answers = answers_of(plugins, topology, torch.device("cpu"), settings.control_timeout_s)
     encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
     slate = dataclasses.replace(decide.initial_slate(asked, [encoded], dropped), tuning=settings.tuning)
+    if settings.deterministic:
+        slate = slate.as_deterministic()
     return WhatIf(slate.decision(topology.device_types), assumed, missing)
 
 

@@ -132,4 +132,4 @@ def _prepare_one(
     if all(answer is None for _, answer in votes):
         return slate
     session.reset_admission()
-    return slate.with_ranges(name, merged.ranges)
+    return slate.with_prepared_ranges(name, merged.ranges)

@@ -16,6 +16,7 @@ from comm_core._group.states import GroupState
 from comm_core._handle import fallback
 from comm_core._handle.serving import Serving
 from comm_core._plan.decide import Slate
+from comm_core.env import PREFIX, Settings
 from comm_core.errors import BackendUnavailableError, NegotiationError
 from comm_core.topology import Topology
 from comm_core.types import TERMINAL
@@ -56,6 +57,7 @@ def create_unnegotiated(state: GroupState) -> Serving:
 
     Raises:
         BackendUnavailableError: the caller named other backends, and the group has made-up ranks.
+        ValueError: the variable `COMM_CORE_DETERMINISTIC` can't be read.
     """
     group = state.group
     topology = topology_of_one(group)
@@ -74,10 +76,17 @@ def create_unnegotiated(state: GroupState) -> Serving:
     device = torch.device("cpu")
     if "cuda" in topology.device_types:
         device = torch.device("cuda", torch.cuda.current_device())
-    decision = Slate(()).decision(topology.device_types)
+    slate = Slate((), deterministic=_is_deterministic(state.request.deterministic))
+    decision = slate.decision(topology.device_types)
     return Serving(
         decision, topology, state.title, device, (terminal, group), {}, torch_device_types=torch_device_types
     )
+
+
+def _is_deterministic(asked: bool | None) -> bool:
+    """Return whether the group is deterministic: its sums are so anyway, but core's norm has a way of its own then."""
+    name = f"{PREFIX}DETERMINISTIC"
+    return Settings.read({name: os.environ.get(name, "")}).deterministic if asked is None else asked
 
 
 def _refuse_named(state: GroupState) -> None:

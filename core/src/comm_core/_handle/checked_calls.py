@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from comm_core._handle import checks, fallback, traced
+from comm_core._handle import checks, rank_order, traced
 from comm_core._handle.checker import Checker
 from comm_core._handle.lookup import BoundHook, CallKey, composed, new_counter
 from comm_core._handle.operands import (
@@ -81,7 +81,7 @@ class CheckedCalls:
             return out
         return copy_to_out(result if tensor.numel() else traced.empty_contiguous(tensor), out)
 
-    def _fused_slow(  # noqa: C901, PLR0912 - a third of its time would be calls of its parts
+    def _fused_slow(  # noqa: C901, PLR0912, PLR0915 - a third of its time would be calls of its parts
         self,
         key: CallKey | None,
         bound: BoundHook | None,
@@ -164,10 +164,11 @@ class CheckedCalls:
             counter = self._serving.fused_routes.counter(key, TERMINAL)
         for _counted in counter:
             break
+        add_rms_norm = rank_order.norm_for(tensor, residual, weight, deterministic=self._serving.decision.deterministic)
         total = self.all_reduce(tensor)
         if out is None and total.is_cuda:
             out = total  # a temporary of this call, and the norm's kernel can work in place
-        return fallback.add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
+        return add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
 
     def _fused_rows(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -25,16 +27,19 @@ class TerminalFallback:
     Args:
         group: the process group.
         title: the group's name in error texts.
+        reduce: sums a tensor, by the contract of the hook `all_reduce` with the process group as the session; None:
+            `torch_distributed`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, title: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, title: str, reduce: Callable[..., torch.Tensor] | None = None) -> None:
         self._group = group
         self._title = title
+        self._reduce = reduce or torch_distributed
         # torch creates the communicator of a group bound to a device together with the group.
         self._has_communicator = group.bound_device_id is not None
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Implement the hook `all_reduce` with `torch_distributed`.
+        """Implement the hook `all_reduce`.
 
         Raises:
             CaptureError: a stream captures, and the group has no communicator yet.
@@ -44,10 +49,10 @@ class TerminalFallback:
                 f"torch.distributed has no communicator for {self._title} yet, and can't create one",
                 "Call comm.pre_capture_init, or reduce a CUDA tensor of any size, before the capture",
             )
-            result = torch_distributed(self._group, tensor, out)
+            result = self._reduce(self._group, tensor, out)
             self._has_communicator = True
             return result
-        return torch_distributed(self._group, tensor, out)
+        return self._reduce(self._group, tensor, out)
 
 
 def torch_distributed(group: dist.ProcessGroup, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._control.guard import capturing
+from comm_core._handle import pieces
 from comm_core._handle.profiling import profiled
 from comm_core.types import DTYPES, OPS, TERMINAL, Decision, Rule
 
@@ -234,7 +235,8 @@ def bind(
     """
     entries: dict[str, dict[DeviceDtype, tuple[tuple[Rule, RuleHook], ...]]] = {op: {} for op in OPS}
 
-    def hook_of(backend: str, op: str) -> RuleHook:
+    def hook_of(rule: Rule, op: str) -> RuleHook:
+        backend = rule.backend
         if backend == TERMINAL:
             if op != "all_reduce":
                 return _COMPOSED
@@ -243,6 +245,8 @@ def bind(
             session = sessions[backend]
             function, value = session.plugin.hooks[op], session.value
             checks_operands = session.checks_operands and op == "all_reduce_add_rms_norm"
+        if rule.piece_nbytes is not None:
+            function, value, checks_operands = getattr(pieces, op), (function, value, rule.piece_nbytes), False
         if profiled_title:
             function = profiled(function, op, backend, profiled_title)
         return function, value, backend, checks_operands
@@ -251,6 +255,6 @@ def bind(
         if route.mode == mode:
             device = devices[route.device_type]
             key = (-1 if device.type == "cpu" else device.index, _TORCH_DTYPES[route.dtype])
-            entries[route.op][key] = tuple((rule, hook_of(rule.backend, route.op)) for rule in route.rules)
+            entries[route.op][key] = tuple((rule, hook_of(rule, route.op)) for rule in route.rules)
     plain, *fused = (entries[op] for op in OPS)
     return ModeRoutes(Routes(plain), *map(FusedRoutes, fused))

@@ -55,6 +55,27 @@ def prepare(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str:
     return _prepare((device, dtype, hidden_size, dtype, dtype))
 
 
+def prepare_for(tensor: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> None:
+    """Compile the kernel for these operands of `add_rms_norm`, if there is one, once a process. Local.
+
+    Raises:
+        CaptureError: as in `prepare`.
+    """
+    key = _key_of(tensor, residual, weight)
+    if tensor.is_cuda and _can_compile(key):
+        _prepare(key)
+
+
+def _key_of(tensor: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> _Key:
+    return tensor.device, tensor.dtype, tensor.shape[-1], None if residual is None else residual.dtype, weight.dtype
+
+
+def _can_compile(key: _Key) -> bool:
+    """Return whether there is a kernel for rows of this length and these dtypes."""
+    _, dtype, hidden_size, residual_dtype, weight_dtype = key
+    return hidden_size > 0 and {dtype, residual_dtype or dtype, weight_dtype}.issubset(_DTYPES)
+
+
 def _prepare(key: _Key) -> str:
     """Compile the kernel of this key, once a process; see `prepare`."""
     if key not in _kernels:
@@ -80,16 +101,14 @@ def add_rms_norm(
     residual_out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Compute `comm_core.fallback.add_rms_norm` with one kernel; return None, with nothing done, if it can't serve."""
-    num_tokens, hidden_size = tensor.shape
-    residual_dtype = None if residual is None else residual.dtype
-    key = (tensor.device, tensor.dtype, hidden_size, residual_dtype, weight.dtype)
+    key = _key_of(tensor, residual, weight)
     kernel = _kernels.get(key)
     if kernel is None:
-        dtypes = {tensor.dtype, residual_dtype or tensor.dtype, weight.dtype}
-        if not dtypes.issubset(_DTYPES) or hidden_size < 1 or torch.cuda.is_current_stream_capturing():
+        if not _can_compile(key) or torch.cuda.is_current_stream_capturing():
             return None
         _prepare(key)
         kernel = _kernels.get(key)
+    num_tokens = len(tensor)
     if kernel is None or isinstance(kernel, str) or not num_tokens:
         return None
     # Without a residual, the kernel doesn't read that argument.

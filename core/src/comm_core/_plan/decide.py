@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from comm_core import _schema
+from comm_core._plan.answers import (
+    encode_answer,
+    encode_prepared,
+    merge_answers,
+    merge_prepared,
+    once_prepared,
+    with_explicit_ranges,
+)
 from comm_core._plan.checks import describe_differences
+from comm_core._plan.pieces import in_pieces
 from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
-from comm_core.errors import CommError
 from comm_core.topology import RankInfo
 from comm_core.tuning import NO_TUNING, Tuning
-from comm_core.types import MAX_RANGES, OPS, TERMINAL, Available, Candidate, Decision, Range, Route, Unavailable
+from comm_core.types import (
+    RANK_ORDER_FP32,
+    TERMINAL,
+    Available,
+    Candidate,
+    Decision,
+    Range,
+    Route,
+)
 
 __all__ = [
     "Evidence",
@@ -28,9 +43,6 @@ __all__ = [
     "screen_candidates",
     "with_explicit_ranges",
 ]
-
-# The most ranges of merged answers: ranks that differ have a few ranges each, and without a limit their pairs multiply.
-_MAX_MERGED_RANGES = 4 * MAX_RANGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +104,13 @@ class Slate:
         offers: the remaining offers, the most preferred first.
         dropped: the dropped candidates, with their reasons.
         tuning: the rules that override the offers' priorities.
+        deterministic: whether the group is deterministic.
     """
 
     offers: tuple[Offer, ...]
     dropped: tuple[Candidate, ...] = ()
     tuning: Tuning = NO_TUNING
+    deterministic: bool = False
 
     def offer(self, name: str) -> Offer:
         """Return the remaining offer of the backend `name`."""
@@ -130,9 +144,35 @@ class Slate:
         replaced = (dataclasses.replace(o, ranges=tuple(ranges)) if o.name == name else o for o in self.offers)
         return dataclasses.replace(self, offers=tuple(replaced))
 
+    def with_prepared_ranges(self, name: str, ranges: Sequence[Range]) -> Slate:
+        """Return the slate after a preparation of the backend `name`, which returned these ranges.
+
+        In a deterministic group the preparation adds no fused ranges, since it would change the bits of such calls.
+        """
+        if self.deterministic:
+            before = self.offer(name).ranges
+            ranges = [item for item in ranges if item.op == "all_reduce" or item in before]
+        return self.with_ranges(name, ranges)
+
+    def as_deterministic(self) -> Slate:
+        """Return the slate of a deterministic group: without the backends that sum in another way."""
+        offers, dropped = [], list(self.dropped)
+        for offer in self.offers:
+            ranges = tuple(item for item in offer.ranges if item.op == "all_reduce" or not item.prepared)
+            if offer.numerics == RANK_ORDER_FP32 and ranges:
+                offers.append(dataclasses.replace(offer, ranges=ranges))
+                continue
+            numerics = f"the numerics of {offer.name} are {offer.numerics or 'unspecified'}"
+            if offer.numerics == RANK_ORDER_FP32:
+                numerics = f"{offer.name} serves only what it has prepared"
+            reason = f"the group is deterministic, which takes {RANK_ORDER_FP32}; {numerics}"
+            dropped.append(Candidate(offer.name, "unavailable", reason, priority=offer.priority, version=offer.version))
+        return dataclasses.replace(self, offers=tuple(offers), dropped=tuple(dropped), deterministic=True)
+
     def routes(self, device_types: Sequence[str]) -> tuple[Route, ...]:
         """Return the routes for the device types of the group's tensors."""
-        return plan_routes(self.offers, device_types, self.tuning.rules)
+        routes = plan_routes(self.offers, device_types, self.tuning.rules)
+        return in_pieces(routes) if self.deterministic else routes
 
     def owners_once_prepared(self, asked: Collection[str], device_types: Sequence[str]) -> set[str]:
         """Return the backends that would own a route once prepared.
@@ -168,9 +208,14 @@ class Slate:
             for offer in self.offers
         ]
         dropped = sorted(self.dropped, key=lambda c: (-(c.priority or 0), c.name))
-        terminal = Candidate(TERMINAL, "serves", "always available", priority=0)
+        reason = "always available"
+        if self.deterministic:
+            reason += "; it gathers the ranks' tensors, and core sums them in rank order"
+        terminal = Candidate(TERMINAL, "serves", reason, priority=0)
         texts = tuple(map(str, self.tuning.rules))
-        return Decision((*available, *dropped, terminal), routes, texts, self.tuning.source)
+        return Decision(
+            (*available, *dropped, terminal), routes, texts, self.tuning.source, deterministic=self.deterministic
+        )
 
     def _availability_reason(self, offer: Offer, serves: bool) -> str:
         """Return the reason for the verdict "serves" or "standby"."""
@@ -187,13 +232,12 @@ class Slate:
         return "backends earlier in the order serve all of its ranges"
 
 
-def once_prepared(ranges: Sequence[Range]) -> tuple[Range, ...]:
-    """Return the ranges with `prepared` unset, as after their preparation."""
-    return tuple(dataclasses.replace(item, prepared=False) for item in ranges)
-
-
 def screen_candidates(
-    evidence: Sequence[Evidence], wanted: Sequence[str] | None, disabled: Sequence[str], wanted_by: str
+    evidence: Sequence[Evidence],
+    wanted: Sequence[str] | None,
+    disabled: Sequence[str],
+    wanted_by: str,
+    imported: Sequence[str] | None = None,
 ) -> tuple[dict[str, str | None], tuple[Candidate, ...]]:
     """Split the known backends into those to ask, and those that are blocked or missing on a rank.
 
@@ -202,6 +246,7 @@ def screen_candidates(
         wanted: the only backends that may be asked; None allows all.
         disabled: backends that must not be asked.
         wanted_by: the argument or variable that set `wanted`, for the reason.
+        imported: the only backends that may be imported; None allows all.
 
     Returns:
         The backends installed on every rank at one version and not blocked, as versions by name; and the others as
@@ -216,6 +261,8 @@ def screen_candidates(
     for name in sorted(known):
         if name in disabled:
             dropped.append(Candidate(name, "blocked", "COMM_CORE_DISABLE names it"))
+        elif imported is not None and name not in imported:
+            dropped.append(Candidate(name, "blocked", "COMM_CORE_PLUGINS doesn't name it"))
         elif wanted is not None and name not in wanted:
             dropped.append(Candidate(name, "blocked", f"{wanted_by} names other backends"))
         else:
@@ -242,19 +289,6 @@ def _absent_candidate(name: str, evidence: Sequence[Evidence], versions: Sequenc
     return None
 
 
-def encode_answer(answer: Available | Unavailable | str) -> dict[str, Any]:
-    """Return an answer of `is_available` as JSON; a string is the reason why the hook gave none."""
-    if isinstance(answer, Available):
-        ranges = [item.to_json() for item in answer.ranges]
-        return {"priority": answer.priority, "ranges": ranges, "checks_operands": answer.checks_operands}
-    return {"reason": answer.reason if isinstance(answer, Unavailable) else answer}
-
-
-def _decode(data: Mapping[str, Any]) -> Available:
-    """Return the `Available` that `encode_answer` encoded."""
-    return Available(data["priority"], tuple(map(Range.from_json, data["ranges"])), data["checks_operands"])
-
-
 def initial_slate(
     asked: Mapping[str, str | None],
     answers: Sequence[Mapping[str, Mapping[str, Any]]],
@@ -273,89 +307,9 @@ def initial_slate(
     for name, version in asked.items():
         merged = merge_answers([answer[name] for answer in answers])
         if isinstance(merged, Available):
-            offers.append(Offer(name, merged.priority, merged.ranges, version, merged.checks_operands))
+            offers.append(Offer(name, merged.priority, merged.ranges, version, merged.checks_operands, merged.numerics))
         else:
             reason, rank = merged
             dropped.append(Candidate(name, "unavailable", reason, rank, version=version))
     offers.sort(key=lambda offer: (-offer.priority, offer.name))
     return Slate(tuple(offers), tuple(dropped))
-
-
-def merge_answers(answers: Sequence[Mapping[str, Any]]) -> Available | tuple[str, int | None]:
-    """Merge all ranks' answers of one backend to the lowest priority and the intersection of the ranges.
-
-    Args:
-        answers: the encoded answers by group rank.
-
-    Returns:
-        The merged answer; or, if a rank refuses, its reason and group rank, None for all ranks.
-    """
-    for rank, answer in enumerate(answers):
-        if "reason" in answer:
-            everywhere = all(other == answer for other in answers)
-            return answer["reason"], None if everywhere else rank
-    first = _decode(answers[0])
-    if all(answer == answers[0] for answer in answers):
-        return first
-    priority, ranges, checks_operands = first.priority, first.ranges, first.checks_operands
-    # Each distinct answer once: thousands of ranks give only a few.
-    for answer in {json.dumps(answer, sort_keys=True): answer for answer in answers}.values():
-        other = _decode(answer)
-        priority = min(priority, other.priority)
-        checks_operands = checks_operands and other.checks_operands
-        pairs = (one.intersect(two) for one in ranges for two in other.ranges)
-        ranges = tuple(dict.fromkeys(both for both in pairs if both is not None))
-        if len(ranges) > _MAX_MERGED_RANGES:
-            return f"the ranks' answers differ and have more than {_MAX_MERGED_RANGES} ranges in common", None
-    if not ranges:
-        return "the ranks' answers have no range in common", None
-    return Available(priority, ranges, checks_operands)
-
-
-def encode_prepared(ranges: Sequence[Range], priority: int, hooks: Sequence[str]) -> dict[str, Any]:
-    """Return the answer of `pre_capture_init` as JSON, for the exchange between ranks.
-
-    Args:
-        ranges: the ranges that it returned.
-        priority: the backend's priority.
-        hooks: the names of the plugin's hooks.
-
-    Raises:
-        TypeError, ValueError, CommError: the ranges are invalid.
-    """
-    if not ranges:
-        raise ValueError("pre_capture_init returned no ranges; expected at least one, or None to leave them unchanged")
-    answer = with_explicit_ranges(Available(priority, once_prepared(ranges)), hooks, "pre_capture_init")
-    if isinstance(answer, Unavailable):
-        raise CommError(answer.reason)
-    return encode_answer(answer)
-
-
-def merge_prepared(offer: Offer, answers: Sequence[Mapping[str, Any] | None]) -> Available | tuple[str, int | None]:
-    """Merge all ranks' answers of `pre_capture_init` to the one that holds from now on; see `merge_answers`.
-
-    Args:
-        offer: the backend's offer so far.
-        answers: the encoded answers by group rank; None for unchanged.
-    """
-    unchanged = encode_answer(Available(offer.priority, offer.ranges))
-    return merge_answers([unchanged if answer is None else answer for answer in answers])
-
-
-def with_explicit_ranges(
-    answer: Available, hooks: Sequence[str], asked: str = "is_available"
-) -> Available | Unavailable:
-    """Return an answer with explicit ranges, or `Unavailable` if the plugin lacks the hook of one of them.
-
-    Args:
-        answer: the answer of a hook; no ranges means every operation that the plugin implements.
-        hooks: the names of the plugin's hooks.
-        asked: the name of the hook that returned the answer.
-    """
-    if len(answer.ranges) > MAX_RANGES:
-        return Unavailable(f"{asked} returned {len(answer.ranges)} ranges; the limit is {MAX_RANGES}")
-    ops = [op for op in OPS if op in hooks]
-    missing = sorted({item.op for item in answer.ranges} - set(ops))
-    if missing:
-        return Unavailable(f"{asked} names ranges of {', '.join(missing)}, which the plugin doesn't implement")
-    return dataclasses.replace(answer, ranges=answer.ranges or tuple(Range(op) for op in ops))

@@ -66,7 +66,8 @@ def explain(
         )
         for candidate in decision.candidates
     ]
-    lines = [f"{title}: {_describe_group(topology)}", "", table(rows), "", *_routes(decision), *_tuning(decision)]
+    kind = ", deterministic" if decision.deterministic else ""
+    lines = [f"{title}: {_describe_group(topology)}{kind}", "", table(rows), "", *_routes(decision), *_tuning(decision)]
     lines += ["", *_calls(stats)] if stats else []
     return "\n".join(lines + (["", *_waits(waits, topology)] if waits else []))
 
@@ -181,7 +182,9 @@ def _dtypes(op: str, dtypes: list[str]) -> str:
 
 
 def _rule(rule: Rule, tuning: Sequence[str]) -> str:
-    if rule.max_nbytes is None and rule.min_nbytes <= 1:
+    if rule.piece_nbytes is not None:
+        bounds = f"in pieces of up to {size(rule.piece_nbytes)}"
+    elif rule.max_nbytes is None and rule.min_nbytes <= 1:
         bounds = "any size"
     elif rule.max_nbytes is None:
         bounds = f"from {size(rule.min_nbytes)}"

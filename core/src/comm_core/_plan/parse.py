@@ -109,7 +109,7 @@ def _read_answer(value: Any, where: str) -> dict[str, Any]:
     fields = _schema.mapping_of(_schema.anything)(value, where)
     if "reason" in fields:
         return encode_answer(_schema.text(fields["reason"], f"{where}.reason"))
-    missing = sorted({"priority", "ranges", "checks_operands"} - fields.keys())
+    missing = sorted({"priority", "ranges", "checks_operands", "numerics"} - fields.keys())
     if missing:
         raise _schema.MalformedError(f"{where} lacks {', '.join(missing)}")
     answer: Available = _AVAILABLE(fields, where)
@@ -126,6 +126,7 @@ _AVAILABLE = _schema.record(
     priority=_schema.integer(1),
     ranges=_schema.tuple_of(_read_range, 1, MAX_RANGES),
     checks_operands=_schema.boolean,
+    numerics=_schema.text,
 )
 
 

@@ -25,7 +25,7 @@ class Offer:
         priority: the backend's priority; higher ones are preferred.
         ranges: the ranges it serves.
         version: the version of its distribution.
-        checks_operands: see `Available`.
+        checks_operands, numerics: see `Available`.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Offer:
     ranges: tuple[Range, ...]
     version: str | None = None
     checks_operands: bool = False
+    numerics: str = ""
 
 
 def cells(device_types: Iterable[str]) -> tuple[Cell, ...]:
@@ -144,7 +145,8 @@ def _uncovered_intervals(rule: Rule, earlier: Sequence[Rule], itemsize: int) -> 
     The smallest size is one element.
     """
     step = math.lcm(itemsize, rule.multiple_nbytes)
-    left: list[tuple[int, int | None]] = [(rule.min_nbytes, rule.max_nbytes)]
+    # In pieces, the backend itself gets no more than one piece.
+    left: list[tuple[int, int | None]] = [(rule.min_nbytes, rule.piece_nbytes or rule.max_nbytes)]
     for other in earlier:
         if _covers_within_bounds(other, rule, step):
             left = [part for interval in left for part in _subtract(interval, other)]

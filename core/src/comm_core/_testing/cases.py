@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 import comm_core as comm
+from comm_core._handle.rank_order import sum_in_rank_order
 from comm_core._testing.handles import (
     WARM_HANDLES,
     FusedCall,
@@ -158,6 +159,27 @@ def results(name: str, most_nbytes: int) -> list[tuple[str, bytes]]:
                 digest = hashlib.sha256(bytes(result.view(torch.uint8).tolist())).digest()
                 found.append((f"{numel} elements of {dtype} on {device}", digest))
     return found
+
+
+def sums_are_in_rank_order(name: str) -> str:
+    """Compare bits with those of the rank order; return the reason if a deterministic group leaves the backend out."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    backend = comm.get_backend(deterministic=True)
+    candidate = backend.decision.candidate(name)
+    assert candidate is not None, f"{name} isn't among the candidates"
+    assert candidate.verdict != "failed", candidate.reason
+    checked = 0
+    for device, dtype, sizes in eager_cells(backend, name, 1 << 18):
+        for numel in sizes:
+            every = [make_inputs(r, numel, dtype) for r in range(world_size)]
+            result = backend.all_reduce(every[rank].to(device, copy=True)).cpu()
+            expected = sum_in_rank_order(every)
+            same = torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
+            assert same, f"{numel} elements of {dtype} on {device} have other bits than in rank order"
+            checked += 1
+    comm.close()
+    assert checked or candidate.verdict == "unavailable", "the backend serves no eager message"
+    return "" if checked else candidate.reason
 
 
 def many_calls(name: str, count: int) -> None:

@@ -55,18 +55,14 @@ def get_handle(coordinator: Any, objection: str | None, *, vote_s: float | None 
         package="comm-sglang",
         engine="SGLang",
         log=_log,
-        objection=objection or _find_objection(),
+        objection=objection,
         vote_s=integration.VOTE_S if vote_s is None else vote_s,
+        deterministic=True if _is_deterministic() else None,
     )
 
 
-def _find_objection() -> str | None:
-    """Return the reason against a handle that SGLang's settings give."""
+def _is_deterministic() -> bool:
+    """Return whether SGLang's settings ask for one order of summation, whatever the batch."""
     from sglang.srt.environ import envs
 
-    if envs.SGLANG_ENABLE_DETERMINISTIC_INFERENCE.get():
-        return (
-            "SGLANG_ENABLE_DETERMINISTIC_INFERENCE is set, and backends choose the order of summation by a message's "
-            "size"
-        )
-    return None
+    return bool(envs.SGLANG_ENABLE_DETERMINISTIC_INFERENCE.get())

@@ -47,7 +47,6 @@ def get_handle(
         return None
     from vllm import envs
 
-    invariant = "VLLM_BATCH_INVARIANT is set, and backends choose the order of summation by a message's size"
     return integration.get_handle(
         name,
         cpu_group,
@@ -55,6 +54,6 @@ def get_handle(
         package="comm-vllm",
         engine="vLLM",
         log=_log,
-        objection=invariant if envs.VLLM_BATCH_INVARIANT else None,
         vote_s=integration.VOTE_S if vote_s is None else vote_s,
+        deterministic=True if envs.VLLM_BATCH_INVARIANT else None,
     )

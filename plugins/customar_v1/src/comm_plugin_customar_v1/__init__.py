@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
-from comm_core import kernels, memory
+from comm_core import kernels, memory, types
 
 from comm_plugin_customar_v1 import policy, session
 from comm_plugin_customar_v1.session import Session
@@ -49,7 +49,9 @@ def probe() -> dict[str, Any]:
 def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     """Require one host and peer access between every two devices; with more than two ranks also NVLink."""
     reason = policy.unavailable_reason(topology)
-    return comm.Unavailable(reason) if reason else comm.Available(policy.PRIORITY, policy.ranges(topology))
+    if reason:
+        return comm.Unavailable(reason)
+    return comm.Available(policy.PRIORITY, policy.ranges(topology), numerics=types.RANK_ORDER_FP32)
 
 
 @comm.hookimpl

@@ -11,7 +11,7 @@ from typing import Any
 import comm_core as comm
 import torch
 from comm_core import kernels, memory
-from comm_core.types import QUANTS
+from comm_core.types import QUANTS, RANK_ORDER_FP32
 
 from comm_plugin_customar_v2 import policy, session
 from comm_plugin_customar_v2.session import Session
@@ -54,7 +54,8 @@ def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     reason = policy.unavailable_reason(topology)
     if reason:
         return comm.Unavailable(reason)
-    return comm.Available(policy.PRIORITY, policy.ranges(topology), checks_operands=True)
+    ranges = policy.ranges(topology)
+    return comm.Available(policy.PRIORITY, ranges, checks_operands=True, numerics=RANK_ORDER_FP32)
 
 
 @comm.hookimpl

@@ -11,7 +11,7 @@ from typing import Any
 
 import comm_core as comm
 import torch
-from comm_core import kernels
+from comm_core import kernels, types
 
 from comm_plugin_shm import policy, session
 from comm_plugin_shm.policy import DTYPE_CODES
@@ -34,7 +34,9 @@ def probe() -> dict[str, Any]:
 def is_available(topology: comm.Topology) -> comm.Available | comm.Unavailable:
     """Require CPU tensors, one host, one PID namespace and 2 to 64 ranks."""
     reason = policy.unavailable_reason(topology)
-    return comm.Unavailable(reason) if reason else comm.Available(policy.PRIORITY, policy.ranges(topology))
+    if reason:
+        return comm.Unavailable(reason)
+    return comm.Available(policy.PRIORITY, policy.ranges(topology), numerics=types.RANK_ORDER_FP32)
 
 
 @comm.hookimpl

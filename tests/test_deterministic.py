@@ -1,0 +1,118 @@
+"""Deterministic groups on CPUs: a result's bits depend on the inputs alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import comm_core as comm
+import pytest
+import torch
+from harness import Ranks, install
+from order_ranks import PLUGIN, deterministic, sweep_fused, sweep_plain
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Rows of 64: the edges of shm's two algorithms and of its chunks, of the plugin's 64 KiB, and of what core gathers.
+COUNTS = (1, 2, 3, 7, 8, 31, 32, 33, 127, 128, 129, 256, 257, 511, 512, 513, 1000, 2048, 4096, 4097, 6000)
+HIDDEN = 64
+GATHER_NBYTES = 96 << 10
+MODES = ("eager", "capture")
+
+
+def sweep(names: tuple[str, ...], owner: str) -> str:
+    with deterministic(names, GATHER_NBYTES) as handle:
+        assert handle.name == owner
+        done = sweep_plain(handle, COUNTS, HIDDEN, FLOATS, MODES)
+        assert done == len(COUNTS) * len(FLOATS) * len(MODES)
+        for hidden_size, counts in ((HIDDEN, COUNTS), (35, COUNTS[::4]), (40000, (1, 2, 3))):
+            assert sweep_fused(handle, counts, hidden_size, FLOATS, MODES)
+        comm.pre_capture_init(max_tokens=64, hidden_size=HIDDEN, dtype=torch.bfloat16)
+        assert sweep_fused(handle, COUNTS[::5], HIDDEN, FLOATS, MODES)
+        integers = torch.arange(1000)
+        assert torch.equal(handle.all_reduce(integers), integers * handle.topology.world_size)
+        return handle.explain()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("owner", ["shm", "torch_distributed", "capped"])
+def test_bits_depend_on_the_inputs_alone(ranks: Ranks, tmp_path: Path, owner: str, world_size: int) -> None:
+    path = [
+        install(tmp_path / "capped", "capped", PLUGIN.format(fault="")),
+        install(tmp_path / "shm", "shm", "import comm_plugin_shm as plugin\n"),
+    ]
+    found = ranks.run(sweep, (owner,), owner, world_size=world_size, path=[path] * world_size, deadline_s=500)
+    assert len(set(found)) == 1
+    if owner == "capped":
+        assert "capped up to 64 KiB; capped in pieces of up to 64 KiB; torch_distributed" in found[0]
+
+
+def refuse(fault: str) -> tuple[str, str, str]:
+    """Return who sums bfloat16 in a deterministic group, what it says of the plugin, and who sums it in another."""
+    with deterministic(None) as handle:
+        assert sweep_plain(handle, (1, 40), HIDDEN, (torch.bfloat16,), MODES)
+        assert sweep_fused(handle, (1, 99, 100, 101, 200), HIDDEN, (torch.bfloat16,), MODES)
+        name = handle.decision.route("all_reduce", "eager", "cpu", "bfloat16").backend_for(128)
+        candidate = handle.decision.candidate("capped")
+        assert candidate is not None
+        route = handle.decision.route("all_reduce_add_rms_norm", "eager", "cpu", "bfloat16")
+        if fault == "few tokens":
+            assert route.backend_for(128, 1, 64) == "torch_distributed"
+        with pytest.raises(ValueError, match=r"has a handle with .*deterministic=True"):
+            comm.get_backend()
+    if candidate.verdict != "serves":
+        with pytest.raises(comm.BackendUnavailableError, match=re.escape(candidate.reason)):
+            comm.get_backend(backends=("capped",), deterministic=True)
+    free = comm.get_backend().decision.route("all_reduce", "eager", "cpu", "bfloat16").backend_for(128)
+    comm.close()
+    return name, candidate.reason, free
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (
+            "unspecified",
+            "the group is deterministic, which takes rank_order_fp32; the numerics of capped are unspecified",
+        ),
+        ("reversed", "wrong sums, the first at element"),
+        ("narrow", "available, except for eager float16, eager bfloat16: the admission test"),
+        ("few tokens", "available on every rank"),
+    ],
+)
+def test_a_backend_that_sums_otherwise_is_left_out(ranks: Ranks, tmp_path: Path, fault: str, reason: str) -> None:
+    path = [install(tmp_path / "capped", "capped", PLUGIN.format(fault=fault))]
+    for name, why, free in ranks.run(refuse, fault, world_size=3, path=[path] * 3, deadline_s=300):
+        assert name == ("capped" if fault == "few tokens" else "torch_distributed")
+        assert reason in why
+        assert free == "capped"  # sums of integers are exact in any order
+
+
+def ask_differently(values: tuple[bool | None, ...]) -> str:
+    import torch.distributed as dist
+
+    try:
+        comm.get_backend(deterministic=values[dist.get_rank()])
+    except comm.NegotiationError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_ranks_that_ask_differently_raise(ranks: Ranks) -> None:
+    for text in ranks.run(ask_differently, (True, None)):
+        assert "get_backend(deterministic=...)" in text
+
+
+def read_environment() -> tuple[bool, bool]:
+    handle = comm.get_backend()
+    by_variable = handle.decision.deterministic
+    comm.close()
+    handle = comm.get_backend(deterministic=False)
+    by_argument = handle.decision.deterministic
+    comm.close()
+    return by_variable, by_argument
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_variable_holds_where_the_argument_is_silent(ranks: Ranks, world_size: int) -> None:
+    env = {"COMM_CORE_DETERMINISTIC": "1"}
+    assert ranks.run(read_environment, world_size=world_size, env=env) == [(True, False)] * world_size
