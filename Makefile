@@ -26,7 +26,7 @@ SGLANG_PACKAGES := ./core ./plugins/shm ./integrations/sglang
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-sglang test-vllm lint docs wheels clean
+.PHONY: help setup demo bench faults soak test test-sglang test-vllm lint docs wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -43,6 +43,13 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 # the order of `testpaths`. Tests on GPUs share the GPUs' memory, so they run one by one.
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
 	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 3 --dist loadfile --no-loadscope-reorder) $(ARGS)
+
+# Hangs and stopped processes wait for deadlines. ARGS="check close" runs these stages alone.
+faults: $(STAMP)  ## every fault at every stage on every rank; writes docs/faults.md, and fails if a cell breaks a rule
+	$(BIN)/python core/tests/fault_matrix.py $(ARGS)
+
+soak: $(STAMP)  ## random programs of 2 to 5 ranks for MINUTES=10, every bit checked; SEED=7 repeats one
+	$(BIN)/python core/tests/soak.py $(or $(MINUTES),10) $(SEED)
 
 # SGLang pins its own torch and hundreds of packages, of which its engine on CPUs imports few: 2 GB. The option is for a
 # busy machine, where engines take longer than any other test; so for vLLM's.

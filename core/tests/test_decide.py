@@ -138,6 +138,16 @@ def test_who_is_blocked_is_not_asked_and_the_reason_says_by_what() -> None:
     }
 
 
+def test_who_must_not_be_imported_is_not_asked_though_it_is_named() -> None:
+    found = [evidence({"a": "1", "b": "1", "c": "1"})] * 2
+    asked, dropped = screen_candidates(found, ("a", "b"), ("c",), "get_backend(backends=...)", ("a", "c"))
+    assert list(asked) == ["a"]
+    assert by_name(dropped) == {
+        "b": ("blocked", "COMM_CORE_PLUGINS doesn't name it", None),
+        "c": ("blocked", "COMM_CORE_DISABLE names it", None),
+    }
+
+
 def test_a_named_backend_that_is_not_installed_is_reported() -> None:
     asked, dropped = screen_candidates([evidence()] * 2, ("ghost", TERMINAL), (), "get_backend(backends=...)")
     assert asked == {}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 VARIABLES = {
     "COMM_CORE_BACKENDS": "backends",
     "COMM_CORE_DISABLE": "disable",
+    "COMM_CORE_PLUGINS": "plugins",
     "COMM_CORE_CONTROL_TIMEOUT_S": "control_timeout_s",
     "COMM_CORE_CONNECT_TIMEOUT_S": "connect_timeout_s",
     "COMM_CORE_WAIT_TIMEOUT_S": "wait_timeout_s",
@@ -50,11 +51,12 @@ def test_an_empty_environment_means_the_defaults() -> None:
 def test_names_are_separated_by_commas(text: str, names: tuple[str, ...]) -> None:
     assert Settings.read({"COMM_CORE_BACKENDS": text}).backends == names
     assert Settings.read({"COMM_CORE_DISABLE": text}).disable == names
+    assert Settings.read({"COMM_CORE_PLUGINS": text}).plugins == names
 
 
 def test_a_list_of_no_names_is_a_mistake() -> None:
     """Taken at its word, it would block every backend without a word."""
-    for name in ("COMM_CORE_BACKENDS", "COMM_CORE_DISABLE"):
+    for name in ("COMM_CORE_BACKENDS", "COMM_CORE_DISABLE", "COMM_CORE_PLUGINS"):
         with pytest.raises(ValueError, match=f"{name}=',' can't be read: it names no backend"):
             Settings.read({name: ","})
 

@@ -43,6 +43,7 @@ def test_a_named_backend_serves_and_no_other_is_tried(ranks: Ranks, sound: list[
         ("lacking", {}, "rank 1: not installed here, but installed on other ranks"),
         ("nobodys", {}, "not installed on any rank"),
         ("second", {"COMM_CORE_DISABLE": "second"}, "COMM_CORE_DISABLE names it"),
+        ("second", {"COMM_CORE_PLUGINS": "first"}, "COMM_CORE_PLUGINS doesn't name it"),
     ],
 )
 def test_a_named_backend_that_cant_serve(
@@ -110,6 +111,7 @@ def test_the_fallback_cant_be_disabled(ranks: Ranks, faulted: list[Path]) -> Non
     [
         ("BACKENDS", "second"),
         ("DISABLE", "second"),
+        ("PLUGINS", "second"),
         ("CONTROL_TIMEOUT_S", "77"),
         ("CONNECT_TIMEOUT_S", "77"),
         ("WAIT_TIMEOUT_S", "77"),

@@ -123,6 +123,12 @@ class Settings:
         "Comma-separated names of backends that are neither tried nor imported; each process warns once of names that "
         "aren't installed. The terminal fallback, `torch_distributed`, can't be disabled.",
     )
+    plugins: tuple[str, ...] | None = _field(
+        None,
+        _names,
+        "Comma-separated names of the only installed backends whose code is imported, also by `comm-core doctor` and "
+        "for `get_backend(backends=...)`; the others are listed and blocked. By default all may be imported.",
+    )
     control_timeout_s: float = _field(
         300.0,
         _seconds,
@@ -198,6 +204,10 @@ class Settings:
         if self.tune is not None:
             values[f"{PREFIX}TUNE"] = tuple(map(str, self.tune))
         return values
+
+    def may_import(self, name: str) -> bool:
+        """Return whether the variables allow to import the plugin of the backend `name`."""
+        return name not in self.disable and (self.plugins is None or name in self.plugins)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Settings:

@@ -7,21 +7,20 @@ An implementation has exactly the parameters of its spec, in the same order, wit
 once per group and called by position. *Local* hooks talk to no other rank. *Collective* hooks run on every rank of
 the group at once, and may exchange data through `context.control`; the ranks then vote on the hook's success.
 
-All hooks but `limits` and those of the hot path run under a deadline, in a thread with the group's device and the
-caller's stream set. A hook that misses its deadline has failed. Its thread can't be stopped: it stays until the hook
-returns, and keeps what it holds.
+All hooks but `limits`, `waits` and those of the hot path run under a deadline, in a thread with the group's device and
+the caller's stream set. A hook that misses its deadline has failed. Its thread can't be stopped: it stays until the
+hook returns, and keeps what it holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -196,15 +195,13 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
 
     Optional. `s = sum over ranks of tensor + residual`; `y = s · rsqrt(mean(s², last axis) + eps) · (weight +
     weight_offset)`: RMSNorm as in Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. Otherwise as
-    `all_reduce`.
+    `all_reduce`. Core composes calls without a residual, and with a float32 residual or weight beside a 16-bit tensor.
 
     A backend with `Available(checks_operands=True)` may also get operands that break the preconditions below: core has
     then checked only that the device index, dtype and shape of `tensor` are within the ranges. The backend checks
     everything else (`comm_core/operands.h`) and returns `NotImplemented` if an operand breaks a precondition. Core then
     raises an error for an invalid operand, or calls the hook again with copies. Strides and addresses differ between
     ranks, so in one call some ranks may get the caller's operands and others copies.
-
-    Core itself composes a call without a residual, and one with a float32 residual or weight beside a 16-bit tensor.
 
     Args:
         session: what `connect` returned, else the `GroupContext`.
@@ -244,9 +241,8 @@ def all_reduce_add_rms_norm_quant(
 ) -> None:
     """Sum over the ranks, add the residual, normalise and quantise the norm to FP8, in one call. Hot path.
 
-    Optional. `y` and `s` as in `all_reduce_add_rms_norm`; if the backend has that hook, too, with the same bits. The
-    quantised values and scales have the bits of `comm_core.fallback.quantize` of `y` as rounded to its dtype: the
-    admission test compares them. Core validates the operands.
+    Optional. `y` and `s` as in `all_reduce_add_rms_norm`, with the bits of that hook if the backend has it. Values and
+    scales have the bits of `comm_core.fallback.quantize` of the rounded `y`. Core validates the operands.
 
     Args:
         session: what `connect` returned, else the `GroupContext`.
@@ -255,18 +251,15 @@ def all_reduce_add_rms_norm_quant(
         weight: as in `all_reduce_add_rms_norm`.
         eps: added to the mean square.
         weight_offset: added to the weight.
-        quant: one of `comm_core.types.QUANTS`. For "fp8_per_group", `hidden_size` is a multiple of 128.
-        scale: float32. "fp8_static": one element, to be read. "fp8_per_token": `[num_tokens, 1]`, to be written.
-            "fp8_per_group": `[num_tokens, hidden_size / 128]`, to be written, with the strides `(hidden_size / 128, 1)`
-            or `(1, n)`, n at least `num_tokens`. Scales to be written are aligned to 16 bytes.
+        quant: one of `comm_core.types.QUANTS`; for "fp8_per_group", `hidden_size` is a multiple of 128.
+        scale: float32. "fp8_static": one element, read. Else written, aligned to 16 bytes: `[num_tokens, 1]`, or for
+            groups `[num_tokens, hidden_size / 128]`, contiguous, or column-major with any distance between columns.
         out: receives the quantised values: float8_e4m3fn `[num_tokens, hidden_size]`, contiguous, aligned to 16 bytes.
         residual_out: receives `s`: like `tensor`, or `residual` itself.
         norm_out: receives `y`: like `tensor`, or `tensor` itself; None: the caller doesn't need it.
 
     Returns:
-        None, or `NotImplemented`, before anything is sent or written: core composes the call. That answer must be the
-        same on every rank: it may depend on shape, dtype, `eps`, `weight_offset`, `quant` and the strides of `scale`,
-        but not on addresses, or on `norm_out`.
+        None, or `NotImplemented` as in `all_reduce_add_rms_norm`: it may depend on `quant`, too, not on `norm_out`.
 
     Raises:
         Exception: as in `all_reduce`.
@@ -334,13 +327,9 @@ def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
 
 @hookspec(firstresult=True)
 def waits(session: Any) -> Mapping[int, tuple[int, float, float]]:  # type: ignore[empty-body]
-    """Return how long this rank's calls have waited for each peer so far.
+    """Return how long this rank's calls have waited for each peer so far; `session` as in `limits`.
 
-    Local, optional. Called from `backend.waits()` and `backend.explain()`, maybe while another thread is in
-    `all_reduce`. Waits for nothing. Never called for a suspended session.
-
-    Args:
-        session: what `connect` returned, else the `GroupContext`.
+    Local, optional; waits for nothing. Called from `backend.waits()`, maybe while another thread is in `all_reduce`.
 
     Returns:
         By the peer's group rank: the number of waits, their total time and the longest one, in microseconds. Waits

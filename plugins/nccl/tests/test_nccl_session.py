@@ -95,6 +95,20 @@ def test_close_ends_the_communicator_once(peer: subprocess.Popen[bytes], orderly
 
 
 @pytest.mark.parametrize("orderly", [True, False])
+def test_a_handle_that_stops_aborts_the_communicator(peer: subprocess.Popen[bytes], orderly: bool) -> None:
+    binding = Recording()
+    own = connect(binding, peer)
+    for _ in range(2):
+        nccl.abort(own)
+    wait_for(lambda: len(binding.calls) > 1)
+    for call in (lambda: nccl.check(own), lambda: nccl.all_reduce(own, torch.ones(3), None)):
+        with pytest.raises(comm.CommError, match="its handle has stopped"):
+            call()
+    nccl.close(own, orderly)
+    assert binding.calls[1:] == ["abort"]
+
+
+@pytest.mark.parametrize("orderly", [True, False])
 def test_close_doesnt_wait_for_graphs_that_recorded_calls(
     peer: subprocess.Popen[bytes], orderly: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,7 +32,8 @@ def ask_backends(
         StageAbortedError: a rank failed or didn't arrive in time.
     """
     named, source = local.named_backends
-    asked, dropped = decide.screen_candidates(evidence, named, local.settings.disable, source)
+    settings = local.settings
+    asked, dropped = decide.screen_candidates(evidence, named, settings.disable, source, settings.plugins)
     if not asked:
         slate = decide.Slate((), dropped, local.settings.tuning)
         return slate.as_deterministic() if local.deterministic else slate

@@ -53,7 +53,11 @@ def decide_offline(topology: Topology) -> WhatIf:
     topology = _with_facts(topology, found.plugins, assumed)
     first = dataclasses.replace(topology.ranks[0], plugins=found.listed)
     asked, dropped = decide.screen_candidates(
-        [decide.Evidence(first, failures=failures)], settings.backends, settings.disable, f"{PREFIX}BACKENDS"
+        [decide.Evidence(first, failures=failures)],
+        settings.backends,
+        settings.disable,
+        f"{PREFIX}BACKENDS",
+        settings.plugins,
     )
     plugins = [found.plugins[name] for name in asked]
     answers = answers_of(plugins, topology, torch.device("cpu"), settings.control_timeout_s)

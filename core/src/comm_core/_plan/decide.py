@@ -233,7 +233,11 @@ class Slate:
 
 
 def screen_candidates(
-    evidence: Sequence[Evidence], wanted: Sequence[str] | None, disabled: Sequence[str], wanted_by: str
+    evidence: Sequence[Evidence],
+    wanted: Sequence[str] | None,
+    disabled: Sequence[str],
+    wanted_by: str,
+    imported: Sequence[str] | None = None,
 ) -> tuple[dict[str, str | None], tuple[Candidate, ...]]:
     """Split the known backends into those to ask, and those that are blocked or missing on a rank.
 
@@ -242,6 +246,7 @@ def screen_candidates(
         wanted: the only backends that may be asked; None allows all.
         disabled: backends that must not be asked.
         wanted_by: the argument or variable that set `wanted`, for the reason.
+        imported: the only backends that may be imported; None allows all.
 
     Returns:
         The backends installed on every rank at one version and not blocked, as versions by name; and the others as
@@ -256,6 +261,8 @@ def screen_candidates(
     for name in sorted(known):
         if name in disabled:
             dropped.append(Candidate(name, "blocked", "COMM_CORE_DISABLE names it"))
+        elif imported is not None and name not in imported:
+            dropped.append(Candidate(name, "blocked", "COMM_CORE_PLUGINS doesn't name it"))
         elif wanted is not None and name not in wanted:
             dropped.append(Candidate(name, "blocked", f"{wanted_by} names other backends"))
         else:

@@ -16,7 +16,7 @@ from comm_core._group.local_inputs import read_facts
 from comm_core._plan.decide import encode_answer, with_explicit_ranges
 from comm_core._plugins import discovery
 from comm_core._topologies import load_topologies
-from comm_core.env import Settings
+from comm_core.env import PREFIX, Settings
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
@@ -69,9 +69,12 @@ def describe_faults(name: str) -> list[str]:
 
 def examine(name: str, settings: Settings) -> Examination:
     """Load the backend `name` and call its Local hooks `probe` and `is_available`."""
-    found = discovery.discover(lambda other: other == name, settings.import_timeout_s)
+    found = discovery.discover(lambda other: other == name and settings.may_import(other), settings.import_timeout_s)
     if name not in found.listed:
         return Examination(faults=[_absent(name, found.listed)])
+    if not settings.may_import(name):
+        variable = f"{PREFIX}DISABLE" if name in settings.disable else f"{PREFIX}PLUGINS"
+        return Examination(faults=[Fault(f"{variable} forbids the import of '{name}'", "Change the variable.")])
     if failure := found.failures.get(name):
         source = " ".join(filter(None, (failure.distribution, failure.version)))
         return Examination(source, [Fault(failure.reason, failure.remedy, _place_of_load_failure(failure))])

@@ -106,7 +106,7 @@ def _plugins(settings: Settings) -> tuple[PluginLine, ...]:
     from comm_core._plugins.discovery import discover
 
     def wanted(name: str) -> bool:
-        return name not in settings.disable and (settings.backends is None or name in settings.backends)
+        return settings.may_import(name) and (settings.backends is None or name in settings.backends)
 
     found = discover(wanted, settings.import_timeout_s)
     lines = [_examined_line(plugin, settings.import_timeout_s) for plugin in found.plugins.values()]

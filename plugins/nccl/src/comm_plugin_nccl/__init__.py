@@ -15,7 +15,17 @@ from comm_plugin_nccl import library, policy, session
 from comm_plugin_nccl.policy import DTYPE_CODES
 from comm_plugin_nccl.session import SUM, Session
 
-__all__ = ["COMM_HOOK_API", "all_reduce", "check", "close", "connect", "is_available", "pre_capture_init", "probe"]
+__all__ = [
+    "COMM_HOOK_API",
+    "abort",
+    "all_reduce",
+    "check",
+    "close",
+    "connect",
+    "is_available",
+    "pre_capture_init",
+    "probe",
+]
 
 COMM_HOOK_API = (1, 0)
 
@@ -88,6 +98,12 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
 def check(session: Session) -> None:
     """Raise an error that NCCL noticed, or that a peer's process has ended."""
     session.check()
+
+
+@comm.hookimpl
+def abort(session: Session) -> None:
+    """End the waits of this rank's kernels."""
+    session.abort()
 
 
 @comm.hookimpl

@@ -92,6 +92,11 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def abort(self) -> None:
+        """Refuse further calls, and abort the communicator, which ends kernels that wait. Idempotent; doesn't wait."""
+        self._fail(functools.partial(comm.CommError, "its handle has stopped"))
+        self._release(self._binding.comm_abort, _ABORT_DELAY_S, 0.0)
+
     def close(self, orderly: bool) -> None:
         """Refuse further calls, and destroy the communicator; after a failure abort it without waiting. Idempotent."""
         self._watcher.stop()
