@@ -32,7 +32,7 @@ def sweep(names: tuple[str, ...], owner: str) -> str:
             handle.all_reduce(torch.zeros(8).to(torch.float8_e4m3fn))
         integers = torch.arange(1000)
         assert torch.equal(handle.all_reduce(integers), integers * handle.topology.world_size)
-        return handle.explain()
+        return handle.explain().partition("\nwaited for")[0]  # the waits differ between ranks
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
