@@ -167,6 +167,14 @@ def sweep_plain(
     return compared
 
 
+def quantised(
+    handle: comm.Backend, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return the bytes of a quantised call's results: values, scales, sums and norms."""
+    results = handle.all_reduce_add_rms_norm_quant(tensor, residual, weight, quant="fp8_per_token", with_norm=True)
+    return [result.view(torch.uint8) for result in results if result is not None]
+
+
 def sweep_fused(
     handle: comm.Backend,
     counts: Iterable[int],
@@ -202,6 +210,12 @@ def sweep_fused(
                 assert same_bits(s, summed[:count]), (handle.name, dtype, mode, count)
                 assert same_bits(y, normed[:count]), (handle.name, dtype, mode, count)
                 compared += 1
+        if dtype != torch.float64:
+            every = quantised(handle, inputs[rank], residual, weight)
+            for count in counts[::4]:
+                some = quantised(handle, inputs[rank][:count], residual[:count], weight)
+                assert all(torch.equal(one, other[:count]) for one, other in zip(some, every, strict=True)), count
+            assert torch.equal(every[2], summed.view(torch.uint8)), (handle.name, dtype)
         x, r = inputs[rank].clone(), residual.clone()
         y, s = handle.all_reduce_add_rms_norm(x, r, weight, out=x, residual_out=r)
         assert y is x

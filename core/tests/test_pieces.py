@@ -15,6 +15,7 @@ from comm_core._plan.decide import Slate, encode_answer, initial_slate
 from comm_core._plan.explain import explain
 from comm_core._plan.routes import Offer
 from comm_core.topology import Host, RankInfo, Topology
+from comm_core.tuning import Tuning, parse_rules
 from comm_core.types import DTYPES, RANK_ORDER_FP32, TERMINAL, Available, Range, Rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,6 +154,14 @@ def test_the_admission_test_sends_no_piece_that_is_too_large(made: tuple[Offer, 
                 and shape[1] % item.hidden_multiple == 0
                 for item in offer.ranges
             ), case
+
+
+def test_tuning_rules_hold_for_sums_alone() -> None:
+    ranges = (Range(PLAIN, max_nbytes=CAP), Range(FUSED, max_nbytes=CAP, hidden_multiple=8))
+    tuning = Tuning(parse_rules("torch_distributed:0-64:eager:inf"))
+    made = dataclasses.replace(slate(*ranges), tuning=tuning)
+    assert [rule.backend for rule in rules(made)] == [TERMINAL, "a", "a", TERMINAL]
+    assert rules(made, FUSED) == rules(slate(*ranges), FUSED)
 
 
 def test_backends_of_other_numerics_are_left_out_with_the_reason() -> None:

@@ -25,21 +25,24 @@ def ask_backends(
 ) -> decide.Slate:
     """Return the slate of the group's candidates, with the rules of its tuning. Collective.
 
-    A tuned table holds if every rank has the same one, and neither `COMM_CORE_TUNE` nor the caller chooses.
+    A tuned table holds if every rank has the same one, neither `COMM_CORE_TUNE` nor the caller chooses, and the group
+    isn't deterministic.
 
     Raises:
         NegotiationError: a rank's answers can't be read.
         StageAbortedError: a rank failed or didn't arrive in time.
     """
     named, source = local.named_backends
-    asked, dropped = decide.screen_candidates(evidence, named, local.settings.disable, source, local.settings.plugins)
+    settings = local.settings
+    asked, dropped = decide.screen_candidates(evidence, named, settings.disable, source, settings.plugins)
     if not asked:
         slate = decide.Slate((), dropped, local.settings.tuning)
         return slate.as_deterministic() if local.deterministic else slate
     answers = answers_of([local.plugins[name] for name in asked], topology, local.device, control.timeout_s)
     encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
     table, reason = None, ""
-    looks = local.settings.tune is None and local.request.backends is None
+    # A table is measured in groups that aren't deterministic, with other backends and another fallback.
+    looks = local.settings.tune is None and local.request.backends is None and not local.deterministic
     if looks:
         try:
             table = tuned.find_table(topology, local.settings.cache_dir)

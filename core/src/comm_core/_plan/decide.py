@@ -172,7 +172,12 @@ class Slate:
     def routes(self, device_types: Sequence[str]) -> tuple[Route, ...]:
         """Return the routes for the device types of the group's tensors."""
         routes = plan_routes(self.offers, device_types, self.tuning.rules)
-        return in_pieces(routes) if self.deterministic else routes
+        if not self.deterministic:
+            return routes
+        # Tuning rules are about sizes, and a message's size mustn't decide who norms its rows.
+        untuned = plan_routes(self.offers, device_types)
+        pairs = zip(routes, untuned, strict=True)
+        return in_pieces([route if route.op == "all_reduce" else other for route, other in pairs])
 
     def owners_once_prepared(self, asked: Collection[str], device_types: Sequence[str]) -> set[str]:
         """Return the backends that would own a route once prepared.

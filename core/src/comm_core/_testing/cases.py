@@ -168,6 +168,8 @@ def sums_are_in_rank_order(name: str) -> str:
     candidate = backend.decision.candidate(name)
     assert candidate is not None, f"{name} isn't among the candidates"
     assert candidate.verdict != "failed", candidate.reason
+    session = backend._serving.sessions.get(name)
+    assert session is None or not session.failed_cells, session.describe_failed_cells()
     checked = 0
     for device, dtype, sizes in eager_cells(backend, name, 1 << 18):
         for numel in sizes:

@@ -199,8 +199,8 @@ def _setting_problems(report: Report) -> Iterator[Problem]:
         for variable, names in (
             ("COMM_CORE_BACKENDS", report.settings.backends or ()),
             ("COMM_CORE_DISABLE", report.settings.disable),
-            ("COMM_CORE_PLUGINS", report.settings.plugins or ()),
             ("COMM_CORE_TUNE", tuple(dict.fromkeys(rule.backend for rule in report.settings.tuning.rules))),
+            ("COMM_CORE_PLUGINS", report.settings.plugins or ()),
         ):
             yield from (_unknown_name(variable, name, sorted(installed)) for name in names if name not in installed)
 
