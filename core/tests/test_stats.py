@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from comm_core._handle import lookup
 from comm_core._handle.lookup import FusedRoutes
 from comm_core._plan.explain import explain
 from comm_core.errors import CommError
-from comm_core.stats import RouteStats
+from comm_core.stats import RouteStats, WaitStats
+from comm_core.topology import Host, RankInfo, Topology
 from comm_core.types import TERMINAL, Range
 from fake_handle import ALL_REDUCE, FUSED, Fake, aligned, one_backend
 from test_backend_fused import known_or_found
@@ -169,3 +171,27 @@ def test_all_ranks_count_the_same_also_after_a_new_decision_and_a_close(ranks: R
     # What the second backend served before the first one was prepared, that one serves after it.
     assert called[ALL_REDUCE, "float32", "second"][0] >= stats_ranks.CALLS[64]
     assert closed[ALL_REDUCE, "float32", "first"][0] > called[ALL_REDUCE, "float32", "first"][0]
+
+
+def test_explain_lists_the_waits_the_longest_peer_first() -> None:
+    backend, *_ = one_backend()
+    waits = [WaitStats("shm", 1, 3, 1200.4, 900.0), WaitStats("shm", 2, 70, 5000.0, 400.0)]
+    topology = Topology.of([RankInfo(rank + 4, Host("one", "1")) for rank in range(3)])
+    lines = [" ".join(line.split()) for line in explain("g", topology, backend.decision, (), waits).splitlines()[-3:]]
+    assert lines == [
+        "waited for in waits us of all longest us",
+        "rank 2 (6 in the job) shm 70 5000 400",
+        "rank 1 (5 in the job) shm 3 1200 900",
+    ]
+
+
+def test_waits_of_two_sessions_of_one_backend_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, *_ = one_backend()
+    (session,) = backend._serving.all_sessions
+    hooks = {**session.plugin.hooks, "waits": lambda _: {0: (0, 0.0, 0.0), 1: (2, 30.0, 20.0)}}
+    plugin = dataclasses.replace(session.plugin, hooks=hooks)
+    assert backend.waits() == ()
+    monkeypatch.setattr(
+        backend._serving, "all_sessions", [dataclasses.replace(session, plugin=plugin) for _ in range(2)]
+    )
+    assert backend.waits() == (WaitStats(plugin.name, 1, 4, 60.0, 20.0),)

@@ -222,3 +222,12 @@ def test_a_group_of_processes(
         assert words in each["explained"]
         if not words:
             assert "tuned" not in each["explained"].lower()
+
+
+def test_a_deterministic_group_follows_no_table(ranks: Ranks, tmp_path: Path) -> None:
+    path = [[faulty.install_kind(tmp_path / "second", faulty.Good, "second", 200)]] * 2
+    env = {"COMM_CORE_CACHE_DIR": str(tmp_path / "cache"), "COMM_CORE_DETERMINISTIC": "1"}
+    rules = "second:inf", "second:inf"
+    for each in ranks.run(save_and_serve, rules, {}, None, (16,), path=path, env=env):
+        assert each["right"]
+        assert "tuned" not in each["explained"].lower()

@@ -25,7 +25,8 @@ def ask_backends(
 ) -> decide.Slate:
     """Return the slate of the group's candidates, with the rules of its tuning. Collective.
 
-    A tuned table holds if every rank has the same one, and neither `COMM_CORE_TUNE` nor the caller chooses.
+    A tuned table holds if every rank has the same one, neither `COMM_CORE_TUNE` nor the caller chooses, and the group
+    isn't deterministic.
 
     Raises:
         NegotiationError: a rank's answers can't be read.
@@ -40,7 +41,8 @@ def ask_backends(
     answers = answers_of([local.plugins[name] for name in asked], topology, local.device, control.timeout_s)
     encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
     table, reason = None, ""
-    looks = local.settings.tune is None and local.request.backends is None
+    # A table is measured in groups that aren't deterministic, with other backends and another fallback.
+    looks = local.settings.tune is None and local.request.backends is None and not local.deterministic
     if looks:
         try:
             table = tuned.find_table(topology, local.settings.cache_dir)

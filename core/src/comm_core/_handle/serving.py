@@ -150,13 +150,17 @@ class Serving:
 
     def waits(self) -> tuple[WaitStats, ...]:
         """Return this rank's waits so far, by backend and peer; see `Backend.waits`."""
-        found = []
-        for session in self.all_sessions:
-            if session.plugin.has("waits") and not session.suspended:
-                for rank, (waits, total_us, longest_us) in sorted(session.plugin.hooks["waits"](session.value).items()):
-                    if waits:
-                        found.append(WaitStats(session.plugin.name, rank, waits, total_us, longest_us))
-        return tuple(found)
+        found: dict[tuple[str, int], WaitStats] = {}
+        for session in list(self.all_sessions):
+            if not session.plugin.has("waits") or session.suspended:
+                continue
+            name = session.plugin.name
+            for rank, (waits, total_us, longest_us) in session.plugin.hooks["waits"](session.value).items():
+                # Of one backend there may be two sessions: an earlier plan's may still be in graphs.
+                before = found.get((name, rank), WaitStats(name, rank, 0, 0.0, 0.0))
+                longest = max(before.longest_us, longest_us)
+                found[name, rank] = WaitStats(name, rank, before.waits + waits, before.total_us + total_us, longest)
+        return tuple(found[peer] for peer in sorted(found) if found[peer].waits)
 
     def _counts(self) -> dict[tuple[str, str, RouteKey], tuple[int, int]]:
         """Return the calls and bytes so far, by operation, mode and route."""
