@@ -53,9 +53,9 @@ class Plugin:
     @comm.hookimpl
     def all_reduce_add_rms_norm(self, session, tensor, residual, weight, eps, weight_offset, out, residual_out):
         summed = (self.total(session, tensor) + residual.float()).to(tensor.dtype)
-        # One row at a time, so that no row's bits depend on the others.
-        normed = torch.stack([row * torch.rsqrt(row.square().mean() + eps) for row in summed.float()])
-        normed = (normed * (weight.float() + weight_offset)).to(tensor.dtype)
+        # In float64, whose rounding to float32 hides the order in which torch sums a row.
+        scale = torch.rsqrt(summed.double().square().mean(-1, keepdim=True) + eps).float()
+        normed = (summed.float() * scale * (weight.float() + weight_offset)).to(tensor.dtype)
         return (
             normed if out is None else out.copy_(normed),
             summed if residual_out is None else residual_out.copy_(summed),
