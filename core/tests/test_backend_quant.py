@@ -205,7 +205,7 @@ WRONG: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("named", "kind", "text"), WRONG, ids=str)
+@pytest.mark.parametrize(("named", "kind", "text"), WRONG, ids=[f"{n} {text}" for n, (*_, text) in enumerate(WRONG)])
 def test_what_does_not_fit_is_refused(named: dict[str, Any], kind: type[Exception], text: str) -> None:
     backend, fast, last = one_backend()
     x, residual, weight = inputs()
