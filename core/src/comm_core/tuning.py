@@ -3,7 +3,7 @@
 A rule names a backend, conditions on the message in any order, and last a score:
 
 ```
-customar_v2:all_reduce:0-4M:graph:80, nccl:4M-inf:inf
+customar_v1:all_reduce:0-4M:graph:400, nccl:4M-inf:inf
 ```
 
 - operation: `all_reduce`, `fused` for `all_reduce_add_rms_norm`, `fused_quant` for its form with FP8 out; mode:
