@@ -42,7 +42,7 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 # Many tests wait for deadlines or other processes, so there are more workers than CI has cores; they take the files in
 # the order of `testpaths`. Tests on GPUs share the GPUs' memory, so they run one by one.
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
-	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 3 --dist loadfile --no-loadscope-reorder) $(ARGS)
+	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 4 --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 # Hangs and stopped processes wait for deadlines. ARGS="check close" runs these stages alone.
 faults: $(STAMP)  ## every fault at every stage on every rank; writes docs/faults.md, and fails if a cell breaks a rule

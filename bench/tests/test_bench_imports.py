@@ -18,6 +18,8 @@ ALLOWED = {
     "comm_core.kernels",
     "comm_core.memory",
     "comm_core.topology",
+    "comm_core.tuned",  # the table that `tune` writes
+    "comm_core.tuning",
     "comm_core.types",
 }
 

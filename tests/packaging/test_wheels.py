@@ -94,11 +94,12 @@ def test_the_benchmark_is_only_in_its_own_wheel(build_wheel: BuildWheel) -> None
     with zipfile.ZipFile(bench) as archive:
         assert {"comm_bench/schema.json", "comm_bench/csrc/limits.cu", "comm_bench/cli.py"} <= set(archive.namelist())
     assert [(entry.name, entry.value) for entry in entry_points(bench, "comm_core.commands")] == [
-        ("bench", "comm_bench.cli")
+        ("bench", "comm_bench.cli"),
+        ("tune", "comm_bench.tune"),
     ]
     assert entry_points(core, "comm_core.commands") == []
     extras = {path: read_metadata(path).metadata.get_all("Provides-Extra") for path in (core, bench)}
-    assert extras == {core: ["kernels", "memory", "prometheus", "testing"], bench: ["plot"]}
+    assert extras == {core: ["completion", "kernels", "memory", "prometheus", "testing"], bench: ["plot"]}
 
 
 @pytest.mark.parametrize("project", PROJECTS)

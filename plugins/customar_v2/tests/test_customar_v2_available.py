@@ -61,6 +61,7 @@ def test_nvlink_between_every_two(count: int, capability: tuple[int, int]) -> No
     assert {(item.op, item.dtypes, item.hidden_multiple) for item in fused} == {
         ("all_reduce_add_rms_norm", dtypes[:1], 4),
         ("all_reduce_add_rms_norm", dtypes[1:], 8),
+        ("all_reduce_add_rms_norm_quant", dtypes[1:], 8),
     }
     for item in fused:
         assert (item.device_types, item.max_tokens, item.multiple_nbytes) == (("cuda",), None, 1)

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
         // Load these while the vectors travel.
         load_row(residual, params.residual + at, place);
         if (row == first_row) load_row(weight, params.weight, place);
-        constexpr int kAhead = looks_ahead(W, V, 8);
+        constexpr int kAhead = looks_ahead(W, V, kQuantizes && W == 2 ? 2 : 8);
         Arrivals<W> arrivals[kAhead];
 #pragma unroll
         for (int j = 0; j < V; ++j) {

@@ -20,7 +20,8 @@ template <typename T, int W, int V, bool kQuantizes = false>
 __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPush, V, kQuantizes), 1)
     twoshot_push_norm(const __grid_constant__ NormParams params) {
     // The number of peers with rows in flight at once, to them and from them: the limit comes from registers.
-    constexpr int kSends = W <= 3 ? W - 1 : 2, kGathers = W <= 4 ? W - 1 : 1;
+    constexpr int kSends = kQuantizes && W > 4 ? 1 : W <= 3 ? W - 1 : 2;
+    constexpr int kGathers = kQuantizes || W > 4 ? 1 : W - 1;
     ClusterReducer<kGathers> reducer;
     const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
     const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
