@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from wheelhouse import ARCHITECTURES, KERNEL_ENTRY, PROJECTS, ROOT, BuildWheel, Built, Pip, Venv, module_of
 
+# A compiler's minutes, on a busy machine.
+pytestmark = pytest.mark.timeout(900)
+
 NATIVE = [project for project in PROJECTS if [*ROOT.glob(f"{project}/src/*/csrc/*.c[up]*")]]
 CUDA = [project for project in NATIVE if [*ROOT.glob(f"{project}/src/*/csrc/*.cu")]]
 SM = tuple(f"sm_{number}" for number in ARCHITECTURES)
