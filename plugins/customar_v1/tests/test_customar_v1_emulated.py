@@ -9,6 +9,9 @@ import comm_plugin_customar_v1
 import emulation
 import pytest
 
+# A compiler's minutes, on a busy machine.
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:

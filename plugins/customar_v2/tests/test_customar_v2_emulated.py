@@ -10,6 +10,9 @@ import comm_plugin_customar_v2
 import emulation
 import pytest
 
+# A compiler's minutes, on a busy machine.
+pytestmark = pytest.mark.timeout(900)
+
 HERE = Path(__file__).parent
 CSRC = Path(comm_plugin_customar_v2.__file__).parent / "csrc"
 
