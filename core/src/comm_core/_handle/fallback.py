@@ -13,6 +13,7 @@ from comm_core._handle import norm
 __all__ = [
     "TerminalFallback",
     "add_rms_norm",
+    "add_rms_norm_by",
     "all_reduce_without_world",
     "single_rank_all_reduce",
     "torch_distributed",
@@ -119,11 +120,29 @@ def add_rms_norm(
     Returns:
         The normed values, in the dtype of `tensor`, and `tensor + residual`, in that of `residual` if there is one.
     """
+    return add_rms_norm_by(_mean_of_rows, tensor, residual, weight, eps, weight_offset, out, residual_out)
+
+
+def _mean_of_rows(values: torch.Tensor) -> torch.Tensor:
+    return values.mean(-1, keepdim=True)
+
+
+def add_rms_norm_by(
+    mean_of_rows: Callable[[torch.Tensor], torch.Tensor],
+    tensor: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    out: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute `add_rms_norm`; without Triton's kernel, with these means of the rows, `[num_tokens, 1]`."""
     if tensor.is_cuda:
         results = norm.add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out)
         if results is not None:
             return results
-    return _torch_add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out)
+    return _torch_add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out, mean_of_rows)
 
 
 @torch.no_grad()  # results carry no gradient, and the weight is usually a parameter
@@ -135,11 +154,12 @@ def _torch_add_rms_norm(
     weight_offset: float,
     out: torch.Tensor | None,
     residual_out: torch.Tensor | None,
+    mean_of_rows: Callable[[torch.Tensor], torch.Tensor] = _mean_of_rows,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = tensor.dtype
     wide = torch.promote_types(dtype, torch.float32)
     sums = tensor.to(wide) if residual is None else tensor.to(wide) + residual.to(wide)
-    scale = torch.rsqrt(sums.square().mean(-1, keepdim=True) + eps)
+    scale = torch.rsqrt(mean_of_rows(sums.square()) + eps)
     normed = (sums * scale * (weight.to(wide) + weight_offset)).to(dtype)
     summed = sums.to(dtype if residual is None else residual.dtype, copy=residual is None)
     return (

@@ -88,7 +88,6 @@ def norm_for(
     return add_rms_norm
 
 
-@torch.no_grad()
 def add_rms_norm(
     tensor: torch.Tensor,
     residual: torch.Tensor | None,
@@ -103,19 +102,11 @@ def add_rms_norm(
     Triton's kernel gives each row a program of its own. Without it, the squares of a row are summed in halves: torch's
     own sum splits a row among threads in a way that depends on the number of rows.
     """
-    if tensor.is_cuda:
-        results = norm.add_rms_norm(tensor, residual, weight, eps, weight_offset, out, residual_out)
-        if results is not None:
-            return results
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    sums = tensor.to(wide) if residual is None else tensor.to(wide) + residual.to(wide)
-    scale = torch.rsqrt(_sum_rows(sums.square()) / max(tensor.shape[-1], 1) + eps)
-    normed = (sums * scale * (weight.to(wide) + weight_offset)).to(tensor.dtype)
-    summed = sums.to(tensor.dtype if residual is None else residual.dtype, copy=residual is None)
-    return (
-        normed if out is None else out.copy_(normed),
-        summed if residual_out is None else residual_out.copy_(summed),
-    )
+    return fallback.add_rms_norm_by(_mean_of_rows, tensor, residual, weight, eps, weight_offset, out, residual_out)
+
+
+def _mean_of_rows(values: torch.Tensor) -> torch.Tensor:
+    return _sum_rows(values) / max(values.shape[-1], 1)
 
 
 def _sum_rows(values: torch.Tensor) -> torch.Tensor:
