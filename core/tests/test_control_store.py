@@ -246,7 +246,7 @@ def test_a_thread_left_behind_deletes_nothing_of_a_later_stage() -> None:
     """The last to arrive clears the exchange before; until it comes to that, its rank may be two stages further."""
     store = dist.HashStore()
     publishing = Hold(lambda name, key: name == "multi_get" and "/first/1/" in key[0])
-    reading = Hold(lambda name, key: name == "get" and key.endswith("/second/0/verdict"))
+    reading = Hold(lambda name, key: name == "compare_set" and key.endswith("/second/0/verdict"))
     members = group_of([WatchedStore(store, publishing), WatchedStore(store, reading)], 2)
     in_threads(members, lambda member: gather(member, "zeroth"))
     with Stage(members[0], "first") as stage, Stage(members[1], "first") as other:

@@ -45,6 +45,8 @@ _FRAME_NBYTES = 64
 _REASON_CHARS = 4000
 # How long after the deadline the verdict of a rank that came just before it may come, in seconds.
 _LAST_S = 2.0
+# What a read returns where there is no verdict; base64 has no such character.
+_NOTHING = "-"
 # The limit of an unpacked verdict, so that a corrupt one can't fill the host's memory: 64 KiB from each of 4,096 ranks.
 _VERDICT_NBYTES = 4096 * MESSAGE_NBYTES
 
@@ -187,11 +189,9 @@ class Stage:
     def peek(self) -> StageAbortedError | None:
         """Return the abort that another rank has posted, without waiting; for a rank that has entered no exchange."""
         # The first exchange can't succeed without this rank, so a verdict is an abort, and an abort's keys stay.
-        key = f"{self._key(0)}/verdict"
         with contextlib.suppress(CommError):  # without its store a group can't abort anything either
-            verdict = self._control.call_store(self._name, lambda store: store.get(key) if store.check([key]) else None)
-            abort = {} if verdict is None else _unpack(verdict)
-            return self._error(abort["abort"]) if "abort" in abort else None
+            verdict = self._control.call_store(self._name, functools.partial(_read, self._key(0))) or {}
+            return self._error(verdict["abort"]) if "abort" in verdict else None
         return None
 
     def pending_ranks(self) -> tuple[int, ...]:
@@ -235,17 +235,16 @@ class Stage:
         return {"abort": _abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)}
 
     def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
-        verdict = f"{key}/verdict"
         for number, _ in enumerate(polls(timeout_s)):
-            if store.check([verdict]):
-                return _unpack(store.get(verdict))
+            if (verdict := _read(key, store)) is not None:
+                return verdict
             # Not every time: the store has to answer all ranks.
             if number % 4 == 0 and (ended := _read_end(self._control, store)) is not None:
                 return _publish(key, {"abort": ended}, store)
         absent = [rank for rank, message in enumerate(messages) if not store.check([message])]
         for _ in () if absent else polls(_LAST_S):  # the last one came just now, and publishes
-            if store.check([verdict]):
-                return _unpack(store.get(verdict))
+            if (verdict := _read(key, store)) is not None:
+                return verdict
         late = self._control.label(*absent) if absent else "the rank that came last"
         abort = _abort(f"{late} didn't come in time", self._control.rank, absent=absent)
         # Publishing shows if there is a verdict already.
@@ -306,14 +305,26 @@ def end_incarnation(control: Control, error: BaseException) -> None:
 
 def _read_end(control: Control, store: Store) -> dict[str, Any] | None:
     """Return the abort of the rank that has left the incarnation, if one has."""
-    key = f"{control.prefix}/ended/verdict"
-    return dict(_unpack(store.get(key))["abort"]) if store.check([key]) else None
+    verdict = _read(f"{control.prefix}/ended", store)
+    return None if verdict is None else dict(verdict["abort"])
 
 
 def _abort(
     reason: str, rank: int | None, *, timeout: bool = False, final: bool = False, absent: list[int] | None = None
 ) -> dict[str, Any]:
     return {"reason": reason[:_REASON_CHARS], "rank": rank, "timeout": timeout, "final": final, "absent": absent}
+
+
+def _read(key: str, store: Store) -> dict[str, Any] | None:
+    """Return the verdict of an exchange, None if it has none. Never waits.
+
+    `get` might, even after `check`: the keys of an aborted exchange are deleted once every rank has left, but a thread
+    that outlived its deadline may still read them.
+    """
+    if not store.check([f"{key}/verdict"]):
+        return None
+    packed = compare_set(f"{key}/verdict", _NOTHING, _NOTHING, store)
+    return None if packed == _NOTHING else _unpack(packed)
 
 
 def _publish(key: str, verdict: dict[str, Any], store: Store) -> dict[str, Any]:

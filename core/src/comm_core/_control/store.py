@@ -32,7 +32,7 @@ T = TypeVar("T")
 # timeout.
 _STORE_S = 20.0
 # The longest wait of a rank whose negotiation failed until the others have left, too, in seconds: many of their polls.
-_LEAVE_S = 2.0
+_LEAVE_S = 5.0
 
 
 def store_of(group: dist.ProcessGroup) -> Store:
@@ -95,7 +95,9 @@ class SharedStore:
         key = f"comm_core/trial/{uuid.uuid4().hex}"
         trials: dict[str, Callable[[], bool]] = {
             "check": lambda: not self.check([key]),
-            "compare_set": lambda: [compare_set(key, "", value, self) for value in "12"] == ["1", "1"],
+            "compare_set": lambda: (
+                [compare_set(key, old, new, self) for old, new in ("--", ("", "1"), ("", "2"))] == ["-", "1", "1"]
+            ),
             "get": lambda: bool(self.get(key) == b"1"),
             "set": lambda: bool((self.set(key, "2"), self.get(key))[1] == b"2"),
             "add": lambda: [self.add(f"{key}/count", 1) for _ in range(2)] == [1, 2],
@@ -118,7 +120,11 @@ class SharedStore:
 
 
 def compare_set(key: str, expected: str, value: str, store: Store) -> str:
-    """Set `key` if its value is `expected`, or if `expected` is "" and it has none; return its value afterwards."""
+    """Set `key` if its value is `expected`, or if `expected` is "" and it has none.
+
+    Returns:
+        Its value afterwards; `expected` if it has none.
+    """
     return str(store.compare_set(key, expected, value), "ascii", "replace")
 
 
