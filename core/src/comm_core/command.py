@@ -39,7 +39,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from comm_core._control.deadline import describe
 from comm_core._plan.explain import size, table
@@ -181,15 +181,23 @@ def joined() -> Iterator[int]:
         comm.close()
     # An orderly end would wait for peers, and for a GPU that may never respond; torchrun ends the other ranks.
     except KeyboardInterrupt:
-        os._exit(130)  # 128 and the number of SIGINT
+        _exit(130)  # 128 and the number of SIGINT
     except BrokenPipeError:
-        os._exit(1)
+        _exit(1)
     except Exception:  # noqa: BLE001 - printed, and the process ends with it
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        _exit(1)
     dist.destroy_process_group()
+
+
+def _exit(status: int) -> NoReturn:
+    """End this process at once."""
+    from comm_core._plugins.crashes import end_journal
+
+    end_journal()
+    os._exit(status)
 
 
 def _set_ctrl_c(handler: Any) -> None:

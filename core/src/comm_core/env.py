@@ -181,9 +181,9 @@ class Settings:
     cache_dir: str | None = _field(
         None,
         _folder,
-        "The absolute path of the cache of compiled code and tuned tables. Its folders are private to the user; core "
-        "refuses a folder that another user could write or replace. Host-local: the ranks don't compare it. By default "
-        "`$XDG_CACHE_HOME/comm_core`, else `~/.cache/comm_core`.",
+        "The absolute path of the cache: compiled code, tuned tables, and the hooks that running processes are in. Its "
+        "folders are private to the user; core refuses a folder that another user could write or replace. Host-local: "
+        "the ranks don't compare it. By default `$XDG_CACHE_HOME/comm_core`, else `~/.cache/comm_core`.",
         local=True,
     )
 

@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 
 from comm_core._control.deadline import describe, run_with_deadline
+from comm_core._control.unfinished import noted
 
 __all__ = ["StandingWorker", "run_on_device"]
 
@@ -50,7 +51,7 @@ def run_on_device(
                 stream.synchronize()
             return value
 
-    return run_with_deadline(work, timeout_s, name=name, on_late=on_late)
+    return run_with_deadline(noted(name, work), timeout_s, name=name, on_late=on_late)
 
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -181,7 +181,9 @@ def topology_of_one(group: dist.ProcessGroup | None) -> Topology:
 def discover(settings: Settings, allowed: tuple[str, ...] | None) -> tuple[discovery.Discovery, dict[str, str]]:
     """Load the allowed plugins; return them, and for each that failed to load the reason."""
     found = discovery.discover(
-        lambda name: (allowed is None or name in allowed) and settings.may_import(name), settings.import_timeout_s
+        lambda name: (allowed is None or name in allowed) and settings.may_import(name),
+        settings.import_timeout_s,
+        settings.cache_dir,
     )
     return found, {name: f"{_truncate(failure.reason)}. {failure.remedy}" for name, failure in found.failures.items()}
 

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from comm_core._control.deadline import describe, run_with_deadline
+from comm_core._control.unfinished import noted
 from comm_core._plugins import validation
+from comm_core._plugins.crashes import warn_of_crashes
 from comm_core._plugins.installed import (
     GROUP,
     InstalledPlugin,
@@ -144,13 +146,15 @@ def load_object(name: str, plugin: object, version: str | None = None, distribut
         raise PluginLoadError(str(failure)) from rejection
 
 
-def discover(wanted: Callable[[str], bool], timeout_s: float) -> Discovery:
+def discover(wanted: Callable[[str], bool], timeout_s: float, cache_dir: str | None = None) -> Discovery:
     """Load the wanted backends among the installed ones; the others are listed, not imported.
 
     Args:
         wanted: returns whether a backend of this name may be used.
         timeout_s: the longest that the import of one plugin may take, in seconds.
+        cache_dir: the setting.
     """
+    warn_of_crashes(cache_dir)  # before the plugins, which may crash this process, too
     plugins: dict[str, Plugin] = {}
     failures: dict[str, LoadFailure] = {}
     for entry in filter(lambda entry: wanted(entry.name), installed_plugins()):
@@ -172,9 +176,8 @@ def _load_once(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure
 def _load(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure:
     try:
         check_requirements(entry, __version__)
-        return run_with_deadline(
-            functools.partial(_import_plugin, entry), timeout_s, name=f"the import of {entry.name}"
-        )
+        name = f"the import of {entry.name}"
+        return run_with_deadline(noted(name, functools.partial(_import_plugin, entry)), timeout_s, name=name)
     except PluginRejectedError as rejection:
         failure = load_failure(entry, rejection)
         _log.debug("traceback of plugin '%s'", entry.name, exc_info=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from comm_core._control.deadline import describe, run_with_deadline
+from comm_core._control.unfinished import noted
 from comm_core._group.local_inputs import read_facts
 from comm_core._plan.decide import encode_answer, with_explicit_ranges
 from comm_core._plugins import discovery
@@ -69,7 +70,9 @@ def describe_faults(name: str) -> list[str]:
 
 def examine(name: str, settings: Settings) -> Examination:
     """Load the backend `name` and call its Local hooks `probe` and `is_available`."""
-    found = discovery.discover(lambda other: other == name and settings.may_import(other), settings.import_timeout_s)
+    found = discovery.discover(
+        lambda other: other == name and settings.may_import(other), settings.import_timeout_s, settings.cache_dir
+    )
     if name not in found.listed:
         return Examination(faults=[_absent(name, found.listed)])
     if not settings.may_import(name):
@@ -121,7 +124,8 @@ def _probe(plugin: discovery.Plugin, timeout_s: float) -> Any:
     """
     probe = plugin.hooks["probe"]
     try:
-        found = run_with_deadline(probe, timeout_s, name=f"probe of {plugin.name}")
+        name = f"probe of {plugin.name}"
+        found = run_with_deadline(noted(name, probe), timeout_s, name=name)
     except Exception as error:  # plugin boundary, as in all functions here
         remedy = "Let it catch what can fail, and return the reason as a fact, on which is_available decides."
         raise _FaultError(f"probe raised {describe(error)}", remedy, probe) from error
@@ -160,13 +164,13 @@ def _answer(plugin: discovery.Plugin, topology: Topology, timeout_s: float) -> s
     Raises:
         _FaultError: the hook gave no valid answer, or two that differ.
     """
-    hook = plugin.hooks["is_available"]
+    hook, name = plugin.hooks["is_available"], f"is_available of {plugin.name}"
 
     def ask() -> Available | Unavailable:
         # A copy for each call, as each rank has its own: what the hook changes in one isn't in the next.
         copy = Topology.from_json(topology.to_json())
         try:
-            answer = run_with_deadline(lambda: hook(copy), timeout_s, name=f"is_available of {plugin.name}")
+            answer = run_with_deadline(noted(name, lambda: hook(copy)), timeout_s, name=name)
         except Exception as error:
             remedy = (
                 "Let it return comm_core.Unavailable with the reason where the backend can't serve, else Available "

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import comm_core
-from comm_core._plugins import discovery, installed
+from comm_core._plugins import crashes, discovery, installed
 
 __all__ = ["END_S", "Job", "side_store", "work"]
 
@@ -63,6 +63,7 @@ def side_store() -> Any:
 
 def work(descriptor: str) -> None:
     """Take jobs from the pipe with this descriptor until it closes."""
+    crashes.watch_no_more()
     pipe: multiprocessing.connection.Connection[Any, Any] = multiprocessing.connection.Connection(int(descriptor))
     while True:
         try:

@@ -77,6 +77,7 @@ class Report:
         misspelt: variables with core's prefix that core doesn't read.
         plugins: the installed plugins, sorted by name.
         integrations: the installed integrations into serving engines, sorted by name.
+        crashes: the processes of the last day that ended within a plugin's hook.
         unknown: the reason for each unknown fact, by its field's name.
     """
 
@@ -90,6 +91,7 @@ class Report:
     plugins: Sequence[PluginLine]
     unknown: Mapping[str, str]
     integrations: Sequence[PluginLine] = ()
+    crashes: Sequence[Problem] = ()
     system: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -216,6 +218,7 @@ def _unknown_name(variable: str, name: str, installed: Sequence[str]) -> Problem
 def _plugin_problems(report: Report) -> Iterator[Problem]:
     if "plugins" in report.unknown:
         yield Problem(f"plugins can't be listed: {report.unknown['plugins']}", "Reinstall comm-core.")
+    yield from report.crashes
     for plugin in report.plugins:
         if plugin.usable is False:
             yield Problem(f"plugin '{plugin.name}' can't be used: {plugin.reason}", plugin.remedy)

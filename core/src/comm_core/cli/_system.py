@@ -1,18 +1,21 @@
-"""What `comm-core doctor` says of the machine beside its GPUs: processor, compilers, Gloo's interface, packages."""
+"""What `comm-core doctor` says of the machine beside its GPUs: processor, compilers, packages, crashed processes."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import platform
+import shlex
 import socket
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from comm_core._plugins.crashes import earlier_crashes
 from comm_core._probe.attempt import try_query
+from comm_core.cli._report import Problem
 
-__all__ = ["describe_system"]
+__all__ = ["describe_crashes", "describe_system"]
 
 #: Packages of backends and serving engines whose versions matter.
 _PACKAGES = (
@@ -33,6 +36,14 @@ def describe_system(environ: Mapping[str, str], unknown: dict[str, str]) -> dict
     }
     found = {name: try_query(unknown, name, query) for name, query in queries.items()}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def describe_crashes(cache_dir: str | None) -> tuple[Problem, ...]:
+    """Return the processes of the last day that ended within a plugin's hook."""
+    return tuple(
+        Problem(str(crash), f"{crash.remedy}. To forget it: rm {shlex.quote(crash.path)}")
+        for crash in earlier_crashes(cache_dir)
+    )
 
 
 def _processor() -> str:

@@ -16,7 +16,7 @@ from comm_core._probe.attempt import try_query
 from comm_core._probe.rank import Sources, probe_devices, probe_host, probe_versions
 from comm_core.cli._integrations import examine_integrations
 from comm_core.cli._report import PluginLine, Problem, Report, diagnose, render, to_json
-from comm_core.cli._system import describe_system
+from comm_core.cli._system import describe_crashes, describe_system
 from comm_core.cli._terminal import show
 from comm_core.env import PREFIX, Settings
 
@@ -66,6 +66,7 @@ def collect(sources: Sources) -> Report:
     devices, driver = probe_devices(sources, unknown)
     versions = probe_versions(sources, unknown)
     settings = try_query(unknown, "settings", lambda: Settings.read(sources.environ))
+    cache_dir = settings.cache_dir if settings is not None else None
     return Report(
         versions=versions | ({"driver": driver} if driver else {}),
         torch=_torch(sources, unknown) if "torch" in versions else {},
@@ -76,6 +77,7 @@ def collect(sources: Sources) -> Report:
         settings=settings,
         misspelt=Settings.unknown(sources.environ),
         plugins=try_query(unknown, "plugins", lambda: _plugins(settings or Settings())) or (),
+        crashes=try_query(unknown, "crashes", lambda: describe_crashes(cache_dir)) or (),
         integrations=try_query(unknown, "integrations", lambda: examine_integrations(settings or Settings())) or (),
         unknown=unknown,
     )
@@ -108,7 +110,7 @@ def _plugins(settings: Settings) -> tuple[PluginLine, ...]:
     def wanted(name: str) -> bool:
         return settings.may_import(name) and (settings.backends is None or name in settings.backends)
 
-    found = discover(wanted, settings.import_timeout_s)
+    found = discover(wanted, settings.import_timeout_s, settings.cache_dir)
     lines = [_examined_line(plugin, settings.import_timeout_s) for plugin in found.plugins.values()]
     lines += [
         PluginLine(item.name, item.distribution, item.version, usable=False, reason=item.reason, remedy=item.remedy)
