@@ -30,6 +30,7 @@ def close_group(state: GroupState) -> None:
     serving, control, group = state.serving, state.control, state.group
     if serving is None:
         return
+    state.announce_end()
     failure = serving.failure
     serving.retire(f"{state.title}: its handle was closed")
     state.serving = state.backend = None
@@ -63,6 +64,7 @@ def _abort(state: GroupState) -> None:
         serving.fail(f"{state.title}: its handle was aborted")
     with state.lock:
         remove(state)
+        state.announce_end()
         state.serving = state.backend = None
         if serving is not None and control is not None:
             _close_sessions(state, control, orderly=False)

@@ -28,6 +28,7 @@ __all__ = [
     "GroupState",
     "all_states",
     "change_all",
+    "closing",
     "get_or_create_state",
     "is_alive",
     "is_current",
@@ -105,10 +106,17 @@ class GroupState:
         self.control = control
         self.preparations = self.suspensions = self.recoveries = 0
 
+    def announce_end(self) -> None:
+        """Call the functions in `closing` if the group has a handle."""
+        if self.backend is not None:
+            for listener in closing:
+                listener(self)
+
     def close_without_peers(self) -> None:
         """Close a group that torch destroyed: its peers can no longer be reached."""
         if self.sessions:
             _log.warning("%s was destroyed before comm.close(group): closing it without its peers", self.title)
+        self.announce_end()
         if self.serving is not None:
             self.serving.retire(f"{self.title} was destroyed")
         for session in self.sessions:
@@ -123,6 +131,9 @@ class GroupState:
             return f"group {self.name!r}"
         return f"group {self.name!r} (ranks {_format_ranks(self.control.global_ranks)})"
 
+
+#: Called with the state of each group whose handle is about to close, before its sessions do. They may not raise.
+closing: list[Callable[[GroupState], object]] = []
 
 _states: dict[str, GroupState] = {}
 _lock = threading.Lock()

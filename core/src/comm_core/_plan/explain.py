@@ -68,8 +68,8 @@ def explain(
     ]
     kind = ", deterministic" if decision.deterministic else ""
     lines = [f"{title}: {_describe_group(topology)}{kind}", "", table(rows), "", *_routes(decision), *_tuning(decision)]
-    lines += ["", *_calls(stats)] if stats else []
-    return "\n".join(lines + (["", *_waits(waits, topology)] if waits else []))
+    lines += ["", *explain_calls(stats)] if stats else []
+    return "\n".join(lines + (["", *explain_waits(waits, topology)] if waits else []))
 
 
 def rules_by_size(route: Route, nbytes: int) -> tuple[Rule, ...]:
@@ -150,8 +150,8 @@ def _decided(rule: Rule) -> str:
     return f" (by the rule {rule.tuned})" if rule.tuned else ""
 
 
-def _calls(stats: Sequence[RouteStats]) -> list[str]:
-    """Return the table of calls so far."""
+def explain_calls(stats: Sequence[RouteStats]) -> list[str]:
+    """Return the lines of the table of calls so far."""
     rows = [("calls so far", "mode", "device", "dtype", "backend", "calls", "size of all")]
     rows += [
         (item.op, item.mode, item.device_type, item.dtype, item.backend, str(item.calls), size(item.nbytes))
@@ -160,8 +160,8 @@ def _calls(stats: Sequence[RouteStats]) -> list[str]:
     return table(rows).splitlines()
 
 
-def _waits(waits: Sequence[WaitStats], topology: Topology) -> list[str]:
-    """Return the table of this rank's waits, the peer that it waited for the longest first."""
+def explain_waits(waits: Sequence[WaitStats], topology: Topology) -> list[str]:
+    """Return the lines of the table of this rank's waits, the peer that it waited for the longest first."""
     rows = [("waited for", "in", "waits", "us of all", "longest us")]
     rows += [
         (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_COMMANDS = ("check", "demo", "doctor", "explain", "new", "run")
+_COMMANDS = ("check", "demo", "doctor", "explain", "new", "run", "stats")
 #: This project's subcommands in other distributions, with the distributions' names.
 _SEPARATE_DISTRIBUTIONS = {"bench": "comm-bench", "tune": "comm-bench"}
 
