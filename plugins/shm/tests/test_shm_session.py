@@ -15,7 +15,7 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from harness import DEAD, Ranks, install
+from harness import DEAD, Ranks, install, side_store
 
 DTYPES = (
     torch.float32,
@@ -80,9 +80,10 @@ def backend_of_shm(group: dist.ProcessGroup | None = None) -> comm.Backend:
 def sums(sizes: tuple[int, ...]) -> None:
     backend = backend_of_shm()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for dtype in DTYPES:
+    for number, dtype in enumerate(DTYPES):
         assert backend.all_reduce(torch.empty(0, 5, dtype=dtype)).shape == (0, 5)
-        for nbytes in sizes:
+        # Of the other dtypes, each size goes with several.
+        for nbytes in sizes if dtype in (torch.float32, torch.bfloat16) else sizes[number % 3 :: 3]:
             inputs = [random_bits(r, nbytes, dtype) for r in range(world_size)]
             expected = reference(inputs)
             mine = inputs[rank].clone()
@@ -100,7 +101,7 @@ def sums(sizes: tuple[int, ...]) -> None:
     comm.close()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_every_sum_has_the_bits_of_the_reference(ranks: Ranks, shm: Path, world_size: int) -> None:
     ranks.run(sums, SIZES, world_size=world_size, path=[[shm]] * world_size, deadline_s=280)
 
@@ -108,9 +109,8 @@ def test_every_sum_has_the_bits_of_the_reference(ranks: Ranks, shm: Path, world_
 def large() -> None:
     backend = backend_of_shm()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for dtype in (torch.bfloat16, torch.float32):
-        inputs = [random_bits(r, 64 << 20, dtype) for r in range(world_size)]
-        assert same(backend.all_reduce(inputs[rank]), reference(inputs))
+    inputs = [random_bits(r, 64 << 20, torch.float32) for r in range(world_size)]
+    assert same(backend.all_reduce(inputs[rank]), reference(inputs))
     comm.close()
 
 
@@ -153,7 +153,7 @@ def soak(calls: int) -> int:
 
 
 def test_a_soak(ranks: Ranks, shm: Path) -> None:
-    calls = int(os.environ.get("SOAK_CALLS", "20000"))
+    calls = int(os.environ.get("SOAK_CALLS", "5000"))
     assert ranks.run(soak, calls, path=[[shm]] * 2, deadline_s=max(120, calls // 500)) == [calls] * 2
 
 
@@ -186,7 +186,7 @@ def interrupted_by_death(victim: int) -> dict[str, Any]:
     raise AssertionError("no call raised")
 
 
-@pytest.mark.parametrize(("world_size", "victim"), [(2, 1), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("world_size", "victim"), [(2, 0), (3, 1)])
 def test_a_killed_rank_is_named_by_all_others(ranks: Ranks, shm: Path, world_size: int, victim: int) -> None:
     before = left_behind()
     results = ranks.run(interrupted_by_death, victim, world_size=world_size, path=[[shm]] * world_size, dying=[victim])
@@ -204,9 +204,10 @@ def late_rank() -> str:
     x = torch.ones(10)
     backend.all_reduce(x)
     if dist.get_rank() == 1:
-        time.sleep(4)
+        side_store().wait(["raised by 0", "raised by 2"])
     with pytest.raises(comm.CommTimeoutError) as caught:
         backend.all_reduce(x)
+    side_store().set(f"raised by {dist.get_rank()}", "")
     assert caught.value.ranks == (1,)
     return str(caught.value)
 
@@ -224,8 +225,9 @@ def interrupted_by_a_signal() -> str:
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             backend.all_reduce(torch.ones(10))
+        side_store().set("interrupted", "")
         return "interrupted"
-    time.sleep(3)
+    side_store().wait(["interrupted"])
     with pytest.raises(comm.CommError, match=r"rank 0 stopped after a failure.*KeyboardInterrupt"):
         backend.all_reduce(torch.ones(10))
     return "raised"
@@ -335,9 +337,8 @@ def be_late() -> dict[str, Any]:
     return {"first": first, "waits": waits, "explained": explained, "closed": backend.waits()}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_late_rank_is_named_by_the_waits_of_the_others(ranks: Ranks, shm: Path, world_size: int) -> None:
-    found = ranks.run(be_late, path=[[shm]] * world_size, world_size=world_size)
+def test_a_late_rank_is_named_by_the_waits_of_the_others(ranks: Ranks, shm: Path) -> None:
+    found = ranks.run(be_late, path=[[shm]] * 3, world_size=3)
     for rank, each in enumerate(found):
         by_peer = {item.rank: item for item in each["waits"]}
         assert rank not in by_peer
