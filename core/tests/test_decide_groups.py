@@ -1,4 +1,4 @@
-"""Decisions of thousands of made-up groups: the same from every rank's copy of the evidence, and the best on offer."""
+"""Decisions of a thousand made-up groups: the same from every rank's copy of the evidence, and the best on offer."""
 
 from __future__ import annotations
 
