@@ -117,11 +117,14 @@ def test_a_backend_serves_by_shared_buffers(ranks: Ranks, tmp_path: Path) -> Non
 
 def serve_often() -> tuple[int, int]:
     counts = []
+    gc.collect()
+    gc.freeze()  # the objects of earlier tests, which each collection below would look at
     for _ in range(16):
         check_sums(comm.get_backend())
         comm.close()
-        gc.collect()  # torch's group holds its sockets until it is freed; a process with many objects collects late
+        gc.collect()  # torch's group holds its sockets until it is freed
         counts.append(open_files())
+    gc.unfreeze()
     return counts[-1] - counts[4], mapped()
 
 
