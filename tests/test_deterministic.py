@@ -12,22 +12,30 @@ from harness import Ranks, install
 from order_ranks import PLUGIN, deterministic, sweep_fused, sweep_plain
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Rows of 64: the edges of shm's two algorithms and of its chunks, of the plugin's 64 KiB, and of what core gathers.
-COUNTS = (1, 2, 3, 7, 8, 31, 32, 33, 127, 128, 129, 256, 257, 511, 512, 513, 1000, 2048, 4096, 4097, 6000)
 HIDDEN = 64
 GATHER_NBYTES = 96 << 10
+# Numbers of rows of 64 elements, from 128 to 512 bytes: the edges of shm's two algorithms and of its chunks of 512 KiB,
+# of what core gathers, and of the plugin's 64 KiB.
+COUNTS = {
+    "shm": (1, 2, 3, 7, 8, 31, 32, 33, 127, 128, 129, 256, 257, 1000, 1024, 1025, 2048, 4096, 4097),
+    "torch_distributed": (1, 2, 3, 7, 33, 128, 191, 192, 193, 384, 385, 768, 769, 1000),
+    "capped": (1, 2, 3, 7, 8, 33, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1100),
+}
 MODES = ("eager", "capture")
 
 
 def sweep(names: tuple[str, ...], owner: str) -> str:
+    counts = COUNTS[owner]
     with deterministic(names, GATHER_NBYTES) as handle:
         assert handle.name == owner
-        done = sweep_plain(handle, COUNTS, HIDDEN, FLOATS, MODES)
-        assert done == len(COUNTS) * len(FLOATS) * len(MODES)
-        for hidden_size, counts in ((HIDDEN, COUNTS), (35, COUNTS[::4]), (40000, (1, 2, 3))):
-            assert sweep_fused(handle, counts, hidden_size, FLOATS, MODES)
+        done = sweep_plain(handle, counts, HIDDEN, FLOATS, MODES[:1])
+        done += sweep_plain(handle, counts[1:-1:3], HIDDEN, FLOATS, MODES[1:])
+        assert done == (len(counts) + len(counts[1:-1:3])) * len(FLOATS)
+        assert sweep_fused(handle, counts, HIDDEN, FLOATS, MODES[:1])
+        for hidden_size, some in ((HIDDEN, counts[1:-1:4]), (35, counts[:-1:4]), (40000, (1, 3))):
+            assert sweep_fused(handle, some, hidden_size, FLOATS, MODES)
         comm.pre_capture_init(max_tokens=64, hidden_size=HIDDEN, dtype=torch.bfloat16)
-        assert sweep_fused(handle, COUNTS[::5], HIDDEN, FLOATS, MODES)
+        assert sweep_fused(handle, counts[:-1:5], HIDDEN, FLOATS, MODES)
         with pytest.raises(TypeError, match="has no sum in rank order"):
             handle.all_reduce(torch.zeros(8).to(torch.float8_e4m3fn))
         integers = torch.arange(1000)
@@ -35,10 +43,8 @@ def sweep(names: tuple[str, ...], owner: str) -> str:
         return handle.explain().partition("\nwaited for")[0]  # the waits differ between ranks
 
 
-@pytest.mark.parametrize(
-    ("owner", "world_size"),
-    [("shm", 2), ("shm", 4), ("torch_distributed", 2), ("torch_distributed", 3), ("capped", 3), ("capped", 4)],
-)
+# Two numbers have the same sum in either order: a group of two shows nothing.
+@pytest.mark.parametrize(("owner", "world_size"), [("shm", 4), ("torch_distributed", 3), ("capped", 3)])
 def test_bits_depend_on_the_inputs_alone(ranks: Ranks, tmp_path: Path, owner: str, world_size: int) -> None:
     path = [
         install(tmp_path / "capped", "capped", PLUGIN.format(fault="")),

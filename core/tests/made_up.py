@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from comm_core._plan.routes import Offer
@@ -48,58 +49,75 @@ def serves(offers: Sequence[Offer], message: Message) -> str:
     return TERMINAL
 
 
-def subsets(names: Sequence[str]) -> st.SearchStrategy[tuple[str, ...] | None]:
-    return st.none() | st.lists(st.sampled_from(list(names)), min_size=1, unique=True).map(tuple)
+def subset(rng: random.Random, names: Collection[str]) -> tuple[str, ...] | None:
+    return None if rng.random() < 0.5 else tuple(rng.sample(list(names), rng.randint(1, len(names))))
 
 
-@st.composite
-def ranges(draw: st.DrawFn, largest: int = 1 << 14, *, prepared: bool = True) -> Range:
-    low = draw(st.integers(0, largest))
-    op = draw(st.sampled_from(OPS))
+def a_range(rng: random.Random, largest: int = 1 << 14, *, prepared: bool = True) -> Range:
+    low = rng.choice((0, 1, rng.randint(0, largest), rng.randint(0, largest)))
+    op = rng.choice(OPS)
     fused = op != "all_reduce"
     return Range(
         op,
-        modes=draw(subsets(MODES)),
-        dtypes=draw(subsets(list(DTYPES))),
-        device_types=draw(subsets(DEVICE_TYPES)),
+        modes=subset(rng, MODES),
+        dtypes=subset(rng, DTYPES),
+        device_types=subset(rng, DEVICE_TYPES),
         min_nbytes=low,
-        max_nbytes=draw(st.none() | st.integers(low, 2 * largest)),
-        multiple_nbytes=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 16, 48])),
-        max_tokens=draw(st.none() | st.integers(1, 64)) if fused else None,
-        hidden_multiple=draw(st.sampled_from([1, 2, 3, 8, 64])) if fused else 1,
-        prepared=draw(st.booleans()) if prepared else False,
+        max_nbytes=rng.choice((None, low, rng.randint(low, 2 * largest), rng.randint(low, 2 * largest))),
+        multiple_nbytes=rng.choice((1, 2, 3, 4, 6, 8, 16, 48)),
+        max_tokens=rng.choice((None, 1, rng.randint(1, 64))) if fused else None,
+        hidden_multiple=rng.choice((1, 2, 3, 8, 64)) if fused else 1,
+        prepared=prepared and rng.random() < 0.5,
     )
 
 
-@st.composite
-def offers(draw: st.DrawFn, largest: int = 1 << 14, *, most: int = 5) -> tuple[Offer, ...]:
+def some_offers(rng: random.Random, largest: int = 1 << 14, *, most: int = 5) -> tuple[Offer, ...]:
     """Backends in the order in which they are preferred."""
-    names = draw(st.lists(st.sampled_from("abcdefgh"), unique=True, max_size=most))
+    names = rng.sample("abcdefgh", rng.randint(0, most))
     made = [
-        Offer(name, draw(st.integers(1, 999)), tuple(draw(st.lists(ranges(largest), min_size=1, max_size=4))), "1")
+        Offer(name, rng.randint(1, 999), tuple(a_range(rng, largest) for _ in range(rng.randint(1, 4))), "1")
         for name in names
     ]
+    if made and rng.random() < 0.2:  # equal priorities
+        made = [dataclasses.replace(offer, priority=made[0].priority) for offer in made]
     return tuple(sorted(made, key=lambda offer: (-offer.priority, offer.name)))
 
 
-@st.composite
-def messages(draw: st.DrawFn, near: Sequence[Range], op: str | None = None) -> Message:
+def a_message(rng: random.Random, near: Sequence[Range], op: str | None = None) -> Message:
     """A message that exists, with a preference for the edges of these ranges, one element to either side of them."""
-    op = op or draw(st.sampled_from(OPS))
+    op = op or rng.choice(OPS)
     fused = op != "all_reduce"
-    dtype = draw(st.sampled_from([name for name in DTYPES if "float" in name or not fused]))
+    dtype = rng.choice([name for name in DTYPES if "float" in name or not fused])
     itemsize = DTYPES[dtype]
-    device_type = draw(st.sampled_from(DEVICE_TYPES))
-    mode = draw(st.sampled_from(MODES)) if device_type == "cuda" else "eager"
+    device_type = rng.choice(DEVICE_TYPES)
+    mode = rng.choice(MODES) if device_type == "cuda" else "eager"
+    at_an_edge = rng.random() < 0.5
     if fused:
         tokens = [edge + off for item in near if (edge := item.max_tokens) for off in (0, 1)]
-        num_tokens = draw(st.sampled_from(tokens) | st.integers(1, 80) if tokens else st.integers(1, 80))
-        hidden_size = draw(st.sampled_from([1, 2, 3, 6, 8, 24, 64, 192, 193]))
+        num_tokens = rng.choice(tokens) if tokens and at_an_edge else rng.randint(1, 80)
+        hidden_size = rng.choice((1, 2, 3, 6, 8, 24, 64, 192, 193))
         return Message(op, mode, device_type, dtype, num_tokens * hidden_size * itemsize, num_tokens, hidden_size)
     edges = [edge for item in near for edge in (item.min_nbytes, item.max_nbytes) if edge is not None]
     numels = sorted({max(edge // itemsize + off, 1) for edge in edges for off in (-1, 0, 1)})
-    numel = draw(st.sampled_from(numels) | st.integers(1, 1 << 16) if numels else st.integers(1, 1 << 16))
+    numel = rng.choice(numels) if numels and at_an_edge else rng.randint(1, 1 << 16)
     return Message(op, mode, device_type, dtype, numel * itemsize)
+
+
+def generators() -> st.SearchStrategy[random.Random]:
+    """Random generators with a seed each: Hypothesis draws one number instead of hundreds, which is far cheaper."""
+    return st.integers(0, (1 << 64) - 1).map(random.Random)
+
+
+def ranges(largest: int = 1 << 14, *, prepared: bool = True) -> st.SearchStrategy[Range]:
+    return generators().map(lambda rng: a_range(rng, largest, prepared=prepared))
+
+
+def offers(largest: int = 1 << 14, *, most: int = 5) -> st.SearchStrategy[tuple[Offer, ...]]:
+    return generators().map(lambda rng: some_offers(rng, largest, most=most))
+
+
+def messages(near: Sequence[Range], op: str | None = None) -> st.SearchStrategy[Message]:
+    return generators().map(lambda rng: a_message(rng, near, op))
 
 
 def backwards(mapping: Mapping[str, Any]) -> dict[str, Any]:

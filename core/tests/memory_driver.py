@@ -1,4 +1,4 @@
-"""Two ranks share memory of the driver that fake_cuda.cpp stands for: memory_driver.py PART LIBRARY; test_memory.py."""
+"""Two ranks share memory of the driver that fake_cuda.cpp stands for: memory_driver.py LIBRARY; test_memory.py."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def refusals() -> None:
 
 
 if __name__ == "__main__":
-    library = ctypes.CDLL(sys.argv[2])
-    {"shared": shared, "fabric": fabric, "refusals": refusals}[sys.argv[1]]()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.write("right\n" if library.fake_open() == 0 else f"{library.fake_open()} are open\n")
+    library = ctypes.CDLL(sys.argv[1])
+    for part in (shared, fabric, refusals):
+        part()
+        left = library.fake_open()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.write(f"{part.__name__}: {left} are open\n")

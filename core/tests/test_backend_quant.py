@@ -56,7 +56,7 @@ def test_the_bits_are_those_of_the_norm_and_then_the_quantisation(served: Range,
     x, residual, weight = inputs(dtype)
     expected = norm(x, residual, weight)
     for with_norm, column_major in itertools.product((False, True), (False, True)):
-        for _ in range(10):  # until the call's route is kept, and beyond
+        for _ in range(2 if with_norm or column_major else 18):  # until the call's route is kept, and beyond
             results = backend.all_reduce_add_rms_norm_quant(
                 x, residual, weight, 1e-5, 1.0, with_norm=with_norm, column_major_scales=column_major, **given(form)
             )
@@ -68,7 +68,7 @@ def test_the_bits_are_those_of_the_norm_and_then_the_quantisation(served: Range,
             assert results[1].is_contiguous()
     assert (len(fast.calls[-1]) == 11) is (served.op == QUANT)
     counts = {(item.op, item.backend): item.calls for item in backend.stats()}
-    assert counts[QUANT, "fast" if served.op == QUANT else "torch_distributed"] == 40
+    assert counts[QUANT, "fast" if served.op == QUANT else "torch_distributed"] == 24
 
 
 @pytest.mark.parametrize("served", SERVED[:2], ids=lambda served: served.op)

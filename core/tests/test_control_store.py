@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -226,13 +228,13 @@ def test_a_late_rank_takes_the_keys_of_a_failed_try_with_it() -> None:
     assert store.num_keys() == 1
 
 
-def test_a_thousand_exchanges_keep_the_number_of_keys_bounded() -> None:
+def test_hundreds_of_exchanges_keep_the_number_of_keys_bounded() -> None:
     store, counts = dist.HashStore(), set()
 
     def talk(member: Control) -> None:
-        for number in range(10):
+        for number in range(4):
             with Stage(member, f"step {number}") as stage:
-                for _ in range(100):
+                for _ in range(75):
                     stage.barrier()
                     counts.add(store.num_keys())
 
@@ -291,24 +293,59 @@ def test_the_store_is_asked_in_proportion_to_the_ranks(world_size: int) -> None:
 # --- a store that is gone ---
 
 
-@contextlib.contextmanager
-def server_elsewhere() -> Iterator[tuple[subprocess.Popen[str], dist.TCPStore]]:
+# Forks for each line that it reads, since importing torch takes seconds; the child serves a TCP store.
+SERVERS = """
+import os, signal, sys, torch.distributed as dist
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+        print(os.getpid(), store.port, flush=True)
+        signal.pause()
+    os.waitpid(child, 0)
+    print('ended', flush=True)
+"""
+
+
+@dataclasses.dataclass
+class Server:
     """A TCP store in a process of its own, and a client of it."""
-    code = (
-        "import sys, torch.distributed as dist\n"
-        "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
-        "print(store.port, flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            port = int(process.stdout.readline())
-            yield process, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=PATIENCE_S))
-        finally:
-            process.kill()
+
+    pid: int
+    store: dist.TCPStore
+    parent: subprocess.Popen[str]
+    is_alive: bool = True
+
+    def kill(self) -> None:
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        os.kill(self.pid, signal.SIGKILL)
+        assert self.parent.stdout is not None
+        assert self.parent.stdout.readline() == "ended\n"
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", SERVERS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+@contextlib.contextmanager
+def server_elsewhere(servers: subprocess.Popen[str]) -> Iterator[Server]:
+    assert servers.stdin is not None
+    assert servers.stdout is not None
+    servers.stdin.write("another\n")
+    servers.stdin.flush()
+    pid, port = map(int, servers.stdout.readline().split())
+    timeout = timedelta(seconds=PATIENCE_S)
+    server = Server(pid, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout), servers)
+    try:
+        yield server
+    finally:
+        server.kill()
 
 
 def assert_lost(members: list[Control], words: str) -> None:
@@ -321,8 +358,9 @@ def assert_lost(members: list[Control], words: str) -> None:
 
 
 @pytest.mark.parametrize("waiting", [True, False])
-def test_a_store_that_died_is_named(waiting: bool) -> None:
-    with server_elsewhere() as (process, store):
+def test_a_store_that_died_is_named(servers: subprocess.Popen[str], waiting: bool) -> None:
+    with server_elsewhere(servers) as server:
+        store = server.store
         members = group_of(store, 3)
         talking: list[concurrent.futures.Future[list[Any]]] = []
         if waiting:
@@ -330,8 +368,7 @@ def test_a_store_that_died_is_named(waiting: bool) -> None:
             arrived = store.clone()
             while not arrived.check([f"{members[0].prefix}/step/0/0", f"{members[0].prefix}/step/0/1"]):
                 time.sleep(0.001)
-        process.kill()
-        process.wait()
+        server.kill()
         for error in map(outcome, talking):
             assert isinstance(error, CommError)
             assert str(error).startswith("step: the job's store can't be reached any more")
@@ -340,11 +377,11 @@ def test_a_store_that_died_is_named(waiting: bool) -> None:
             members[0].join(set())
 
 
-def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with server_elsewhere() as (process, store):
-        members = group_of(store, 2)
+def test_a_store_that_does_not_answer_is_named(servers: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with server_elsewhere(servers) as server:
+        members = group_of(server.store, 2)
         monkeypatch.setattr(store_module, "_STORE_S", SHORT_S)
-        process.send_signal(signal.SIGSTOP)
+        os.kill(server.pid, signal.SIGSTOP)
         with pytest.raises(CommTimeoutError, match=r"step: the job's store gave no answer") as caught:
             gather(members[0], "step", timeout_s=SHORT_S)
         assert caught.value.ranks == ()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from comm_core.topology import Device, Host, Link, RankInfo
 from comm_core.types import DTYPES, OPS, TERMINAL, Available, Candidate, Range, Unavailable
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up import DEVICE_TYPES, backwards, messages, offers, ranges, serves, takes
+from made_up import DEVICE_TYPES, a_message, a_range, backwards, generators, offers, serves, takes
 
 patient = settings(deadline=None, max_examples=100)
 
@@ -183,8 +184,9 @@ def test_every_known_backend_is_asked_or_dropped_in_any_order_of_names(
 
 
 @patient
-@given(st.integers(1, 999), st.lists(ranges(), min_size=1, max_size=4))
-def test_an_answer_survives_json(priority: int, made: list[Range]) -> None:
+@given(generators())
+def test_an_answer_survives_json(rng: random.Random) -> None:
+    priority, made = rng.randint(1, 999), [a_range(rng) for _ in range(rng.randint(1, 4))]
     answer = json.loads(json.dumps(encode_answer(Available(priority, tuple(made)))))
     assert initial_slate({"a": "1"}, [{"a": answer}] * 2).offers == (Offer("a", priority, tuple(made), "1"),)
 
@@ -224,27 +226,22 @@ def test_offers_are_ordered_by_priority_then_name() -> None:
 
 
 @patient
-@given(
-    st.lists(
-        st.builds(Available, st.integers(1, 999), st.lists(ranges(prepared=False), min_size=1, max_size=3).map(tuple)),
-        min_size=1,
-        max_size=4,
-    ),
-    st.data(),
-)
-def test_answers_merge_to_the_lowest_priority_and_what_every_rank_takes(
-    answers: list[Available], data: st.DataObject
-) -> None:
+@given(generators())
+def test_answers_merge_to_the_lowest_priority_and_what_every_rank_takes(rng: random.Random) -> None:
+    answers = [
+        Available(rng.randint(1, 999), tuple(a_range(rng, prepared=False) for _ in range(rng.randint(1, 3))))
+        for _ in range(rng.randint(1, 4))
+    ]
     made = initial_slate({"a": "1"}, answers_of(*answers))
     turned = initial_slate({"a": "1"}, answers_of(*reversed(answers)))
     merged = made.offers[0].ranges if made.offers else ()
     for offer in (*made.offers, *turned.offers):
         assert offer.priority == min(answer.priority for answer in answers)
     for _ in range(20):
-        message = data.draw(messages([item for answer in answers for item in answer.ranges]))
+        message = a_message(rng, [item for answer in answers for item in answer.ranges])
         expected = all(any(takes(item, message) for item in answer.ranges) for answer in answers)
-        assert any(takes(item, message) for item in merged) == expected
-        assert (serves(turned.offers, message) == "a") == expected
+        assert any(takes(item, message) for item in merged) == expected, (answers, message)
+        assert (serves(turned.offers, message) == "a") == expected, (answers, message)
 
 
 def test_operands_go_unvalidated_to_a_backend_that_checks_them_on_every_rank() -> None:

@@ -1,4 +1,4 @@
-"""Decisions of thousands of made-up groups: the same from every rank's copy of the evidence, and the best on offer."""
+"""Decisions of a thousand made-up groups: the same from every rank's copy of the evidence, and the best on offer."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def decide(found: Sequence[Evidence], answers: Sequence[Mapping[str, Any]]) -> D
     return initial_slate(asked, answers, dropped).decision(DEVICE_TYPES)
 
 
-def test_thousands_of_groups_decide_from_the_evidence_alone() -> None:
+def test_a_thousand_groups_decide_from_the_evidence_alone() -> None:
     """As each rank would: from its own copy, which came as JSON, in whatever order its plugins were found."""
     verdicts: set[str] = set()
-    for seed in range(2000):
+    for seed in range(1000):
         found, answers = a_group(random.Random(seed))  # noqa: S311 - no secret
         decision = decide(found, encoded(answers))
         copies = [Evidence.from_json(json.loads(json.dumps(item.to_json()))) for item in found]
@@ -79,7 +79,6 @@ def test_thousands_of_groups_decide_from_the_evidence_alone() -> None:
         ]
         theirs = json.loads(json.dumps([backwards(answer) for answer in encoded(answers)]))
         assert decide(turned, theirs) == decision, f"seed {seed}"
-        assert decide(found, encoded(answers)) == decision, f"seed {seed}"
         verdicts.update(candidate.verdict for candidate in decision.candidates)
     assert verdicts == {"serves", "standby", "unavailable"}
 
@@ -98,7 +97,7 @@ def test_who_serves_does_not_depend_on_the_order_of_the_ranks() -> None:
             assert one.backend_for(*message) == other.backend_for(*message), f"seed {seed}"
 
 
-def test_thousands_of_groups_send_each_message_to_the_best_that_every_rank_offers() -> None:
+def test_a_thousand_groups_send_each_message_to_the_best_that_every_rank_offers() -> None:
     """The oracle knows priorities, names and ranges, and nothing of merging, rules or routes."""
     checked = 0
     for seed in range(1000):

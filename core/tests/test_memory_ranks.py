@@ -110,26 +110,27 @@ def serve() -> tuple[str, int, int]:
     return name, used, mapped()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_a_backend_serves_by_shared_buffers(ranks: Ranks, tmp_path: Path, world_size: int) -> None:
+def test_a_backend_serves_by_shared_buffers(ranks: Ranks, tmp_path: Path) -> None:
     folder = install(tmp_path / NAME, NAME, PLUGIN.format(fault=None))
-    results = ranks.run(serve, world_size=world_size, path=[[folder]] * world_size)
-    assert results == [(NAME, world_size, 0)] * world_size
+    assert ranks.run(serve, world_size=3, path=[[folder]] * 3) == [(NAME, 3, 0)] * 3
 
 
-def serve_fifty() -> tuple[int, int]:
+def serve_often() -> tuple[int, int]:
     counts = []
-    for _ in range(50):
+    gc.collect()
+    gc.freeze()  # the objects of earlier tests, which each collection below would look at
+    for _ in range(16):
         check_sums(comm.get_backend())
         comm.close()
-        gc.collect()  # torch's group holds its sockets until it is freed; a process with many objects collects late
+        gc.collect()  # torch's group holds its sockets until it is freed
         counts.append(open_files())
+    gc.unfreeze()
     return counts[-1] - counts[4], mapped()
 
 
-def test_fifty_handles_leave_neither_files_nor_mappings(ranks: Ranks, tmp_path: Path) -> None:
+def test_many_handles_leave_neither_files_nor_mappings(ranks: Ranks, tmp_path: Path) -> None:
     folder = install(tmp_path / NAME, NAME, PLUGIN.format(fault=None))
-    for more_files, used in ranks.run(serve_fifty, path=[[folder]] * 2, deadline_s=250):
+    for more_files, used in ranks.run(serve_often, path=[[folder]] * 2, deadline_s=250):
         assert more_files <= 0
         assert used == 0
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -8,7 +9,7 @@ from comm_core._plan.routes import Cell, Offer, cells, exclude_cells, owned_cell
 from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Available, Range, Route, Rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up import DEVICE_TYPES, messages, offers, ranges, serves
+from made_up import DEVICE_TYPES, a_message, a_range, generators, offers, serves
 
 patient = settings(deadline=None, max_examples=100)
 # Past every edge of the ranges of 64 bytes at most that the exhaustive tests use, and past every period of theirs.
@@ -52,14 +53,14 @@ def test_every_kind_of_message_has_one_route_that_ends_in_the_terminal_fallback(
 
 
 @settings(deadline=None, max_examples=400)
-@given(offers(), st.data())
-def test_a_message_goes_to_the_first_offer_that_takes_it(made: tuple[Offer, ...], data: st.DataObject) -> None:
+@given(offers(), generators())
+def test_a_message_goes_to_the_first_offer_that_takes_it(made: tuple[Offer, ...], rng: random.Random) -> None:
     """Also shows that dropping shadowed rules changes nothing: the oracle knows no such rule."""
     routes = {(r.op, r.mode, r.device_type, r.dtype): r for r in plan_routes(made, DEVICE_TYPES)}
     for _ in range(8):
-        m = data.draw(messages(all_ranges(made)))
+        m = a_message(rng, all_ranges(made))
         route = routes[m.op, m.mode, m.device_type, m.dtype]
-        assert route.backend_for(m.nbytes, m.num_tokens, m.hidden_size) == serves(made, m)
+        assert route.backend_for(m.nbytes, m.num_tokens, m.hidden_size) == serves(made, m), m
 
 
 @patient
@@ -155,18 +156,16 @@ def test_owners_are_the_backends_that_some_rule_names(made: tuple[Offer, ...]) -
 
 
 @patient
-@given(
-    st.lists(ranges(), min_size=1, max_size=4),
-    st.sets(st.sampled_from(cells(DEVICE_TYPES)), max_size=8),
-    st.data(),
-)
-def test_narrowing_removes_exactly_the_wrong_kinds(made: list[Range], wrong: set[Cell], data: st.DataObject) -> None:
+@given(generators())
+def test_narrowing_removes_exactly_the_wrong_kinds(rng: random.Random) -> None:
+    made = [a_range(rng) for _ in range(rng.randint(1, 4))]
+    wrong: set[Cell] = set(rng.sample(cells(DEVICE_TYPES), rng.randint(0, 8)))
     before = Offer("a", 300, tuple(made))
     after = Offer("a", 300, exclude_cells(made, wrong, DEVICE_TYPES))
     for _ in range(20):
-        m = data.draw(messages(made))
+        m = a_message(rng, made)
         is_wrong = (m.op, m.mode, m.device_type, m.dtype) in wrong
-        assert serves([after], m) == (TERMINAL if is_wrong else serves([before], m))
+        assert serves([after], m) == (TERMINAL if is_wrong else serves([before], m)), (made, wrong, m)
     assert {item.prepared for item in after.ranges} <= {item.prepared for item in made}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,29 +25,29 @@ from comm_core.types import DTYPES, MODES, OPS, TERMINAL, Range, Rule
 from handle_ranks import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up import DEVICE_TYPES, Message, messages, offers, serves, takes
+from made_up import DEVICE_TYPES, Message, a_message, generators, offers, serves, takes
 
 if TYPE_CHECKING:
     from harness import Ranks
 
 
-@st.composite
-def tuning_rules(draw: st.DrawFn, largest: int = 1 << 15) -> TuningRule:
-    backend = draw(st.sampled_from(["a", "b", "c", "d", "e", TERMINAL]))
-    low = draw(st.integers(0, largest))
+def a_rule(rng: random.Random, largest: int = 1 << 15) -> TuningRule:
+    backend = rng.choice(("a", "b", "c", "d", "e", TERMINAL))
+    low = rng.choice((0, 1, rng.randint(0, largest), rng.randint(0, largest)))
     return TuningRule(
         backend,
-        draw(st.sampled_from([1, 50, 400, math.inf] + ([0] if backend != TERMINAL else []))),
-        draw(st.none() | st.sampled_from(OPS)),
-        draw(st.none() | st.sampled_from(MODES)),
-        draw(st.none() | st.sampled_from(DEVICE_TYPES)),
+        rng.choice([1, 50, 400, math.inf] + ([0] if backend != TERMINAL else [])),
+        rng.choice((None, rng.choice(OPS))),
+        rng.choice((None, rng.choice(MODES))),
+        rng.choice((None, rng.choice(DEVICE_TYPES))),
         low,
-        draw(st.none() | st.integers(low, 2 * largest)),
+        rng.choice((None, low, rng.randint(low, 2 * largest), rng.randint(low, 2 * largest))),
     )
 
 
-@given(st.lists(tuning_rules(), min_size=1, max_size=8))
-def test_a_rules_text_brings_back_the_rule(rules: list[TuningRule]) -> None:
+@given(generators())
+def test_a_rules_text_brings_back_the_rule(rng: random.Random) -> None:
+    rules = [a_rule(rng) for _ in range(rng.randint(1, 8))]
     assert parse_rules(",".join(map(str, rules))) == tuple(rules)
 
 
@@ -177,24 +178,23 @@ def served_by(made: Sequence[Offer], message: Message, rules: Sequence[TuningRul
 
 
 @settings(deadline=None, max_examples=400)
-@given(offers(), st.lists(tuning_rules(), max_size=6), st.data())
-def test_the_highest_score_serves_within_its_own_ranges(
-    made: tuple[Offer, ...], rules: list[TuningRule], data: st.DataObject
-) -> None:
+@given(offers(), generators())
+def test_the_highest_score_serves_within_its_own_ranges(made: tuple[Offer, ...], rng: random.Random) -> None:
+    rules = [a_rule(rng) for _ in range(rng.randint(0, 6))]
     routes = {(r.op, r.mode, r.device_type, r.dtype): r for r in plan_routes(made, DEVICE_TYPES, rules)}
     edges = [Range(rule.op or OPS[0], min_nbytes=rule.min_nbytes, max_nbytes=rule.max_nbytes) for rule in rules]
     for _ in range(8):
-        m = data.draw(messages([*(item for offer in made for item in offer.ranges), *edges]))
+        m = a_message(rng, [*(item for offer in made for item in offer.ranges), *edges])
         route = routes[m.op, m.mode, m.device_type, m.dtype]
         found = next(rule for rule in route.rules if rule.takes(m.nbytes, m.num_tokens, m.hidden_size))
-        assert found.backend == served_by(made, m, rules)
+        assert found.backend == served_by(made, m, rules), (rules, m)
         assert not found.tuned or any(str(rule) == found.tuned for rule in rules if rule.backend == found.backend)
         assert route.rules[-1] == Rule(TERMINAL)
 
 
-@given(offers(), st.data())
-def test_without_rules_nothing_changes(made: tuple[Offer, ...], data: st.DataObject) -> None:
-    m = data.draw(messages([item for offer in made for item in offer.ranges]))
+@given(offers(), generators())
+def test_without_rules_nothing_changes(made: tuple[Offer, ...], rng: random.Random) -> None:
+    m = a_message(rng, [item for offer in made for item in offer.ranges])
     assert served_by(made, m, ()) == serves(made, m)
     assert plan_routes(made, DEVICE_TYPES, ()) == plan_routes(made, DEVICE_TYPES)
 

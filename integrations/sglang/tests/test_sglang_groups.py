@@ -24,6 +24,12 @@ class plugin:
 
     @staticmethod
     @comm_core.hookimpl
+    def is_available(topology):
+        # What these tests sum, so that the admission test is quick.
+        return comm_core.Available(500, (comm_core.Range("all_reduce", dtypes=("float32",), max_nbytes=1 << 19),))
+
+    @staticmethod
+    @comm_core.hookimpl
     def connect(topology, context):
         return context
 
@@ -62,16 +68,12 @@ class plugin:
 """
 # One for ranks of one host.
 LOCAL = RECORDING.replace(
-    "    def connect(",
-    """    def is_available(topology):
-        from comm_core import eligibility
+    "        return comm_core.Available(500,",
+    """        from comm_core import eligibility
 
-        reason = eligibility.several_hosts(topology)
-        return comm_core.Unavailable(reason) if reason else comm_core.Available(700)
-
-    @staticmethod
-    @comm_core.hookimpl
-    def connect(""",
+        if reason := eligibility.several_hosts(topology):
+            return comm_core.Unavailable(reason)
+        return comm_core.Available(700,""",
 )
 Run = Callable[..., list[Any]]
 
@@ -93,9 +95,8 @@ def run(ranks: Ranks, tmp_path: Path) -> Run:
     return call
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_groups_sum_by_the_plan_without_sglangs_buffers(run: Run, world_size: int) -> None:
-    for rank, one in enumerate(run(sglang_ranks.serve, world_size=world_size)):
+def test_groups_sum_by_the_plan_without_sglangs_buffers(run: Run) -> None:
+    for rank, one in enumerate(run(sglang_ranks.serve, world_size=3)):
         lines = one.pop("lines")
         assert one == {
             "class": "CommAllReduce",
@@ -111,16 +112,24 @@ def test_groups_sum_by_the_plan_without_sglangs_buffers(run: Run, world_size: in
             assert line.endswith("recording")
 
 
-@pytest.mark.parametrize("name", ["attention_tp", "attn_cp", "dcp", "moe_dp", "moe_ep", "moe_tp", "pdmux_prefill_tp"])
-def test_every_group_that_sglang_reduces_in_is_served(run: Run, name: str) -> None:
-    for one in run(sglang_ranks.serve, name, False):  # SGLang gives most of them no custom all-reduce
-        assert (one["stock"], one["backend"]) == ([], "recording")
+def serve_each(names: tuple[str, ...], custom: bool = True) -> dict[str, dict[str, Any]]:
+    return {name: sglang_ranks.serve(name, custom) for name in names}
 
 
-@pytest.mark.parametrize("name", ["world", "pp", "self_pp", "tpx"])
-def test_other_groups_stay_sglangs(run: Run, name: str) -> None:
-    for one in run(sglang_ranks.serve, name):
-        assert (one["class"], one["events"], one["lines"]) == ("CustomAllReduceV2", ["allocate", "capture"], [])
+def test_every_group_that_sglang_reduces_in_is_served(run: Run) -> None:
+    names = ("attention_tp", "attn_cp", "dcp", "moe_dp", "moe_ep", "moe_tp", "pdmux_prefill_tp")
+    for found in run(serve_each, names, False):  # SGLang gives most of them no custom all-reduce
+        assert {name: (one["stock"], one["backend"]) for name, one in found.items()} == {
+            name: ([], "recording") for name in names
+        }
+
+
+def test_other_groups_stay_sglangs(run: Run) -> None:
+    names = ("world", "pp", "self_pp", "tpx")
+    for found in run(serve_each, names):
+        assert {name: (one["class"], one["events"], one["lines"]) for name, one in found.items()} == {
+            name: ("CustomAllReduceV2", ["allocate", "capture"], []) for name in names
+        }
 
 
 def test_comm_sglang_0_switches_everything_off(run: Run) -> None:

@@ -128,7 +128,7 @@ def starved() -> Any:
     return outcome, live, len(ranges), fake_state()["live"]
 
 
-@pytest.mark.parametrize("buffers", [0, 1, 2, 3])
+@pytest.mark.parametrize("buffers", [0, 3])
 def test_if_one_rank_has_too_little_memory_all_fall_back_and_free_theirs(ranks: Ranks, buffers: int) -> None:
     # One rank has memory for this many of the three buffers, but not for the flags after them. Its peer is then in the
     # middle of the exchange.

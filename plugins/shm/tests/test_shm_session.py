@@ -15,7 +15,7 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from harness import DEAD, Ranks, install
+from harness import DEAD, Ranks, install, side_store
 
 DTYPES = (
     torch.float32,
@@ -46,10 +46,8 @@ def left_behind() -> set[str]:
 def random_bits(rank: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
     """A rank's input: random bits, so that floating-point inputs have numbers, infinities and NaNs of every kind."""
     generator = torch.Generator().manual_seed(rank * 1_000_003 + nbytes)
-    words = torch.randint(
-        0, 256, (-(-nbytes // dtype.itemsize) * dtype.itemsize,), dtype=torch.uint8, generator=generator
-    )
-    return words.view(dtype)
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-nbytes // 8),), dtype=torch.int64, generator=generator)
+    return words.view(dtype)[: -(-nbytes // dtype.itemsize)]
 
 
 def reference(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -80,9 +78,10 @@ def backend_of_shm(group: dist.ProcessGroup | None = None) -> comm.Backend:
 def sums(sizes: tuple[int, ...]) -> None:
     backend = backend_of_shm()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for dtype in DTYPES:
+    for number, dtype in enumerate(DTYPES):
         assert backend.all_reduce(torch.empty(0, 5, dtype=dtype)).shape == (0, 5)
-        for nbytes in sizes:
+        # Of the other dtypes, each size goes with several.
+        for nbytes in sizes if dtype in (torch.float32, torch.bfloat16) else sizes[number % 3 :: 3]:
             inputs = [random_bits(r, nbytes, dtype) for r in range(world_size)]
             expected = reference(inputs)
             mine = inputs[rank].clone()
@@ -100,7 +99,7 @@ def sums(sizes: tuple[int, ...]) -> None:
     comm.close()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+@pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_every_sum_has_the_bits_of_the_reference(ranks: Ranks, shm: Path, world_size: int) -> None:
     ranks.run(sums, SIZES, world_size=world_size, path=[[shm]] * world_size, deadline_s=280)
 
@@ -108,9 +107,8 @@ def test_every_sum_has_the_bits_of_the_reference(ranks: Ranks, shm: Path, world_
 def large() -> None:
     backend = backend_of_shm()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for dtype in (torch.bfloat16, torch.float32):
-        inputs = [random_bits(r, 64 << 20, dtype) for r in range(world_size)]
-        assert same(backend.all_reduce(inputs[rank]), reference(inputs))
+    inputs = [random_bits(r, 64 << 20, torch.float32) for r in range(world_size)]
+    assert same(backend.all_reduce(inputs[rank]), reference(inputs))
     comm.close()
 
 
@@ -153,7 +151,7 @@ def soak(calls: int) -> int:
 
 
 def test_a_soak(ranks: Ranks, shm: Path) -> None:
-    calls = int(os.environ.get("SOAK_CALLS", "20000"))
+    calls = int(os.environ.get("SOAK_CALLS", "5000"))
     assert ranks.run(soak, calls, path=[[shm]] * 2, deadline_s=max(120, calls // 500)) == [calls] * 2
 
 
@@ -186,7 +184,7 @@ def interrupted_by_death(victim: int) -> dict[str, Any]:
     raise AssertionError("no call raised")
 
 
-@pytest.mark.parametrize(("world_size", "victim"), [(2, 1), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("world_size", "victim"), [(2, 0), (3, 1)])
 def test_a_killed_rank_is_named_by_all_others(ranks: Ranks, shm: Path, world_size: int, victim: int) -> None:
     before = left_behind()
     results = ranks.run(interrupted_by_death, victim, world_size=world_size, path=[[shm]] * world_size, dying=[victim])
@@ -204,9 +202,10 @@ def late_rank() -> str:
     x = torch.ones(10)
     backend.all_reduce(x)
     if dist.get_rank() == 1:
-        time.sleep(4)
+        side_store().wait(["raised by 0", "raised by 2"])
     with pytest.raises(comm.CommTimeoutError) as caught:
         backend.all_reduce(x)
+    side_store().set(f"raised by {dist.get_rank()}", "")
     assert caught.value.ranks == (1,)
     return str(caught.value)
 
@@ -224,8 +223,9 @@ def interrupted_by_a_signal() -> str:
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             backend.all_reduce(torch.ones(10))
+        side_store().set("interrupted", "")
         return "interrupted"
-    time.sleep(3)
+    side_store().wait(["interrupted"])
     with pytest.raises(comm.CommError, match=r"rank 0 stopped after a failure.*KeyboardInterrupt"):
         backend.all_reduce(torch.ones(10))
     return "raised"
@@ -280,7 +280,7 @@ def test_a_rank_killed_while_it_connects_leaves_nothing(ranks: Ranks, tmp_path: 
 
 
 def held_resources() -> list[tuple[int, int]]:
-    """Numbers of the plugin's mappings and descriptors: before five sessions, and during and after each."""
+    """Numbers of the plugin's mappings and descriptors: before three sessions, and during and after each."""
 
     def count() -> tuple[int, int]:
         maps = Path("/proc/self/maps").read_text().count("memfd:comm-plugin-shm")
@@ -292,7 +292,7 @@ def held_resources() -> list[tuple[int, int]]:
         return maps, sum("memfd:comm-plugin-shm" in link or "pidfd" in link for link in links)
 
     counts = [count()]
-    for _ in range(5):
+    for _ in range(3):
         backend_of_shm()
         counts.append(count())
         comm.close()
@@ -301,7 +301,7 @@ def held_resources() -> list[tuple[int, int]]:
 
 
 def test_close_gives_back_the_mapping_and_the_descriptors(ranks: Ranks, shm: Path) -> None:
-    assert ranks.run(held_resources, path=[[shm]] * 2) == [[(0, 0), *[(1, 1), (0, 0)] * 5]] * 2
+    assert ranks.run(held_resources, path=[[shm]] * 2) == [[(0, 0), *[(1, 1), (0, 0)] * 3]] * 2
 
 
 def over_budget() -> tuple[str, str]:
@@ -335,9 +335,8 @@ def be_late() -> dict[str, Any]:
     return {"first": first, "waits": waits, "explained": explained, "closed": backend.waits()}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_late_rank_is_named_by_the_waits_of_the_others(ranks: Ranks, shm: Path, world_size: int) -> None:
-    found = ranks.run(be_late, path=[[shm]] * world_size, world_size=world_size)
+def test_a_late_rank_is_named_by_the_waits_of_the_others(ranks: Ranks, shm: Path) -> None:
+    found = ranks.run(be_late, path=[[shm]] * 3, world_size=3)
     for rank, each in enumerate(found):
         by_peer = {item.rank: item for item in each["waits"]}
         assert rank not in by_peer
