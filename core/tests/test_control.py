@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -380,25 +378,6 @@ def test_a_rank_that_dies_with_the_verdict_in_its_hands_is_a_missed_deadline(sto
     assert isinstance(error, StageTimeoutError)
     assert (error.reason, error.ranks) == ("the rank that came last didn't come in time", ())
     assert str(outcome(dying)) == str(error)
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_a_thread_that_outlives_its_stage_never_waits_in_the_store(store: dist.Store, number: int) -> None:
-    """The other ranks may leave, and delete the stage's keys, between any two of its operations."""
-    aborted, operations = threading.Event(), itertools.count()
-
-    def delete(*_: object) -> None:
-        if aborted.is_set() and next(operations) == number:
-            store.clone().delete_key(verdict)  # type: ignore[attr-defined]
-
-    members = group_of([WatchedStore(store, delete), store], 2, timeout_s=1.0)
-    verdict = f"{members[0].prefix}/step/0/verdict"
-    outliving = start(lambda: barriers(1, members[0]))
-    while not store.check([f"{members[0].prefix}/step/0/arrived"]):
-        time.sleep(0.001)
-    Stage(members[1], "step").abort("gone")
-    aborted.set()
-    assert isinstance(outcome(outliving), StageAbortedError)
 
 
 def test_people_read_the_jobs_ranks_too(store: dist.Store) -> None:

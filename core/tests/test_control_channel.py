@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from comm_core._control.channel import SessionChannel
-from comm_core._control.stage import StageAbortedError
+from comm_core._control.stage import Stage, StageAbortedError
 from comm_core.errors import CaptureError, CommError
-from control_ranks import group_of, in_stage, in_threads, outcome, server, start
+from control_ranks import WatchedStore, group_of, in_stage, in_threads, outcome, server, start
 
 if TYPE_CHECKING:
     from comm_core._control.store import Control
@@ -74,3 +75,24 @@ def test_the_channel_never_waits_while_a_stream_captures(monkeypatch: pytest.Mon
                 channel.barrier()
         assert stage.aborted is None
         assert channel.all_gather(1) == [1]
+
+
+@pytest.mark.parametrize("make", [dist.HashStore, server])
+@pytest.mark.parametrize("number", range(4))
+def test_a_thread_that_outlives_its_stage_never_waits_in_the_store(make: Callable[[], dist.Store], number: int) -> None:
+    """The other ranks may leave, and delete the stage's keys, between any two of its operations."""
+    store = make()
+    aborted, operations = threading.Event(), itertools.count()
+
+    def delete(*_: object) -> None:
+        if aborted.is_set() and next(operations) == number:
+            store.clone().delete_key(verdict)  # type: ignore[attr-defined]
+
+    members = group_of([WatchedStore(store, delete), store], 2, timeout_s=1.0)
+    verdict = f"{members[0].prefix}/step/0/verdict"
+    outliving = start(lambda: in_stage(members[0], "step", lambda stage: stage.barrier()))
+    while not store.check([f"{members[0].prefix}/step/0/arrived"]):
+        time.sleep(0.001)
+    Stage(members[1], "step").abort("gone")
+    aborted.set()
+    assert isinstance(outcome(outliving), StageAbortedError)
