@@ -250,7 +250,7 @@ def test_plugins_are_listed_with_what_they_say(monkeypatch: pytest.MonkeyPatch) 
     )
     wanted_names: list[str] = []
 
-    def discover(wanted: Any, timeout_s: float) -> discovery.Discovery:
+    def discover(wanted: Any, *_: object) -> discovery.Discovery:
         wanted_names.extend(name for name in result.listed if wanted(name))
         return result
 
