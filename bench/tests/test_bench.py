@@ -209,7 +209,7 @@ def test_a_backend_that_cannot_prepare_is_absent_and_the_others_are_measured(ran
 
 
 @pytest.mark.parametrize(
-    ("world_size", "ops", "places"), [(2, OPS, ("out", "in")), (3, OPS, ("out",)), (4, (PLAIN,), ("in",))]
+    ("world_size", "ops", "places"), [(2, OPS, ("in",)), (3, OPS, ("out",)), (4, (PLAIN,), ("in",))]
 )
 def test_honest_backends_have_no_wrong_element_in_any_dtype(
     ranks: Ranks, tmp_path: Path, world_size: int, ops: tuple[str, ...], places: tuple[str, ...]
@@ -262,9 +262,9 @@ def environment(path: Sequence[Path] = ()) -> dict[str, str]:
     return environ | {"OMP_NUM_THREADS": "1", "RES_OPTIONS": "timeout:1 attempts:1"}
 
 
-def bench(*arguments: str, launcher: Sequence[str] = (), path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
+def bench(*arguments: str, path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "comm_core", "bench", *arguments],
+        [sys.executable, "-m", "comm_core", "bench", *arguments],
         env=environment(path),
         capture_output=True,
         text=True,
@@ -332,18 +332,17 @@ def test_the_command_on_cpus(tmp_path: Path) -> None:
     assert f"# Wrong elements: {document['wrong']}" in lines
 
 
-def test_the_command_under_torchrun_with_three_ranks(tmp_path: Path) -> None:
+def test_the_command_as_three_ranks_of_a_job(ranks: Ranks, tmp_path: Path) -> None:
     picture = tmp_path / "x.png"
     pytest.importorskip("matplotlib")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
-    done = bench(
-        *(*SMALL, "--json", "--plot", str(picture)),
-        launcher=torchrun,
-        path=plant(tmp_path, [Fused]),
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ["bench", *SMALL, "--json", "--plot", str(picture)]
+    path = [plant(tmp_path, [Fused])] * 3
+    first, *others = ranks.run(printed, "comm_bench.cli", arguments, world_size=3, installed=True, path=path)
+    status, out, err = first
+    assert status == 0, err
+    assert [other[:2] for other in others] == [(0, "")] * 2
     # stdout has only JSON.
-    document = json.loads(done.stdout)
+    document = json.loads(out)
     check_document(document, 3, [PLAIN], 2)
     assert document["wrong"] == 0
     data = picture.read_bytes()
