@@ -147,7 +147,7 @@ def test_a_check_that_hangs_is_named() -> None:
     gate.set()
 
 
-# Processes end while a thread of theirs waits for another rank, and go on for a while after that: three for each store
+# Processes end while a thread of theirs waits for another rank, and go on for a while after that: two for each store
 # and deadline, all forked by one process, as torch's import takes longest. Each prints a line if it ends badly.
 EXIT = """
 import os, sys, threading, time
@@ -162,7 +162,7 @@ class Slow:
 def tcp():
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-cases = [(store, timeout_s) for store in (dist.HashStore, tcp) for timeout_s in (1.0, 3600.0) for _ in range(3)]
+cases = [(store, timeout_s) for store in (dist.HashStore, tcp) for timeout_s in (1.0, 3600.0) for _ in range(2)]
 children = {}
 for make, timeout_s in cases:
     child = os.fork()
