@@ -44,6 +44,10 @@ from comm_core.types import Available, Decision, Range, Unavailable
 
 SCHEMA = 1
 GPUS_PER_HOST = 8
+#: The sizes of the groups, in ranks, for which decisions are computed.
+WORLD_SIZES = (512, 4096)
+#: The rounds of 2,000 calls in which a call is timed.
+ROUNDS = 25
 #: The least size of a rank's evidence, as JSON in bytes.
 EVIDENCE_NBYTES = 2048
 
@@ -167,10 +171,10 @@ def _added(
 
 
 def _median_us(call: Callable[..., object], *arguments: object) -> float:
-    """Return microseconds per call, as the median of 25 rounds of 2,000 calls."""
+    """Return microseconds per call, as the median of `ROUNDS` rounds of 2,000 calls."""
     variables = {f"_{number}": argument for number, argument in enumerate(arguments)} | {"call": call}
     statement = f"call({', '.join(f'_{number}' for number in range(len(arguments)))})"
-    return statistics.median(timeit.repeat(statement, globals=variables, repeat=25, number=2000)) / 2000 * 1e6
+    return statistics.median(timeit.repeat(statement, globals=variables, repeat=ROUNDS, number=2000)) / 2000 * 1e6
 
 
 _IMPORT = """
@@ -279,9 +283,9 @@ def decide(evidence: list[dict[str, Any]], answers: list[dict[str, Any]]) -> Dec
 
 
 def deciding(repeats: int) -> Iterator[Figure]:
-    """Measure the time and the memory of a decision in groups of 512 and 4,096 ranks."""
+    """Measure the time and the memory of a decision in groups of `WORLD_SIZES` ranks."""
     medians = {}
-    for world_size in (512, 4096):
+    for world_size in WORLD_SIZES:
         evidence = [evidence_of(rank) for rank in range(world_size)]
         _require(all(len(json.dumps(item)) >= EVIDENCE_NBYTES for item in evidence), "the evidence is too small")
         answers = [answers_of(rank) for rank in range(world_size)]
@@ -295,9 +299,10 @@ def deciding(repeats: int) -> Iterator[Figure]:
         medians[world_size] = statistics.median(took_s)
         target = 0.5 if world_size == 4096 else None
         yield Figure(f"decide, {world_size} ranks", medians[world_size], "s", worst=max(took_s), target=target)
-    yield Figure("decide, 4096 ranks over 512", medians[4096] / medians[512], "times")
+    small, large = WORLD_SIZES
+    yield Figure(f"decide, {large} ranks over {small}", medians[large] / medians[small], "times")
     peak = _memory_nbytes(lambda: decide(evidence, answers))[1]
-    yield Figure("decide, 4096 ranks, memory beside the evidence", peak / (1 << 20), "MiB")
+    yield Figure(f"decide, {large} ranks, memory beside the evidence", peak / (1 << 20), "MiB")
 
 
 def handle_memory() -> Iterator[Figure]:

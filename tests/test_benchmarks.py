@@ -2,64 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
-import subprocess
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
+from comm_bench.cases import BenchCase
+from comm_bench.document import Listener
+from comm_bench.measure import Procedure
+from comm_bench.session import measure_all
+
+if TYPE_CHECKING:
+    from harness import Ranks
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(*command: object) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=BENCHMARKS.parent,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@contextlib.contextmanager
+def loaded(program: str) -> Iterator[Any]:
+    """Import a program; it can import others meanwhile."""
+    with mock.patch.object(sys, "path", [str(BENCHMARKS), *sys.path]):
+        yield importlib.import_module(program)
 
 
-def test_every_way_of_a_decode_step_is_timed_and_correct(tmp_path: Path) -> None:
+def run(program: str, *arguments: object) -> int:
+    """Run a program in this process; return its exit status."""
+    with loaded(program) as module, mock.patch.object(sys, "argv", [program, *map(str, arguments)]):
+        status: int = module.main()
+    return status
+
+
+def decode_step(*arguments: object) -> int:
+    """Run decode_step.py as a rank of the current job, as if torchrun had started it, on CPUs."""
+    os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "LOCAL_WORLD_SIZE": str(dist.get_world_size())}
+    in_job = mock.patch.multiple(dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT)
+    with in_job, mock.patch.object(torch.cuda, "device_count", return_value=0):
+        return run("decode_step", *arguments)
+
+
+def record_of_two_sizes() -> dict[str, Any]:
+    """Measure as `comm-core bench` does; return the record."""
+    cases = [BenchCase("all_reduce", "eager", "in", "bfloat16", "cpu", (nbytes // 2,)) for nbytes in (1024, 2048)]
+    procedure = Procedure(calls=3, launches=1, warmup=5, repetitions=7, checks=True)
+    return measure_all(lambda _: cases, ["comm-core", "bench"], procedure, ("shm",), Listener())[0]
+
+
+def test_every_way_of_a_decode_step_is_timed_and_correct(ranks: Ranks, tmp_path: Path) -> None:
     record, picture = tmp_path / "step.json", tmp_path / "step.svg"
-    output = run(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, BENCHMARKS / "decode_step.py"),
-        *("--shape", "tiny", "--batches", "1,3", "--rounds", 3, "--replays", 1, "--json", record),
-    )
-    assert "# Wrong: 0" in output
+    arguments = ("--shape", "tiny", "--batches", "1,3", "--rounds", 3, "--replays", 1, "--json", record)
+    assert ranks.run(decode_step, *arguments, installed=True) == [0, 0]
     document = json.loads(record.read_text())
+    assert document["wrong"] == 0
     rows = {(row["batch"], row["way"]): row for row in document["rows"]}
     assert rows.keys() == {(batch, way) for batch in (1, 3) for way in ("torch.distributed", "plain", "fused", "none")}
     assert rows[3, "plain"]["served_by"] == "shm"
     assert all(row["us"] > 0 for row in rows.values())
     assert all(0 < row["error"] < 0.05 for (_, way), row in rows.items() if way != "none")
-    run(BENCHMARKS / "decode_step.py", "--read", record, "--plot", picture)
+    assert run("decode_step", "--read", record, "--plot", picture) == 0
     assert 0 < picture.stat().st_size < 100_000
 
 
-def test_the_costs_of_core_are_measured() -> None:
-    command = [sys.executable, BENCHMARKS / "overhead.py", "--json", "--repeats", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+def test_the_costs_of_core_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with loaded("overhead") as overhead:
+        monkeypatch.setattr(overhead, "WORLD_SIZES", (8, 64))
+        monkeypatch.setattr(overhead, "ROUNDS", 3)
     # It exits with 1 if a target is missed, as on a busy machine.
-    assert done.returncode in (0, 1)
-    assert done.stdout, done.stderr
-    figures = {figure["name"] for figure in json.loads(done.stdout)["figures"]}
-    assert {"handle's share of a call, out of place", "import comm_core after torch", "a handle's memory"} <= figures
+    assert run("overhead", "--json", "--repeats", "1") in (0, 1)
+    figures = {figure["name"] for figure in json.loads(capsys.readouterr().out)["figures"]}
+    assert figures >= {
+        "handle's share of a call, out of place",
+        "import comm_core after torch",
+        "decide, 64 ranks over 8",
+        "a handle's memory",
+    }
 
 
-def test_a_summary_has_the_medians_and_ratios_of_a_record(tmp_path: Path) -> None:
+def test_a_summary_has_the_medians_and_ratios_of_a_record(ranks: Ranks, tmp_path: Path) -> None:
     record, summary, picture = (tmp_path / name for name in ("record.json", "summary.json", "picture.svg"))
-    run(
-        *("-m", "comm_core", "bench", "--nproc", 2, "-b", "1K", "-e", "2K", "-n", 3, "--place", "in"),
-        *("--repetitions", 7, "--backends", "shm", "--json", record),
-    )
-    run(BENCHMARKS / "summarize.py", record, "--out", summary)
-    whole, short = json.loads(record.read_text()), json.loads(summary.read_text())
+    whole = ranks.run(record_of_two_sizes, installed=True)[0]
+    record.write_text(json.dumps(whole))
+    assert run("summarize", record, "--out", summary) == 0
+    short = json.loads(summary.read_text())
     (table,) = short["tables"]
     assert table["cases"] == [1024, 2048]
     row = next(row for row in whole["rows"] if (row["name"], row["nbytes"]) == ("shm", 2048))
@@ -69,7 +100,7 @@ def test_a_summary_has_the_medians_and_ratios_of_a_record(tmp_path: Path) -> Non
         [row["ratio"]["median"], row["ratio"]["low"]], abs=0.01
     )
     assert table["mean_times_as_fast_as_best"]["shm"] == pytest.approx(whole["summaries"][0]["mean"], rel=0.001)
-    run(BENCHMARKS / "summarize.py", summary, "--plot", picture)
+    assert run("summarize", summary, "--plot", picture) == 0
     assert picture.stat().st_size > 0
 
 
@@ -84,7 +115,7 @@ def test_a_tune_programs_summary_has_every_competitive_shape(tmp_path: Path) -> 
     ]
     described = {"device": "a GPU", "torch": "2.11.0", "ranks": 2, "dtype": "bfloat16"}
     record.write_text(json.dumps({"schema": 1, **described, "lines": lines}))
-    run(BENCHMARKS / "summarize.py", record, "--command", "tune", "--out", summary)
+    assert run("summarize", record, "--command", "tune", "--out", summary) == 0
     (table,) = json.loads(summary.read_text())["tables"]
     assert table["cases"] == ["1x4096", "16x4096"]
     assert table["us"] == {

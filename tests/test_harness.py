@@ -23,47 +23,52 @@ def total(x: int) -> int:
     return int(tensor.item())
 
 
-def fail(how: str) -> None:
-    if dist.get_rank() == 0:
-        side_store().set("rank 0 is connected", "")
-    else:
-        # Otherwise rank 0 might still connect to this rank, and fail, too.
-        side_store().wait(["rank 0 is connected"])
-        sys.stderr.write("text on stderr\n")
-        sys.stderr.flush()
-        if how == "raises":
-            raise LookupError("the rank's message")
-        if how == "exits":
-            os._exit(3)
-        if how == "is killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        threading.Event().wait()
+def fail(*hows: str) -> None:
+    """Fail in this rank's way; "" for none."""
+    rank, how = dist.get_rank(), hows[dist.get_rank()]
+    # Otherwise a rank might still connect to one that has failed, and fail, too.
+    side_store().set(f"rank {rank} is connected", "")
+    side_store().wait([f"rank {peer} is connected" for peer in range(len(hows))])
+    if not how:
+        return
+    sys.stderr.write(f"rank {rank} on stderr\n")
+    sys.stderr.flush()
+    if how == "raises":
+        raise LookupError("the rank's message")
+    if how == "exits":
+        os._exit(3)
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait()
 
 
-@pytest.mark.parametrize(
-    ("how", "reported"),
-    [
-        ("raises", "LookupError: the rank's message"),
-        ("exits", "rank 1 exited"),
-        ("is killed", "rank 1 killed"),
-        ("hangs", "in fail\n"),  # its stack
-    ],
-)
-def test_a_failing_rank_is_reported(ranks: Ranks, how: str, reported: str) -> None:
+def test_failing_ranks_are_reported(ranks: Ranks) -> None:
     with pytest.raises(RankError) as caught:
-        # Long enough for the imports on a busy machine; the hanging rank ends after it.
-        ranks.run(fail, how, deadline_s=20)
-    assert "ranks [1] of fail failed" in str(caught.value)
-    assert "text on stderr" in str(caught.value)
-    assert reported in str(caught.value)
-    assert ranks.run(total, 5, world_size=3) == [18, 18, 18]
+        ranks.run(fail, "raises", "", "exits", "is killed", world_size=4)
+    report = str(caught.value)
+    assert "ranks [0, 2, 3] of fail failed" in report
+    for reported in ("LookupError: the rank's message", "rank 1 returned", "rank 2 exited", "rank 3 killed"):
+        assert reported in report
+    assert [f"rank {rank} on stderr" in report for rank in range(4)] == [True, False, True, True]
+    assert ranks.run(total, 5) == [11, 11]
 
 
 def test_a_rank_that_dies_as_expected(ranks: Ranks) -> None:
-    assert ranks.run(fail, "is killed", dying=[1]) == [None, DEAD]
+    assert ranks.run(fail, "", "is killed", dying=[1]) == [None, DEAD]
+    assert ranks.run(total, 5) == [11, 11]
+
+
+def test_a_hanging_rank_is_reported_with_its_stack(ranks: Ranks) -> None:
+    with pytest.raises(RankError) as caught:
+        # Long enough for the imports on a busy machine; the hanging rank ends after it.
+        ranks.run(fail, "", "hangs", deadline_s=20)
+    assert "ranks [1] of fail failed" in str(caught.value)
+    assert "rank 1 on stderr" in str(caught.value)
+    assert "in fail\n" in str(caught.value)
     assert ranks.run(total, 5) == [11, 11]
 
 
 def test_a_rank_that_survives_an_expected_death(ranks: Ranks) -> None:
     with pytest.raises(RankError, match=r"ranks \[0\] of fail failed"):
-        ranks.run(fail, "is killed", dying=[0, 1])
+        ranks.run(fail, "", "is killed", dying=[0, 1])
+    assert ranks.run(total, 5, world_size=3) == [18, 18, 18]

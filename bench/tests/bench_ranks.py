@@ -6,14 +6,10 @@ backend is admitted. Only the returned values are wrong; no call hangs.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
 import datetime as dt
-import json
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +19,7 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from comm_bench import cli, session
+from comm_bench import session
 from comm_bench.cases import OPS, BenchCase, shapes
 from comm_bench.document import Listener
 from comm_bench.measure import Procedure
@@ -325,26 +321,6 @@ def measured(
     document, rows = measure_all(cases, ["test"], dataclasses.replace(defaults, **settings), (), Listener())
     assert [row.to_json() for row in rows] == document["rows"]
     return document
-
-
-def commanded(arguments: Sequence[str], path: str) -> tuple[int, dict[str, Any]]:
-    """Run the command as a rank of the current job; return its exit status on this rank and the recorded document."""
-
-    @contextlib.contextmanager
-    def joined() -> Iterator[int]:
-        yield dist.get_rank()
-        comm.close()
-
-    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    # Call comm_bench's parser directly: here the command `comm-core` sees only the planted distributions.
-    parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["bench", *arguments, "--json", path])
-    args.arguments = ["bench", *arguments]
-    with mock.patch("comm_bench.cli.joined", joined):
-        status = args.run(args)
-    dist.barrier()  # until the first rank has written
-    return status, json.loads(Path(path).read_text())
 
 
 def by_case(document: dict[str, Any], kind: type[Honest] | None = None) -> dict[tuple[Any, ...], dict[str, Any]]:

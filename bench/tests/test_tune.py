@@ -6,12 +6,9 @@ import importlib.resources
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
@@ -23,9 +20,13 @@ from comm_core import cli
 from comm_core.tuned import TunedTable
 from comm_core.tuning import parse_rules
 from comm_core.types import MODES, TERMINAL, Decision, Route, Rule
+from command_ranks import printed, tuned
 from harness import install
 from hypothesis import given
 from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from harness import Ranks
 
 PLANNED = {1024: "a", 4096: "a", 16384: "b", 65536: "b"}
 
@@ -195,29 +196,16 @@ def all_reduce(session, tensor, out):
 """
 
 
-def command(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "comm_core", *arguments],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-
-
-@pytest.mark.timeout(900)
-def test_later_groups_follow_what_was_measured(tmp_path: Path) -> None:
+def test_later_groups_follow_what_was_measured(ranks: Ranks, tmp_path: Path) -> None:
     """A slow backend of high priority loses its sizes, in the table and then in a group's plan."""
-    env = {
-        "PYTHONPATH": str(install(tmp_path / "site", "slow", SLOW)),
-        "COMM_CORE_CACHE_DIR": str(tmp_path / "cache"),
-        "COMM_CORE_DISABLE": "shm",
-        "COMM_CORE_TUNE": "slow:0",  # not in force while the backends are measured
-    }
-    done = command(env, "tune", "--quick", "--json")
-    assert done.returncode == 0, done.stderr
-    data = json.loads(done.stdout)
+    path = [[install(tmp_path / "site", "slow", SLOW)]] * 2
+    env = {"COMM_CORE_CACHE_DIR": str(tmp_path / "cache"), "COMM_CORE_DISABLE": "shm"}
+    # The variable isn't in force while the backends are measured.
+    (status, out, err), other = ranks.run(
+        tuned, 256 << 10, installed=True, path=path, env={**env, "COMM_CORE_TUNE": "slow:0"}, deadline_s=240
+    )
+    assert (status, other) == (0, (0, "", "")), err
+    data = json.loads(out)
     text = importlib.resources.files("comm_bench").joinpath("table_schema.json").read_text(encoding="utf-8")
     jsonschema.Draft202012Validator(json.loads(text)).validate(data)
     assert len(data["provenance"]["measured"]) > 2
@@ -231,10 +219,11 @@ def test_later_groups_follow_what_was_measured(tmp_path: Path) -> None:
     rule = rules[0]
     nbytes = next(each["nbytes"] for each in data["provenance"]["measured"] if each["nbytes"] >= rule.min_nbytes)
     (file,) = (tmp_path / "cache" / "tuned").iterdir()
-    assert f"wrote {file}" in done.stderr
+    assert f"wrote {file}" in err
     assert json.loads(file.read_text()) == data
-    del env["COMM_CORE_TUNE"]
-    explained = command(env, "explain", "--nproc", "2", "--size", str(nbytes))
-    assert explained.returncode == 0, explained.stderr
-    assert explained.stdout.endswith(f": {TERMINAL} (by the rule {rule})\n")
+    arguments = ["explain", "--size", str(nbytes)]
+    explained = ranks.run(printed, "comm_core.cli.explain", arguments, installed=True, path=path, env=env)
+    assert [status for status, _, _ in explained] == [0, 0], explained
+    assert explained[0][1].endswith(f": {TERMINAL} (by the rule {rule})\n")
+    assert explained[1][1] == ""
     assert TunedTable.from_json(data).to_json() == data

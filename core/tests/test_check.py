@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import textwrap
@@ -14,8 +15,9 @@ from broken_backends import BROKEN, source_of
 from checked import answers_in
 from comm_core import cli
 from comm_core._plugins import discovery, installed
+from comm_core._testing import quick
 from comm_core._topologies import load_topologies
-from harness import install
+from harness import Ranks, install
 
 HEAD = """\
 import itertools
@@ -220,6 +222,8 @@ def test_a_backend_that_isnt_installed(check: Check, capsys: pytest.CaptureFixtu
 def test_the_quick_tests_run_on_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # A failed test would end the processes, and new ones would import torch.
+    monkeypatch.setattr(quick, "Ranks", functools.partial(Ranks, lasting=True))
     # The ranks' processes get this process's path, and find the backend by its metadata.
     monkeypatch.syspath_prepend(str(install(tmp_path / "site", "broken", source_of(BROKEN["changes_its_input"]))))
     discovery.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -12,11 +13,17 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from comm_core import cli
 from comm_core.cli import demo
+
+if TYPE_CHECKING:
+    from harness import Ranks
 
 
 @pytest.mark.parametrize("world_size", [2, 8, 16, 18, 64, 256])
@@ -36,24 +43,43 @@ def test_fewer_than_two_processes_are_a_usage_error(capsys: pytest.CaptureFixtur
     assert "start at least two" in capsys.readouterr().err
 
 
-def test_the_record_is_json() -> None:
-    done = run_command("demo", "--json")
-    record = json.loads(done.stdout)
+# With these a demo takes a moment rather than a minute.
+NBYTES, BLOCK_NBYTES = (1 << 10, 64 << 10), 0
+
+
+def record_of_a_rank() -> tuple[int, str]:
+    """Run the demo in a rank of the current job; its exit status and its output."""
+    out = io.StringIO()
+    smaller = mock.patch.multiple(demo, _NBYTES=NBYTES, _BLOCK_NBYTES=BLOCK_NBYTES)
+    with smaller, contextlib.redirect_stdout(out):
+        status = demo._demo(dist.get_rank(), as_json=True)
+    return status, out.getvalue()
+
+
+def test_the_record_is_json(ranks: Ranks) -> None:
+    (status, out), other = ranks.run(record_of_a_rank, installed=True)
+    assert status == 0
+    assert other == (0, "")
+    record = json.loads(out)
     assert record["ranks"] == 2
     assert record["decision"]["candidates"][-1]["name"] == "torch_distributed"
-    assert {(row["nbytes"], row["dtype"]) for row in record["rows"]} == set(
-        itertools.product(demo._NBYTES, demo._DTYPES)
-    )
+    assert {(row["nbytes"], row["dtype"]) for row in record["rows"]} == set(itertools.product(NBYTES, demo._DTYPES))
     assert all(row["time_us"] > 0 and row["torch_us"] > 0 and row["wrong"] == 0 for row in record["rows"])
 
 
-def test_a_reader_that_ends_early_ends_the_job_quietly() -> None:
-    with start_command("demo") as job:
+def test_a_reader_that_ends_early_ends_the_job_quietly(tmp_path: Path) -> None:
+    # Python imports this module at its start, in the command and in its ranks.
+    (tmp_path / "sitecustomize.py").write_text(
+        f"from comm_core.cli import demo\n\ndemo._NBYTES, demo._BLOCK_NBYTES = {NBYTES}, {BLOCK_NBYTES}\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with start_command("demo", environ={"PYTHONPATH": path}) as job:
         assert job.stdout is not None
         job.stdout.readline()
         job.stdout.close()  # as `head` does
         assert job.stderr is not None
-        assert "Traceback" not in job.stderr.read()
+        err = job.stderr.read()
+        assert "Traceback" not in err, err
         assert job.wait(timeout=120) == 1
 
 
@@ -72,14 +98,26 @@ def test_ctrl_c_ends_the_job_quietly(lines: int) -> None:
         assert len(err.splitlines()) <= 1  # that the machine is busy
 
 
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")])
-def test_a_variable_that_cant_be_read_is_one_line(launcher: tuple[str, ...]) -> None:
-    done = run_command("demo", launcher=launcher, COMM_CORE_WAIT_TIMEOUT_S="abc")
-    assert done.returncode == (1 if launcher else 2)  # torchrun's own status is 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("comm-core: ")]
-    assert lines == [
-        "comm-core: COMM_CORE_WAIT_TIMEOUT_S='abc' can't be read: could not convert string to float: 'abc'"
-    ]
+UNREADABLE = "comm-core: COMM_CORE_WAIT_TIMEOUT_S='abc' can't be read: could not convert string to float: 'abc'\n"
+
+
+@pytest.mark.parametrize(("rank", "printed"), [(None, UNREADABLE), ("0", UNREADABLE), ("1", "")])
+def test_a_variable_that_cant_be_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str | None, printed: str
+) -> None:
+    """For the command that starts a job, and in a job that torchrun started for one of the ranks."""
+    monkeypatch.setenv("COMM_CORE_WAIT_TIMEOUT_S", "abc")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if rank is None:
+        assert cli.main(["demo"]) == 2
+    else:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["demo"])
+        assert ended.value.code == 2
+    assert capsys.readouterr() == ("", printed)
 
 
 def wait_for_a_rank_to_import_torch(command: int) -> None:
@@ -97,22 +135,13 @@ def wait_for_a_rank_to_import_torch(command: int) -> None:
     raise AssertionError("no rank imports torch")
 
 
-def run_command(*arguments: str, launcher: tuple[str, ...] = (), **environ: str) -> subprocess.CompletedProcess[str]:
-    with start_command(*arguments, launcher=launcher, environ=environ) as job:
-        out, err = job.communicate(timeout=240)
-    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
-
-
 def start_command(
-    *arguments: str,
-    launcher: tuple[str, ...] = (),
-    environ: Mapping[str, str] | None = None,
-    start_new_session: bool = False,
+    *arguments: str, environ: Mapping[str, str] | None = None, start_new_session: bool = False
 ) -> subprocess.Popen[str]:
     left_out = ("COMM_CORE_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "comm_core", *arguments],
+        [sys.executable, "-m", "comm_core", *arguments],
         env={**inherited, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", **(environ or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

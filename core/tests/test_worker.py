@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import signal
 import subprocess
 import sys
 import threading
@@ -148,9 +147,10 @@ def test_a_check_that_hangs_is_named() -> None:
     gate.set()
 
 
-# The process ends while a thread of its own waits for another rank, and goes on for a while after that.
+# Processes end while a thread of theirs waits for another rank, and go on for a while after that: two for each store
+# and deadline, all forked by one process, as torch's import takes longest. Each prints a line if it ends badly.
 EXIT = """
-import sys, threading, time
+import os, sys, threading, time
 import torch.distributed as dist
 from comm_core._control.stage import Stage
 from comm_core._control.store import Control
@@ -159,8 +159,25 @@ class Slow:
     def __del__(self):
         time.sleep(2)
 
-store = {store}
-control = Control(store, 0, (0, 1), {timeout_s})
+def tcp():
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+cases = [(store, timeout_s) for store in (dist.HashStore, tcp) for timeout_s in (1.0, 3600.0) for _ in range(2)]
+children = {}
+for make, timeout_s in cases:
+    child = os.fork()
+    if not child:
+        break
+    children[child] = (make.__name__, timeout_s)
+else:
+    for child, case in children.items():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != 7:
+            print(*case, "ended with", status)
+    sys.exit()
+
+store = make()
+control = Control(store, 0, (0, 1), timeout_s)
 control.join(set())
 
 def wait():
@@ -178,20 +195,9 @@ sys.exit(7)
 """
 
 
-@pytest.mark.parametrize("timeout_s", [1.0, 3600.0])
-@pytest.mark.parametrize(
-    "store", ["dist.HashStore()", 'dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)']
-)
-def test_a_process_that_ends_while_a_thread_waits_ends_well(store: str, timeout_s: float) -> None:
-    code = EXIT.format(store=store, timeout_s=timeout_s)
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-        assert done.returncode == 7, (signal.strsignal(-done.returncode) if done.returncode < 0 else "", done.stderr)
-        assert "terminate" not in done.stderr
-        assert "exception not rethrown" not in done.stderr
+def test_a_process_that_ends_while_a_thread_waits_ends_well() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EXIT], capture_output=True, text=True, timeout=200, check=False
+    )
+    # C++ says "terminate called" on stderr, and glibc "exception not rethrown".
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,63 @@
+"""Commands as ranks of a test's job, as if torchrun had started them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import comm_core as comm
+import comm_core.cli
+import torch.distributed as dist
+from comm_bench import cli, tune
+
+
+@contextlib.contextmanager
+def in_job(module: str) -> Iterator[None]:
+    """Let the command in this module be a rank of the current job, as if torchrun had started it."""
+
+    @contextlib.contextmanager
+    def joined() -> Iterator[int]:
+        yield dist.get_rank()
+        comm.close()
+
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    with mock.patch(f"{module}.joined", joined):
+        yield
+
+
+def printed(module: str, arguments: Sequence[str]) -> tuple[Any, str, str]:
+    """Run the installed command in this module as a rank of the current job; return its status, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with in_job(module), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status: Any = comm_core.cli.main(arguments)
+        except SystemExit as ended:
+            status = ended.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def tuned(largest_nbytes: int) -> tuple[Any, str, str]:
+    """Run `comm-core tune` for messages of up to this size; return its status, stdout and stderr."""
+    with mock.patch.dict(tune._LARGEST_NBYTES, cpu=largest_nbytes):
+        return printed("comm_bench.tune", ["tune", "--quick", "--json"])
+
+
+def commanded(arguments: Sequence[str], path: str) -> tuple[int, dict[str, Any]]:
+    """Run the command as a rank of the current job; return its exit status on this rank and the recorded document."""
+
+    # Call comm_bench's parser directly: here the command `comm-core` sees only the planted distributions.
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["bench", *arguments, "--json", path])
+    args.arguments = ["bench", *arguments]
+    with in_job("comm_bench.cli"):
+        status = args.run(args)
+    dist.barrier()  # until the first rank has written
+    return status, json.loads(Path(path).read_text())
