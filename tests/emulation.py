@@ -32,7 +32,7 @@ def build(source: Path, csrc: Path, folder: Path) -> Path:
     shutil.copytree(kernels.include_dir() / "comm_core", folder / "comm_core")
     for name in PTX:
         (folder / "comm_core" / f"{name}.cuh").write_text("#pragma once\n")
-    flags = ["-std=c++20", "-O1", "-pthread", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-O0", "-pthread", "-Wno-unknown-pragmas"]
     folders = [f"-I{folder}", f"-I{csrc}", f"-I{SHARED}", f"-isystem{cuda}"]
     program = folder / source.stem
     command = [CXX, *flags, *folders, str(source), "-o", str(program)]

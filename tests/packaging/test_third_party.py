@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -23,7 +26,12 @@ import thirdparty_collectives
 import torch
 import torch.distributed as dist
 
-dist.init_process_group("gloo")
+# Two ranks, with one import of torch.
+os.environ["RANK"] = "0"
+child = os.fork()
+if child == 0:
+    os.environ["RANK"] = "1"
+dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", world_size=2, rank=int(os.environ["RANK"]))
 group = dist.group.WORLD
 rank = dist.get_rank()
 
@@ -43,6 +51,8 @@ facts = {
 comm_core.close(group)
 dist.destroy_process_group()
 pathlib.Path(f"rank{rank}.json").write_text(json.dumps(facts))
+if child:
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -99,20 +109,20 @@ def test_without_comm_bench_its_command_says_what_to_install(installed: Venv, cl
 
 def test_plugin_serves_a_group(installed: Venv, clean_environ: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(JOB)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}", "job.py"]
     job = subprocess.Popen(
-        [installed.python, *launch],
+        [installed.python, "job.py"],
         cwd=tmp_path,
         env={**clean_environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     try:
         output, _ = job.communicate(timeout=200)
     finally:
-        # On this signal torchrun ends its workers; if it were killed, they would stay. No effect if it has ended.
-        job.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)  # both ranks
         job.wait()
     assert job.returncode == 0, output
     site = installed.site_packages

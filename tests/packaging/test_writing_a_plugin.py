@@ -73,6 +73,8 @@ def output(build_wheel: BuildWheel, clean_environ: dict[str, str], tmp_path_fact
         "XDG_CACHE_HOME": str(folder / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
+        # Few of the kit's tests; other tests run all of it, for other backends.
+        "PYTEST_ADDOPTS": "-k 'answers_validly or inputs_are_kept or two_groups'",
     }
     log = folder / "log"
     with log.open("w") as file:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from compilers import unoptimized
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -90,6 +91,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
 def compile_wheel(project: Path, core_wheel: Path, pip: Pip, clean_environ: dict[str, str], folder: Path) -> None:
     """Build a project's wheel as `make wheels` does, with an nvcc that makes the assembler report on each kernel.
 
+    Kernels are optimised, the host's code isn't.
     Skips the test without nvcc. In `folder`, which must be empty, `dist` gets the wheel and `logs` nvcc's output.
     """
     search = os.pathsep.join([f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")])
@@ -106,7 +108,12 @@ def compile_wheel(project: Path, core_wheel: Path, pip: Pip, clean_environ: dict
     wrapper.chmod(0o755)
     # Core from its wheel, with the build hook and the headers.
     pip("install", "--target", folder / "core", "--no-deps", "--no-index", core_wheel)
-    chosen = {"CUDA_HOME": str(folder), "HATCH_BUILD_HOOKS_ENABLE": "1", "PYTHONPATH": str(folder / "core")}
+    chosen = {
+        "CUDA_HOME": str(folder),
+        "CXX": str(unoptimized(folder / "bin")),
+        "HATCH_BUILD_HOOKS_ENABLE": "1",
+        "PYTHONPATH": str(folder / "core"),
+    }
     pip(
         *("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder / "dist"),
         project,

@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <vector>
 
 #undef __launch_bounds__
@@ -242,8 +243,10 @@ struct Bound {
 
 class SpinGuard {
   public:
+    // Of a minute and more, as a thread sleeps between most of its polls.
+    static constexpr uint32_t kMinute = 600'000;
     // The limit of a thread's polls in one launch; small in tests with a peer that never comes.
-    static inline uint32_t most_polls = 30'000'000;
+    static inline uint32_t most_polls = kMinute;
     // How long a thread polls at least, however often: where a peer that comes must not be given up.
     static inline std::chrono::milliseconds least{0};
 
@@ -252,7 +255,12 @@ class SpinGuard {
         if (++polls_ % 1024 == 0 && std::atomic_ref<uint32_t>(*bound.error).load() != 0) over_ = true;
         if (over_) return true;
         if (polls_ == 1) since_ = std::chrono::steady_clock::now();
-        if (polls_ < most_polls || std::chrono::steady_clock::now() - since_ < least) return false;
+        const bool often = polls_ >= most_polls;
+        if (!often || std::chrono::steady_clock::now() - since_ < least) {
+            // The others need the processors.
+            if (often || polls_ > 64) std::this_thread::sleep_for(std::chrono::microseconds(often ? 5000 : 100));
+            return false;
+        }
         give_up(bound, rank);
         return true;
     }

@@ -19,7 +19,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emulation.build(Path(__file__).parent / "emulated.cpp", csrc, tmp_path_factory.mktemp("emulated"))
 
 
-@pytest.mark.parametrize(("world_size", "dtypes"), [(2, 3), (4, 3), (6, 1), (8, 1)])
+@pytest.mark.parametrize(("world_size", "dtypes"), [(2, 3), (4, 1), (6, 1), (8, 1)])
 def test_both_algorithms_sum_in_rank_order(program: Path, world_size: int, dtypes: int) -> None:
     done = subprocess.run([program, str(world_size), "3"], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

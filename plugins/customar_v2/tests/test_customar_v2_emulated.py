@@ -46,7 +46,7 @@ def test_every_length_of_row_has_a_launch_that_takes_it(tmp_path: Path) -> None:
 
 
 # With how many dtypes.
-SIZES = {2: 3, 3: 3, 4: 3, 5: 1, 8: 1}
+SIZES = {2: 3, 3: 1, 4: 1, 5: 1, 8: 1}
 
 
 @pytest.mark.parametrize(("world_size", "dtypes"), SIZES.items())
@@ -56,4 +56,5 @@ def test_every_algorithm_sums_in_rank_order(programs: dict[str, Path], world_siz
 
 @pytest.mark.parametrize(("world_size", "dtypes"), SIZES.items())
 def test_fused_and_plain_calls_on_the_same_buffers(programs: dict[str, Path], world_size: int, dtypes: int) -> None:
-    assert run(programs["emulated_norm"], world_size, 3).count("every row is right") == dtypes
+    rounds = 3 if world_size < 8 else 1
+    assert run(programs["emulated_norm"], world_size, rounds).count("every row is right") == dtypes

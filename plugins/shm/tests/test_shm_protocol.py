@@ -69,5 +69,5 @@ def test_a_weaker_order_is_found(tmp_path: Path, order: str, weaker: str) -> Non
 
 
 def test_without_the_sanitizer(tmp_path: Path) -> None:
-    done = run(build(HERE / "threads.cpp", csrc(), tmp_path / "threads", "-O3"), "5000")
+    done = run(build(HERE / "threads.cpp", csrc(), tmp_path / "threads", "-O3"), "1500")
     assert done.returncode == 0, done.stderr
