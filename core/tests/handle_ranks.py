@@ -198,7 +198,7 @@ def destroy_before_close(closes: bool) -> dict[str, Any]:
 
 def close_without(killed: int) -> dict[str, Any]:
     """One rank's process is killed while all hold a handle; what happened from then on."""
-    backend = comm.get_backend(timeout_s=10)
+    backend = comm.get_backend(timeout_s=4)
     meet("got it")
     faulty.LOG.clear()
     if dist.get_rank() == killed:

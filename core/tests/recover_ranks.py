@@ -65,7 +65,7 @@ def fail_and_recover(point: str, way: str, rank: int) -> dict[str, Any]:
     held, keys = count_held(), store.num_keys()
     meet("counted")
     backend = comm.get_backend()
-    for _ in range(6):  # the hot path knows these by now
+    for _ in range(3):  # the hot path knows these by now
         assert all(sums(backend))
     calls_before = sum(item.calls for item in backend.stats())
     plan("first", point, way, rank)
@@ -75,9 +75,9 @@ def fail_and_recover(point: str, way: str, rank: int) -> dict[str, Any]:
     found["failure"] = backend.failure
     found["plan"] = plan_of(backend)
     found["same"] = comm.get_backend() is backend
-    found["sums"] = [value for _ in range(6) for value in sums(backend)]
+    found["sums"] = [value for _ in range(3) for value in sums(backend)]
     found["check"] = ending(backend.check)[0]
-    found["counted"] = sum(item.calls for item in backend.stats()) - calls_before >= 6 * len(sums(backend))
+    found["counted"] = sum(item.calls for item in backend.stats()) - calls_before >= 3 * len(sums(backend))
     LOG.clear()
     comm.recover()  # nothing has failed
     found["again"] = events()
@@ -88,7 +88,8 @@ def fail_and_recover(point: str, way: str, rank: int) -> dict[str, Any]:
     del backend
     gc.collect()
     del held["segments in /dev/shm"]  # they may be another program's
-    found["held"] = {kind: count_held()[kind] - held[kind] for kind in held}
+    now = count_held()
+    found["held"] = {kind: now[kind] - held[kind] for kind in held}
     return found
 
 
