@@ -16,7 +16,7 @@ from comm_core._control.store import store_of
 from comm_core._group import reconnect
 from comm_core._testing.cases import count_held
 from faulty_plugins import LOG, RELEASE
-from handle_ranks import events, hear, meet, outcome, say
+from handle_ranks import events, grown_since, hear, meet, outcome, say
 from leaving_ranks import SHAPES, ending, resumed
 from recording_plugins import fake_capture
 from recoverable_plugins import FAILURES, FAULTS, plan
@@ -87,9 +87,7 @@ def fail_and_recover(point: str, way: str, rank: int) -> dict[str, Any]:
     found["keys"] = store.num_keys() - keys
     del backend
     gc.collect()
-    del held["segments in /dev/shm"]  # they may be another program's
-    now = count_held()
-    found["held"] = {kind: now[kind] - held[kind] for kind in held}
+    found["held"] = grown_since(held)
     return found
 
 
