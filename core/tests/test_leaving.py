@@ -55,7 +55,7 @@ def test_a_rank_that_is_killed_ends_the_negotiation(ranks: Ranks, path: Any, poi
 # To the others, a stopped rank looks like one that was killed; and no new process has to start.
 @pytest.mark.parametrize(
     ("point", "world_size"),
-    [("probe", 2), ("is_available", 3), ("connect", 2), ("memory", 2), ("vote", 3), ("admission", 2)],
+    [("probe", 2), ("is_available", 3), ("connect", 2), ("vote", 3), ("admission", 2)],
 )
 def test_a_rank_that_was_stopped_raises_too_once_it_goes_on(
     ranks: Ranks, path: Any, point: str, world_size: int
