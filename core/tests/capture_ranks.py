@@ -223,7 +223,7 @@ def leave_before_an_inner_one() -> dict[str, Any]:
 
 def skip_one(absent: int) -> list[Outcome]:
     """One rank doesn't enter a capture in which the others record calls; then all capture, time after time."""
-    backend = comm.get_backend(timeout_s=10)
+    backend = comm.get_backend(timeout_s=4)
     found = [outcome(lambda: capture((backend, 3)))] if dist.get_rank() != absent else []
     meet("skipped")
     for numel in (4, 5):
@@ -324,7 +324,7 @@ def go_wrong() -> dict[str, Outcome]:
 
 def capture_without_waiting(absent: int) -> Outcome:
     """One rank records nothing."""
-    backend = comm.get_backend(timeout_s=10)
+    backend = comm.get_backend(timeout_s=4)
     if dist.get_rank() == absent:
         hear("failed", [rank for rank in range(dist.get_world_size()) if rank != absent])
         # The capture of which it was no part is over, and it finds its way into the next.
@@ -339,7 +339,7 @@ def capture_without_waiting(absent: int) -> Outcome:
 
 def leave_late(late: int) -> list[Outcome]:
     """One rank leaves a capture after the others' deadline; then all capture together."""
-    backend = comm.get_backend(timeout_s=10)
+    backend = comm.get_backend(timeout_s=4)
 
     def linger() -> None:
         with comm.capture():

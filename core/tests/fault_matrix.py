@@ -78,10 +78,18 @@ def positions(world_sizes: Sequence[int] = (2, 3)) -> Iterator[tuple[int, int]]:
     return ((size, rank) for size in world_sizes for rank in range(size))
 
 
-def run(ranks: Ranks, path: Path, stage: str, faults: Sequence[str], size: int, culprit: int) -> list[Cell]:
+def run(
+    ranks: Ranks,
+    path: Path,
+    stage: str,
+    faults: Sequence[str],
+    size: int,
+    culprit: int,
+    timeout_s: float = DEADLINE_S,
+) -> list[Cell]:
     """Run the cells of one stage and one rank, in one job but for those that kill it."""
     env = dict.fromkeys(
-        ("COMM_CORE_CONTROL_TIMEOUT_S", "COMM_CORE_CONNECT_TIMEOUT_S", "COMM_CORE_WAIT_TIMEOUT_S"), str(DEADLINE_S)
+        ("COMM_CORE_CONTROL_TIMEOUT_S", "COMM_CORE_CONNECT_TIMEOUT_S", "COMM_CORE_WAIT_TIMEOUT_S"), str(timeout_s)
     )
     kept = [fault for fault in faults if fault != "SIGKILL"]
     cells = []

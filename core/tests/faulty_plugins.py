@@ -25,6 +25,8 @@ from harness import install, side_store
 
 #: The most that a backend here serves, in bytes.
 MAX_NBYTES = 256
+#: The dtypes that a backend here serves. The admission test tries each, so few keep every negotiation short.
+DTYPES = ("float32", "bfloat16", "int64")
 #: (backend, session, event) in order; events are "connect", "all_reduce" and "close orderly=…".
 LOG: list[tuple[str, str, str]] = []
 #: What hanging hooks wait for.
@@ -94,7 +96,7 @@ class Good:
 
     def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
         assert topology.one_host
-        return comm.Available(self.priority, (comm.Range("all_reduce", max_nbytes=MAX_NBYTES),))
+        return comm.Available(self.priority, (comm.Range("all_reduce", dtypes=DTYPES, max_nbytes=MAX_NBYTES),))
 
     def open(self, context: comm.GroupContext) -> Session | None:
         name = context.control.all_gather(uuid.uuid4().hex)[0]

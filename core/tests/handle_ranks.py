@@ -16,11 +16,13 @@ import faulty_plugins as faulty
 import torch
 import torch.distributed as dist
 from comm_core._group import states
-from comm_core._testing.cases import warnings_of_core
+from comm_core._testing.cases import count_held, warnings_of_core
 from harness import side_store
 
 #: ("ok", who serves) or (an error's type, its text).
 Outcome = tuple[str, str]
+# How long threads may take to end, in seconds.
+_RELEASE_S = 20.0
 
 
 def outcome(call: Callable[[], Any]) -> Outcome:
@@ -55,6 +57,19 @@ def summed(backend: comm.Backend, group: dist.ProcessGroup | None = None) -> boo
 def events() -> list[str]:
     """What happened to the sessions since `faulty.LOG` was cleared, calls aside."""
     return [event for _, _, event in faulty.LOG if event != "all_reduce"]
+
+
+def grown_since(before: dict[str, int]) -> dict[str, int]:
+    """What the process holds more than before, once threads had time to end; segments may be another program's."""
+    end = time.monotonic() + _RELEASE_S
+    while True:
+        held = count_held()
+        grown = {kind: held[kind] - count for kind, count in before.items() if "segments" not in kind}
+        grown = {kind: by for kind, by in grown.items() if by > 0}
+        if not grown or time.monotonic() > end:
+            return grown
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(0.1)
 
 
 def get_named_then_any(backends: tuple[str, ...]) -> tuple[Outcome, list[Any], Outcome, bool]:
@@ -198,7 +213,7 @@ def destroy_before_close(closes: bool) -> dict[str, Any]:
 
 def close_without(killed: int) -> dict[str, Any]:
     """One rank's process is killed while all hold a handle; what happened from then on."""
-    backend = comm.get_backend(timeout_s=10)
+    backend = comm.get_backend(timeout_s=4)
     meet("got it")
     faulty.LOG.clear()
     if dist.get_rank() == killed:
@@ -230,6 +245,7 @@ def alone(kind: str) -> dict[str, Any]:
     """The handle of a group of one, or of a process without groups."""
     group = None
     if kind == "no process group":
+        meet("all are connected")
         dist.destroy_process_group()
     elif kind == "a group of one":
         group = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
@@ -257,6 +273,7 @@ def alone(kind: str) -> dict[str, Any]:
 def alone_before_and_after_the_world() -> dict[str, Any]:
     """The operators' default is this process alone again once the world is gone."""
     store, rank, size = side_store().clone(), dist.get_rank(), dist.get_world_size()
+    meet("all are connected")
     dist.destroy_process_group()
     x, call = torch.ones(4), torch.ops.comm_core.all_reduce
     single = comm.get_backend()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -15,14 +14,12 @@ from capture_ranks import capture
 from comm_core._testing.cases import count_held
 from comm_core.types import TERMINAL
 from faulty_plugins import LOG, RELEASE
-from handle_ranks import hear, say
+from handle_ranks import grown_since, hear, say
 from leaving_ranks import SHAPES, Ending, ending
 from matrix_plugins import NAME, PLAN
 
 #: Elements of a float32 message that the backend serves.
 NUMEL = 5
-# How long threads of the fault may take to end, in seconds.
-_RELEASE_S = 20.0
 
 #: What a group does until a stage is reached, and afterwards.
 STEPS: dict[str, tuple[str, ...]] = {
@@ -91,7 +88,7 @@ def _run_cell(name: str, stage: str, fault: str, culprit: int) -> Report:
     report.works = _works(group)
     _meet(f"{name} works", left)
     if len(left) == size:  # a group of its own isn't given back
-        report.left = _left(before)
+        report.left = grown_since(before)
     return report
 
 
@@ -135,16 +132,3 @@ def _works(group: Any) -> bool:
 def _meet(what: str, ranks: Any) -> None:
     say(what)
     hear(what, ranks)
-
-
-def _left(before: dict[str, int]) -> dict[str, int]:
-    """What the process holds more than before, once threads had time to end; segments may be another program's."""
-    end = time.monotonic() + _RELEASE_S
-    while True:
-        held = count_held()
-        grown = {kind: held[kind] - count for kind, count in before.items() if "segments" not in kind}
-        grown = {kind: by for kind, by in grown.items() if by > 0}
-        if not grown or time.monotonic() > end:
-            return grown
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(0.1)

@@ -14,7 +14,7 @@ from unittest import mock
 
 import comm_core as comm
 import torch
-from faulty_plugins import LOG, MAX_NBYTES, RELEASE, Good, Session
+from faulty_plugins import DTYPES, LOG, MAX_NBYTES, RELEASE, Good, Session
 from harness import side_store
 
 
@@ -163,8 +163,8 @@ class Prepares(Records):
     def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
         assert topology.one_host
         ranges = (
-            comm.Range("all_reduce", max_nbytes=self.AT_ONCE_NBYTES),
-            comm.Range("all_reduce", max_nbytes=MAX_NBYTES, prepared=True),
+            comm.Range("all_reduce", dtypes=DTYPES, max_nbytes=self.AT_ONCE_NBYTES),
+            comm.Range("all_reduce", dtypes=DTYPES, max_nbytes=MAX_NBYTES, prepared=True),
         )
         return comm.Available(self.priority, ranges[not self.AT_ONCE_NBYTES :])
 
@@ -176,7 +176,7 @@ class Prepares(Records):
 
     def prepared(self, session: Recorded, nbytes: int) -> Sequence[comm.Range] | None:
         session.control.barrier()
-        return [comm.Range("all_reduce", max_nbytes=nbytes, prepared=True)]
+        return [comm.Range("all_reduce", dtypes=DTYPES, max_nbytes=nbytes, prepared=True)]
 
 
 class PreparesFromNothing(Prepares):

@@ -12,11 +12,13 @@ import comm_core as comm
 import recording_plugins as recording
 import torch
 import torch.distributed as dist
+from faulty_plugins import DTYPES
 from leaving_ranks import WAYS
 
 #: How this process's backends fail, by the backend and the point; each fault happens once.
 FAULTS: dict[tuple[str, str], Callable[[], object]] = {}
-_POLL_S = 0.001
+# Between two looks at the store: short for a rank that is about to come, longer for one that is missing.
+_POLL_S, _LONGEST_POLL_S = 0.001, 0.02
 
 
 class Session(recording.Recorded):
@@ -29,13 +31,15 @@ class Session(recording.Recorded):
         keys = [f"{self.id}/{self.calls}/{rank}" for rank in range(self.world_size)]
         self.store.set(keys[self.rank], base64.b64encode(bytes(tensor.view(-1).view(torch.uint8).tolist())).decode())
         deadline = time.monotonic() + self.wait_timeout_s
+        poll_s = _POLL_S
         for rank, key in enumerate(keys):
             while not self.store.check([key]):
                 if self.store.check([f"{self.id}/stopped"]):
                     raise comm.CommError("a rank stopped after a failure")
                 if time.monotonic() > deadline:
                     raise comm.CommTimeoutError(f"rank {rank} didn't come", (rank,))
-                time.sleep(_POLL_S)
+                time.sleep(poll_s)
+                poll_s = min(2 * poll_s, _LONGEST_POLL_S)
         parts = [torch.frombuffer(bytearray(base64.b64decode(self.store.get(key))), dtype=tensor.dtype) for key in keys]
         return functools.reduce(torch.add, parts).reshape(tensor.shape)
 
@@ -50,7 +54,7 @@ class Bounded(recording.Records):
 
     def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
         assert topology.one_host
-        return comm.Available(self.priority, (comm.Range("all_reduce", max_nbytes=self.NBYTES),))
+        return comm.Available(self.priority, (comm.Range("all_reduce", dtypes=DTYPES, max_nbytes=self.NBYTES),))
 
     def open(self, context: comm.GroupContext) -> Session:
         self.reach("connect")
@@ -85,13 +89,13 @@ class Prepares(Bounded):
 
     def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
         assert topology.one_host
-        return comm.Available(self.priority, (comm.Range("all_reduce", max_nbytes=8),))
+        return comm.Available(self.priority, (comm.Range("all_reduce", dtypes=DTYPES, max_nbytes=8),))
 
     @comm.hookimpl
     def pre_capture_init(self, session: Session, shapes: comm.Shapes) -> list[comm.Range]:
         assert isinstance(session, Session)
         assert shapes.max_tokens
-        return [comm.Range("all_reduce", max_nbytes=self.NBYTES)]
+        return [comm.Range("all_reduce", dtypes=DTYPES, max_nbytes=self.NBYTES)]
 
 
 def _raise(error: BaseException) -> None:

@@ -59,7 +59,7 @@ def groups_of_all() -> tuple[comm.Backend, comm.Backend, dist.ProcessGroup]:
 def cycle(times: int) -> dict[str, Any]:
     """Suspend and resume two groups, time after time."""
     world, other, group = groups_of_all()
-    for _ in range(20):  # the hot path knows these by now
+    for _ in range(5):  # the hot path knows these by now
         assert all(sums(world))
     found: dict[str, Any] = {"logs": [], "sums": [], "calls": [], "while": []}
     for _ in range(times):
@@ -156,7 +156,7 @@ def fail(hook: str, name: str, point: str, way: str, rank: int) -> dict[str, Any
 
 def absent(hook: str, late: int) -> dict[str, Any]:
     """One rank doesn't come, or only once the others have failed; then all come."""
-    backend = comm.get_backend(timeout_s=8)
+    backend = comm.get_backend(timeout_s=4)
     if hook == "resume":
         comm.suspend()
     LOG.clear()

@@ -10,7 +10,7 @@ import comm_core as comm
 import recording_plugins as recording
 import torch
 import torch.distributed as dist
-from faulty_plugins import LOG, RELEASE, Session
+from faulty_plugins import DTYPES, LOG, RELEASE, Session
 from leaving_ranks import WAYS
 
 #: How this process's backends fail, by the backend and the point; each fault happens once.
@@ -31,7 +31,7 @@ class Suspends(recording.Records):
 
     def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
         assert topology.one_host
-        return comm.Available(self.priority, (comm.Range("all_reduce", max_nbytes=self.NBYTES),))
+        return comm.Available(self.priority, (comm.Range("all_reduce", dtypes=DTYPES, max_nbytes=self.NBYTES),))
 
     def sum(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
         assert session.id not in self.suspended

@@ -56,8 +56,7 @@ def test_ranks_that_capture_nothing_delay_no_other_rank(ranks: Ranks, tmp_path: 
         assert found["pair"] == ([[[4]] * 2] if rank < 2 else []) + [[[2]] * 2]
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(("world_size", "tries"), [(2, 1), (3, 1), (2, 3)])
+@pytest.mark.parametrize(("world_size", "tries", "late"), [(2, 1, False), (3, 1, True), (2, 3, True)])
 def test_a_rank_that_raises_inside_releases_the_others(
     ranks: Ranks, tmp_path: Path, world_size: int, tries: int, late: bool
 ) -> None:
@@ -83,8 +82,7 @@ def test_a_rank_that_raises_inside_releases_the_others(
         assert found["registered"] == [[[9]] * world_size]
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("tries", [1, 3])
+@pytest.mark.parametrize(("tries", "late"), [(1, True), (3, False)])
 def test_a_rank_that_raises_where_nothing_was_recorded_is_heard_once(
     ranks: Ranks, tmp_path: Path, tries: int, late: bool
 ) -> None:
@@ -100,8 +98,7 @@ def test_a_rank_that_raises_where_nothing_was_recorded_is_heard_once(
     assert first["registered"] == second["registered"] == [[[9]] * 2]
 
 
-@pytest.mark.parametrize("solo", [0, 1])
-@pytest.mark.parametrize("tries", [1, 2])
+@pytest.mark.parametrize(("tries", "solo"), [(1, 0), (2, 1)])
 def test_captures_of_two_ranks_stay_paired_after_one_captured_alone(
     ranks: Ranks, tmp_path: Path, tries: int, solo: int
 ) -> None:
@@ -119,8 +116,14 @@ def test_a_capture_that_one_rank_left_out_harms_no_later_one(ranks: Ranks, tmp_p
     assert first[1:] == second == [("ok", "None")] * 2
 
 
-@pytest.mark.parametrize("kind", [recording.RaisesBeforeExchange, recording.RaisesAfterExchange])
-@pytest.mark.parametrize("on", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize(
+    ("kind", "on"),
+    [
+        (recording.RaisesBeforeExchange, (0,)),
+        (recording.RaisesAfterExchange, (0,)),
+        (recording.RaisesBeforeExchange, (0, 1, 2)),
+    ],
+)
 def test_an_exit_that_fails_fails_on_all_ranks(
     ranks: Ranks, tmp_path: Path, kind: type[recording.Records], on: tuple[int, ...]
 ) -> None:

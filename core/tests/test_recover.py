@@ -23,7 +23,7 @@ LONG = {
     "COMM_CORE_WAIT_TIMEOUT_S": "60",
 }
 # Where a rank is missing, the others wait for as long, in seconds.
-SHORT = {"COMM_CORE_CONTROL_TIMEOUT_S": "6", "COMM_CORE_CONNECT_TIMEOUT_S": "6", "COMM_CORE_WAIT_TIMEOUT_S": "3"}
+SHORT = {"COMM_CORE_CONTROL_TIMEOUT_S": "4", "COMM_CORE_CONNECT_TIMEOUT_S": "4", "COMM_CORE_WAIT_TIMEOUT_S": "3"}
 GOOD = ("ok", "", ())
 #: As many as `recover_ranks.sums` returns.
 RIGHT = [True] * 18
@@ -70,19 +70,18 @@ def test_a_failed_backend_is_dropped_on_all_ranks_and_the_same_handle_goes_on(
         check_plan(found["plan"], words, rank)
         assert found["plan"]["candidates"] == results[0]["plan"]["candidates"]
         assert (found["failure"], found["same"], found["check"], found["counted"]) == (None, True, "ok", True)
-        assert found["sums"] == RIGHT * 6
+        assert found["sums"] == RIGHT * 3
         # Both old sessions are closed, and only the second backend is connected again.
         changes = [event for event in found["events"] if event not in ("abort", "enter", "leave")]
         assert changes == ["close orderly=False", "close orderly=False", "connect"]
         assert found["again"] == []
         assert found["closed"] == ["close orderly=True"]
         assert found["keys"] == 0
-        assert not any(found["held"].values()), found["held"]
+        assert found["held"] == {}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_nothing_changes_if_nothing_failed(ranks: Ranks, path: list[Path], world_size: int) -> None:
-    for found in ranks.run(recover_ranks.nothing_failed, world_size=world_size, path=[path] * world_size, env=LONG):
+def test_nothing_changes_if_nothing_failed(ranks: Ranks, path: list[Path]) -> None:
+    for found in ranks.run(recover_ranks.nothing_failed, world_size=3, path=[path] * 3, env=LONG):
         assert (found["ending"], found["group"], found["closed"]) == (GOOD, GOOD, GOOD)
         assert (found["events"], found["same"], found["sums"]) == ([], True, RIGHT)
 
@@ -109,7 +108,7 @@ def test_a_backend_that_only_waited_for_a_stopped_rank_stays(ranks: Ranks, path:
         assert found["sums"] == RIGHT
 
 
-@pytest.mark.parametrize(("world_size", "absent"), [(2, 1), (3, 0), (3, 1)])
+@pytest.mark.parametrize(("world_size", "absent"), [(2, 1), (3, 0)])
 def test_a_rank_that_made_no_call_recovers_with_the_others(
     ranks: Ranks, path: list[Path], world_size: int, absent: int
 ) -> None:
@@ -140,7 +139,7 @@ def test_a_rank_that_comes_too_late_recovers_with_the_next_call(
         assert (found["second"], found["sums"]) == (GOOD, RIGHT)
 
 
-@pytest.mark.parametrize(("killed", "where"), [(0, "a call"), (2, "a call"), (1, "connect")])
+@pytest.mark.parametrize(("killed", "where"), [(0, "a call"), (2, "connect")])
 def test_the_survivors_of_a_lost_rank_make_a_new_group(ranks: Ranks, path: list[Path], killed: int, where: str) -> None:
     results = ranks.run(
         recover_ranks.lose_a_rank, killed, where, world_size=3, path=[path] * 3, env=SHORT, dying=[killed]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def test_random_programs_are_right(ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
-    (reports,) = soak.run(ranks, seed=11, seconds=0.0, round_s=2.0)
+    (reports,) = soak.run(ranks, seed=3, seconds=0.0, round_s=2.0)
     assert len(reports) > 1
     assert sum(report.sums for report in reports) > 20
     assert "sums" in capsys.readouterr().out

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 RANK = 1
 # Where a hook or a rank hangs, the others wait for as long, in seconds.
-SHORT = {"COMM_CORE_CONTROL_TIMEOUT_S": "6", "COMM_CORE_CONNECT_TIMEOUT_S": "6"}
+SHORT_S = 4
+SHORT = {"COMM_CORE_CONTROL_TIMEOUT_S": str(SHORT_S), "COMM_CORE_CONNECT_TIMEOUT_S": str(SHORT_S)}
 LONG = {"COMM_CORE_CONTROL_TIMEOUT_S": "60", "COMM_CORE_CONNECT_TIMEOUT_S": "60"}
 SUSPENDED = "is suspended. Call comm.resume(group) on all its ranks first"
 
@@ -39,9 +40,8 @@ def check_refused(calls: dict[str, Any], text: str) -> None:
         assert text in words, name
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_two_groups_sum_again_and_again(ranks: Ranks, path: list[Path], world_size: int) -> None:
-    times = 3
+def test_two_groups_sum_again_and_again(ranks: Ranks, path: list[Path]) -> None:
+    times, world_size = 3, 3
     for found in ranks.run(suspend_ranks.cycle, times, world_size=world_size, path=[path] * world_size, env=LONG):
         assert found["sums"] == [([True] * 4, [True] * 4)] * times
         changes = [f"{name} {hook}" for hook in ("suspend", "resume") for _ in range(2) for name in ("first", "second")]
@@ -85,8 +85,8 @@ def test_one_of_two_groups_is_suspended(ranks: Ranks, path: list[Path]) -> None:
         ("resume", "second", ", later", "raises", "rank 1: MemoryError: no room for 12 GiB"),
         ("suspend", "first", ", later", "exits", "rank 1: RuntimeError: {hook} of first raised SystemExit: no licence"),
         # Here the other rank waits in its hook: its deadline is the same, and says for whom it waits.
-        ("suspend", "first", "", "hangs", "rank {rank}: {hook} of first hasn't returned after 6 s"),
-        ("resume", "second", ", later", "hangs", "rank 1: {hook} of second hasn't returned after 6 s"),
+        ("suspend", "first", "", "hangs", f"rank {{rank}}: {{hook}} of first hasn't returned after {SHORT_S} s"),
+        ("resume", "second", ", later", "hangs", f"rank 1: {{hook}} of second hasn't returned after {SHORT_S} s"),
         ("resume", "first", "", "stopped", "rank 1 didn't come in time"),
         ("suspend", "first", ", later", "interrupted", "rank 1: KeyboardInterrupt"),
     ],
@@ -131,10 +131,8 @@ def check_failed(found: dict[str, Any], first: dict[str, Any], hook: str, name: 
     assert {words for _, words in found["calls"].values()} == {text}
 
 
-@pytest.mark.parametrize("hook", ["suspend", "resume"])
-def test_a_rank_that_is_killed_in_a_hook_stops_the_handle_on_the_others(
-    ranks: Ranks, path: list[Path], hook: str
-) -> None:
+def test_a_rank_that_is_killed_in_a_hook_stops_the_handle_on_the_others(ranks: Ranks, path: list[Path]) -> None:
+    hook = "suspend"
     results = ranks.run(
         suspend_ranks.fail, hook, "first", hook, "killed", 2, world_size=3, path=[path] * 3, env=SHORT, dying=[2]
     )
@@ -238,8 +236,9 @@ def test_a_capture_refuses_both(ranks: Ranks, path: list[Path]) -> None:
             assert f"comm.{name.split(',')[0]} can't" in text
 
 
-@pytest.mark.parametrize("debug", ["0", "1"])
-@pytest.mark.parametrize("minimal", [False, True], ids=["torch.distributed", "a plugin without connect"])
+@pytest.mark.parametrize(
+    ("minimal", "debug"), [(False, "1"), (True, "0")], ids=["torch.distributed", "a plugin without connect"]
+)
 def test_any_group_can_be_suspended(ranks: Ranks, tmp_path: Path, minimal: bool, debug: str) -> None:
     folder = install_kind(tmp_path, suspendable_plugins.Minimal, "minimal", 300) if minimal else tmp_path  # type: ignore[arg-type]
     for found in ranks.run(suspend_ranks.simple, path=[[folder]] * 2, env=LONG | {"COMM_CORE_DEBUG": debug}):

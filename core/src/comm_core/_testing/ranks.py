@@ -38,8 +38,8 @@ __all__ = ["DEAD", "RankError", "Ranks", "install"]
 _dist: Any = dist  # torch lists some of its public names only at run time
 #: What `Ranks.run` returns for a rank that was expected to die and did.
 DEAD = "dead"
-# Seconds that the other ranks get to report after one rank failed.
-_GRACE_S = 15
+# Seconds that the ranks get to report after their deadline, or after one of them failed.
+_GRACE_S = 15.0
 _STDERR_CHARS = 4000
 _START = (
     "import sys; sys.path[:] = sys.argv[2:]; from comm_core._testing import rank_process; "
@@ -95,11 +95,20 @@ class Ranks:
         folder: the folder for the processes' stdout and stderr.
         env: variables that the processes start with, by rank; for those that CUDA or torch reads once per process.
         lasting: whether the processes stay after a run on CPUs in which a rank has raised, and none hung or died.
+        grace_s: how long the other ranks get to report after one rank failed, in seconds.
     """
 
-    def __init__(self, folder: Path, env: Sequence[Mapping[str, str]] = (), *, lasting: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        env: Sequence[Mapping[str, str]] = (),
+        *,
+        lasting: bool = False,
+        grace_s: float = _GRACE_S,
+    ) -> None:
         self._folder = folder
         self._lasting = lasting
+        self._grace_s = grace_s
         self._env = env
         self._processes: dict[int, _Process] = {}
         self._started = 0
@@ -236,7 +245,7 @@ class Ranks:
                     status = processes[rank].popen.wait()
                     results[rank] = ("killed" if status < 0 else "exited", DEAD)
                 if results[rank][0] == "raised":
-                    end = min(end, time.monotonic() + _GRACE_S)
+                    end = min(end, time.monotonic() + self._grace_s)
         return results
 
 
