@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 
 import jsonschema
 import pytest
 from comm_bench.cases import OPS
 from comm_core.tuning import parse_rules
 from comm_core.types import MODES
-from test_tune import command
 
 pytestmark = pytest.mark.gpus(2)
+
+
+def command(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "comm_core", *arguments],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
 
 
 @pytest.mark.timeout(900)

@@ -115,6 +115,9 @@ def _call(job: Job, stack: contextlib.ExitStack) -> Any:
         timeout=timeout,
         device_id=None if job.shares_gpus else device,
     )
+    # All ranks are connected before the first one may leave: Gloo fails on a rank whose peer leaves in between.
+    side.set(f"connected/{job.rank}", "")
+    side.wait([f"connected/{rank}" for rank in range(job.world_size)])
     return getattr(module, job.function)(*job.arguments)
 
 
