@@ -8,8 +8,10 @@ import random
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import comm_core as comm
 import pytest
@@ -102,6 +104,37 @@ def sums(sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_every_sum_has_the_bits_of_the_reference(ranks: Ranks, shm: Path, world_size: int) -> None:
     ranks.run(sums, SIZES, world_size=world_size, path=[[shm]] * world_size, deadline_s=280)
+
+
+def reads_before_yielding(processors: list[list[int]]) -> int:
+    """What the native code of a handle gets, if each rank may use these processors."""
+    from comm_plugin_shm import session
+
+    given: list[int] = []
+
+    def connect(module: Any, context: comm.GroupContext) -> Any:
+        def native(*arguments: Any) -> Any:
+            given.append(arguments[-1])
+            return module.connect(*arguments)
+
+        spy = types.SimpleNamespace(segment_nbytes=module.segment_nbytes, connect=native)
+        return stock(spy, context)
+
+    stock = session.connect
+    mine = set(processors[dist.get_rank()])
+    with mock.patch.object(session, "connect", connect), mock.patch("os.sched_getaffinity", return_value=mine):
+        backend_of_shm()
+    comm.close()
+    (number,) = given
+    return number
+
+
+def test_ranks_that_have_processors_of_their_own_yield_later(ranks: Ranks, shm: Path) -> None:
+    """As in engines that pin each rank to its own, where each sees one processor alone."""
+    shared, own = 20, 2000
+    for processors, expected in (([[0], [1]], own), ([[1], [1]], shared), ([[0, 1], [0, 1]], own)):
+        found = ranks.run(reads_before_yielding, processors, path=[[shm]] * 2)
+        assert found == [expected] * 2, processors
 
 
 def large() -> None:

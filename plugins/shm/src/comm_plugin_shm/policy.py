@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import comm_core as comm
 import torch
 from comm_core import eligibility
@@ -69,6 +71,11 @@ def ranges(topology: comm.Topology) -> tuple[comm.Range, ...]:
     return (comm.Range("all_reduce", modes=("eager",), device_types=("cpu",)),)
 
 
-def spins(world_size: int, num_processors: int) -> int:
-    """Say how often a rank reads a peer's step before it yields the processor."""
-    return _SPINS_ON_SHARED_PROCESSORS if world_size > num_processors else _SPINS
+def spins(processors: Sequence[Sequence[int]]) -> int:
+    """Say how often a rank reads a peer's step before it yields the processor.
+
+    Args:
+        processors: the processors that each rank may use; engines give each rank its own.
+    """
+    together = set[int]().union(*processors)
+    return _SPINS_ON_SHARED_PROCESSORS if len(processors) > len(together) else _SPINS

@@ -152,7 +152,13 @@ def connect(module: Any, context: comm.GroupContext) -> Session:
     opened = -1
     functions = None
     try:
-        peers = context.control.all_gather({"pid": os.getpid(), "name": name, "descriptor": created})
+        mine = {
+            "pid": os.getpid(),
+            "name": name,
+            "descriptor": created,
+            "processors": sorted(os.sched_getaffinity(0)),
+        }
+        peers = context.control.all_gather(mine)
         opened = _open(peers[0]["pid"], peers[0]["descriptor"], peers[0]["name"])
         pids = tuple(peer["pid"] for peer in peers)
         functions = module.connect(
@@ -162,7 +168,7 @@ def connect(module: Any, context: comm.GroupContext) -> Session:
             policy.CHUNK_NBYTES,
             policy.TWO_SHOT_NBYTES,
             context.wait_timeout_s,
-            policy.spins(context.world_size, len(os.sched_getaffinity(0))),
+            policy.spins([peer["processors"] for peer in peers]),
         )
         # The first rank keeps its descriptor open until every rank has opened it.
         context.control.barrier()
