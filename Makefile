@@ -26,7 +26,7 @@ SGLANG_PACKAGES := ./core ./plugins/shm ./integrations/sglang
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench faults soak test test-sglang test-vllm lint docs wheels clean
+.PHONY: help setup demo bench faults soak test test-fast test-sglang test-vllm lint docs wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -43,6 +43,9 @@ bench: $(STAMP)  ## every backend beside torch.distributed and the machine's lim
 # the order of `testpaths`. Tests on GPUs share the GPUs' memory, so they run one by one.
 test: $(STAMP)  ## every test that this machine can run; ARGS="--require-gpus 2" promises GPUs
 	$(BIN)/pytest $(if $(findstring --require-gpus,$(ARGS)),,--numprocesses 4 --dist loadfile --no-loadscope-reorder) $(ARGS)
+
+test-fast: $(STAMP)  ## the tests that need no other process and no compiler: a minute
+	$(BIN)/pytest --fast --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Hangs and stopped processes wait for deadlines. ARGS="check close" runs these stages alone.
 faults: $(STAMP)  ## every fault at every stage on every rank; writes docs/faults.md, and fails if a cell breaks a rule

@@ -7,6 +7,8 @@ A test marked `@pytest.mark.gpus(2)` needs two GPUs. By default such tests skip,
 test was selected, and it fails if one of these tests, or a whole file, skips. Tests that need more GPUs still skip, as
 do the conformance kit's tests of what a backend doesn't claim.
 
+`pytest --fast` runs only the tests that need no other process and no compiler, some two thirds of all.
+
 `pytest --random-order` shuffles the tests across files and prints the seed, for `--random-order-seed`.
 """
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 # In the reasons for which the conformance kit skips a test of what the backend doesn't claim.
 UNCLAIMED = "doesn't claim this: "
+# What starts processes or compiles, for `--fast`: modules and classes that a test's module imports, and fixtures.
+SLOW_IMPORTS = {"BackendConformance", "Ranks", "emulation", "host_code", "multiprocessing", "subprocess", "wheelhouse"}
+SLOW_FIXTURES = {"kit", "native", "pip", "pytester", "ranks"}
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="run the tests that need up to N GPUs; an error if the machine has fewer",
     )
+    parser.addoption("--fast", action="store_true", help="run only tests that start no process and compile nothing")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -68,6 +74,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     promised = config.getoption("require_gpus")
+    if config.getoption("fast"):
+        slow = [item for item in items if starts_processes(item)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
     for item in items:
         needed = gpus_needed(item)
         if needed > promised:
@@ -112,6 +122,13 @@ def gpus_needed(item: pytest.Item) -> int:
         case (int(count),) if count > 0 and not marker.kwargs:
             return count
     raise pytest.UsageError(f"{item.nodeid}: write the marker as gpus(2), with the number of GPUs that the test needs")
+
+
+def starts_processes(item: pytest.Item) -> bool:
+    """Return whether a test starts processes or compiles, or may: what its module imports and its fixtures say that."""
+    imported = vars(item.module) if isinstance(item, pytest.Function) else {}
+    fixtures: set[str] = set(getattr(item, "fixturenames", ()))
+    return not SLOW_IMPORTS.isdisjoint(imported) or not SLOW_FIXTURES.isdisjoint(fixtures)
 
 
 def gpu_count() -> int:

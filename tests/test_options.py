@@ -1,4 +1,4 @@
-"""With `--require-gpus`, a run can't pass by skipping."""
+"""The options of this repository's pytest: by `--require-gpus` no run passes by skipping; `--fast` leaves tests out."""
 
 from __future__ import annotations
 
@@ -138,3 +138,13 @@ def test_a_run_is_shuffled_across_files_only_if_asked(run: pytest.Pytester) -> N
     assert [name[:6] for name in shuffled] not in (["test_a"] * 8 + ["test_b"] * 8, ["test_b"] * 8 + ["test_a"] * 8)
     result = run.runpytest("--random-order", "--random-order-seed=7")
     result.stdout.fnmatch_lines(["Using --random-order-bucket=global", "Using --random-order-seed=7"])
+
+
+def test_the_fast_ones_start_no_process(run: pytest.Pytester) -> None:
+    run.makepyfile(
+        test_one="def test_plain(): pass\ndef test_ranks(ranks): pass\ndef test_more(pytester): pass\n",
+        test_two="import subprocess\n\ndef test_plain(): pass\n",
+    )
+    result = run.runpytest("--fast", "-v")
+    result.assert_outcomes(passed=1, deselected=3)
+    result.stdout.fnmatch_lines(["test_one.py::test_plain PASSED*"])
