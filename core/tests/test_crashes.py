@@ -109,6 +109,7 @@ def test_doctor_tells_before_it_imports_and_lists_it_until_it_is_removed(
         crashed = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200, check=False)
         assert crashed.returncode == -signal.SIGSEGV
         assert said in crashed.stderr
+    monkeypatch.setattr(crashes, "_files", {})  # as in a new process
     monkeypatch.setenv("COMM_CORE_CACHE_DIR", str(folder))
     monkeypatch.setenv("COMM_CORE_PLUGINS", "none")
     assert cli.main(["doctor"]) == 1
