@@ -70,7 +70,8 @@ def noted(name: str, call: Callable[[], T]) -> Callable[[], T]:
     """
 
     def run() -> T:
-        with _journals[0].running(name) if _journals else contextlib.nullcontext():
+        journal = next(iter(_journals), None)
+        with contextlib.nullcontext() if journal is None else journal.running(name):
             return call()
 
     return run
