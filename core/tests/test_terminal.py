@@ -49,6 +49,25 @@ def test_verdicts_are_colored_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     assert marked == ["2mserves", "3munavailable", "1mfailed", "2mloaded", "1mcan't be used", "2mNothing to fix."]
 
 
+def test_lines_are_folded_below_their_last_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "50")
+    text = """backend     verdict      reason
+shm 0.1.0   unavailable  it sums CPU tensors, and this group has none
+  packages: numpy 2.4.6, pluggy 1.7.0, torch 2.13.0+cpu
+a-path/that/is/longer/than/the/terminal/and/has/no/space
+short"""
+    assert on_a_terminal(monkeypatch, text).splitlines() == [
+        "backend     verdict      reason",
+        "shm 0.1.0   unavailable  it sums CPU tensors, and",
+        "                         this group has none",
+        "  packages: numpy 2.4.6, pluggy 1.7.0, torch",
+        "    2.13.0+cpu",
+        "a-path/that/is/longer/than/the/terminal/and/has/no/space",
+        "short",
+    ]
+
+
 @pytest.mark.parametrize("piped", [False, True])
 def test_a_pipe_and_no_color_get_the_text_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], piped: bool

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import textwrap
 
 __all__ = ["encodable", "show"]
 
@@ -23,9 +25,25 @@ def encodable(text: str, stream: object) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def _fold(line: str, width: int) -> str:
+    """Return the line as one or more that fit, of which the later ones begin below the last column that leaves room."""
+    if len(line) <= width:
+        return line
+    columns = [gap.end() for gap in re.finditer(r"(?<=\S)  +(?=\S)", line[: width * 4 // 5])]
+    indent = columns[-1] if columns else len(line) - len(line.lstrip()) + 2
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
 def show(text: str, end: str = "\n") -> None:
-    """Print a report to stdout; on a terminal, color its verdicts, unless NO_COLOR is set (https://no-color.org)."""
+    """Print a report to stdout.
+
+    On a terminal, fold lines that are longer than its width, and color verdicts unless NO_COLOR is set
+    (https://no-color.org).
+    """
     text = encodable(text, sys.stdout)
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = "\n".join(_fold(line, width) for line in text.split("\n"))
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         for pattern, color in _COLORED.items():
             text = pattern.sub(rf"{color}\g<0>{_PLAIN}", text)
