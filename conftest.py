@@ -75,9 +75,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     promised = config.getoption("require_gpus")
     if config.getoption("fast"):
-        slow = [item for item in items if starts_processes(item)]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+        config.hook.pytest_deselected(items=[item for item in items if starts_processes(item)])
+        items[:] = [item for item in items if not starts_processes(item)]
     for item in items:
         needed = gpus_needed(item)
         if needed > promised:

@@ -44,7 +44,6 @@ def show(text: str, end: str = "\n") -> None:
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         text = "\n".join(_fold(line, width) for line in text.split("\n"))
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        for pattern, color in _COLORED.items():
+        for pattern, color in ({} if os.environ.get("NO_COLOR") else _COLORED).items():
             text = pattern.sub(rf"{color}\g<0>{_PLAIN}", text)
     print(text, end=end, flush=True)

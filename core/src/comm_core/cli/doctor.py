@@ -66,7 +66,6 @@ def collect(sources: Sources) -> Report:
     devices, driver = probe_devices(sources, unknown)
     versions = probe_versions(sources, unknown)
     settings = try_query(unknown, "settings", lambda: Settings.read(sources.environ))
-    cache_dir = settings.cache_dir if settings is not None else None
     return Report(
         versions=versions | ({"driver": driver} if driver else {}),
         torch=_torch(sources, unknown) if "torch" in versions else {},
@@ -77,7 +76,7 @@ def collect(sources: Sources) -> Report:
         settings=settings,
         misspelt=Settings.unknown(sources.environ),
         plugins=try_query(unknown, "plugins", lambda: _plugins(settings or Settings())) or (),
-        crashes=try_query(unknown, "crashes", lambda: describe_crashes(cache_dir)) or (),
+        crashes=try_query(unknown, "crashes", lambda: describe_crashes((settings or Settings()).cache_dir)) or (),
         integrations=try_query(unknown, "integrations", lambda: examine_integrations(settings or Settings())) or (),
         unknown=unknown,
     )
