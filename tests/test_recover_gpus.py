@@ -1,7 +1,9 @@
-"""`comm.recover` on two GPUs: a backend times out, another takes over, and graphs are captured again."""
+"""Going on after a fault on two GPUs: with another backend, or in a new group without a killed rank."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,18 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Ranks, install
+from harness import DEAD, Ranks, install, install_entry_point
 
 pytestmark = pytest.mark.gpus(2)
 GPUS = "cpu:gloo,cuda:nccl"
 HIDDEN = 4096
 NUMELS = (3, HIDDEN, 64 * HIDDEN)
 REPLAYS = 20
-# In seconds: the bound of a kernel's wait, and far more.
+# In seconds: the bound of a kernel's wait, and far more. NCCL's watchdog would end the process for a rank that is late.
 ENV = {"COMM_CORE_WAIT_TIMEOUT_S": "2", "COMM_CORE_CONTROL_TIMEOUT_S": "60", "COMM_CORE_CONNECT_TIMEOUT_S": "120"}
+ENV |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+# `comm.recover` waits as long for a killed rank.
+LOST = ENV | {"COMM_CORE_CONTROL_TIMEOUT_S": "20"}
 
 
 @pytest.fixture
@@ -33,15 +38,16 @@ def integers(numel: int, rank: int, step: int) -> torch.Tensor:
 
 
 def expected(numel: int, step: int) -> torch.Tensor:
-    return sum((integers(numel, rank, step) for rank in range(dist.get_world_size())), torch.zeros(1, device="cuda"))
+    """The sum in a group of two ranks."""
+    return sum((integers(numel, rank, step) for rank in range(2)), torch.zeros(1, device="cuda"))
 
 
-def eager(backend: comm.Backend) -> int:
+def eager(backend: comm.Backend, rank: int) -> int:
     """Check sums out of place and in place, and as operators; return how many."""
     checked = 0
     for step in range(20):
         for numel in NUMELS:
-            x = integers(numel, dist.get_rank(), step)
+            x = integers(numel, rank, step)
             for y in (backend.all_reduce(x), torch.ops.comm_core.all_reduce(x, backend.group_name), x):
                 if y is x:
                     backend.all_reduce(x, out=x)
@@ -54,7 +60,8 @@ def eager(backend: comm.Backend) -> int:
 class Captured:
     """A graph with sums of every size."""
 
-    def __init__(self, backend: comm.Backend) -> None:
+    def __init__(self, backend: comm.Backend, rank: int) -> None:
+        self.rank = rank
         self.inputs = [torch.zeros(numel, device="cuda", dtype=torch.bfloat16) for numel in NUMELS]
         self.graph = torch.cuda.CUDAGraph()
         comm.pre_capture_init(max_tokens=64, hidden_size=HIDDEN, dtype=torch.bfloat16)
@@ -63,7 +70,7 @@ class Captured:
 
     def replay(self, step: int) -> None:
         for x in self.inputs:
-            x.copy_(integers(x.numel(), dist.get_rank(), step))
+            x.copy_(integers(x.numel(), self.rank, step))
         self.graph.replay()
         torch.cuda.synchronize()
 
@@ -105,7 +112,7 @@ def time_out(absent: int) -> str:
 
 def recover_again_and_again() -> dict[str, Any]:
     """Each backend times out in turn, down to torch.distributed; eager sums and new graphs are right after each."""
-    backend = comm.get_backend()
+    backend, rank = comm.get_backend(), dist.get_rank()
     found: dict[str, Any] = {"names": [backend.name], "checked": [], "replayed": []}
     graphs = []
     for absent in (None, 1, 0):
@@ -117,8 +124,8 @@ def recover_again_and_again() -> dict[str, Any]:
             for _ in graphs:  # each backend's session reports its own
                 found["replayed"].append(error_of(backend.check))
             assert error_of(backend.check) == ""
-        captured = Captured(backend)
-        found["checked"].append((eager(backend), captured.check()))
+        captured = Captured(backend, rank)
+        found["checked"].append((eager(backend, rank), captured.check()))
         backend.check()
         graphs.append(captured)
     del graph
@@ -128,9 +135,7 @@ def recover_again_and_again() -> dict[str, Any]:
 
 
 def test_backends_time_out_one_after_another_and_the_next_serves(ranks: Ranks, path: list[list[Path]]) -> None:
-    # NCCL's watchdog would end the process for a rank that is late.
-    env = ENV | {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-    for found in ranks.run(recover_again_and_again, backend=GPUS, path=path, env=env, deadline_s=280):
+    for found in ranks.run(recover_again_and_again, backend=GPUS, path=path, env=ENV, deadline_s=280):
         assert found["names"] == ["customar_v2", "customar_v1", "torch_distributed"]
         assert found["checked"] == [(20 * 3 * len(NUMELS), REPLAYS * len(NUMELS))] * 3
         assert len(found["replayed"]) == 3
@@ -145,7 +150,7 @@ def free_memory() -> list[int]:
     for _ in range(4):
         backend = comm.get_backend()
         time_out(1)
-        eager(backend)
+        eager(backend, dist.get_rank())
         comm.close()
         dist.barrier()
         torch.cuda.synchronize()
@@ -155,6 +160,59 @@ def free_memory() -> list[int]:
 
 
 def test_close_after_a_recovery_gives_the_memory_back(ranks: Ranks, path: list[list[Path]]) -> None:
-    env = ENV | {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-    for free in ranks.run(free_memory, backend=GPUS, path=path, env=env, deadline_s=280):
+    for free in ranks.run(free_memory, backend=GPUS, path=path, env=ENV, deadline_s=280):
         assert free[-1] >= free[1] - (8 << 20), free
+
+
+def lose_a_rank(name: str, in_a_replay: bool) -> dict[str, Any]:
+    """Rank 1 of the group of ranks 0 and 1 is killed; rank 0 goes on with rank 2, which uses the same GPU as rank 1."""
+    pair, rank = dist.new_group([0, 1]), dist.get_rank()
+    found: dict[str, Any] = {}
+    if rank != 2:
+        backend = comm.get_backend(pair, backends=(name,))
+        found["before"] = (backend.name, eager(backend, rank))
+        captured = Captured(backend, rank)
+        captured.check()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        # The first call may return before the end of the peer is noticed.
+        for _ in range(1 if in_a_replay else 2):
+            found["error"] = error_of(
+                lambda: captured.replay(0) if in_a_replay else backend.all_reduce(captured.inputs[1])
+            )
+            torch.cuda.synchronize()
+        found["error"] = found["error"] or error_of(backend.check)
+        found["recover"] = error_of(lambda: comm.recover(pair))
+        comm.close(pair)
+    survivors = dist.new_group([0, 2], use_local_synchronization=True)
+    backend = comm.get_backend(survivors, backends=(name,))
+    found["name"] = backend.name
+    found["checked"] = (eager(backend, rank // 2), Captured(backend, rank // 2).check())
+    comm.close(survivors)
+    return found
+
+
+@pytest.mark.parametrize("in_a_replay", [False, True])
+@pytest.mark.parametrize("name", ["customar_v2", "customar_v1", "nccl"])
+def test_the_survivors_of_a_killed_rank_go_on(ranks: Ranks, tmp_path: Path, name: str, in_a_replay: bool) -> None:
+    path = [[install_entry_point(tmp_path / "plugin", f"comm_plugin_{name}", name)]] * 3
+    results = ranks.run(
+        lose_a_rank,
+        *(name, in_a_replay),
+        world_size=3,
+        backend=GPUS,
+        devices=[0, 1, 1],
+        path=path,
+        env=LOST,
+        dying=[1],
+        deadline_s=280,
+    )
+    assert results[1] == DEAD
+    assert results[0]["before"] == (name, 20 * 3 * len(NUMELS))
+    assert results[0]["error"].startswith("CommTimeoutError"), results[0]
+    assert "rank 1" in results[0]["error"]
+    assert results[0]["recover"].startswith("CommTimeoutError"), results[0]
+    assert "rank 1 didn't come in time" in results[0]["recover"]
+    for survivor in (results[0], results[2]):
+        assert survivor["name"] == name
+        assert survivor["checked"] == (20 * 3 * len(NUMELS), REPLAYS * len(NUMELS))

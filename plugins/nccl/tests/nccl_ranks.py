@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,15 +20,6 @@ from comm_plugin_nccl import policy, session
 from harness import side_store
 
 DTYPES = {code: dtype for dtype, code in policy.DTYPE_CODES.items()}
-
-
-def install_entry_point(folder: Path, entry: str, name: str = "nccl") -> Path:
-    """A folder in which a rank finds a backend. Not `harness.install`: its module would hide nccl4py's `nccl`."""
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[comm_core.backends]\n{name} = {entry}\n")
-    return folder
 
 
 class NCCLError(Exception):
@@ -110,6 +100,7 @@ class CpuPlugin:
     """The plugin, for CPU tensors instead of CUDA tensors."""
 
     COMM_HOOK_API = (1, 0)
+    abort = staticmethod(comm_plugin_nccl.abort)
     all_reduce = staticmethod(comm_plugin_nccl.all_reduce)
     check = staticmethod(comm_plugin_nccl.check)
     close = staticmethod(comm_plugin_nccl.close)
@@ -199,6 +190,23 @@ def killed_peer() -> dict[str, Any]:
     side_store().set(f"done {rank}", "")
     side_store().wait([f"done {2 - rank}"])
     return {"text": str(caught.value), "ranks": caught.value.ranks, "calls": binding.calls}
+
+
+def stopped_peer() -> dict[str, Any]:
+    """Ranks 0 and 2 wait in a call for rank 1, whose call raises."""
+    found, binding = handle()
+    rank = dist.get_rank()
+    if rank == 1:
+        side_store().wait(["waits 0", "waits 2"])
+        with mock.patch.object(found._serving.sessions["nccl"].value, "launch", side_effect=NCCLError("its fault")):
+            raised(found)
+    else:
+        binding.stuck = lambda: side_store().set(f"waits {rank}", "")
+        found.all_reduce(torch.ones(3))
+    text = raised(found)
+    comm.close()
+    wait_for(lambda: "abort" in binding.calls)
+    return {"text": text, "calls": binding.calls}
 
 
 def raised(found: comm.Backend, call: str = "all_reduce") -> str:

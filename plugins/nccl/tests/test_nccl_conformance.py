@@ -5,17 +5,13 @@ from typing import Any
 import pytest
 from comm_core.testing import BackendConformance
 
-FOREVER = "NCCL's kernels wait forever for a rank whose process lives"
+FOREVER = "NCCL's kernels wait forever for a rank that lives and makes no call"
 
 
 @pytest.mark.gpus(2)
 class TestNccl(BackendConformance):
     backend = "nccl"
     world_sizes = (2,)
-
-    @pytest.mark.xfail(reason=FOREVER, run=False)
-    def test_a_call_that_raises_on_one_rank_ends_the_others_calls(self, kit: Any) -> None:
-        super().test_a_call_that_raises_on_one_rank_ends_the_others_calls(kit)
 
     @pytest.mark.xfail(reason=FOREVER, run=False)
     def test_a_call_without_one_rank_ends(self, kit: Any) -> None:

@@ -17,8 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from comm_plugin_nccl import library, peers, policy
-from harness import DEAD, Ranks
-from nccl_ranks import install_entry_point
+from harness import DEAD, Ranks, install_entry_point
 
 pytestmark = pytest.mark.gpus(2)
 GPUS = "cpu:gloo,cuda:nccl"
@@ -51,7 +50,7 @@ FAR: dict[str, str] = {
 
 @pytest.fixture
 def found(tmp_path: Path) -> Path:
-    return install_entry_point(tmp_path, "comm_plugin_nccl")
+    return install_entry_point(tmp_path, "comm_plugin_nccl", "nccl")
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +250,7 @@ def test_over_a_network(far_ranks: Ranks, found: Path) -> None:
 
 def killed_far() -> str:
     """No process is watched, as if the peer were on another machine."""
-    with mock.patch.object(peers, "open_processes", return_value=peers.PeerProcesses({}, {})):
+    with mock.patch.object(peers, "open_processes", return_value=peers.PeerProcesses({})):
         handle = backend()
     x = torch.ones(1 << 20, device="cuda")
     handle.all_reduce(x)

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import nccl_ranks
 import pytest
-from harness import DEAD, Ranks
-from nccl_ranks import install_entry_point
+from harness import DEAD, Ranks, install_entry_point
 
 
 @pytest.fixture
 def found(tmp_path: Path) -> Path:
-    return install_entry_point(tmp_path, "nccl_ranks:plugin")
+    return install_entry_point(tmp_path, "nccl_ranks:plugin", "nccl")
 
 
 def test_a_communicator_for_each_group(ranks: Ranks, found: Path) -> None:
@@ -41,8 +40,14 @@ def test_a_peer_that_dies_ends_the_wait_and_is_named(ranks: Ranks, found: Path) 
         assert results[rank]["calls"] == [("init", 3, rank), "abort"]
 
 
+def test_a_peer_whose_call_raises_ends_the_wait_and_is_named(ranks: Ranks, found: Path) -> None:
+    for rank, result in enumerate(ranks.run(nccl_ranks.stopped_peer, world_size=3, path=[[found]] * 3)):
+        assert "NCCL: its fault" in result["text"] if rank == 1 else "rank 1" in result["text"], result
+        assert result["calls"] == [("init", 3, rank), "abort"]
+
+
 def test_without_a_gpu_the_reason_says_so_and_the_fallback_serves(ranks: Ranks, tmp_path: Path) -> None:
-    found = install_entry_point(tmp_path, "comm_plugin_nccl")
+    found = install_entry_point(tmp_path, "comm_plugin_nccl", "nccl")
     for result in ranks.run(nccl_ranks.fallback_serves, path=[[found]] * 2):
         assert result["name"] == "torch_distributed"
         assert result["verdict"] == "unavailable"

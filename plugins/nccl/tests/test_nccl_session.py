@@ -6,6 +6,7 @@ import contextlib
 import logging
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,7 +202,6 @@ def test_processes_of_other_hosts_and_namespaces_arent_watched(
     own = connect(binding, peer, host=host, process={"namespace": namespace} if namespace else None)
     peer.kill()
     peer.wait()
-    assert own._processes.poll_ended(0.1) == ()
     nccl.check(own)
     # NCCL itself notices over the network.
     binding.async_error = 6
@@ -216,9 +216,45 @@ def test_without_pidfd_no_process_is_watched(peer: subprocess.Popen[bytes], monk
 
     monkeypatch.setattr(peers.os, "pidfd_open", refuse)
     own = connect(Recording(), peer)
-    assert own._processes.ranks == {}
+    peer.kill()
+    peer.wait()
     nccl.all_reduce(own, torch.ones(3), None)
     abort(own)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_peer_that_stops_is_noticed_and_one_that_closes_isnt(peer: subprocess.Popen[bytes], stops: bool) -> None:
+    binding, other = Recording(), peers.OwnProcess()
+    own = connect(binding, peer, process=other.describe())
+    if stops:
+        other.stop()
+        wait_for(lambda: "abort" in binding.calls)
+    other.close()
+    time.sleep(2 * peers._POLL_S)
+    raises = contextlib.nullcontext()
+    for call in (lambda: nccl.check(own), lambda: nccl.all_reduce(own, torch.ones(3), None)):
+        if stops:
+            raises = pytest.raises(comm.CommTimeoutError, match=r"^rank 1 \(7 in the job\), process \d+, has stopped")
+        with raises:
+            call()
+    assert ("abort" in binding.calls) is stops
+    nccl.close(own, orderly=not stops)
+
+
+def test_a_peer_whose_connect_fails_ends_the_wait(peer: subprocess.Popen[bytes]) -> None:
+    other = peers.OwnProcess()
+    late = threading.Event()
+
+    class Waiting(Recording):
+        def comm_init_rank(self, nranks: int, comm_id: bytearray, rank: int) -> int:
+            other.stop()
+            late.wait(60)
+            return super().comm_init_rank(nranks, comm_id, rank)
+
+    with pytest.raises(comm.CommTimeoutError, match="has stopped"):
+        connect(Waiting(), peer, process=other.describe())
+    late.set()
+    other.close()
 
 
 def test_no_thread_and_no_descriptor_is_left(peer: subprocess.Popen[bytes]) -> None:

@@ -53,6 +53,7 @@ class Session:
         communicator: Any,
         device: torch.device,
         current_stream: Callable[[int], int],
+        process: peers.OwnProcess,
         processes: peers.PeerProcesses,
         control: comm.ControlChannel,
     ) -> None:
@@ -64,7 +65,7 @@ class Session:
         self.device = device
         self.binding_error: type[Exception] = binding.NCCLError
         self._binding = binding
-        self._processes = processes
+        self._process = process
         self._make_failure: Callable[[], comm.CommError] | None = None
         self._released = False
         self._lock = threading.Lock()
@@ -74,7 +75,7 @@ class Session:
         """Raise the reason why the session has failed, after asking NCCL for new errors.
 
         Raises:
-            CommTimeoutError: a peer's process has ended.
+            CommTimeoutError: a peer's process has ended, or its handle has stopped.
             CommError: NCCL noticed an error, or the session is closed.
         """
         self._query_nccl()
@@ -93,9 +94,10 @@ class Session:
             torch.cuda.current_stream(self.device).synchronize()
 
     def abort(self) -> None:
-        """Refuse further calls, and abort the communicator, which ends kernels that wait. Idempotent; doesn't wait."""
+        """Refuse further calls, and end the kernels that wait, here and at the peers. Idempotent; doesn't wait."""
         self._fail(functools.partial(comm.CommError, "its handle has stopped"))
-        self._release(self._binding.comm_abort, _ABORT_DELAY_S, 0.0)
+        self._process.stop()
+        self._abort()
 
     def close(self, orderly: bool) -> None:
         """Refuse further calls, and destroy the communicator; after a failure abort it without waiting. Idempotent."""
@@ -104,18 +106,24 @@ class Session:
         if orderly:
             self._release(self._binding.comm_destroy, 0.0, _DESTROY_TIMEOUT_S)
         else:
-            self._release(self._binding.comm_abort, _ABORT_DELAY_S, 0.0)
+            self._process.stop()
+            self._abort()
+        self._process.close()
 
-    def _on_wake(self, ended: tuple[int, ...]) -> bool:
+    def _on_wake(self, events: tuple[peers.PeerEvent, ...]) -> bool:
         """Look for a failure, in the watcher's thread; after one abort, which ends kernels that wait."""
-        if ended:
-            self._fail(functools.partial(self._processes.ended_error, ended))
+        if events:  # the other peers on this machine notice them, too
+            self._fail(functools.partial(peers.error_of, events))
         else:
             self._query_nccl()
         if self._make_failure is None:
             return False
-        self._release(self._binding.comm_abort, _ABORT_DELAY_S, 0.0)
+        self._abort()
         return True
+
+    def _abort(self) -> None:
+        """End the kernels that wait for a peer."""
+        self._release(self._binding.comm_abort, _ABORT_DELAY_S, 0.0)
 
     def _query_nccl(self) -> None:
         """Fail if NCCL has noticed an error by itself, such as a broken network."""
@@ -166,23 +174,25 @@ def connect(
         context: the group.
 
     Raises:
-        CommTimeoutError: a peer's process has ended.
+        CommTimeoutError: a peer's process has ended, or its `connect` has failed.
         CommError: NCCL failed; with its error text.
     """
     unique_id = bytes(binding.get_unique_id()) if context.rank == 0 else b""
-    try:
-        exchanged = context.control.all_gather({"id": unique_id.hex(), **peers.own_process()})
-        processes = peers.open_processes(topology, context.rank, context.global_ranks, exchanged)
-    except BaseException:
-        if unique_id:
-            _release_unused(binding, bytearray(unique_id), context.device)
-        raise
-    try:
+    with contextlib.ExitStack() as stack:  # what a failure gives back
+        process = peers.OwnProcess()
+        stack.callback(process.close)
+        try:
+            exchanged = context.control.all_gather({"id": unique_id.hex(), **process.describe()})
+            stack.callback(process.stop)
+            processes = peers.open_processes(topology, context.rank, context.global_ranks, exchanged)
+        except BaseException:
+            if unique_id:
+                _release_unused(binding, bytearray(unique_id), context.device)
+            raise
+        stack.callback(processes.close)
         communicator = _communicator(binding, bytearray.fromhex(exchanged[0]["id"]), context, processes)
-    except BaseException:
-        processes.close()
-        raise
-    return Session(binding, communicator, context.device, current_stream, processes, context.control)
+        stack.pop_all()
+    return Session(binding, communicator, context.device, current_stream, process, processes, context.control)
 
 
 def _communicator(
@@ -210,9 +220,9 @@ def _communicator(
 
     threading.Thread(target=create, name="comm-core nccl: init", daemon=True).start()
     while not concurrent.futures.wait([future], _CONNECT_POLL_S).done:
-        ended = processes.poll_ended()
-        if ended and future.cancel():
-            raise processes.ended_error(ended)
+        events = processes.poll()
+        if events and future.cancel():
+            raise peers.error_of(events)
     try:
         return future.result()
     except binding.NCCLError as error:
