@@ -28,11 +28,11 @@ from comm_core import fallback
 from comm_core.types import DTYPES, TERMINAL
 from harness import install
 
-PLAIN, FUSED = OPS
+PLAIN, FUSED, *QUANTISED = OPS
 #: A size at which planted backends are faulty, and one at which they aren't, in bytes.
 AT, BESIDE = 4096, 1024
 MAX_NBYTES = 16384
-HIDDEN_SIZE = 64
+HIDDEN_SIZE = 128
 DELAY_S = 0.02
 FLOATS = tuple(name for name in DTYPES if "float" in name)
 
@@ -71,6 +71,16 @@ class FusedCall:
     summed: torch.Tensor
     total: torch.Tensor
     weight: torch.Tensor
+
+
+@dataclasses.dataclass
+class QuantisedCall:
+    """One quantised call of `AT` bytes, and its results."""
+
+    quant: str
+    scale: torch.Tensor
+    values: torch.Tensor
+    summed: torch.Tensor
 
 
 class Honest:
@@ -221,7 +231,7 @@ class Fused(Honest):
     dtypes = ("bfloat16",)
 
     def ranges(self) -> tuple[comm.Range, ...]:
-        return tuple(comm.Range(op, dtypes=self.dtypes, max_nbytes=self.max_nbytes) for op in OPS)
+        return tuple(comm.Range(op, dtypes=self.dtypes, max_nbytes=self.max_nbytes) for op in (PLAIN, FUSED))
 
     @comm.hookimpl
     def all_reduce_add_rms_norm(
@@ -265,6 +275,58 @@ class WrongNorm(Fused):
 class WeightLeftOut(Fused):
     def spoil_fused(self, call: FusedCall) -> None:
         call.normed.div_(call.weight)
+
+
+class Quantised(Fused):
+    """Serves the quantised operation too."""
+
+    def ranges(self) -> tuple[comm.Range, ...]:
+        quantised = comm.Range("all_reduce_add_rms_norm_quant", dtypes=self.dtypes, max_nbytes=self.max_nbytes)
+        return (*super().ranges(), quantised)
+
+    @comm.hookimpl
+    def all_reduce_add_rms_norm_quant(
+        self,
+        session: Session,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        weight_offset: float,
+        quant: str,
+        scale: torch.Tensor,
+        out: torch.Tensor,
+        residual_out: torch.Tensor,
+        norm_out: torch.Tensor | None,
+    ) -> None:
+        total = fallback.torch_distributed(session.group, tensor, None)
+        normed, _ = fallback.add_rms_norm(total, residual, weight, eps, weight_offset, norm_out, residual_out)
+        fallback.quantize(normed, quant, scale, out)
+        if tensor.nbytes == AT:
+            self.spoil_quantised(QuantisedCall(quant, scale, out, residual_out))
+
+    def spoil_quantised(self, call: QuantisedCall) -> None:
+        """Change the results; a faulty backend overrides this."""
+
+
+class OneStepOff(Quantised):
+    """Rounds one value to a neighbour."""
+
+    def spoil_quantised(self, call: QuantisedCall) -> None:
+        call.values.view(torch.uint8)[-1, -1] ^= 1
+
+
+class WrongScale(Quantised):
+    """Returns a wrong scale where it isn't given."""
+
+    def spoil_quantised(self, call: QuantisedCall) -> None:
+        if call.quant != "fp8_static":
+            call.scale[-1, -1] *= 1.2
+
+
+class WrongQuantisedSum(Quantised):
+    def spoil_quantised(self, call: QuantisedCall) -> None:
+        call.summed[0, 0] += 1
 
 
 class CannotPrepare(Fused):

@@ -10,11 +10,13 @@ import pytest
 import torch
 from comm_bench.cases import (
     ALIASES,
+    OPS,
     BenchCase,
     Pattern,
     bus_factor,
     calls_for,
     first_fused_sum,
+    fused_growth,
     parse_nbytes,
     pattern_of,
     shapes,
@@ -24,7 +26,7 @@ from comm_core.types import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-PLAIN, FUSED = "all_reduce", "all_reduce_add_rms_norm"
+PLAIN, FUSED, *QUANTISED = OPS
 FLOATS = [name for name in DTYPES if "float" in name]
 INTEGERS = [name for name in DTYPES if "float" not in name]
 WORLD_SIZES = range(2, 17)
@@ -95,20 +97,25 @@ def test_no_value_of_a_chain_is_subnormal(dtype: str) -> None:
         assert smallest >= torch.finfo(getattr(torch, dtype)).smallest_normal
 
 
+@pytest.mark.parametrize("op", [FUSED, QUANTISED[0]])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_partial_sum_of_a_fused_chain_is_exact(dtype: str) -> None:
+def test_every_partial_sum_of_a_fused_chain_is_exact(dtype: str, op: str) -> None:
     kind = getattr(torch, dtype)
     for world_size in (*range(2, 17), 23, 64):
-        pattern = pattern_of(FUSED, dtype, world_size)
+        pattern = pattern_of(op, dtype, world_size)
         length, first = pattern.length, first_fused_sum(world_size, pattern.largest)
-        assert first == 1 + sum(1 + rank % pattern.largest for rank in range(world_size))
-        assert pattern.largest > 1 or world_size == 64
+        tensors = sum(1 + rank % pattern.largest for rank in range(world_size))
+        assert first == 1 + tensors
+        growth = fused_growth(op, world_size, pattern.largest)
+        # Every call adds the norms' ones, or again the first call's tensors.
+        assert growth == (world_size if op == FUSED else tensors)
+        assert pattern.largest > 1 or world_size > 16
         assert exact(torch.arange(first + 1).to(kind), list(range(first + 1)), 0)
         for calls, fine in ((length, True), (length + SLACK, False)):
             # The residual, and the partial sums with the ranks' ones. The last call is enough: for fp64 there are too
             # many integers to loop over.
-            last = first + world_size * (calls - 1)
-            numbers = range(max(last - world_size, 0), last + 1)
+            last = first + growth * (calls - 1)
+            numbers = range(max(last - growth, 0), last + 1)
             found = torch.tensor(list(numbers), dtype=torch.int64).to(kind)
             assert exact(found, list(numbers), 0) == fine, (world_size, calls)
 

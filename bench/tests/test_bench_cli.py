@@ -17,7 +17,7 @@ from comm_bench.cases import BenchCase
 from comm_bench.document import SCHEMA, with_results
 from comm_bench.results import Row, with_ratios
 from comm_core import cli
-from comm_core.types import DTYPES, TERMINAL
+from comm_core.types import DTYPES, QUANTS, TERMINAL
 
 
 @pytest.fixture
@@ -70,6 +70,9 @@ def measured(*arguments: str, device_type: str = "cpu") -> list[BenchCase]:
         ("-G x", "argument -G: 'x' isn't a whole number of at least 0"),
         ("--op sum", "argument --op: invalid choice: 'sum'"),
         ("--op fused -d int32,uint8", "-d int32,uint8: the fused operation needs a floating-point dtype"),
+        ("--op fp8_static -d int8", "-d int8: the fused operation needs a floating-point dtype"),
+        ("--op fused_quant --hidden 128,64", "--hidden 64: scales for groups need a multiple of 128"),
+        ("--op fp8_per_group --hidden 64", "--hidden 64: scales for groups need a multiple of 128"),
         ("--place here", "argument --place: invalid choice: 'here'"),
         ("--tokens 1,0", "argument --tokens: '0' isn't a whole number of at least 1"),
         ("--tokens 1,,2", "argument --tokens: '' isn't a whole number of at least 1"),
@@ -162,6 +165,10 @@ def test_operations() -> None:
     assert ops() == {(plain, "int32"), (plain, "float16")}
     # Integers have no fused operation, only the sum.
     assert ops("--op", "both") == {(plain, "int32"), (plain, "float16"), (fused, "float16")}
+    for form in QUANTS:
+        assert ops("--op", form) == {(f"{fused}_quant:{form}", "float16")}
+        assert {case.quant for case in measured("--op", form)} == {form}
+    assert ops("--op", "fused_quant") == {(f"{fused}_quant:{form}", "float16") for form in QUANTS}
     shapes = {case.shape for case in measured("--op", "fused", "--tokens", "1,3", "--hidden", "64,128")}
     assert shapes == {(1, 64), (3, 64), (1, 128), (3, 128)}
 

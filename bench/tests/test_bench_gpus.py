@@ -9,8 +9,8 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from bench_ranks import Honest, Session, by_case, measured_with, name_of, plant, wrong_by
-from comm_bench.cases import OPS, bus_factor
+from bench_ranks import FUSED, PLAIN, QUANTISED, Honest, Session, by_case, measured_with, name_of, plant, wrong_by
+from comm_bench.cases import bus_factor
 from comm_bench.results import HOP, LAUNCH
 from comm_core.types import TERMINAL
 from test_bench import schema
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from harness import Ranks
 
 pytestmark = pytest.mark.gpus(2)
+OPS = (PLAIN, FUSED, QUANTISED[1])
 GPUS = "cpu:gloo,cuda:nccl"
 LIMITS = {LAUNCH, HOP, "limit:push", "limit:pull", "limit:copy"}
 # A size that admission doesn't test. Copies of it keep a GPU busy for longer than the launch of a call: about 20 us
@@ -86,7 +87,7 @@ def test_rows_limits_and_no_wrong_element_in_both_modes(ranks: Ranks, tmp_path: 
                 assert row["busbw"] == pytest.approx(row["algbw"] * bus_factor(2))
     for row in document["rows"]:
         spaced = {TERMINAL: ("in",), "nccl_raw": ("in", "out")}.get(row["name"], ())
-        expected = (row["op"], row["mode"]) == (OPS[0], "graph") and row["place"] in spaced
+        expected = (row["op"], row["mode"]) == (PLAIN, "graph") and row["place"] in spaced
         assert (row["spacer_us"] > 0) == expected
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from comm_bench import peer_nccl
+from comm_bench.backends import nccl_needs_spacer
 from comm_bench.cases import BenchCase
-from comm_bench.contenders import Absent, nccl_needs_spacer
+from comm_bench.contenders import Absent
 
 
 def case(mode: str = "eager", dtype: str = "bfloat16", op: str = "all_reduce", numel: int = 300) -> BenchCase:

@@ -129,7 +129,7 @@ def row(name: str, op: str, nbytes: int, time_us: float, *, composed: bool = Fal
 
 def test_a_fused_call_is_composed_where_that_is_faster() -> None:
     rules = {OPS[0]: (Rule("fast"), Rule("plain"), Rule(TERMINAL)), OPS[1]: (Rule("fast"), Rule(TERMINAL))}
-    decision = Decision((), tuple(Route(op, mode, "cuda", "bfloat16", rules[op]) for op in OPS for mode in MODES))
+    decision = Decision((), tuple(Route(op, mode, "cuda", "bfloat16", rules[op]) for op in OPS[:2] for mode in MODES))
     rows = []
     for nbytes, fast, plain, fused, of_fast, of_plain, of_terminal in (
         (8192, 2, 7, 3, 5, 9, 12),
@@ -153,7 +153,7 @@ def test_a_fused_call_is_composed_where_that_is_faster() -> None:
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_first_cases_cover_the_sizes(device_type: str, quick: bool) -> None:
-    ops = OPS if device_type == "cuda" else OPS[:1]
+    ops = OPS[:2] if device_type == "cuda" else OPS[:1]
     found = tune.cases(device_type, ops=ops, quick=quick)
     assert len(found) == len(set(found))
     assert {case.mode for case in found} == set(MODES if device_type == "cuda" else MODES[:1])

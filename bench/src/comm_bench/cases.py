@@ -11,11 +11,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from comm_core.types import DTYPES
+from comm_core.types import DTYPES, QUANTS
 from comm_core.types import OPS as _OPS
 
 __all__ = [
     "ALIASES",
+    "GROUP_SIZE",
     "OPS",
     "PLACES",
     "BenchCase",
@@ -23,14 +24,17 @@ __all__ = [
     "bus_factor",
     "calls_for",
     "first_fused_sum",
+    "fused_growth",
     "parse_nbytes",
     "pattern_of",
     "shapes",
     "sizes",
 ]
 
-#: The operations that are timed.
-OPS = _OPS[:2]
+#: The operations that are timed: core's, the last one in each of its forms, which follow a colon.
+OPS = (*_OPS[:2], *(f"{_OPS[2]}:{quant}" for quant in QUANTS))
+#: The elements that share a scale in the form "fp8_per_group".
+GROUP_SIZE = 128
 #: nccl-tests' names of dtypes, with torch's names.
 ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 #: The output of a call is a new tensor ("out") or overwrites the input ("in"; for the fused operation, the residual).
@@ -89,6 +93,11 @@ class BenchCase:
         """Whether the call also adds a residual and normalises."""
         return self.op != "all_reduce"
 
+    @property
+    def quant(self) -> str | None:
+        """The form to which the call also quantises, one of `comm_core.types.QUANTS`; None: it doesn't."""
+        return self.op.partition(":")[2] or None
+
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
@@ -117,7 +126,7 @@ def pattern_of(op: str, dtype: str, world_size: int) -> Pattern:
     an odd factor also takes bits of the significand.
 
     In a fused chain, all elements of a rank have one magnitude. After the first call the sum's elements are ±s (see
-    `first_fused_sum`) and the normalised elements ±1; each further call adds `world_size` to s.
+    `first_fused_sum`) and the normalised elements ±1; each further call adds `fused_growth` to s.
 
     Raises:
         ValueError: the group has fewer than two ranks.
@@ -126,10 +135,13 @@ def pattern_of(op: str, dtype: str, world_size: int) -> Pattern:
         raise ValueError(f"a group of {world_size} has nothing to reduce; at least two ranks are needed")
     if op != "all_reduce":
         limit = 1 << _FLOATS[dtype][0]
-        growth = world_size * _MIN_FUSED_LENGTH
+
+        def last_sum(largest: int) -> int:
+            return first_fused_sum(world_size, largest) + fused_growth(op, world_size, largest) * _MIN_FUSED_LENGTH
+
         # Prefer a magnitude of its own for each rank.
-        largest = next((each for each in (world_size, 2) if first_fused_sum(world_size, each) + growth < limit), 1)
-        length = max((limit - first_fused_sum(world_size, largest)) // world_size, 1)
+        largest = next((each for each in (world_size, 2) if last_sum(each) < limit), 1)
+        length = max((limit - first_fused_sum(world_size, largest)) // fused_growth(op, world_size, largest), 1)
         return Pattern(largest, 0, disjoint=False, length=length)
     odd = world_size
     while odd % 2 == 0:
@@ -156,6 +168,15 @@ def pattern_of(op: str, dtype: str, world_size: int) -> Pattern:
 def first_fused_sum(world_size: int, largest: int) -> int:
     """Return the magnitude of a fused chain's first sum: 1, 2, … `largest`, 1, 2, … by rank, plus the residual's 1."""
     return sum(rank % largest + 1 for rank in range(world_size)) + 1
+
+
+def fused_growth(op: str, world_size: int, largest: int) -> int:
+    """Return what each call of a fused chain adds to the sum's magnitude: the ranks' ones, the norms of a call before.
+
+    Quantised norms can't be reduced, so in a chain of quantised calls every call reduces the first call's tensor again,
+    and reads only its residual from the call before.
+    """
+    return world_size if op == OPS[1] else first_fused_sum(world_size, largest) - 1
 
 
 def calls_for(device_type: str, nbytes: int) -> int:

@@ -20,7 +20,7 @@ from comm_core.command import contention, enough_gpus, joined, launch, under_tor
 from comm_core.types import DTYPES
 
 from comm_bench import stats
-from comm_bench.cases import ALIASES, OPS, PLACES, BenchCase, parse_nbytes, shapes, sizes
+from comm_bench.cases import ALIASES, GROUP_SIZE, OPS, PLACES, BenchCase, parse_nbytes, shapes, sizes
 from comm_bench.compare import compare
 from comm_bench.document import Listener, footer, heading, preamble, read_rows, tables, with_partial_results
 from comm_bench.progress import Progress
@@ -35,7 +35,8 @@ _SMALLEST_NBYTES = 1 << 10
 _ODD_NBYTES = 12
 _HIDDEN_SIZE = 4096
 _NO_GRAPHS = "-G {}: only GPUs have CUDA graphs, and these ranks use CPUs; leave it out, or give -G 0"
-_OPS = {"all_reduce": OPS[:1], "fused": OPS[1:], "both": OPS}
+_FORMS = {op.partition(":")[2]: (op,) for op in OPS[2:]}
+_OPS = {"all_reduce": OPS[:1], "fused": OPS[1:2], "both": OPS[:2], "fused_quant": OPS[2:], **_FORMS}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -139,8 +140,10 @@ def _check_arguments(args: argparse.Namespace) -> None:
         args.fail(f"-e {args.last} is below -b {args.first or _SMALLEST_NBYTES}, so there is no size to measure")
     if args.tokens and _chosen_sizes(args):
         args.fail("--tokens takes the place of the sizes: leave -b, -e, -f and -i out")
-    if args.op == "fused" and not any("float" in dtype for dtype in args.dtypes):
+    if OPS[0] not in _OPS[args.op] and not any("float" in dtype for dtype in args.dtypes):
         args.fail(f"-d {','.join(args.dtypes)}: the fused operation needs a floating-point dtype")
+    if OPS[-1] in _OPS[args.op] and (width := next((each for each in args.hidden if each % GROUP_SIZE), None)):
+        args.fail(f"--hidden {width}: scales for groups need a multiple of {GROUP_SIZE}; name another form by --op")
     if args.read is None and (os.environ["WORLD_SIZE"] if under_torchrun() else str(args.nproc)) == "1":
         args.fail("a single rank has nothing to reduce; start at least two")
     _check_output_paths(args)

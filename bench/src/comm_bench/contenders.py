@@ -1,4 +1,4 @@
-"""The measured contenders: this group's backends and torch.distributed; base classes for peers and limits."""
+"""The base classes of the measured contenders, and the ranks that measure them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import abc
 import contextlib
 import functools
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import comm_core as comm
 import torch
 import torch.distributed as dist
-from comm_core import fallback
 from comm_core.command import describe
-from comm_core.types import TERMINAL
 
 from comm_bench.cases import BenchCase
 from comm_bench.watch import Watchdog
 
-__all__ = ["Absent", "Contender", "Job", "Recorder", "State", "backends", "nccl_needs_spacer", "terminal"]
+__all__ = ["Absent", "Contender", "Job", "Recorder", "State"]
 
 # Bytes to which tensors in one allocation are aligned, as by torch's allocator.
 _ALIGNMENT = 512
-# The backend that launches nothing but NCCL's kernels.
-_NCCL = "nccl"
 #: A call's inputs, and its outputs as the next call's inputs: the tensor, and for the fused operation the residual.
 State = tuple[torch.Tensor, ...]
 
@@ -161,6 +156,30 @@ class Contender(Recorder, abc.ABC):
             in_place: whether the output overwrites the input; for the fused operation, the residual.
         """
 
+    def call_quant(
+        self, state: State, weight: torch.Tensor, quant: str, scale: torch.Tensor | None, *, in_place: bool
+    ) -> State:
+        """Make one call that also quantises the norm, and return the values, their scales and the sum.
+
+        Args:
+            state: the tensor to reduce and the residual.
+            weight: `[hidden_size]`.
+            quant: one of `comm_core.types.QUANTS`.
+            scale: for "fp8_static", the scale; else None.
+            in_place: whether the sum overwrites the residual.
+        """
+        raise NotImplementedError
+
+    def call_separately(
+        self,
+        state: State,  # noqa: ARG002 - most contenders have no such promise
+        weight: torch.Tensor,  # noqa: ARG002
+        quant: str,  # noqa: ARG002
+        scale: torch.Tensor | None,  # noqa: ARG002
+    ) -> State | None:
+        """Quantise the norm of a fused call by core; return the results if `call_quant` has to give the same bits."""
+        return None
+
     def inputs(self, case: BenchCase) -> State:
         """Return uninitialised tensors for the first call's inputs, the residual second. Local, once per case."""
         return self.allocate(case, 1 + case.fused)
@@ -184,7 +203,7 @@ class Contender(Recorder, abc.ABC):
         return False
 
     def composes(self, case: BenchCase) -> bool:  # noqa: ARG002 - most contenders have a kernel of their own
-        """Return whether such a call is composed of a plain sum and core's norm."""
+        """Return whether such a call is composed by core, not by a kernel for the operation."""
         return False
 
     def failure_reason(self) -> str:
@@ -198,120 +217,3 @@ class Contender(Recorder, abc.ABC):
 
     def close(self) -> None:
         """Free the contender's resources; `release` comes first. Collective."""
-
-
-class _BackendContender(Contender):
-    """A backend of comm-core, called as users do: through the handle of a group that names this backend."""
-
-    kind = "backend"
-
-    def __init__(self, name: str, handle: comm.Backend, group: dist.ProcessGroup) -> None:
-        super().__init__(name)
-        self._handle = handle
-        self._group = group
-        self._has_stopped = False
-
-    def supports(self, case: BenchCase) -> bool:
-        if self._has_stopped:
-            return False
-        op = "all_reduce" if self.composes(case) else case.op
-        return self._owner(op, case) == self.name
-
-    def composes(self, case: BenchCase) -> bool:
-        return case.fused and self._owner(case.op, case) == TERMINAL
-
-    def _owner(self, op: str, case: BenchCase) -> str:
-        """Return the backend that serves `op` of the case's size in the handle's plan."""
-        sizes = (case.nbytes, *case.shape) if op == case.op and case.fused else (case.nbytes,)
-        return self._handle.decision.route(op, case.mode, case.device_type, case.dtype).backend_for(*sizes)
-
-    def capture(self) -> AbstractContextManager[None]:
-        return comm.capture()
-
-    def needs_spacer(self, case: BenchCase) -> bool:
-        return self.name == _NCCL and nccl_needs_spacer(case)
-
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
-        if weight is None:
-            return (self._handle.all_reduce(state[0], state[0] if in_place else None),)
-        tensor, residual = state
-        return self._handle.all_reduce_add_rms_norm(
-            tensor, residual, weight, residual_out=residual if in_place else None
-        )
-
-    def note_failure(self, job: Job) -> None:
-        self._has_stopped = any(job.all_gather(self._handle.failure is not None))
-
-    def failure_reason(self) -> str:
-        failed = (c for c in self._handle.decision.candidates if c.name == self.name and c.verdict == "failed")
-        return next((c.reason if c.rank is None else f"rank {c.rank}: {c.reason}" for c in failed), "")
-
-    def close(self) -> None:
-        comm.close(self._group)
-
-
-class _Terminal(Contender):
-    """torch.distributed; for the fused operation, core's composition of its sum and a norm."""
-
-    kind = "terminal"
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(TERMINAL)
-        self._group = job.world
-
-    def supports(self, case: BenchCase) -> bool:  # noqa: ARG002 - it supports every case
-        return True
-
-    def composes(self, case: BenchCase) -> bool:
-        return case.fused
-
-    def needs_spacer(self, case: BenchCase) -> bool:
-        # Out of place, the copy runs between NCCL's kernels.
-        return case.place == "in" and nccl_needs_spacer(case)
-
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
-        if weight is None:
-            return (fallback.torch_distributed(self._group, state[0], state[0] if in_place else None),)
-        tensor, residual = state
-        total = fallback.torch_distributed(self._group, tensor, None)
-        # On GPUs the output overwrites the sum, as in a handle.
-        out = total if total.is_cuda else None
-        return fallback.add_rms_norm(total, residual, weight, 1e-6, 0.0, out, residual if in_place else None)
-
-
-def nccl_needs_spacer(case: BenchCase) -> bool:
-    """Return whether a chain of NCCL's kernels alone needs spacers.
-
-    In a graph, NCCL's kernel takes three times as long directly behind itself as behind any other kernel, even one on a
-    single element: 20 us against 7 for 1 KiB, 29 to 36 against 15 for 1 MiB (two H200, torch 2.11, NCCL 2.28.9). In a
-    model another kernel always lies in between.
-    """
-    return case.mode == "graph" and not case.fused
-
-
-def terminal(job: Job) -> Contender:
-    """Return the terminal fallback, to which every contender is compared."""
-    return _Terminal(job)
-
-
-def backends(decision: comm.Decision, only: Sequence[str]) -> Iterator[Contender | tuple[str, str]]:
-    """Yield a contender for each installed backend that this group can use, (name, reason) for the others. Collective.
-
-    Args:
-        decision: the world group's decision.
-        only: names of the backends to measure; empty for all.
-    """
-    for candidate in decision.candidates:
-        if candidate.name == TERMINAL or (only and candidate.name not in only):
-            continue
-        if candidate.verdict not in {"serves", "standby"}:
-            yield candidate.name, candidate.reason
-            continue
-        # A group has only one handle, so each backend gets a group of its own.
-        group = dist.new_group()
-        try:
-            handle = comm.get_backend(group, backends=(candidate.name,))
-        except comm.BackendUnavailableError as error:
-            yield candidate.name, str(error)
-            continue
-        yield _BackendContender(candidate.name, handle, group)

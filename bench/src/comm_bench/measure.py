@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -154,7 +155,7 @@ def _prepare(contender: Contender, case: BenchCase, job: Job, procedure: Procedu
             salt = 100 * (number + 1)
             check.fill(salt)
             job.run_collectively(run)
-            wrong += check.count_wrong(salt)
+            wrong += job.run_collectively(functools.partial(check.count_wrong, salt))
     launch = _make_launch(job, case, contender, lambda: chain.run(calls))
     return _Timed(contender.name, launch, calls, chain, wrong)
 

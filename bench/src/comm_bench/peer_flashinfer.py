@@ -23,8 +23,10 @@ _V1_WORLD_SIZES = (2, 4, 6, 8)
 _V1_BLOCKS = 36
 _V1_TABLE_NBYTES = 8 << 20
 _FUSED_DTYPES = ("bfloat16", "float16")
-# FlashInfer's code for the pattern all-reduce, residual, norm.
+# FlashInfer's codes for the patterns all-reduce, residual, norm, and that quantised. Its scales for groups are powers
+# of two: another format than core's.
 _AR_RESIDUAL_RMS_NORM = 1
+_QUANT_PATTERNS = {"fp8_static": 2, "fp8_per_token": 10}
 
 
 def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list[tuple[str, Callable[[], Contender]]]:
@@ -34,7 +36,7 @@ def peers(job: Job, ops: Iterable[str], capacity: int, hidden_size: int) -> list
     found: list[tuple[str, Callable[[], Contender]]] = []
     if "all_reduce" in ops:
         found.append(("vllm_v1", lambda: _V1(job, capacity)))
-    if "all_reduce_add_rms_norm" in ops:
+    if any(op != "all_reduce" for op in ops):
         shared: list[_Workspace] = []
 
         def workspace() -> _Workspace:
@@ -133,7 +135,7 @@ class _Workspace:
 
 
 class _Fused(Contender):
-    """All-reduce, residual and norm in one kernel."""
+    """All-reduce, residual and norm in one kernel, and the quantisation with one scale or one for each token."""
 
     def __init__(self, workspace: _Workspace, *, one_shot: bool) -> None:
         super().__init__("flashinfer_1shot" if one_shot else "flashinfer_2shot")
@@ -144,6 +146,7 @@ class _Fused(Contender):
         workspace = self._workspace
         return (
             case.fused
+            and (case.quant is None or case.quant in _QUANT_PATTERNS)
             and case.device_type == "cuda"
             and case.dtype in _FUSED_DTYPES
             and case.nbytes <= workspace.capacity
@@ -155,17 +158,41 @@ class _Fused(Contender):
         tensor, residual = state
         normed = torch.empty_like(tensor)
         summed = residual if in_place else torch.empty_like(residual)
+        self._run(_AR_RESIDUAL_RMS_NORM, tensor, residual, weight, summed, norm_out=normed)
+        return normed, summed
+
+    def call_quant(
+        self, state: State, weight: torch.Tensor, quant: str, scale: torch.Tensor | None, *, in_place: bool
+    ) -> State:
+        tensor, residual = state
+        values = torch.empty_like(tensor, dtype=torch.float8_e4m3fn)
+        summed = residual if in_place else torch.empty_like(residual)
+        if scale is None:
+            scales = torch.empty((len(tensor), 1), dtype=torch.float32, device=tensor.device)
+            self._run(_QUANT_PATTERNS[quant], tensor, residual, weight, summed, quant_out=values, scale_out=scales)
+            return values, scales, summed
+        self._run(_QUANT_PATTERNS[quant], tensor, residual, weight, summed, quant_out=values, scale_factor=scale)
+        return values, scale, summed
+
+    def _run(
+        self,
+        pattern: int,
+        tensor: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        summed: torch.Tensor,
+        **outputs: torch.Tensor,
+    ) -> None:
         self._workspace.module.allreduce_fusion(
             tensor,
             self._workspace.value,
-            _AR_RESIDUAL_RMS_NORM,
+            pattern,
             launch_with_pdl=True,
             residual_out=summed,
-            norm_out=normed,
             residual_in=residual,
             rms_gamma=weight,
             rms_eps=1e-6,
             use_oneshot=self._one_shot,
             fp32_acc=True,
+            **outputs,
         )
-        return normed, summed

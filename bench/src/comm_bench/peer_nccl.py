@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from comm_bench.backends import nccl_needs_spacer
 from comm_bench.cases import BenchCase
-from comm_bench.contenders import Absent, Contender, Job, State, nccl_needs_spacer
+from comm_bench.contenders import Absent, Contender, Job, State
 
 __all__ = ["peers"]
 

@@ -193,7 +193,7 @@ class _Fused(Contender):
 
     def supports(self, case: BenchCase) -> bool:
         return (
-            case.fused
+            case.op == "all_reduce_add_rms_norm"
             and case.device_type == "cuda"
             and case.dtype == "bfloat16"
             and case.shape[0] <= self._tokens

@@ -10,7 +10,8 @@ import comm_core as comm
 from comm_core import env
 
 from comm_bench import peer_flashinfer, peer_nccl, peer_sglang, peer_torch
-from comm_bench.contenders import Absent, Contender, Job, backends, terminal
+from comm_bench.backends import backends, terminal
+from comm_bench.contenders import Absent, Contender, Job
 from comm_bench.limits import limits
 
 __all__ = ["Roster", "UnknownContenderError", "assemble"]
@@ -94,7 +95,7 @@ def assemble(
             f"no installed backend or peer has the name {', '.join(unknown)}; choose from {', '.join(sorted(known))}"
         )
     roster = Roster([terminal(job)], {}, handle.topology)
-    for found in backends(handle.decision, only):
+    for found in backends(handle.decision, only, quantized=any(":" in op for op in ops)):
         if isinstance(found, Contender):
             roster.contenders.append(found)
         else:

@@ -112,7 +112,7 @@ def _tune(args: argparse.Namespace, rank: int) -> int:
 def _ops(decision: Decision, device_type: str) -> tuple[str, ...]:
     """Return the operations with a choice: on CPUs, the fused one may have none but core's composition."""
     fuses = any(rule.backend != TERMINAL for route in decision.routes if route.op == OPS[1] for rule in route.rules)
-    return OPS if device_type == "cuda" or fuses else OPS[:1]
+    return OPS[: 2 if device_type == "cuda" or fuses else 1]
 
 
 def cases(device_type: str, *, ops: Sequence[str], quick: bool) -> list[BenchCase]:
