@@ -282,8 +282,12 @@ def draw_steps(document: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5.5 * len(shapes), 3.6), layout="constrained")
     named = [f"{name} {machine['versions'][name]}" for name in ("torch", "nccl") if name in machine["versions"]]
     devices = f"{machine['ranks']} x {machine['devices'][0] if machine['devices'] else 'CPU process'}"
-    figure.suptitle(f"One decode step, bfloat16, {', '.join([devices, *named])}", fontsize="medium")
+    dtype = "FP8" if "quant" in document["settings"] else "bfloat16"
+    figure.suptitle(f"One decode step, {dtype}, {', '.join([devices, *named])}", fontsize="medium")
     labels = {"plain": "all_reduce", "fused": "all_reduce_add_rms_norm", "none": "no communication"}
+    if dtype == "FP8":
+        labels = {"norm then quant": f"{labels['fused']}, quantize"}
+        labels |= {"fused quant": "all_reduce_add_rms_norm_quant", "none": "no communication"}
     for panel, name in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes, strict=True):
         for number, (way, label) in enumerate(labels.items()):
             rows = [row for row in document["rows"] if (row["shape"], row["way"]) == (name, way)]

@@ -48,6 +48,16 @@ def decode_step(*arguments: object) -> int:
         return run("decode_step", *arguments)
 
 
+def other_bits() -> int:
+    """Count the bytes in which the ranks' outputs of two ways differ: one byte on each rank."""
+    outputs = (torch.ones(2, 16).to(torch.float8_e4m3fn), torch.ones(2, 1), torch.ones(2, 16, dtype=torch.bfloat16))
+    others = tuple(output.clone() for output in outputs)
+    others[dist.get_rank() * 2].view(torch.uint8)[-1, -1] ^= 1
+    with loaded("decode_step") as program:
+        wrong: int = program.count_other_bits(outputs, others)
+    return wrong
+
+
 def record_of_two_sizes() -> dict[str, Any]:
     """Measure as `comm-core bench` does; return the record."""
     cases = [BenchCase("all_reduce", "eager", "in", "bfloat16", "cpu", (nbytes // 2,)) for nbytes in (1024, 2048)]
@@ -68,6 +78,27 @@ def test_every_way_of_a_decode_step_is_timed_and_correct(ranks: Ranks, tmp_path:
     assert all(0 < row["error"] < 0.05 for (_, way), row in rows.items() if way != "none")
     assert run("decode_step", "--read", record, "--plot", picture) == 0
     assert 0 < picture.stat().st_size < 100_000
+
+
+def test_every_way_of_a_decode_step_in_fp8_is_timed_and_correct(ranks: Ranks, tmp_path: Path) -> None:
+    record, picture = tmp_path / "step.json", tmp_path / "step.svg"
+    arguments = ("--fp8", "--shape", "tiny", "--batches", "1,3", "--rounds", 3, "--replays", 1, "--json", record)
+    assert ranks.run(decode_step, *arguments, installed=True) == [0, 0]
+    document = json.loads(record.read_text())
+    assert document["wrong"] == 0
+    assert document["settings"]["quant"] == "fp8_per_token"
+    rows = {(row["batch"], row["way"]): row for row in document["rows"]}
+    ways = ("torch.distributed", "norm then quant", "fused quant", "none")
+    assert rows.keys() == {(batch, way) for batch in (1, 3) for way in ways}
+    # More than bfloat16's rounding, so it did quantise.
+    assert all(0.01 < row["error"] < 0.1 for (_, way), row in rows.items() if way != "none")
+    assert [way for (_, way), row in rows.items() if row.get("base") == "norm then quant"] == ["fused quant"] * 2
+    assert run("decode_step", "--read", record, "--plot", picture) == 0
+    assert 0 < picture.stat().st_size < 100_000
+
+
+def test_other_bits_of_the_fused_quantisation_are_counted(ranks: Ranks) -> None:
+    assert ranks.run(other_bits) == [2, 2]
 
 
 def test_the_costs_of_core_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
