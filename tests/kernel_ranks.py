@@ -7,6 +7,8 @@ parameter `handle` are parts of them.
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import itertools
 import os
 import signal
@@ -260,6 +262,93 @@ def killed(name: str, fused: bool = False) -> list[str]:
         assert caught.value.ranks == (1,)
         texts.append(str(caught.value))
     return texts
+
+
+#: The calls of each case of `late`, how long rank 1's device is late to each, in cycles of its clock, and the least sum
+#: of rank 0's waits in microseconds. A device has at most 2 cycles a nanosecond: it is late for 2 ms, or 100 us.
+LATE = {"long": (10, 4_000_000, 10_000.0), "short": (50, 200_000, 1_000.0)}
+
+
+def late(name: str, sizes: Sequence[int], fused: bool = False) -> dict[str, tuple[int, float, float]]:
+    """Come late to calls, on rank 1 of two, eager and in graphs.
+
+    Args:
+        name: the backend.
+        sizes: bytes of the messages.
+        fused: whether it also serves the fused operation, which is then called, too.
+
+    Returns:
+        This rank's waits for the other, by case: their number, their sum and the longest one so far, in microseconds.
+    """
+    rank, found = dist.get_rank(), {}
+    gc.disable()  # a collection would make a rank late
+    with opened(name) as handle:
+
+        def waits() -> tuple[int, float, float]:
+            torch.cuda.synchronize()
+            by_rank = {item.rank: item for item in handle.waits()}
+            assert rank not in by_rank
+            item = by_rank.get(1 - rank)
+            return (item.waits, item.total_us, item.longest_us) if item else (0, 0.0, 0.0)
+
+        def measure(case: str, run: Callable[[], object]) -> None:
+            before = waits()
+            dist.all_reduce(torch.zeros(1))  # over Gloo: hosts go on together
+            run()
+            after = waits()
+            found[case] = (after[0] - before[0], after[1] - before[1], after[2])
+
+        def measure_both(case: str, call: Callable[[], object]) -> None:
+            for length, (count, cycles, _) in LATE.items():
+
+                def run(count: int = count, cycles: int = cycles) -> None:
+                    for _ in range(count):
+                        if rank == 1:
+                            torch.cuda._sleep(cycles)
+                        call()
+
+                call()
+                measure(f"{length} eager {case}", run)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    run()
+                graph.replay()
+                measure(f"{length} graph {case}", graph.replay)
+
+        for nbytes in sizes:
+            x = torch.zeros(nbytes // 2, device="cuda", dtype=torch.bfloat16)
+            measure_both(f"{nbytes}", functools.partial(handle.all_reduce, x))
+        if fused:
+            x = torch.zeros((16, 4096), device="cuda", dtype=torch.bfloat16)
+            weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
+            measure_both("fused", lambda: handle.all_reduce_add_rms_norm(x, x.clone(), weight, 1e-6))
+        ask_while_a_kernel_waits(handle)
+    return found
+
+
+def ask_while_a_kernel_waits(handle: comm.Backend) -> None:
+    """Check that `waits` returns while a kernel waits for rank 1, which calls only after that."""
+    rank, x = dist.get_rank(), torch.ones(512, device="cuda")
+    turn = torch.zeros(1)  # over Gloo
+    if rank == 0:
+        handle.all_reduce(x)
+        handle.waits()
+        assert not torch.cuda.current_stream().query(), "the kernel didn't wait for rank 1"
+        dist.all_reduce(turn)
+    else:
+        dist.all_reduce(turn)
+        handle.all_reduce(x)
+    torch.cuda.synchronize()
+
+
+def check_late(results: list[dict[str, tuple[int, float, float]]], cases: int) -> None:
+    """Check what the ranks returned from `late` in `cases` cases: rank 0's waits name rank 1, not the reverse."""
+    assert all(len(found) == cases for found in results)
+    for case, (waits, total_us, longest_us) in results[0].items():
+        count, _, least_us = LATE[case.split()[0]]
+        assert count * 0.8 <= waits <= count * 10, (case, results)
+        assert least_us <= total_us <= waits * longest_us, (case, results)
+        assert 2 * results[1][case][1] < total_us, (case, results)
 
 
 #: Messages of two ranks that no kernel may sum: numels, and names of dtypes.

@@ -24,7 +24,7 @@ Buffers make_buffers() {
 Params params_of(Buffers& buffers, uint32_t rank, uint32_t num_vecs, uint32_t* error) {
     Params params{};
     for (uint32_t peer = 0; peer < kRanks; ++peer) params.buffers[peer] = buffers[peer].data();
-    params.bound = {error, 60'000'000'000ull};
+    params.bound = {error, 60'000'000'000ull, nullptr};
     params.max_nbytes = kMaxNbytes;
     params.num_vecs = num_vecs;
     params.rank = rank;
@@ -80,7 +80,7 @@ int check_sums() {
     return 0;
 }
 
-// Rank 0 launches alone: the launch ends, and its error word names rank 1.
+// Rank 0 launches alone: the launch ends, its error word names rank 1, and it counts the wait for that rank.
 int check_an_absent_rank() {
     comm_core::SpinGuard::most_polls = 1000;
     Buffers buffers = make_buffers();
@@ -88,9 +88,11 @@ int check_an_absent_rank() {
     uint32_t error = 0;
     Params params = params_of(buffers, 0, 1, &error);
     params.input = params.output = tensor.data();
+    comm_core::WaitCounts counts[kRanks] = {};
+    params.bound.counts = counts;
     fake::launch_one(one_shot<comm_core::Float32, kRanks>, params, 1, kFewThreads);
-    if (error != 2) {
-        std::printf("the error word is %u\n", error);
+    if (error != 2 || counts[0].waits != 0 || counts[1].waits != 1) {
+        std::printf("the error word is %u, waits for rank 1: %u\n", error, static_cast<uint32_t>(counts[1].waits));
         return 1;
     }
     std::printf("an absent rank is noticed\n");

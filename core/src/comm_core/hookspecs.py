@@ -333,7 +333,7 @@ def waits(session: Any) -> Mapping[int, tuple[int, float, float]]:  # type: igno
 
     Returns:
         By the peer's group rank: the number of waits, their total time and the longest one, in microseconds. Waits
-        that are part of every exchange needn't count.
+        that are part of every exchange needn't count, nor those of kernels that haven't ended.
 
     Raises:
         Exception: of any type: reaches the caller.

@@ -236,20 +236,53 @@ T ready(T value) {
     return value;
 }
 
+struct WaitCounts {
+    uint64_t waits, total_ns, longest_ns;
+};
+
 struct Bound {
     uint32_t* error;
     uint64_t timeout_ns;
+    WaitCounts* counts;
 };
 
 class SpinGuard {
   public:
     // Of a minute and more, as a thread sleeps between most of its polls.
     static constexpr uint32_t kMinute = 600'000;
+    // The polls of a wait that isn't counted.
+    static constexpr uint32_t kShortPolls = 16;
     // The limit of a thread's polls in one launch; small in tests with a peer that never comes.
     static inline uint32_t most_polls = kMinute;
     // How long a thread polls at least, however often: where a peer that comes must not be given up.
     static inline std::chrono::milliseconds least{0};
+    // How many waits have become long so far, of all threads and ranks.
+    static inline std::atomic<uint32_t> long_waits{0};
 
+    template <typename Poll>
+    void wait(const Bound& bound, bool is_counter, const Poll& poll) {
+        const auto since = std::chrono::steady_clock::now();
+        uint32_t rank = 0, polls = 0;
+        while (!poll(rank)) {
+            if (++polls == kShortPolls) ++long_waits;
+            if (expired(bound, rank)) break;
+        }
+        if (polls < kShortPolls || !is_counter || bound.counts == nullptr) return;
+        const std::chrono::nanoseconds elapsed = std::chrono::steady_clock::now() - since;
+        const auto elapsed_ns = static_cast<uint64_t>(elapsed.count());
+        WaitCounts& counts = bound.counts[rank];
+        ++counts.waits;
+        counts.total_ns += elapsed_ns;
+        if (elapsed_ns > counts.longest_ns) counts.longest_ns = elapsed_ns;
+    }
+
+    void give_up(const Bound& bound, uint32_t rank) {
+        uint32_t none = 0;  // who gave up first is who tells
+        std::atomic_ref<uint32_t>(*bound.error).compare_exchange_strong(none, rank + 1);
+        over_ = true;
+    }
+
+  private:
     bool expired(const Bound& bound, uint32_t rank) {
         // As in wait.cuh, the word ends every wait once it is set.
         if (++polls_ % 1024 == 0 && std::atomic_ref<uint32_t>(*bound.error).load() != 0) over_ = true;
@@ -265,13 +298,6 @@ class SpinGuard {
         return true;
     }
 
-    void give_up(const Bound& bound, uint32_t rank) {
-        uint32_t none = 0;  // who gave up first is who tells
-        std::atomic_ref<uint32_t>(*bound.error).compare_exchange_strong(none, rank + 1);
-        over_ = true;
-    }
-
-  private:
     std::chrono::steady_clock::time_point since_;
     uint32_t polls_ = 0;
     bool over_ = false;

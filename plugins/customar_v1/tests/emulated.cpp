@@ -50,7 +50,7 @@ Params params_of(std::vector<std::vector<char>>& buffers, Step& step, size_t ran
     for (size_t peer = 0; peer < buffers.size(); ++peer) params.buffers[peer] = buffers[peer].data();
     params.staging_at = kStagingAt;
     params.staging_nbytes = kLargest;
-    params.bound = {&error_word, 60'000'000'000ull};
+    params.bound = {&error_word, 60'000'000'000ull, nullptr};
     params.input = step.tensors[rank].data();
     params.output = step.in_place ? step.tensors[rank].data() : step.outputs[rank].data();
     params.num_vecs = static_cast<uint32_t>(step.nbytes / 16);
@@ -224,6 +224,39 @@ int check_different_messages() {
     return 0;
 }
 
+// Rank 1 comes when each block of rank 0 waits already: rank 0 counts one wait for it, and rank 1 none. At a second
+// barrier each may count another one.
+int check_counts_of_waits() {
+    const Shape shapes[] = {{"one_stage 1", one_stage<comm_core::BFloat16, 2, 1>, 1, 32, 3},
+                            {"two_stage 1", two_stage<comm_core::BFloat16, 2, 1>, 1, 32, 3}};
+    for (const Shape& shape : shapes) {
+        std::vector<std::vector<char>> buffers(2, std::vector<char>(kStagingAt + 2 * kLargest));
+        for (std::vector<char>& buffer : buffers) std::memcpy(buffer.data(), &comm_core::kOneEpoch, 8);
+        comm_core::WaitCounts counts[2][2] = {};
+        comm_core::SpinGuard::long_waits = 0;
+        fake::on_every_rank(2, [&](size_t rank) {
+            Step step{&shape, 9600, false, {}, {}, {}};
+            step.tensors.assign(2, std::vector<char>(kLargest));
+            step.outputs = step.tensors;
+            Params params = params_of(buffers, step, rank);
+            params.bound.counts = counts[rank];
+            const uint32_t blocks = blocks_of(step, params, 2);
+            while (rank == 1 && comm_core::SpinGuard::long_waits < blocks)
+                std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            fake::launch_one(shape.kernel, params, blocks, shape.threads);
+        });
+        const uint64_t more = &shape == shapes ? 0 : 1;
+        for (uint32_t rank = 0; rank < 2; ++rank) {
+            const uint64_t waits = counts[rank][1 - rank].waits, due = 1 - rank;
+            if (counts[rank][rank].waits == 0 && waits >= due && waits <= due + more) continue;
+            std::printf("%s: rank %u counts %u waits\n", shape.name.c_str(), rank, static_cast<uint32_t>(waits));
+            return 1;
+        }
+    }
+    std::printf("every wait is counted\n");
+    return 0;
+}
+
 // Every rank's page arrives and is loaded; a page of another seed, or with a changed word, is noticed.
 int check_peer_access_test(uint32_t world_size) {
     std::vector<std::vector<char>> regions(world_size, std::vector<char>(kTestRegionNbytes));
@@ -260,7 +293,7 @@ int main(int argc, char** argv) {
     if (world_size == 2) {
         return check<comm_core::BFloat16, 2>(rounds, 1) || check<comm_core::Float32, 2>(rounds, (1ull << 32) - 4) ||
                check<comm_core::Float16, 2>(rounds, (1ull << 31) + 1) || check_different_messages<2>() ||
-               check_peer_access_test(2);
+               check_counts_of_waits() || check_peer_access_test(2);
     }
     // One dtype, since compiling takes long.
     if (world_size == 4) {

@@ -84,6 +84,12 @@ def test_four_ranks(ranks: Ranks, found: list[list[Path]]) -> None:
         assert ranks.run(kernel_ranks.mixed, NAME, 2000, env=setting, **job) == [2000] * 4
 
 
+def test_a_late_rank_is_named_by_the_waits_of_the_other(ranks: Ranks, found: list[list[Path]]) -> None:
+    sizes = (1024, 256 << 10, 4 << 20)
+    results = ranks.run(kernel_ranks.late, NAME, sizes, backend=GPUS, path=found, deadline_s=200)
+    kernel_ranks.check_late(results, 4 * len(sizes))
+
+
 def test_mixed_calls(ranks: Ranks, found: list[list[Path]]) -> None:
     calls = kernel_ranks.soak_calls()
     deadline_s = max(200, calls // 2000)

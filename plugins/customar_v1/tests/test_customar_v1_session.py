@@ -102,6 +102,9 @@ class Native:
     def error(self) -> int:
         return self.late
 
+    def waits(self) -> list[int]:
+        return [0, 0, 0, 3, 4500, 2500]
+
     def algorithm_of(self, _: int) -> int:
         return 1
 
@@ -329,6 +332,16 @@ def test_a_kernel_that_timed_out_names_the_rank(pair: tuple[list[Native], list[A
         ) as caught:
             call()
         assert caught.value.ranks == (1,)
+
+
+def test_waits_are_by_peer_in_microseconds_until_the_session_is_closed(pair: tuple[list[Native], list[Any]]) -> None:
+    own = pair[1][0]
+    assert customar_v1.waits(own) == {1: (3, 4.5, 2.5)}
+    own.suspend()
+    customar_v1.abort(own)
+    assert customar_v1.waits(own) == {1: (3, 4.5, 2.5)}
+    customar_v1.close(own, True)
+    assert customar_v1.waits(own) == {}
 
 
 def test_after_abort_check_reports_replays_alone(pair: tuple[list[Native], list[Any]]) -> None:

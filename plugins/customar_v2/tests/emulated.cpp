@@ -57,7 +57,7 @@ Params params_of(std::vector<Rank>& ranks, size_t rank, size_t nbytes, const Lau
     params.tails_at = tails_at;
     params.cells_at = cells_at;
     params.cells_nbytes = kSlot;
-    params.bound = {&error_word, 60'000'000'000ull};
+    params.bound = {&error_word, 60'000'000'000ull, nullptr};
     params.input = ranks[rank].input.data();
     params.output = in_place ? ranks[rank].input.data() : ranks[rank].output.data();
     params.num_vecs = static_cast<uint32_t>(nbytes / 16);
@@ -85,13 +85,15 @@ void run(std::vector<Rank>& ranks, size_t nbytes, const Launch& launch, bool in_
     fake::launch(launch.kernel, params, blocks, launch.threads);
 }
 
-// A wait for several cells at once ends though some stay empty, names the first of their ranks, and has the others'.
+// A wait for several cells at once ends though some stay empty, names the first of their ranks, which it counts, and
+// has the others'.
 bool polls_what_comes() {
     const Vec arrived{1, 2, 3, 4}, partly{1, 2, 3, kEmpty}, nothing{kEmpty, kEmpty, kEmpty, kEmpty};
     Vec cells[4] = {arrived, arrived, partly, nothing}, vecs[4] = {arrived, nothing, nothing, nothing};
     const uint32_t sources[4] = {5, 3, 6, 0};
+    comm_core::WaitCounts counts[kMaxRanks] = {};
     Params params{};
-    params.bound.error = &error_word;
+    params.bound = {&error_word, 60'000'000'000ull, counts};
     error_word = 0;
     comm_core::SpinGuard::most_polls = 100;
     comm_core::SpinGuard guard;
@@ -100,6 +102,49 @@ bool polls_what_comes() {
     if (error_word != 1 + 6 || !full(vecs[0]) || !full(vecs[1]) || full(vecs[2]) || full(vecs[3])) {
         std::printf("a wait for four cells: the error word is %u\n", error_word);
         return false;
+    }
+    for (uint32_t rank = 0; rank < kMaxRanks; ++rank) {
+        if (counts[rank].waits == (rank == 6 ? 1 : 0)) continue;
+        std::printf("a wait for four cells: %u waits for rank %u\n", static_cast<uint32_t>(counts[rank].waits), rank);
+        return false;
+    }
+    return true;
+}
+
+// If the last rank comes when all threads of the others wait already, each of these ranks counts one wait, and the late
+// rank none. In two-shot, each rank may count another one: for the others' sums.
+template <int W>
+bool counts_waits(std::vector<Rank>& ranks, const Launch& launch) {
+    const bool parts = launch.name.rfind("twoshot", 0) == 0;
+    constexpr uint32_t kThreads = 64;  // of a rank, in two blocks
+    const size_t nbytes = kThreads * 16 * (parts ? W : 1);
+    for (Rank& rank : ranks) {
+        std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
+        std::memcpy(rank.buffer.data(), &comm_core::kOneEpoch, 8);
+    }
+    error_word = 0;
+    comm_core::SpinGuard::most_polls = comm_core::SpinGuard::kMinute;
+    comm_core::SpinGuard::long_waits = 0;
+    comm_core::WaitCounts counts[W][W] = {};
+    fake::on_every_rank(W, [&](size_t rank) {
+        while (rank == W - 1 && comm_core::SpinGuard::long_waits < (W - 1) * kThreads)
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        Params params = params_of(ranks, rank, nbytes, launch, false);
+        params.bound.counts = counts[rank];
+        fake::launch_one(launch.kernel, params, blocks_of(W, nbytes, launch), launch.threads);
+    });
+    for (int rank = 0; rank < W; ++rank) {
+        uint64_t waits = 0;
+        for (const comm_core::WaitCounts& each : counts[rank]) waits += each.waits;
+        const uint64_t due = rank < W - 1 ? 1 : 0;
+        if (waits < due || waits > due + (parts ? 1 : 0) || error_word != 0) {
+            std::printf("%s, %d ranks, the last is late: rank %d counts %u waits\n",
+                        launch.name.c_str(),
+                        W,
+                        rank,
+                        static_cast<uint32_t>(waits));
+            return false;
+        }
     }
     return true;
 }
@@ -269,6 +314,7 @@ int check(int rounds) {
         }
     }
     if (!polls_what_comes() || !gives_up<W>(ranks, launches)) return 1;
+    if (!counts_waits<W>(ranks, launches[0]) || !counts_waits<W>(ranks, launches[2])) return 1;
     // Once and for few ranks, since it takes long; the element type of the sums doesn't matter.
     if (std::is_same_v<T, comm_core::BFloat16> && W <= 3 && !notices_differences<W>(ranks, launches[0], launches[2]))
         return 1;

@@ -68,3 +68,9 @@ def test_ranks_that_come_with_different_messages_time_out(ranks: Ranks, found: l
     env = {"COMM_CORE_WAIT_TIMEOUT_S": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     results = ranks.run(kernel_ranks.differing, NAME, backend=GPUS, path=found, env=env)
     kernel_ranks.check_differing(results)
+
+
+def test_a_late_rank_is_named_by_the_waits_of_the_other(ranks: Ranks, found: list[list[Path]]) -> None:
+    sizes = (1024, 256 << 10, 4 << 20)
+    results = ranks.run(kernel_ranks.late, NAME, sizes, True, backend=GPUS, path=found, deadline_s=200)
+    kernel_ranks.check_late(results, 4 * (len(sizes) + 1))

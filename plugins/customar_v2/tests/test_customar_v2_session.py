@@ -85,6 +85,7 @@ class Native:
             "set_shapes": lambda numbers: self.calls.append(("shapes", numbers)),
             "set_norm_shapes": lambda numbers: self.calls.append(("norm shapes", numbers)),
             "error": lambda: self.missing,
+            "waits": lambda: [0, 0, 0, 3, 4500, 2500],
             "algorithm_of": lambda _: 2,
             "abort": lambda: self.calls.append("abort"),
             "set_early": lambda _: None,
@@ -247,6 +248,16 @@ def test_a_kernel_that_timed_out_names_the_rank(context: comm.GroupContext) -> N
         ) as caught:
             call()
         assert caught.value.ranks == (1,)
+
+
+def test_waits_are_by_peer_in_microseconds_until_the_session_is_closed(context: comm.GroupContext) -> None:
+    own = connect(Native(), context)
+    assert customar_v2.waits(own) == {1: (3, 4.5, 2.5)}
+    own.suspend()
+    customar_v2.abort(own)
+    assert customar_v2.waits(own) == {1: (3, 4.5, 2.5)}
+    customar_v2.close(own, True)
+    assert customar_v2.waits(own) == {}
 
 
 def test_after_abort_check_reports_replays_alone(context: comm.GroupContext) -> None:

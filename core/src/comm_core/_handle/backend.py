@@ -315,8 +315,9 @@ class Backend(QuantCalls):
     def waits(self) -> tuple[WaitStats, ...]:
         """Return how long this rank has waited for each peer so far, one entry for each backend and awaited peer.
 
-        Local. A peer that others wait for is late to the calls: it computes longer, or was interrupted. Only backends
-        with the hook `waits` are listed, and only until the handle is closed. On GPUs kernels wait, and don't count.
+        Local; waits for no kernel. A peer that others wait for is late to the calls: it computes longer, or was
+        interrupted. Kernels' waits on GPUs count once they have ended, in replays of graphs, too. Only backends with
+        the hook `waits` are listed, and only until the handle is closed.
 
         Raises:
             Exception: a backend's hook raised.

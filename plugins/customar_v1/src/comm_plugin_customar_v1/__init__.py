@@ -28,6 +28,7 @@ __all__ = [
     "probe",
     "resume",
     "suspend",
+    "waits",
 ]
 
 COMM_HOOK_API = (1, 0)
@@ -71,6 +72,12 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
         session.check()  # if a kernel timed out, raise that
         raise
     return out
+
+
+@comm.hookimpl
+def waits(session: Session) -> dict[int, tuple[int, float, float]]:
+    """Return this rank's long waits for each peer; see `Session.waits`."""
+    return session.waits()
 
 
 @comm.hookimpl

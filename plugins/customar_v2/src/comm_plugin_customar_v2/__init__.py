@@ -29,6 +29,7 @@ __all__ = [
     "probe",
     "resume",
     "suspend",
+    "waits",
 ]
 
 COMM_HOOK_API = (1, 0)
@@ -132,6 +133,12 @@ def all_reduce_add_rms_norm_quant(
         session.check()  # if a kernel timed out, raise that
         raise
     return None if taken else NotImplemented
+
+
+@comm.hookimpl
+def waits(session: Session) -> dict[int, tuple[int, float, float]]:
+    """Return this rank's long waits for each peer; see `Session.waits`."""
+    return session.waits()
 
 
 @comm.hookimpl

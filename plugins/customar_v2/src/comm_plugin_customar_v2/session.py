@@ -30,6 +30,7 @@ class Native(NamedTuple):
     set_shapes: Any
     set_norm_shapes: Any
     error: Any
+    waits: Any
     algorithm_of: Any
     abort: Any
     set_early: Any
@@ -100,6 +101,20 @@ class Session:
         before, self._launches = self._launches, int(self._buffer.tensor[:8].view(torch.int64))
         if before not in (None, self._launches):
             raise comm.CommError("its kernels ran in the replay of a graph, and their results are wrong")
+
+    def waits(self) -> dict[int, tuple[int, float, float]]:
+        """Return this rank's long waits for each peer: their number, total and longest time, in microseconds.
+
+        Reads host memory alone, so it waits for no kernel. A closed session has none.
+        """
+        native = self._native
+        numbers = [] if native is None else list(native.waits())
+        by_rank = enumerate(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+        return {
+            rank: (count, total_ns / 1e3, longest_ns / 1e3)
+            for rank, (count, total_ns, longest_ns) in by_rank
+            if rank != self._context.rank
+        }
 
     def abort(self) -> None:
         """End the waits of this rank's kernels, as a time-out would. Idempotent."""

@@ -57,10 +57,12 @@ __device__ __forceinline__ void barrier(char* const* buffers,
         const uint64_t flag = epoch << kEpochShift | tag;
         store_release_sys(flag_of(buffers[peer] + at, blockIdx.x, stage, rank), flag);
         const uint64_t* mine = flag_of(buffers[rank] + at, blockIdx.x, stage, peer);
-        uint64_t theirs;
-        while ((theirs = load_acquire_sys(mine)) >> kEpochShift < epoch) {
-            if (guard.expired(bound, peer)) break;
-        }
+        uint64_t theirs = 0;
+        guard.wait(bound, blockIdx.x == 0, [&](uint32_t& awaited) {
+            awaited = peer;
+            theirs = load_acquire_sys(mine);
+            return theirs >> kEpochShift >= epoch;
+        });
         if (theirs >> kEpochShift == epoch && theirs != flag) guard.give_up(bound, peer);
     }
     __syncthreads();

@@ -1,14 +1,16 @@
 // The host side of a session with kernels that wait for peers, for code that apache-tvm-ffi binds: checked CUDA calls,
-// the word by which kernels report a timeout, and the order of launches on several streams.
+// what kernels report of their waits, and the order of launches on several streams.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "vec.cuh"
+#include "wait.cuh"
 
 namespace comm_core {
 
@@ -31,38 +33,77 @@ class OnDevice {
     int before_ = 0;
 };
 
-// The error word of wait.cuh, in host memory that is mapped on devices: 0, or 1 + the rank that didn't come in time
-// with this rank's message.
+// An array of zeros in host memory that is mapped on devices: kernels write it, and the host reads it meanwhile.
+template <typename T>
+class MappedArray {
+  public:
+    explicit MappedArray(size_t length) {
+        const size_t nbytes = length * sizeof(T);
+        check(cudaHostAlloc(&values_, nbytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
+        std::memset(values_, 0, nbytes);
+        void* mapped = nullptr;
+        const cudaError_t status = cudaHostGetDevicePointer(&mapped, values_, 0);
+        if (status != cudaSuccess) cudaFreeHost(values_);
+        check(status, "cudaHostGetDevicePointer");
+        on_device_ = static_cast<T*>(mapped);
+    }
+    // Destroy it only once no kernel can write it any more.
+    ~MappedArray() { cudaFreeHost(values_); }
+    MappedArray(const MappedArray&) = delete;
+    MappedArray& operator=(const MappedArray&) = delete;
+
+    // The array's address on the device that was current at its construction.
+    T* on_device() const { return on_device_; }
+
+    volatile T* on_host() const { return values_; }
+
+  private:
+    T* values_ = nullptr;
+    T* on_device_ = nullptr;
+};
+
+// The error word of wait.cuh: 0, or 1 + the rank that didn't come in time with this rank's message. Destroy it only
+// once no kernel can set it any more.
 class ErrorWord {
   public:
-    ErrorWord() {
-        check(cudaHostAlloc(&word_, sizeof *word_, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
-        *word_ = 0;
-        void* mapped = nullptr;
-        const cudaError_t status = cudaHostGetDevicePointer(&mapped, word_, 0);
-        if (status != cudaSuccess) cudaFreeHost(word_);
-        check(status, "cudaHostGetDevicePointer");
-        on_device_ = static_cast<uint32_t*>(mapped);
-    }
-    // Destroy it only once no kernel can set it any more.
-    ~ErrorWord() { cudaFreeHost(word_); }
-    ErrorWord(const ErrorWord&) = delete;
-    ErrorWord& operator=(const ErrorWord&) = delete;
-
     // The word's address on the device that was current at its construction.
-    uint32_t* on_device() const { return on_device_; }
+    uint32_t* on_device() const { return word_.on_device(); }
 
-    int64_t read() const { return *static_cast<volatile uint32_t*>(word_); }
+    int64_t read() const { return *word_.on_host(); }
 
     // Ends every wait of kernels in flight, as a timeout would. `rank` is this rank.
     void abort(uint32_t rank) {
-        auto* const word = static_cast<volatile uint32_t*>(word_);
+        volatile uint32_t* const word = word_.on_host();
         if (*word == 0) *word = rank + 1;
     }
 
   private:
-    uint32_t* word_ = nullptr;
-    uint32_t* on_device_ = nullptr;
+    MappedArray<uint32_t> word_{1};
+};
+
+// The counts of wait.cuh, one for each rank. Destroy them only once no kernel can wait any more.
+class WaitCounters {
+  public:
+    explicit WaitCounters(size_t world_size) : world_size_(world_size), counts_(world_size) {}
+
+    // Their address on the device that was current at their construction.
+    WaitCounts* on_device() const { return counts_.on_device(); }
+
+    // Returns for each rank the number of waits for it, their total time and the longest one, in nanoseconds. While a
+    // kernel counts a wait, some of its numbers may be older than others.
+    std::vector<int64_t> read() const {
+        std::vector<int64_t> numbers;
+        for (size_t rank = 0; rank < world_size_; ++rank) {
+            const volatile WaitCounts& counts = counts_.on_host()[rank];
+            for (const uint64_t number : {counts.waits, counts.total_ns, counts.longest_ns})
+                numbers.push_back(static_cast<int64_t>(number));
+        }
+        return numbers;
+    }
+
+  private:
+    size_t world_size_;
+    MappedArray<WaitCounts> counts_;
 };
 
 // Orders a session's launches on all streams one after another; launches that overlapped would take each other's

@@ -1,4 +1,4 @@
-// Loads and stores of memory that GPUs share, each named after its PTX instruction.
+// Loads, stores and reductions of memory that processors share, each named after its PTX instruction.
 //
 // The accesses at system scope bypass the first-level cache, which isn't coherent with other processors. All are
 // `volatile`: the compiler doesn't remove or merge them, or move one across another. "memory" is clobbered only if
@@ -25,6 +25,25 @@ __device__ __forceinline__ Vec load_relaxed_sys(const void* address) {
                  : "=r"(vec.x), "=r"(vec.y), "=r"(vec.z), "=r"(vec.w)
                  : "l"(address));
     return vec;
+}
+
+__device__ __forceinline__ void store_relaxed_sys(uint32_t* address, uint32_t word) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(word));
+}
+
+__device__ __forceinline__ uint32_t load_relaxed_sys(const uint32_t* address) {
+    uint32_t word;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(word) : "l"(address));
+    return word;
+}
+
+// Reductions: they return nothing, so the thread doesn't wait for them. Atomic among this device's threads.
+__device__ __forceinline__ void add_relaxed_gpu(uint64_t* address, uint64_t number) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(address), "l"(number));
+}
+
+__device__ __forceinline__ void max_relaxed_gpu(uint64_t* address, uint64_t number) {
+    asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(address), "l"(number));
 }
 
 // Release: earlier writes of this thread, and writes of other threads that it has observed (through a barrier, say),

@@ -47,6 +47,8 @@ void refuse_if_poisoned(const Session& session) {
 //   all_reduce(tensor)              returns the sum, in a tensor from the caller's allocator
 //   all_reduce_out(tensor, out)     sums into `out`, which may be `tensor`
 //   error()                         returns 0, or 1 + the rank that a kernel timed out waiting for
+//   waits()                         returns three numbers for each rank: how many waits for it were long, their sum and
+//                                   the longest, in nanoseconds
 //   algorithm_of(nbytes)            returns the code of the algorithm that serves a size
 //   abort()                         ends every wait of running kernels
 //   set_shapes(numbers)             replaces the table
@@ -75,6 +77,10 @@ Map<String, Function> connect(
         return out;
     };
     const auto error = [session]() -> int64_t { return session->error(); };
+    const auto waits = [session]() -> Array<int64_t> {
+        const std::vector<int64_t> numbers = session->waits();
+        return Array<int64_t>(numbers.begin(), numbers.end());
+    };
     const auto algorithm_of = [session](int64_t nbytes) -> int64_t {
         return static_cast<int64_t>(session->shape_of(nbytes).algorithm);
     };
@@ -90,6 +96,7 @@ Map<String, Function> connect(
     return {{"all_reduce", Function::FromTyped(all_reduce)},
             {"all_reduce_out", Function::FromTyped(all_reduce_out)},
             {"error", Function::FromTyped(error)},
+            {"waits", Function::FromTyped(waits)},
             {"algorithm_of", Function::FromTyped(algorithm_of)},
             {"abort", Function::FromTyped(abort)},
             {"set_shapes", Function::FromTyped(set_shapes)},

@@ -54,6 +54,8 @@ class Session {
         early_ = major >= 9;
         error_ = std::make_unique<comm_core::ErrorWord>();
         params_.bound.error = error_->on_device();
+        waits_ = std::make_unique<comm_core::WaitCounters>(static_cast<size_t>(world_size));
+        params_.bound.counts = waits_->on_device();
         order_ = std::make_unique<comm_core::StreamOrder>();
     }
     Session(const Session&) = delete;
@@ -101,6 +103,9 @@ class Session {
 
     // Returns 0, or 1 + the rank that didn't come in time with this rank's message.
     int64_t error() const { return error_->read(); }
+
+    // Returns three numbers for each rank: how many waits for it were long, their sum and the longest, in nanoseconds.
+    std::vector<int64_t> waits() const { return waits_->read(); }
 
     // Ends every wait of running kernels, as if it had timed out.
     void abort() { error_->abort(params_.rank); }
@@ -214,6 +219,7 @@ class Session {
     uint64_t test_at_ = 0;
     uint32_t multiprocessors_ = 1;
     std::unique_ptr<comm_core::ErrorWord> error_;
+    std::unique_ptr<comm_core::WaitCounters> waits_;
     std::unique_ptr<comm_core::StreamOrder> order_;
     std::vector<Shape> shapes_;
 };

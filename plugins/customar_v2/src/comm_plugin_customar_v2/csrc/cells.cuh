@@ -38,6 +38,17 @@ __device__ __forceinline__ void empty(char* cell) {
     comm_core::store(cell, Vec{kEmpty, kEmpty, kEmpty, kEmpty});
 }
 
+// Returns the first empty cell's index, or -1 if all are full.
+template <int N>
+__device__ __forceinline__ int missing_of(const Vec (&vecs)[N]) {
+    int missing = -1;
+#pragma unroll
+    for (int i = N - 1; i >= 0; --i) {
+        if (!full(vecs[i])) missing = i;
+    }
+    return missing;
+}
+
 // Loads the cells that were empty again until all are full. `vecs` has the vectors of the last load. Each turn loads
 // all cells that are still empty, since a load takes as long as a small message does over the links, and loads one
 // after another would take a multiple of that. `cell_of(i)` is the address of cell i, `source_of(i)` the rank that
@@ -48,26 +59,17 @@ __device__ __forceinline__ void poll_until_full(Vec (&vecs)[N],
                                                 const SourceOf& source_of,
                                                 const Params& params,
                                                 comm_core::SpinGuard& guard) {
-    // The same loop for one cell, in fewer instructions.
-    if constexpr (N == 1) {
-        while (!full(vecs[0])) {
-            if (guard.expired(params.bound, source_of(0))) break;
-            vecs[0] = comm_core::load_relaxed_sys(cell_of(0));
-        }
-    } else {
-        while (true) {
-            int missing = -1;
+    if (missing_of(vecs) < 0) return;
+    guard.wait(params.bound, thread_in_grid() == 0, [&](uint32_t& rank) {
 #pragma unroll
-            for (int i = N - 1; i >= 0; --i) {
-                if (!full(vecs[i])) missing = i;
-            }
-            if (missing < 0 || guard.expired(params.bound, source_of(missing))) break;
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                if (!full(vecs[i])) vecs[i] = comm_core::load_relaxed_sys(cell_of(i));
-            }
+        for (int i = 0; i < N; ++i) {
+            // A single cell is known to be empty.
+            if (N == 1 || !full(vecs[i])) vecs[i] = comm_core::load_relaxed_sys(cell_of(i));
         }
-    }
+        const int missing = missing_of(vecs);
+        if (missing >= 0) rank = source_of(missing);
+        return missing < 0;
+    });
 }
 
 // A thread's addresses in the slots, computed before the wait for predecessors.

@@ -83,6 +83,9 @@ std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
 //   set_shapes(numbers)          sets the table
 //   set_norm_shapes(numbers)     sets the fused table
 //   error()                      returns 0, or 1 + the rank that didn't come in time
+//   waits()                      returns three numbers for each rank: how many waits for it were long, their sum and
+//   the
+//                                longest, in nanoseconds
 //   algorithm_of(nbytes)         returns the code of the algorithm that serves a size
 //   abort()                      ends every wait of kernels in flight
 //   set_early(early)             chooses whether blocks may start while the kernel before still runs; at first they may
@@ -177,6 +180,10 @@ Map<String, Function> connect(
         norms->set_shapes(norm_shapes_of(numbers));
     };
     const auto error = [session]() -> int64_t { return session->error(); };
+    const auto waits = [session]() -> Array<int64_t> {
+        const std::vector<int64_t> numbers = session->waits();
+        return Array<int64_t>(numbers.begin(), numbers.end());
+    };
     const auto algorithm_of = [session](int64_t nbytes) -> int64_t {
         return static_cast<int64_t>(session->shape_of(nbytes).algorithm);
     };
@@ -192,6 +199,7 @@ Map<String, Function> connect(
             {"set_shapes", Function::FromTyped(set_shapes)},
             {"set_norm_shapes", Function::FromTyped(set_norm_shapes)},
             {"error", Function::FromTyped(error)},
+            {"waits", Function::FromTyped(waits)},
             {"algorithm_of", Function::FromTyped(algorithm_of)},
             {"abort", Function::FromTyped(abort)},
             {"set_early", Function::FromTyped(set_early)},

@@ -56,6 +56,8 @@ class Session {
         early_ = sm90_ = major >= 9;
         error_ = std::make_unique<comm_core::ErrorWord>();
         params_.bound.error = error_->on_device();
+        waits_ = std::make_unique<comm_core::WaitCounters>(static_cast<size_t>(world_size));
+        params_.bound.counts = waits_->on_device();
         order_ = std::make_unique<comm_core::StreamOrder>();
     }
     Session(const Session&) = delete;
@@ -104,6 +106,9 @@ class Session {
 
     // Returns 0, or 1 + the rank that didn't come in time with this rank's message.
     int64_t error() const { return error_->read(); }
+
+    // Returns three numbers for each rank: how many waits for it were long, their sum and the longest, in nanoseconds.
+    std::vector<int64_t> waits() const { return waits_->read(); }
 
     // Ends every wait of kernels in flight, as a timeout would.
     void abort() { error_->abort(params_.rank); }
@@ -244,6 +249,7 @@ class Session {
     Params params_{};
     uint32_t multiprocessors_ = 1;
     std::unique_ptr<comm_core::ErrorWord> error_;
+    std::unique_ptr<comm_core::WaitCounters> waits_;
     std::vector<Shape> shapes_;
     std::unique_ptr<comm_core::StreamOrder> order_;
 };
