@@ -41,11 +41,11 @@ def connect(topology, context):
 
 
 class Plugin:
-    COMM_HOOK_API = real.COMM_HOOK_API
+    pass
 
 
 plugin = Plugin()
-for name in ("probe", "is_available", "all_reduce", "all_reduce_add_rms_norm", "check", "suspend", "resume", "close"):
+for name in real.__all__:
     setattr(plugin, name, getattr(real, name))
 plugin.connect = connect
 """
@@ -164,7 +164,7 @@ def serving(nvlink: bool, environ: dict[str, str]) -> dict[str, Any]:
         "name": handle.name,
         "verdicts": {item.name: item.verdict for item in handle.decision.candidates},
         "order": [rule.backend for rule in handle.decision.route("all_reduce", "eager", "cuda", "float32").rules],
-        "text": handle.explain(),
+        "text": handle.explain().partition("calls so far")[0],
     }
     comm.close()
     for variable in environ:
