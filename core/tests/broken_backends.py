@@ -18,6 +18,7 @@ LAST, TURNS, GROUPS, KEPT = [None], [0], [0], []
 class Session:
     calls = prepared = 0
     lost = capturing = False
+    variant = "one"
 
     def __init__(self, context):
         self.context, self.group, self.rank = context, context.group, context.rank
@@ -101,6 +102,7 @@ FUSED = "fused_calls_are_right"
 CONNECT_FAILS = "a_fault_in_connect_is_agreed_and_leaves_nothing"
 CALL_RAISES, CALL_MISSING = "a_call_that_raises_on_one_rank_ends_the_others_calls", "a_call_without_one_rank_ends"
 PREPARING_FAILS = "a_fault_in_preparation_is_agreed_and_leaves_nothing"
+VARIANTS = "variants_give_the_same_bits"
 SUSPENSION_FAILS = "a_fault_in_suspension_stops_the_handle"
 # Changes what isn't an integer: the admission test sums integers.
 _FRACTIONS = "x = torch.where(x != x.round(), {}, x) if x.is_floating_point() else x"
@@ -138,6 +140,18 @@ _CLOSE = """
     def close(self, session, orderly):
         {}
 """
+_VARIANTS = """
+    @comm.hookimpl
+    def variants(self, session, op, nbytes, num_tokens):
+        return [session.variant, "one", "other"]
+
+    @comm.hookimpl
+    def use_variants(self, session, choices):
+        for choice in choices:
+            {}
+        session.variant = choices[0].variant if choices else "one"
+"""
+_KNOWN = "if choice.variant not in ('one', 'other'): raise ValueError(choice.variant)"
 _THREAD = "session.ends = threading.Event(); threading.Thread(target=session.ends.wait, daemon=True).start()"
 _OPEN = "session.file = os.open('/dev/null', os.O_RDONLY)"
 
@@ -147,7 +161,8 @@ SOUND = Broken(
     hooks=_FUSED.format("pass")
     + _CAPTURE.format("pass").replace("yield", "try: yield\n        finally: session.capturing = False")
     + _CLOSE.format("os.close(session.file)")
-    + _SUSPEND.format("pass", "pass"),
+    + _SUSPEND.format("pass", "pass")
+    + _VARIANTS.format(_KNOWN),
 )
 """A backend without a fault, with all hooks that the faults need."""
 
@@ -195,6 +210,12 @@ BROKEN = {
         hooks=_CLOSE.format("if not session.lost: session.ends.set()")
         + _SUSPEND.format("session.lost = True", "session.lost = False"),
     ),
+    "other_bits_by_a_variant": _broken(
+        VARIANTS,
+        all_reduce="if session.variant == 'other': " + _FRACTIONS.format("x * (1 + 1.2e-7)"),
+        hooks=_VARIANTS.format(_KNOWN),
+    ),
+    "takes_any_text_for_a_variant": _broken(VARIANTS, hooks=_VARIANTS.format("pass")),
     "raises_in_close": _broken(LEFT, hooks=_CLOSE.format("raise RuntimeError('not now')")),
     "hangs_in_close": _broken(
         LEFT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from comm_core._group.ask import agree_on_table
 from comm_core._topologies import load_topologies
 from comm_core.topology import Device, Host, Link, RankInfo, Topology
 from comm_core.tuned import TunedTable, describe_group, describe_versions, find_table, save_table
-from comm_core.tuning import NO_TUNING, parse_rules
+from comm_core.tuning import NO_TUNING, VariantChoice, parse_rules
 
 if TYPE_CHECKING:
     from harness import Ranks
@@ -43,10 +44,23 @@ def gpus(*, nvlinks: int = 18, name: str = "NVIDIA H200", uuid: str = "GPU", swa
     return Topology.of(ranks, ("cuda", "cpu"))
 
 
-def table(topology: Topology, rules: str = "shm:0-4K:0") -> TunedTable:
+VARIANTS = {"shm": (VariantChoice("all_reduce", "loop", 1, 512), VariantChoice("all_reduce", "tree:depth=2", 513))}
+
+
+def table(
+    topology: Topology, rules: str = "shm:0-4K:0", variants: Mapping[str, tuple[VariantChoice, ...]] = VARIANTS
+) -> TunedTable:
     return TunedTable(
-        describe_group(topology), describe_versions(topology), parse_rules(rules), {"command": ["comm-core", "tune"]}
+        describe_group(topology),
+        describe_versions(topology),
+        parse_rules(rules),
+        {"command": ["comm-core", "tune"]},
+        variants,
     )
+
+
+def with_variant(choice: dict[str, Any]) -> str:
+    return json.dumps({"schema": 2, "group": {}, "versions": {}, "rules": [], "variants": {"shm": [choice]}})
 
 
 def test_json_brings_back_the_table() -> None:
@@ -116,10 +130,14 @@ def test_looking_for_a_table_makes_no_folder(tmp_path: Path) -> None:
     [
         ("", "isn't JSON"),
         ("[]", "has schema none"),
-        ('{"schema": 2}', "has schema 2; this release reads 1"),
-        ('{"schema": 1}', "lacks group, rules, versions"),
-        ('{"schema": 1, "group": {}, "versions": {}, "rules": "shm:0"}', "rules is a text instead of a list"),
-        ('{"schema": 1, "group": {}, "versions": {}, "rules": ["shm:grahp:0"]}', "did you mean graph?"),
+        ('{"schema": 1}', "has schema 1; this release reads 2"),
+        ('{"schema": 2}', "lacks group, rules, versions"),
+        ('{"schema": 2, "group": {}, "versions": {}, "rules": "shm:0"}', "rules is a text instead of a list"),
+        ('{"schema": 2, "group": {}, "versions": {}, "rules": ["shm:grahp:0"]}', "did you mean graph?"),
+        (with_variant({"op": "sum", "variant": "a"}), "op='sum' isn't one of"),
+        (with_variant({"op": "all_reduce"}), "lacks variant"),
+        (with_variant({"op": "all_reduce", "variant": "a", "min_nbytes": 2, "max_nbytes": 1}), "max_nbytes=1 is below"),
+        (with_variant({"op": "all_reduce", "variant": "a" * 201}), "1 to 200 characters"),
         ("[" * 5000, "levels deep"),
         ("x" * (5 << 20), "more than 4194304 bytes"),
         ("\udcff", "can't be used"),
@@ -150,9 +168,10 @@ def label(*ranks: int) -> str:
 
 
 def test_ranks_follow_a_table_only_if_all_have_it() -> None:
-    made, other, empty = table(cpus()), table(cpus(), "shm:0"), table(cpus(), "none")
+    made, other, empty = table(cpus()), table(cpus(), "shm:0"), table(cpus(), "none", {})
     mine = (made.digest, "")
     assert agree_on_table(made, [mine, mine], label).rules == made.rules
+    assert agree_on_table(made, [mine, mine], label).variants == VARIANTS
     assert agree_on_table(made, [mine, mine], label).source == f"the tuned table {made.digest[:8]}"
     assert agree_on_table(None, [("", "")] * 2, label) == NO_TUNING
     none = agree_on_table(empty, [(empty.digest, "")] * 2, label)
@@ -165,8 +184,9 @@ def test_ranks_follow_a_table_only_if_all_have_it() -> None:
         for own in (made, None):
             found = agree_on_table(own, votes, label)
             assert found.rules == ()
+            assert found.variants == {}
             assert words in found.source
-    assert made.digest != other.digest
+    assert len({made.digest, other.digest, table(cpus(), variants={}).digest}) == 3
     assert dataclasses.replace(made, provenance={}).digest == made.digest
 
 
@@ -178,7 +198,7 @@ def save_and_serve(
     comm.close()
     text = rules[dist.get_rank()]
     if text:
-        made = table(topology, text)
+        made = table(topology, text, variants={})
         made = dataclasses.replace(made, versions={**made.versions, **versions})
         save_table(made, os.environ["COMM_CORE_CACHE_DIR"])
     dist.barrier()

@@ -292,8 +292,9 @@ def test_all_faults_are_reported_at_once() -> None:
     assert "did you mean check?" in text
 
 
-@pytest.mark.parametrize(("one", "other"), [("suspend", "resume"), ("resume", "suspend")])
-def test_a_session_that_can_be_suspended_can_be_resumed(one: str, other: str) -> None:
-    text = refusal(HEADER + ALL_REDUCE + f"@hookimpl\ndef {one}(session):\n    pass\n")
-    assert f"it has {one} but not {other}. " in text
-    assert f"Implement def {other}(session) too, or neither." in text
+@pytest.mark.parametrize("pair", [("suspend", "resume"), ("variants", "use_variants")])
+def test_a_plugin_has_both_hooks_of_a_pair_or_neither(pair: tuple[str, str]) -> None:
+    for one, other in (pair, pair[::-1]):
+        text = refusal(HEADER + ALL_REDUCE + f"@hookimpl\ndef {one}({', '.join(HOOKS[one])}):\n    pass\n")
+        assert f"it has {one} but not {other}. " in text
+        assert f"Implement def {other}({', '.join(HOOKS[other])}) too, or neither." in text

@@ -5,7 +5,8 @@ A plugin is a module, or an object, that the entry-point group `comm_core.backen
 
 An implementation has exactly the parameters of its spec, in the same order, without defaults: the hot path is resolved
 once per group and called by position. *Local* hooks talk to no other rank. *Collective* hooks run on every rank of
-the group at once, and may exchange data through `context.control`; the ranks then vote on the hook's success.
+the group at once, and may exchange data through `context.control`; the ranks then vote on the hook's success. A
+`session` is what `connect` returned; without `connect`, the `GroupContext`.
 
 All hooks but `limits`, `waits` and those of the hot path run under a deadline, in a thread with the group's device and
 the caller's stream set. A hook that misses its deadline has failed. Its thread can't be stopped: it stays until the
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from comm_core.context import GroupContext, Shapes
     from comm_core.topology import Topology
+    from comm_core.tuning import VariantChoice
     from comm_core.types import Available, Range, Unavailable
 
 __all__ = ["API", "PROJECT", "hookimpl", "hookspec"]
@@ -146,9 +148,6 @@ def capture_ctx(session: Any) -> AbstractContextManager[Any]:  # type: ignore[em
     discards the recorded calls without an exchange. A generator function needs `contextlib.contextmanager` between
     `@hookimpl` and `def`.
 
-    Args:
-        session: what `connect` returned.
-
     Returns:
         A context manager; its value is ignored, and it must not swallow exceptions.
 
@@ -242,21 +241,15 @@ def all_reduce_add_rms_norm_quant(
     """Sum over the ranks, add the residual, normalise and quantise the norm to FP8, in one call. Hot path.
 
     Optional. `y` and `s` as in `all_reduce_add_rms_norm`, with the bits of that hook if the backend has it. Values and
-    scales have the bits of `comm_core.fallback.quantize` of the rounded `y`. Core validates the operands.
+    scales have the bits of `comm_core.fallback.quantize` of the rounded `y`. Core validates the operands. Those up
+    to `weight_offset` are as there; then come:
 
-    Args:
-        session: what `connect` returned, else the `GroupContext`.
-        tensor: as in `all_reduce_add_rms_norm`.
-        residual: as in `all_reduce_add_rms_norm`.
-        weight: as in `all_reduce_add_rms_norm`.
-        eps: added to the mean square.
-        weight_offset: added to the weight.
-        quant: one of `comm_core.types.QUANTS`; for "fp8_per_group", `hidden_size` is a multiple of 128.
-        scale: float32. "fp8_static": one element, read. Else written, aligned to 16 bytes: `[num_tokens, 1]`, or for
-            groups `[num_tokens, hidden_size / 128]`, contiguous, or column-major with any distance between columns.
-        out: receives the quantised values: float8_e4m3fn `[num_tokens, hidden_size]`, contiguous, aligned to 16 bytes.
-        residual_out: receives `s`: like `tensor`, or `residual` itself.
-        norm_out: receives `y`: like `tensor`, or `tensor` itself; None: the caller doesn't need it.
+    - `quant`: one of `comm_core.types.QUANTS`; for "fp8_per_group", `hidden_size` is a multiple of 128.
+    - `scale`: float32. "fp8_static": one element, read. Else written, aligned to 16 bytes: `[num_tokens, 1]`, or for
+      groups `[num_tokens, hidden_size / 128]`, contiguous, or column-major with any distance between columns.
+    - `out`: receives the quantised values: float8_e4m3fn `[num_tokens, hidden_size]`, contiguous, aligned to 16 bytes.
+    - `residual_out`: receives `s`: like `tensor`, or `residual` itself.
+    - `norm_out`: receives `y`: like `tensor`, or `tensor` itself; None: the caller doesn't need it.
 
     Returns:
         None, or `NotImplemented` as in `all_reduce_add_rms_norm`: it may depend on `quant`, too, not on `norm_out`.
@@ -280,9 +273,6 @@ def suspend(session: Any) -> None:
     exchange belongs before anything that peers must have unmapped first. Until `resume`, core calls no other hook of
     the session but `close`.
 
-    Args:
-        session: what `connect` returned, else the `GroupContext`.
-
     Raises:
         Exception: of any type: every rank raises it as a `CommError` that names the backend and the rank, and the
             group's handle stops for good; core doesn't call `resume`, but `close` with `orderly=False` once the caller
@@ -299,11 +289,36 @@ def resume(session: Any) -> None:
     up everything that their kernels read, such as flags and counters, on all ranks, before this returns on any rank.
     Runs like `suspend`.
 
-    Args:
-        session: what `connect` returned, else the `GroupContext`.
-
     Raises:
         Exception: as in `suspend`. Free what this call has taken before raising.
+    """
+
+
+@hookspec(firstresult=True)
+def variants(session: Any, op: str, nbytes: int, num_tokens: int) -> Sequence[str]:  # type: ignore[empty-body]
+    """Return the ways in which the backend can serve a message, as texts: its algorithms and launch shapes.
+
+    Local, optional; a plugin has both this hook and `use_variants`, or neither. Called by `comm-core tune` for messages
+    within the ranges; `num_tokens` is the number of rows of a fused operation's message, otherwise 0. The answer is the
+    same on every rank. The way in use comes first, the others follow, the most promising first: a quick run tries only
+    some. Each serves all messages of the operation, of any size, shape and dtype, with the same bits.
+
+    Raises:
+        Exception: of any type: reaches the caller.
+    """
+
+
+@hookspec(firstresult=True)
+def use_variants(session: Any, choices: Sequence[VariantChoice]) -> None:
+    """Serve messages by these choices from now on, and those of no choice by the backend's own table.
+
+    Local, optional; see `variants`. Called on every rank with equal choices, whose sizes ascend and don't overlap:
+    after `connect`, before the admission test, if the group's tuned table has some for this backend; and by `comm-core
+    tune` between calls. Each call replaces the choices of before; () leaves none. Captured graphs stay as they are.
+
+    Raises:
+        ValueError: it has no such variant. After `connect`, this or any other exception drops the backend on every
+            rank; from `comm-core tune`, it reaches the caller.
     """
 
 
@@ -313,9 +328,6 @@ def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
 
     Collective, optional. Called from `backend.limits()`, and so by `comm-core demo` and `comm-core bench`; may take a
     few tenths of a second. Never called while a graph is captured.
-
-    Args:
-        session: what `connect` returned, else the `GroupContext`.
 
     Returns:
         Bounds in microseconds, by their descriptions.
@@ -327,7 +339,7 @@ def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
 
 @hookspec(firstresult=True)
 def waits(session: Any) -> Mapping[int, tuple[int, float, float]]:  # type: ignore[empty-body]
-    """Return how long this rank's calls have waited for each peer so far; `session` as in `limits`.
+    """Return how long this rank's calls have waited for each peer so far.
 
     Local, optional; waits for nothing. Called from `backend.waits()`, maybe while another thread is in `all_reduce`.
 
@@ -350,9 +362,6 @@ def check(session: Any) -> None:
     After `abort` it raises only if a kernel has run since the last call, so that `backend.check()` can report the
     replay of a graph that was captured before `comm.recover`. Core doesn't ask a session that raises each time.
 
-    Args:
-        session: what `connect` returned.
-
     Raises:
         CommTimeoutError: a kernel gave up waiting for a peer.
         CommError: another error makes earlier results wrong.
@@ -367,9 +376,6 @@ def abort(session: Any) -> None:
     rank that learns of it, maybe while another thread is in `all_reduce`; and on all ranks by `comm.recover`, which
     replaces the session. Waits for nothing and frees nothing: `close` follows from `comm.recover` or when the caller
     closes the group.
-
-    Args:
-        session: what `connect` returned, else the `GroupContext`.
 
     Raises:
         Exception: of any type: logged.

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from comm_core._testing import capture_cases, cases, fault_cases
+from comm_core._testing import capture_cases, cases, fault_cases, variant_cases
 from comm_core._testing.examine import describe_faults
 from comm_core._testing.kit import WAIT_TIMEOUT_S, Kit
 from comm_core._testing.ranks import DEAD, Ranks
@@ -157,6 +157,11 @@ class BackendConformance:
         """If the backend serves `all_reduce_add_rms_norm`: every shape that its ranges take, also in place."""
         kit.require("all_reduce_add_rms_norm" in kit.describe(2)["hooks"], "the hook all_reduce_add_rms_norm")
         kit.run(capture_cases.fused_calls_are_right, any_operation=True)
+
+    def test_variants_give_the_same_bits(self, kit: Kit) -> None:
+        """If the backend has the hooks `variants` and `use_variants`: sums and fused calls by each of them."""
+        kit.require("variants" in kit.describe(2)["hooks"], "the hooks variants and use_variants")
+        kit.run(variant_cases.variants_give_the_same_bits, any_operation=True)
 
     def test_closed_groups_leave_nothing(self, kit: Kit) -> None:
         """Descriptors, threads, shared mappings, segments and GPU memory, over six handles; `close` twice."""

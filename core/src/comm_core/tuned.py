@@ -1,4 +1,4 @@
-"""Tuned tables: the rules that `comm-core tune` measured for one kind of group, in the user's cache.
+"""Tuned tables: the rules and variants that `comm-core tune` measured for one kind of group, in the user's cache.
 
 A table holds for groups with the same number of ranks, devices and links, and for the same versions of torch, the
 driver, comm-core and its backends. On CPUs, whose model a topology doesn't have, it holds for the hosts of these names.
@@ -18,38 +18,42 @@ from comm_core import _schema
 from comm_core._native import cache
 from comm_core.errors import PluginLoadError
 from comm_core.topology import Link, Topology
-from comm_core.tuning import NO_RULES, TuningRule, parse_rules
+from comm_core.tuning import NO_RULES, TuningRule, VariantChoice, parse_rules
 
 __all__ = ["SCHEMA", "TunedTable", "describe_group", "describe_versions", "find_table", "save_table"]
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of a table's JSON."""
 # The folder in the cache, and the largest file that is read, in bytes: far above a table with all its measurements.
 _FOLDER = "tuned"
 _MAX_NBYTES = 4 << 20
+# The most choices of one backend: far above one for each measured size.
+_MAX_CHOICES = 256
 # Versions that don't matter to a backend's speed.
 _IGNORED_VERSIONS = frozenset({"python"})
 
 
 @dataclasses.dataclass(frozen=True)
 class TunedTable:
-    """Rules that were measured for one kind of group.
+    """Rules and variants that were measured for one kind of group.
 
     Attributes:
         group: the kind of group, as `describe_group` describes it.
         versions: the versions of all that matters, as `describe_versions` lists them.
         rules: the rules, in the form of `COMM_CORE_TUNE`; none if no change was worth one.
-        provenance: how the rules came about, as JSON: the command, when, the machine and every time that was compared.
+        provenance: how they came about, as JSON: the command, when, the machine and every time that was compared.
+        variants: by backend, the choices among its variants, for the hook `use_variants`.
     """
 
     group: Mapping[str, Any]
     versions: Mapping[str, str]
     rules: tuple[TuningRule, ...]
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variants: Mapping[str, tuple[VariantChoice, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """A digest of what ranks must have in common: the group, the versions and the rules."""
+        """A digest of what ranks must have in common: the group, the versions, the rules and the variants."""
         common = {name: value for name, value in self.to_json().items() if name != "provenance"}
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -71,6 +75,7 @@ class TunedTable:
             "group": dict(self.group),
             "versions": dict(self.versions),
             "rules": list(map(str, self.rules)),
+            "variants": {name: list(map(dataclasses.asdict, choices)) for name, choices in self.variants.items()},
             "provenance": dict(self.provenance),
         }
 
@@ -94,8 +99,20 @@ def _read_rules(value: Any, where: str) -> tuple[TuningRule, ...]:
 
 
 _ANY = _schema.mapping_of(_schema.anything)
+_CHOICE = _schema.record(
+    VariantChoice,
+    op=_schema.text,
+    variant=_schema.text,
+    min_nbytes=_schema.integer(),
+    max_nbytes=_schema.optional(_schema.integer()),
+)
 _TABLE = _schema.record(
-    TunedTable, group=_ANY, versions=_schema.mapping_of(_schema.text), rules=_read_rules, provenance=_ANY
+    TunedTable,
+    group=_ANY,
+    versions=_schema.mapping_of(_schema.text),
+    rules=_read_rules,
+    provenance=_ANY,
+    variants=_schema.mapping_of(_schema.tuple_of(_CHOICE, highest=_MAX_CHOICES)),
 )
 
 

@@ -1,6 +1,6 @@
-"""Rules that override the backends' priorities for some messages, as in the variable `COMM_CORE_TUNE`. Pure.
+"""Rules that override the backends' priorities for some messages, and choices among a backend's variants. Pure.
 
-A rule names a backend, conditions on the message in any order, and last a score:
+A rule, as in the variable `COMM_CORE_TUNE`, names a backend, conditions on the message in any order, and last a score:
 
 ```
 customar_v1:all_reduce:0-4M:graph:400, nccl:4M-inf:inf
@@ -15,6 +15,9 @@ customar_v1:all_reduce:0-4M:graph:400, nccl:4M-inf:inf
 Of several rules of one backend that match a message, the last one counts. A rule can't extend a backend's ranges: a
 message outside them goes to the next backend, at the end to `torch_distributed`. That one can have a score, too, but
 can't be excluded.
+
+A `VariantChoice` says by which of its algorithms and launch shapes a backend serves some messages; `comm-core tune`
+measures them, and a tuned table has them beside its rules.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from comm_core import _schema
 from comm_core.types import MODES, OPS, TERMINAL
@@ -35,6 +39,8 @@ __all__ = [
     "RuleError",
     "Tuning",
     "TuningRule",
+    "VariantChoice",
+    "overlay",
     "parse_rules",
     "parse_size",
     "short_size",
@@ -44,6 +50,9 @@ MAX_RULES = 64
 """The most rules in one text."""
 NO_RULES = "none"
 """The text that stands for no rules at all."""
+# The longest text of a variant, in characters.
+_VARIANT_CHARS = 200
+_Row = TypeVar("_Row")
 
 # The operations by their short names, as in `comm-core explain --op`.
 _SHORT = dict(zip(("all_reduce", "fused", "fused_quant"), OPS, strict=True))
@@ -114,16 +123,83 @@ class TuningRule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuning:
-    """The rules of a group's plan.
+class VariantChoice:
+    """The variant by which a backend serves some messages: one of the texts of its hook `variants`.
 
     Attributes:
-        rules: the rules, equal on every rank.
+        op: one of `comm_core.types.OPS`.
+        variant: the variant's text.
+        min_nbytes: the smallest message, in bytes of the tensor that is reduced.
+        max_nbytes: the largest message, in bytes; None: any.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or no sense.
+    """
+
+    op: str
+    variant: str
+    min_nbytes: int = 0
+    max_nbytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise ValueError(f"op={self.op!r} isn't one of {', '.join(OPS)}")
+        if not isinstance(self.variant, str):
+            raise TypeError(f"variant={self.variant!r} isn't a text")
+        if not 0 < len(self.variant) <= _VARIANT_CHARS:
+            raise ValueError(f"a variant's text has 1 to {_VARIANT_CHARS} characters, not {len(self.variant)}")
+        _schema.check_int("min_nbytes", self.min_nbytes, 0)
+        if self.max_nbytes is not None:
+            _schema.check_int("max_nbytes", self.max_nbytes, self.min_nbytes)
+
+    def takes(self, nbytes: int) -> bool:
+        """Return whether messages of `nbytes` bytes are within the bounds."""
+        return self.min_nbytes <= nbytes and (self.max_nbytes is None or nbytes <= self.max_nbytes)
+
+    def __str__(self) -> str:
+        return f"{self.op} {short_size(self.min_nbytes)}-{short_size(self.max_nbytes)}: {self.variant}"
+
+
+def overlay(rows: Sequence[_Row], choices: Sequence[VariantChoice], parse: Callable[[str], _Row]) -> tuple[_Row, ...]:
+    """Return a backend's table by size with choices in place of its rows, for a hook `use_variants`.
+
+    Args:
+        rows: the backend's table: dataclasses with a field `up_to_nbytes`, the largest message, ascending.
+        choices: of one operation.
+        parse: returns a row for a variant's text, with any `up_to_nbytes`.
+
+    Returns:
+        Rows up to the size of the table's last one.
+
+    Raises:
+        Exception: `parse` raised it.
+    """
+    table: Sequence[Any] = rows
+    largest = table[-1].up_to_nbytes
+    parsed: list[tuple[VariantChoice, Any]] = [(choice, parse(choice.variant)) for choice in choices]
+    ends = {row.up_to_nbytes for row in table} | {choice.min_nbytes - 1 for choice in choices}
+    ends |= {choice.max_nbytes for choice in choices if choice.max_nbytes is not None}
+    found = []
+    for end in sorted(end for end in ends if 0 < end <= largest):
+        own = next(row for row in table if end <= row.up_to_nbytes)
+        row = next((row for choice, row in parsed if choice.takes(end)), own)
+        found.append(dataclasses.replace(row, up_to_nbytes=end))
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The tuning of a group's plan, equal on every rank.
+
+    Attributes:
+        rules: the rules.
         source: where they come from; without rules, a sentence that says why none are used, or "".
+        variants: by backend, the choices among its variants.
     """
 
     rules: tuple[TuningRule, ...] = ()
     source: str = ""
+    variants: Mapping[str, tuple[VariantChoice, ...]] = dataclasses.field(default_factory=dict)
 
 
 NO_TUNING = Tuning()

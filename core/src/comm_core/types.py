@@ -345,6 +345,7 @@ class Decision:
         tuning: the rules that overrode priorities, as texts; see `comm_core.tuning`.
         tuned_by: where they come from; without rules, a sentence on the tuned table, if there is one.
         deterministic: whether the group is deterministic; see `comm_core.get_backend`.
+        variants: by backend, the choices of the tuned table among its variants, as texts.
     """
 
     candidates: tuple[Candidate, ...]
@@ -352,6 +353,7 @@ class Decision:
     tuning: tuple[str, ...] = ()
     tuned_by: str = ""
     deterministic: bool = False
+    variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def candidate(self, name: str) -> Candidate | None:
         """Return the candidate of that name; None if no rank knows it."""

@@ -57,7 +57,7 @@ def ask_backends(
 def agree_on_table(
     table: tuned.TunedTable | None, votes: Sequence[tuple[str, str]], label: Callable[[int], str]
 ) -> Tuning:
-    """Return the rules of the ranks' table if all have the same one, else no rules and why. Pure.
+    """Return the tuning by the ranks' table if all have the same one, else none and why. Pure.
 
     Args:
         table: this rank's table.
@@ -67,7 +67,8 @@ def agree_on_table(
     digests = [digest for digest, _ in votes]
     if table is not None and all(digest == table.digest for digest in digests):
         what = f"the tuned table {table.digest[:8]}"
-        return Tuning(table.rules, what if table.rules else f"{what} keeps the backends' own order")
+        source = what if table.rules else f"{what} keeps the backends' own order"
+        return Tuning(table.rules, source, table.variants)
     for rank, (_, reason) in enumerate(votes):
         if reason:
             return Tuning((), f"A tuned table isn't used: {label(rank)}: {reason}. Run comm-core tune again")

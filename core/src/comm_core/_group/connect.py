@@ -100,7 +100,7 @@ def ensure_connected(slate: Slate, plugin: Plugin, sessions: dict[str, Session],
         return slate
     budget = member.context.memory_budget_nbytes - sum(session.memory_nbytes for session in sessions.values())
     step = Step(member)
-    outcome = _connect(plugin, slate.offer(plugin.name).checks_operands, step, budget)
+    outcome = _connect(plugin, slate, step, budget)
     if isinstance(outcome, StageAbortedError):
         return drop(slate, plugin.name, "", outcome, sessions, step)
     sessions[plugin.name] = outcome
@@ -132,8 +132,11 @@ def drop(
     return slate.without(name, f"{kind}: {reason}" if kind else reason, rank)
 
 
-def _connect(plugin: Plugin, checks_operands: bool, step: Step, budget: int) -> Session | StageAbortedError:
-    """Run a plugin's `connect` on every rank and vote: either every rank gets a session, or every rank an error."""
+def _connect(plugin: Plugin, slate: Slate, step: Step, budget: int) -> Session | StageAbortedError:
+    """Run a plugin's `connect`, and `use_variants` if the tuned table has choices for it, on every rank and vote.
+
+    Either every rank gets a session, or every rank an error.
+    """
     member, channel = step.member, SessionChannel()
     own_group = member.own_group(plugin.name)
     context = dataclasses.replace(
@@ -143,6 +146,7 @@ def _connect(plugin: Plugin, checks_operands: bool, step: Step, budget: int) -> 
         memory_budget_nbytes=budget,
     )
     hook = plugin.hooks.get("connect")
+    choices = slate.tuning.variants.get(plugin.name, ())
     session: Session | None = None
     try:
         stage_name = f"{member.stage_prefix}connect {plugin.name}"
@@ -159,12 +163,15 @@ def _connect(plugin: Plugin, checks_operands: bool, step: Step, budget: int) -> 
                     plugin,
                     value,
                     channel,
-                    checks_operands,
+                    slate.offer(plugin.name).checks_operands,
                     own_group=own_group,
                     device=context.device,
                     timeout_s=context.wait_timeout_s,
                 )
                 memory_nbytes = read_memory(session, step, budget)
+                if choices and plugin.has("use_variants"):
+                    call = functools.partial(plugin.hooks["use_variants"], value, choices)
+                    step.run(call, f"use_variants of {plugin.name}")
             except StageAbortedError:
                 raise
             except Exception as error:  # plugin boundary: its failure aborts the stage on all ranks

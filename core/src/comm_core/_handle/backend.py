@@ -14,7 +14,10 @@ from comm_core.errors import CommError
 from comm_core.types import DTYPES, Decision, RouteStats, WaitStats
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from comm_core.topology import Topology
+    from comm_core.tuning import VariantChoice
 
 __all__ = ["Backend"]
 
@@ -301,6 +304,44 @@ class Backend(QuantCalls):
             for name, session in self._serving.sessions.items()
             if session.plugin.has("limits")
         }
+
+    def variants(self, op: str, nbytes: int, num_tokens: int = 0) -> dict[str, tuple[str, ...]]:
+        """Return the variants by which each backend can serve a message; the one in use comes first.
+
+        Local, the same on every rank.
+
+        Args:
+            op: one of `comm_core.types.OPS`.
+            nbytes: the size of the tensor to be reduced, in bytes.
+            num_tokens: the number of its rows, fused operations only.
+
+        Raises:
+            CommError: the handle is closed or suspended, or has stopped after a failure.
+            Exception: a backend's hook raised.
+        """
+        self._require_open()
+        found = {name: session.variants(op, nbytes, num_tokens) for name, session in self._serving.sessions.items()}
+        return {name: texts for name, texts in found.items() if texts}
+
+    def use_variants(self, choices: Mapping[str, Sequence[VariantChoice]]) -> None:
+        """Let backends serve by these choices among their variants, in place of earlier choices.
+
+        Local; every rank makes it with equal choices, between the same two calls. Captured graphs stay as they are.
+
+        Args:
+            choices: by backend, for messages that don't overlap, sizes ascending; () for its own table.
+
+        Raises:
+            LookupError: a backend has no session in this group, or no variants.
+            ValueError: a backend has no such variant.
+            CommError: the handle is closed or suspended, or has stopped after a failure.
+        """
+        self._require_open()
+        for name, of_backend in choices.items():
+            session = self._serving.sessions.get(name)
+            if session is None or not session.plugin.has("use_variants"):
+                raise LookupError(f"backend {name!r} has no variants in {self._serving.title}")
+            session.use_variants(of_backend)
 
     def stats(self) -> tuple[RouteStats, ...]:
         """Return the numbers of this rank's calls so far, one entry for each route and backend that served some.

@@ -17,6 +17,8 @@ from comm_core._control.worker import run_on_device
 from comm_core._plan.cases import AdmissionCase
 from comm_core._plan.routes import Cell
 from comm_core._plugins.discovery import Plugin
+from comm_core._schema import text, tuple_of
+from comm_core.tuning import VariantChoice
 
 __all__ = ["Session", "close_all", "close_value"]
 
@@ -102,6 +104,21 @@ class Session:
     def mark_done(self, hook: Literal["suspend", "resume"]) -> None:
         """Record that `hook` has succeeded on every rank."""
         self.suspended = hook == "suspend"
+
+    def variants(self, op: str, nbytes: int, num_tokens: int) -> tuple[str, ...]:
+        """Return the plugin's variants for a message, by its hook; () if it has none."""
+        hook = self.plugin.hooks.get("variants")
+        if hook is None:
+            return ()
+        call = functools.partial(hook, self.value, op, nbytes, num_tokens)
+        name = f"variants of {self.plugin.name}"
+        found: tuple[str, ...] = tuple_of(text)(run_on_device(call, self.device, self.timeout_s, name), name)
+        return found
+
+    def use_variants(self, choices: Sequence[VariantChoice]) -> None:
+        """Let the plugin serve by these choices, by its hook."""
+        call = functools.partial(self.plugin.hooks["use_variants"], self.value, tuple(choices))
+        run_on_device(call, self.device, self.timeout_s, f"use_variants of {self.plugin.name}")
 
     def describe_failed_cells(self) -> str:
         """Return the text that reports the kinds of message without this session, and the reason."""

@@ -217,9 +217,13 @@ class Slate:
         if self.deterministic:
             reason += "; it gathers the ranks' tensors, and core sums them in rank order"
         terminal = Candidate(TERMINAL, "serves", reason, priority=0)
-        texts = tuple(map(str, self.tuning.rules))
         return Decision(
-            (*available, *dropped, terminal), routes, texts, self.tuning.source, deterministic=self.deterministic
+            (*available, *dropped, terminal),
+            routes,
+            tuple(map(str, self.tuning.rules)),
+            self.tuning.source,
+            self.deterministic,
+            {name: tuple(map(str, choices)) for name, choices in self.tuning.variants.items()},
         )
 
     def _availability_reason(self, offer: Offer, serves: bool) -> str:

@@ -131,17 +131,19 @@ def _routes(decision: Decision) -> list[str]:
 
 
 def _tuning(decision: Decision) -> list[str]:
-    """Return the lines about the rules that override priorities, with the numbers that the routes show."""
+    """Return the lines about rules, with the numbers that the routes show, and about the backends' variants."""
     if not decision.tuned_by:
         return []
-    if not decision.tuning:
-        return ["", decision.tuned_by]
     verdicts = {candidate.name: candidate.verdict for candidate in decision.candidates}
-    lines = ["", f"Rules of {decision.tuned_by} that override priorities:"]
-    for number, text in enumerate(decision.tuning, 1):
-        verdict = verdicts.get(text.partition(":")[0], "not installed")
-        note = "" if verdict in {"serves", "standby"} else f"  (no effect: the backend is {verdict})"
-        lines.append(f"  [{number}] {text}{note}")
+
+    def note(name: str) -> str:
+        verdict = verdicts.get(name, "not installed")
+        return "" if verdict in {"serves", "standby"} else f"  (no effect: the backend is {verdict})"
+
+    lines = ["", f"Rules of {decision.tuned_by} that override priorities:" if decision.tuning else decision.tuned_by]
+    lines += [f"  [{n}] {text}{note(text.partition(':')[0])}" for n, text in enumerate(decision.tuning, 1)]
+    for name, choices in decision.variants.items():
+        lines += ["", f"Variants of {name} that this table chooses:{note(name)}", *(f"  {text}" for text in choices)]
     return lines
 
 

@@ -21,7 +21,7 @@ __all__ = ["HOOKS", "validate"]
 
 _API = "COMM_HOOK_API"
 _REQUIRED = "all_reduce"
-_PAIR = ("suspend", "resume")
+_PAIRS = (("suspend", "resume"), ("variants", "use_variants"))
 
 #: Functions with the options of their markers, by attribute name.
 _Marked: TypeAlias = dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]
@@ -183,7 +183,7 @@ def _hook_problems(
 
 
 def _pair_problems(hooks: Mapping[str, object]) -> Iterator[_Problem]:
-    for one, other in (_PAIR, _PAIR[::-1]):
+    for one, other in (pair[::step] for pair in _PAIRS for step in (1, -1)):
         if one in hooks and other not in hooks:
             yield _Problem(f"it has {one} but not {other}", f"Implement {_signature_text(other)} too, or neither.")
 
