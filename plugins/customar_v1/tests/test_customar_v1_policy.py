@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from comm_core.tuning import VariantChoice
 from comm_plugin_customar_v1 import layout, policy
 
 FLAGS_NBYTES, TEST_NBYTES = 131328, 65536
@@ -88,3 +89,39 @@ def test_rows_are_flattened_in_the_native_codes_order() -> None:
         *(16, 1, 2, 64, 3),
         *(32, 0, 1, 256, 264),
     ]
+
+
+@pytest.mark.parametrize("count", policy.WORLD_SIZES)
+def test_every_variant_can_be_launched_and_the_one_in_use_comes_first(count: int) -> None:
+    rows = policy.rows_for(count)
+    for nbytes in [(1 << power) + extra for power in range(1, 23) for extra in (0, 2)]:
+        texts = policy.variants_of(rows, count, nbytes)
+        found = [policy.parse_row(text) for text in texts]
+        present = next(row for row in rows if nbytes <= row.up_to_nbytes)
+        assert found[0].numbers()[1:] == present.numbers()[1:]
+        assert 1 < len(set(texts)) == len(texts) < 40
+        assert all(row.vecs <= policy.max_vecs(count) for row in found)
+    assert policy.variants_of(rows, count, policy.MAX_NBYTES + 1) == []
+
+
+def test_choices_take_the_place_of_rows() -> None:
+    rows = policy.rows_for(8)
+    text = "two_stage:vecs=1,threads=128,blocks=48"
+    first, chosen, *rest = policy.with_choices(rows, 8, [VariantChoice("all_reduce", text, 4096, 65536)])
+    assert first == policy.Row(4095, "one_stage", threads=512, blocks=32)
+    assert chosen == policy.Row(65536, "two_stage", 1, 128, 48)
+    assert tuple(rest) == rows
+    assert policy.variants_of([first, chosen, *rest], 8, 8192)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("op", "text", "words"),
+    [
+        ("all_reduce", "ring", "isn't one_stage or two_stage"),
+        ("all_reduce", "one_stage:vecs=4", "with 8 ranks there is no such kernel"),
+        ("all_reduce_add_rms_norm", "one_stage", "with 8 ranks there is no such kernel"),
+    ],
+)
+def test_a_text_that_is_no_variant_is_refused(op: str, text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        policy.with_choices(policy.rows_for(8), 8, [VariantChoice(op, text)])

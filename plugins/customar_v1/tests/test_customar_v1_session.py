@@ -15,6 +15,7 @@ import comm_plugin_customar_v1 as customar_v1
 import pytest
 import torch
 from comm_core._memory.cpu import CpuMemory
+from comm_core.tuning import VariantChoice
 from comm_plugin_customar_v1 import policy, session
 
 TEST_NBYTES = 65536
@@ -362,9 +363,27 @@ def test_after_abort_check_reports_replays_alone(pair: tuple[list[Native], list[
     customar_v1.check(own)
 
 
-def test_a_forced_row_reaches_the_native_code() -> None:
+def test_a_forced_row_reaches_the_native_code_and_stays() -> None:
     row = policy.Row(8 << 20, "two_stage", 2, 64, 7)
     natives = [Native(rank, 2) for rank in range(2)]
     for own in connect_all(natives, row):
+        known = len(natives[0].calls)
+        assert len(customar_v1.variants(own, "all_reduce", 8192, 0)) < 2
+        customar_v1.use_variants(own, (VariantChoice("all_reduce", "one_stage"),))
+        assert len(natives[0].calls) == known
         own.close(True)
     assert natives[1].calls[1] == ("set_shapes", [8 << 20, 1, 2, 64, 7])
+
+
+def test_chosen_variants_reach_the_native_code_and_leave_it(pair: tuple[list[Native], list[Any]]) -> None:
+    (native, _), (own, _) = pair
+    before = customar_v1.variants(own, "all_reduce", 8192, 0)
+    choices = (VariantChoice("all_reduce", before[1]),)
+    customar_v1.use_variants(own, choices)
+    assert native.calls[-1] == ("set_shapes", policy.flat(policy.with_choices(policy.rows_for(2), 2, choices)))
+    assert customar_v1.variants(own, "all_reduce", 8192, 0)[0] == before[1]
+    with pytest.raises(ValueError, match="isn't one_stage or two_stage"):
+        customar_v1.use_variants(own, (VariantChoice("all_reduce", "ring"),))
+    customar_v1.use_variants(own, ())
+    assert native.calls[-1] == ("set_shapes", policy.flat(policy.rows_for(2)))
+    assert customar_v1.variants(own, "all_reduce", 8192, 0) == before

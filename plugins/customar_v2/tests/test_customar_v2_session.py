@@ -10,8 +10,9 @@ import comm_plugin_customar_v2 as customar_v2
 import pytest
 import torch
 from comm_core import fallback, memory
+from comm_core.tuning import VariantChoice
 from comm_core.types import QUANTS
-from comm_plugin_customar_v2 import norm_policy, policy, session
+from comm_plugin_customar_v2 import norm_policy, policy, session, shapes
 
 
 class Native:
@@ -183,6 +184,28 @@ def test_the_hot_path(context: comm.GroupContext) -> None:
     assert customar_v2.all_reduce(own, x, x) is x
     assert torch.equal(x, torch.full((8,), 2.0))
     assert own.algorithm_of(16) == "twoshot_push"
+
+
+def test_chosen_variants_reach_the_native_code_and_leave_it(context: comm.GroupContext) -> None:
+    native = Native()
+    own = connect(native, context)
+    before = customar_v2.variants(own, "all_reduce", 1 << 20, 0)
+    text = "twoshot_push:vecs=1,threads=64,blocks=264,pipeline_depth=0"
+    assert text in before[1:]
+    customar_v2.use_variants(own, (VariantChoice("all_reduce", text),))
+    assert customar_v2.variants(own, "all_reduce", 1 << 20, 0)[0] == text
+    tables = shapes.with_choices(shapes.tables_for(9, 2), [VariantChoice("all_reduce", text)])
+    assert native.calls[-2:] == [
+        ("shapes", policy.flat(tables.rows)),
+        ("norm shapes", norm_policy.flat(norm_policy.rows_for(9, 2))),
+    ]
+    known = len(native.calls)
+    with pytest.raises(ValueError, match="'ring' isn't one of"):
+        customar_v2.use_variants(own, (VariantChoice("all_reduce", "ring"),))
+    assert len(native.calls) == known
+    customar_v2.use_variants(own, ())
+    assert native.calls[-2] == ("shapes", policy.flat(policy.rows_for(9, 2)))
+    assert customar_v2.variants(own, "all_reduce", 1 << 20, 0) == before
 
 
 @pytest.mark.parametrize("in_place", [False, True])

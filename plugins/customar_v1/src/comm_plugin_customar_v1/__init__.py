@@ -15,7 +15,10 @@ from comm_plugin_customar_v1 import policy, session
 from comm_plugin_customar_v1.session import Session
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+    from comm_core.tuning import VariantChoice
 
 __all__ = [
     "COMM_HOOK_API",
@@ -28,6 +31,8 @@ __all__ = [
     "probe",
     "resume",
     "suspend",
+    "use_variants",
+    "variants",
     "waits",
 ]
 
@@ -78,6 +83,18 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
 def waits(session: Session) -> dict[int, tuple[int, float, float]]:
     """Return this rank's long waits for each peer; see `Session.waits`."""
     return session.waits()
+
+
+@comm.hookimpl
+def variants(session: Session, op: str, nbytes: int, num_tokens: int) -> list[str]:
+    """Return the launch shapes that can serve a message, in the form of the option."""
+    return session.variants(nbytes) if op == "all_reduce" else []
+
+
+@comm.hookimpl
+def use_variants(session: Session, choices: Sequence[VariantChoice]) -> None:
+    """Serve by these launch shapes."""
+    session.use_variants(choices)
 
 
 @comm.hookimpl

@@ -6,11 +6,13 @@ Pure: results depend only on arguments, so every rank decides the same. `parse` 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 
 import comm_core as comm
 from comm_core import eligibility
+from comm_core.tuning import VariantChoice, overlay
 
 __all__ = [
     "ALGORITHMS",
@@ -24,9 +26,12 @@ __all__ = [
     "forced_row",
     "max_vecs",
     "parse",
+    "parse_row",
     "ranges",
     "rows_for",
     "unavailable_reason",
+    "variants_of",
+    "with_choices",
 ]
 
 _NAME = "customar_v1"
@@ -169,19 +174,78 @@ def parse(environ: Mapping[str, str] | None = None) -> Row | None:
         ValueError: it can't be parsed, or no kernel has that shape.
     """
     text = (os.environ if environ is None else environ).get(OPTION, "").strip()
-    if not text:
-        return None
+    try:
+        return parse_row(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"{OPTION}={error}") from None
+
+
+def parse_row(text: str) -> Row:
+    """Parse a row's text, "algorithm" or "algorithm:vecs=..,threads=..,blocks=..".
+
+    Raises:
+        ValueError: it can't be parsed, or no kernel has that shape.
+    """
     algorithm, _, rest = text.partition(":")
     pairs = [item.partition("=") for item in rest.split(",") if item]
     if algorithm not in ALGORITHMS or not all(name in _SHAPE and number.isdecimal() for name, _, number in pairs):
         known = ", ".join(f"{name}=" for name in _SHAPE)
-        raise ValueError(f"{OPTION}={text!r} isn't {' or '.join(ALGORITHMS)}, then after a colon numbers for {known}")
+        raise ValueError(f"{text!r} isn't {' or '.join(ALGORITHMS)}, then after a colon numbers for {known}")
     row = Row(MAX_NBYTES, algorithm, **{name: int(number) for name, _, number in pairs})
     if row.vecs not in (1, 2, 4) or row.threads % 32 or not 32 <= row.threads <= MAX_THREADS:
-        raise ValueError(f"{OPTION}={text!r}: vecs is 1, 2 or 4, and threads a multiple of 32 up to {MAX_THREADS}")
+        raise ValueError(f"{text!r}: vecs is 1, 2 or 4, and threads a multiple of 32 up to {MAX_THREADS}")
     if not 1 <= row.blocks <= MAX_BLOCKS:
-        raise ValueError(f"{OPTION}={text!r}: blocks is 1 to {MAX_BLOCKS}")
+        raise ValueError(f"{text!r}: blocks is 1 to {MAX_BLOCKS}")
     return row
+
+
+# The launch shapes to offer: from bytes, to bytes, vectors per thread, threads and blocks, the most promising first.
+_GRIDS = (
+    (0, 64 * _KIB, (1,), (256, 512, 128, 64), (264,)),
+    (64 * _KIB + 1, _MIB, (1, 2, 4), (512, 256, 128), (32, 48, 132)),
+    (_MIB + 1, MAX_NBYTES, (1, 2, 4), (512, 256), (132, 48, 264)),
+)
+# With more than two ranks, one stage isn't offered where a rank reads more bytes in it; with two, two stages aren't.
+_ONE_STAGE_NBYTES = 8 * _MIB
+
+
+def variants_of(rows: Sequence[Row], world_size: int, nbytes: int) -> list[str]:
+    """Return the texts of the rows that can serve a message: the one in use first, then by promise.
+
+    Args:
+        rows: the table in use.
+        world_size: the number of ranks.
+        nbytes: the message's size, in bytes; one above `MAX_NBYTES` has none.
+    """
+    if nbytes > MAX_NBYTES:
+        return []
+    algorithms = ["one_stage"] if world_size == 2 or (world_size - 1) * nbytes <= _ONE_STAGE_NBYTES else []
+    algorithms += ["two_stage"] if world_size > 2 else []
+    found: dict[tuple[object, ...], Row] = {}
+    for low, high, *values in _GRIDS:
+        for vecs, threads, blocks in itertools.product(*values) if low <= nbytes <= high else ():
+            for algorithm in algorithms if vecs <= max_vecs(world_size) else ():
+                num_vecs = -(-nbytes // 16 // (world_size if algorithm == "two_stage" else 1))
+                grid = max(1, min(blocks, -(-num_vecs // (threads * vecs))))  # rows with the same grid launch the same
+                found.setdefault((algorithm, vecs, threads, grid), Row(0, algorithm, vecs, threads, blocks))
+    present = next(row for row in rows if nbytes <= row.up_to_nbytes)
+    return list(dict.fromkeys(map(_text, [present, *found.values()])))
+
+
+def _text(row: Row) -> str:
+    return f"{row.algorithm}:vecs={row.vecs},threads={row.threads},blocks={row.blocks}"
+
+
+def with_choices(rows: Sequence[Row], world_size: int, choices: Sequence[VariantChoice]) -> tuple[Row, ...]:
+    """Return the table with these choices in place of its rows.
+
+    Raises:
+        ValueError: a text isn't a row's, or no kernel has its shape; or a choice is for another operation.
+    """
+    for choice in choices:
+        if choice.op != "all_reduce" or parse_row(choice.variant).vecs > max_vecs(world_size):
+            raise ValueError(f"{choice}: with {world_size} ranks there is no such kernel")
+    return overlay(rows, choices, parse_row)
 
 
 def flat(rows: Sequence[Row]) -> list[int]:

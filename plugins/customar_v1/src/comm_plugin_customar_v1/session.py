@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comm_core as comm
 import torch
@@ -13,6 +13,9 @@ from comm_core import memory
 from comm_core.types import rank_label
 
 from comm_plugin_customar_v1 import layout, policy
+
+if TYPE_CHECKING:
+    from comm_core.tuning import VariantChoice
 
 __all__ = ["Native", "Session", "connect"]
 
@@ -45,19 +48,39 @@ class Session:
         memory_nbytes: the size of this rank's buffer.
     """
 
-    def __init__(self, native: Native, buffer: memory.SharedBuffer, context: comm.GroupContext) -> None:
+    def __init__(
+        self, native: Native, buffer: memory.SharedBuffer, context: comm.GroupContext, forced: policy.Row | None
+    ) -> None:
         self.all_reduce = native.all_reduce
         self.all_reduce_out = native.all_reduce_out
         self.memory_nbytes = buffer.nbytes
         self._native: Any = native  # a `Native`; None once the session is closed
         self._buffer = buffer
         self._context = context
+        self._forced = forced
+        self._rows = policy.rows_for(context.world_size, forced)
         self._aborted = False
         self._launches: int | None = None  # since `abort`, what the counter was in the last `check`
 
     def set_rows(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; they must be the same on every rank."""
         self._native.set_shapes(policy.flat(rows))
+
+    def variants(self, nbytes: int) -> list[str]:
+        """Return the launch shapes that can serve a message; see `policy.variants_of`."""
+        return policy.variants_of(self._rows, self._context.world_size, nbytes) if self._forced is None else []
+
+    def use_variants(self, choices: Sequence[VariantChoice]) -> None:
+        """Serve by these launch shapes, and by the group's own table elsewhere; by the forced row, if there is one.
+
+        Raises:
+            ValueError: no kernel has such a shape.
+        """
+        world_size = self._context.world_size
+        rows = policy.with_choices(policy.rows_for(world_size, self._forced), world_size, choices)
+        if self._forced is None:
+            self.set_rows(rows)
+            self._rows = rows
 
     def algorithm_of(self, nbytes: int) -> str:
         """Return the name of the algorithm that serves a message of `nbytes` bytes."""
@@ -192,7 +215,7 @@ def connect(module: Any, forced: policy.Row | None, context: comm.GroupContext) 
     buffer = memory.share(plan.nbytes, context, _set_no_flag)
     try:
         native.attach(list(buffer.addresses), min(rank["processors"] for rank in ranks))
-        session = Session(native, buffer, context)
+        session = Session(native, buffer, context, forced)
         session.test_peer_access([rank["seed"] for rank in ranks])
     except BaseException:
         # No kernel of this rank runs any more, and a peer's kernel writes to memory that the peer itself maps.

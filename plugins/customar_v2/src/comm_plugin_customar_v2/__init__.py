@@ -6,7 +6,8 @@ are in rank order, in float32, rounded once: every rank holds the same bits, and
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
 import torch
@@ -15,6 +16,9 @@ from comm_core.types import QUANTS, RANK_ORDER_FP32
 
 from comm_plugin_customar_v2 import policy, session
 from comm_plugin_customar_v2.session import Session
+
+if TYPE_CHECKING:
+    from comm_core.tuning import VariantChoice
 
 __all__ = [
     "COMM_HOOK_API",
@@ -29,6 +33,8 @@ __all__ = [
     "probe",
     "resume",
     "suspend",
+    "use_variants",
+    "variants",
     "waits",
 ]
 
@@ -139,6 +145,18 @@ def all_reduce_add_rms_norm_quant(
 def waits(session: Session) -> dict[int, tuple[int, float, float]]:
     """Return this rank's long waits for each peer; see `Session.waits`."""
     return session.waits()
+
+
+@comm.hookimpl
+def variants(session: Session, op: str, nbytes: int, num_tokens: int) -> list[str]:
+    """Return the launch shapes that can serve a message, in the form of the option."""
+    return session.variants(op, nbytes, num_tokens)
+
+
+@comm.hookimpl
+def use_variants(session: Session, choices: Sequence[VariantChoice]) -> None:
+    """Serve by these launch shapes. Those of the fused call hold for its form with FP8 out, too."""
+    session.use_variants(choices)
 
 
 @comm.hookimpl

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 from comm_plugin_customar_v2 import policy
 
-__all__ = ["ALGORITHMS", "NormRow", "flat", "rows_for", "slot_rows"]
+__all__ = ["ALGORITHMS", "NormRow", "flat", "parse_row", "rows_for", "slot_rows"]
 
 #: `NormAlgorithm` in csrc/norm.cuh.
 ALGORITHMS = {"oneshot_push_norm": 0, "twoshot_push_norm": 1, "separate": 2}
 # The plain algorithm that divides a buffer into the same slots.
 _SLOTS = {"oneshot_push_norm": "oneshot_push", "twoshot_push_norm": "twoshot_push"}
 
+_SHAPE = ("vecs", "cluster", "blocks", "pipeline_depth")
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
@@ -50,9 +51,9 @@ class NormRow:
 
 
 # Two ranks on Hopper, measured on two H200 joined by 18 NVLinks (torch 2.11, CUDA 13.0, 2026-11-22; bfloat16, graphs of
-# dependent calls, benchmarks/customar_v2_tune_norm.py) for 1 to 2048 tokens of 2880, 4096, 5120 and 7168. Beside each
-# row stands how much slower it was than the fastest of all fused shapes: in the mean, and at most. Blocks share a row
-# as long as the clusters of all rows fit the device at once.
+# dependent calls, benchmarks/2026-11-22-h200x2-customar_v2_tune_norm.json) for 1 to 2048 tokens of 2880, 4096, 5120 and
+# 7168. Beside each row stands how much slower it was than the fastest of all fused shapes: in the mean, and at most.
+# Blocks share a row as long as the clusters of all rows fit the device at once.
 _HOPPER_2 = (
     NormRow(512 * _KIB, "oneshot_push_norm", cluster=8),  # 0.4 % in the mean, 3 % at 8 x 2880
     NormRow(2 * _MIB, "oneshot_push_norm", cluster=2),  # 0.6 % in the mean, 2 % at 128 x 2880
@@ -99,6 +100,20 @@ def _conservative(major: int, world_size: int) -> tuple[NormRow, ...]:
         NormRow(one_shot, "oneshot_push_norm", vecs=2, cluster=cluster),
         NormRow(plain[-1].up_to_nbytes, "twoshot_push_norm", vecs=2),
     )
+
+
+def parse_row(text: str) -> NormRow:
+    """Parse the text of a fused kernel's row, "algorithm:vecs=..,cluster=..,blocks=..,pipeline_depth=..".
+
+    Raises:
+        ValueError: it can't be parsed, or no cluster has that shape.
+    """
+    # Not "separate", since that rounds once more.
+    algorithm, values = policy.parse_shape(text, _SLOTS, _SHAPE)
+    row = NormRow(0, algorithm, **values)
+    if row.vecs not in (1, 2, 4) or row.cluster not in (1, 2, 4, 8) or row.blocks < row.cluster:
+        raise ValueError(f"{text!r}: vecs is 1, 2 or 4, cluster 1, 2, 4 or 8, and blocks at least cluster")
+    return row
 
 
 def slot_rows(rows: Sequence[NormRow]) -> list[policy.Row]:

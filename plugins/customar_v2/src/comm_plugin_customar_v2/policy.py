@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import comm_core as comm
 from comm_core import eligibility
@@ -24,6 +24,7 @@ __all__ = [
     "needs_fabric",
     "parse",
     "parse_row",
+    "parse_shape",
     "ranges",
     "rows_for",
     "unavailable_reason",
@@ -78,9 +79,9 @@ class Row:
 
 
 # Two ranks on Hopper, measured on two H200 joined by 18 NVLinks (torch 2.11, CUDA 13.0, 2026-11-22; bfloat16, graphs of
-# dependent calls, benchmarks/customar_v2_tune.py). Beside each row stand the measured sizes and how much slower the row
-# was, at most, than the fastest of all shapes. One-shot rows end at the size that fills the grid, because one-shot is
-# fastest in a single round.
+# dependent calls, benchmarks/2026-11-22-h200x2-customar_v2_tune.json). Beside each row stand the measured sizes and how
+# much slower the row was, at most, than the fastest of all shapes. One-shot rows end at the size that fills the grid,
+# because one-shot is fastest in a single round.
 _HOPPER_2 = (
     Row(4 * _KIB, "oneshot_push", threads=256),  # 1 to 4 KiB: 0.6 %
     Row(64 * _KIB, "oneshot_push", threads=64),  # 8 to 64 KiB: 0.6 %
@@ -209,7 +210,10 @@ def parse(environ: Mapping[str, str] | None = None) -> Row | None:
         ValueError: it can't be parsed, or no block has that shape.
     """
     text = (os.environ if environ is None else environ).get(OPTION, "").strip()
-    return parse_row(text) if text else None
+    try:
+        return parse_row(text) if text else None
+    except ValueError as error:
+        raise ValueError(f"{OPTION}={error}") from None
 
 
 def parse_row(text: str) -> Row:
@@ -218,22 +222,30 @@ def parse_row(text: str) -> Row:
     Raises:
         ValueError: it can't be parsed, or no block has that shape.
     """
+    algorithm, values = parse_shape(text, ALGORITHMS, _SHAPE)
+    row = Row(0, algorithm, **values)
+    if row.threads % 32 or not 32 <= row.threads <= 1024 or row.blocks < 1 or row.vecs not in (1, 2, 4):
+        raise ValueError(f"{text!r}: vecs is 1, 2 or 4, threads a multiple of 32 up to 1024, and blocks at least 1")
+    return row
+
+
+def parse_shape(text: str, algorithms: Collection[str], names: Sequence[str]) -> tuple[str, dict[str, int]]:
+    """Parse "algorithm:name=number,..."; return the algorithm and the numbers by name.
+
+    Raises:
+        ValueError: the algorithm or a name isn't one of these, or a number can't be read.
+    """
     algorithm, _, shape = text.partition(":")
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"{OPTION}={text!r}: {algorithm!r} isn't one of {', '.join(ALGORITHMS)}")
+    if algorithm not in algorithms:
+        raise ValueError(f"{text!r}: {algorithm!r} isn't one of {', '.join(algorithms)}")
     values: dict[str, int] = {}
     for item in filter(None, shape.split(",")):
         name, _, number = item.partition("=")
-        if name not in _SHAPE or not number.isdecimal():
-            known = ", ".join(f"{name}=" for name in _SHAPE)
-            raise ValueError(f"{OPTION}={text!r}: {item!r} isn't a number for one of {known}")
+        if name not in names or not number.isdecimal():
+            known = ", ".join(f"{name}=" for name in names)
+            raise ValueError(f"{text!r}: {item!r} isn't a number for one of {known}")
         values[name] = min(int(number), _MAX_NUMBER)
-    row = Row(0, algorithm, **values)
-    if row.threads % 32 or not 32 <= row.threads <= 1024 or row.blocks < 1 or row.vecs not in (1, 2, 4):
-        raise ValueError(
-            f"{OPTION}={text!r}: vecs is 1, 2 or 4, threads a multiple of 32 up to 1024, and blocks at least 1"
-        )
-    return row
+    return algorithm, values
 
 
 def flat(rows: Sequence[Row]) -> list[int]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comm_core as comm
 import torch
 from comm_core import memory
 from comm_core.types import rank_label
 
-from comm_plugin_customar_v2 import layout, norm_policy, policy
+from comm_plugin_customar_v2 import layout, norm_policy, policy, shapes
+
+if TYPE_CHECKING:
+    from comm_core.tuning import VariantChoice
 
 __all__ = ["Native", "Session", "connect"]
 
@@ -52,7 +55,9 @@ class Session:
         memory_nbytes: the size of this rank's buffer.
     """
 
-    def __init__(self, native: Native, buffer: memory.SharedBuffer, context: comm.GroupContext) -> None:
+    def __init__(
+        self, native: Native, buffer: memory.SharedBuffer, context: comm.GroupContext, tables: shapes.Tables
+    ) -> None:
         self.all_reduce = native.all_reduce
         self.all_reduce_out = native.all_reduce_out
         self.all_reduce_add_rms_norm_out = native.all_reduce_add_rms_norm_out
@@ -62,6 +67,7 @@ class Session:
         self._native: Any = native  # a `Native`; None once the session is closed
         self._buffer = buffer
         self._context = context
+        self._own = self._tables = tables
         self._aborted = False
         self._launches: int | None = None  # since `abort`, what the counter was in the last `check`
 
@@ -72,6 +78,21 @@ class Session:
     def set_norm_rows(self, rows: Sequence[norm_policy.NormRow]) -> None:
         """Serve fused calls by these rows from now on; they must be the same on every rank."""
         self._native.set_norm_shapes(norm_policy.flat(rows))
+
+    def variants(self, op: str, nbytes: int, num_tokens: int) -> list[str]:
+        """Return the launch shapes that can serve a message; see `shapes.variants_of`."""
+        return shapes.variants_of(self._tables, op, nbytes, num_tokens)
+
+    def use_variants(self, choices: Sequence[VariantChoice]) -> None:
+        """Serve by these launch shapes, and by the group's own tables elsewhere.
+
+        Raises:
+            ValueError: no kernel has such a shape.
+        """
+        tables = shapes.with_choices(self._own, choices)
+        self.set_rows(tables.rows)
+        self.set_norm_rows(tables.norm_rows)
+        self._tables = tables
 
     def algorithm_of(self, nbytes: int) -> str:
         """Return the name of the algorithm that serves a message of `nbytes` bytes."""
@@ -161,22 +182,24 @@ def connect(module: Any, topology: comm.Topology, context: comm.GroupContext) ->
     algorithms, known = list(module.constants()), [len(policy.ALGORITHMS), len(norm_policy.ALGORITHMS)]
     if algorithms != known:
         raise RuntimeError(f"the native code has {algorithms} algorithms, not {known}: it belongs to another version")
-    major = policy.major(topology)
-    rows = policy.rows_for(major, context.world_size, policy.forced_row(topology))
-    norm_rows = norm_policy.rows_for(major, context.world_size)
-    plan = layout.plan(context.world_size, [*rows, *norm_policy.slot_rows(norm_rows)], context.memory_budget_nbytes)
+    tables = shapes.tables_for(policy.major(topology), context.world_size, policy.forced_row(topology))
+    plan = layout.plan(
+        context.world_size,
+        [*tables.rows, *norm_policy.slot_rows(tables.norm_rows)],
+        context.memory_budget_nbytes,
+    )
     native = Native(
         **module.connect(context.rank, context.world_size, plan.numbers(), context.wait_timeout_s, context.device.index)
     )
-    native.set_shapes(policy.flat(rows))
-    native.set_norm_shapes(norm_policy.flat(norm_rows))
+    native.set_shapes(policy.flat(tables.rows))
+    native.set_norm_shapes(norm_policy.flat(tables.norm_rows))
     count = torch.cuda.get_device_properties(context.device).multi_processor_count
     counts = context.control.all_gather(count)
     buffer = memory.share(
         plan.nbytes, context, functools.partial(_empty_cells, plan.tails_at), fabric=policy.needs_fabric(topology)
     )
     native.attach(list(buffer.addresses), min(counts))
-    return Session(native, buffer, context)
+    return Session(native, buffer, context, tables)
 
 
 def _empty_cells(tails_at: int, buffer: torch.Tensor) -> None:
