@@ -4,11 +4,11 @@
     python benchmarks/summarize.py RECORD [--command "HOW IT WAS MADE"] --out SUMMARY
     python benchmarks/summarize.py SUMMARY --plot PICTURE.svg
 
-A record is the JSON output of `comm-core bench`, `customar_v1_tune.py`, `customar_v2_tune.py`,
-`customar_v2_tune_norm.py` or `add_rms_norm.py`. A summary is JSON: `command`, `machine`, `settings` and `tables`. In a
-table, every list has one number for each of its `cases` (bytes, or tokens x hidden size), or null:
+A record is the JSON output of `comm-core bench` or `add_rms_norm.py`. A summary is JSON: `command`, `machine`,
+`settings` and `tables`. In a table, every list has one number for each of its `cases` (bytes, or tokens x hidden size),
+or null:
 
-    us              by contender or launch shape: the slowest rank's median time of a call, in microseconds
+    us              by contender: the slowest rank's median time of a call, in microseconds
     times_as_fast   by backend and reference; "best" is the fastest peer or torch.distributed in each case. `ratio` is
                     the median over repetitions, `low` the lower end of its confidence interval. For graphs, with their
                     small variation, "best" is the only reference: other ratios follow from `us`.
@@ -16,19 +16,16 @@ table, every list has one number for each of its `cases` (bytes, or tokens x hid
 
 `mean_times_as_fast_as_best` has the geometric mean over the cases of the ratios to "best". The record of
 `decode_step.py` is small enough to serve as a summary.
-
-The summary of a tune program leaves out shapes that are far from the fastest in every case; `settings` says which.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +37,6 @@ from comm_bench.results import LAUNCH, Row, title
 MAX_NBYTES = 20_000
 #: The machine's limits in a picture, and their labels.
 LIMITS = {"limit:push": "the message's bytes, pushed", "limit:launch": "an empty kernel"}
-#: A summary keeps a shape if it is, in some case, at most this many percent slower than the fastest. The first of these
-#: thresholds whose summary is small enough is used.
-THRESHOLDS = (math.inf, 50, 20, 10, 5, 2, 1, 0)
 
 
 def rounded(value: float | None, digits: int = 4) -> float | int | None:
@@ -126,52 +120,6 @@ def bench_table(name: str, rows: list[Row]) -> dict[str, Any]:
     return table
 
 
-def summarize_tune(record: dict[str, Any], within: float) -> dict[str, Any]:
-    """Summarise a tune program's record: keep the shapes `within` this many percent of the fastest in some case."""
-    times: dict[Any, dict[str, float]] = {}
-    for line in record["lines"]:
-        case, row = line.get("nbytes"), line["row"]
-        if case is None:
-            case = f"{line['tokens']}x{line['hidden']}"
-            row = with_all_blocks(row, line["tokens"], record["ranks"])
-        times.setdefault(case, {})[row] = line["us"]
-    kept = set()
-    for found in times.values():
-        shapes = {row: us for row, us in found.items() if ":" in row}
-        kept |= found.keys() - shapes.keys()
-        kept |= {row for row, us in shapes.items() if us <= min(shapes.values()) * (1 + within / 100)}
-        for algorithm in {row.partition(":")[0] for row in shapes}:
-            kept.add(min((row for row in shapes if row.startswith(algorithm + ":")), key=lambda row: shapes[row]))
-    rows = dict.fromkeys(row for found in times.values() for row in found if row in kept)
-    left_out = f"shapes that are nowhere within {within} % of the fastest, nor the fastest of their algorithm"
-    return {
-        "machine": {
-            "ranks": record["ranks"],
-            "devices": [record["device"]] * record["ranks"],
-            "versions": {"torch": record["torch"]},
-        },
-        "settings": {"dtype": record["dtype"], "left_out": None if within == math.inf else left_out},
-        "wrong": sum(line.get("right") is False or bool(line.get("wrong")) for line in record["lines"]),
-        "tables": [
-            {
-                "name": f"slowest rank's median, {record['dtype']}",
-                "cases": list(times),
-                "us": {row: [rounded(found.get(row)) for found in times.values()] for row in rows},
-            }
-        ],
-    }
-
-
-def with_all_blocks(row: str, tokens: int, ranks: int) -> str:
-    """Return a fused shape's name, with "all" for a number of blocks that gives each of the message's rows its own."""
-    name, _, shape = row.partition(":")
-    numbers = dict(part.split("=") for part in shape.split(",") if part)
-    owned = -(-tokens // (ranks if name.startswith("twoshot") else 1))
-    if numbers and int(numbers["blocks"]) == owned * int(numbers["cluster"]):
-        numbers["blocks"] = "all"
-    return ":".join(filter(None, (name, ",".join("=".join(pair) for pair in numbers.items()))))
-
-
 def summarize_norms(record: dict[str, Any]) -> dict[str, Any]:
     """Summarise a record of `add_rms_norm.py --json`."""
     tables: list[dict[str, Any]] = []
@@ -217,18 +165,10 @@ def format_json(value: Any, indent: str = "") -> str:
 
 def summary_of(record: dict[str, Any], command: str | None) -> str:
     """Return a record's summary as text of at most `MAX_NBYTES`."""
-    ways: Iterable[Callable[[], dict[str, Any]]]
-    if "rows" in record:
-        ways = [lambda: summarize_bench(record)]
-    elif "num_tokens" in record["lines"][0]:
-        ways = [lambda: summarize_norms(record)]
-    else:
-        ways = [lambda within=within: summarize_tune(record, within) for within in THRESHOLDS]
-    for way in ways:
-        summary = {"schema": 1, "command": command or record.get("command"), **way()}
-        text = format_json(summary) + "\n"
-        if len(text) < MAX_NBYTES:
-            return text
+    found = summarize_bench(record) if "rows" in record else summarize_norms(record)
+    text = format_json({"schema": 1, "command": command or record.get("command"), **found}) + "\n"
+    if len(text) < MAX_NBYTES:
+        return text
     raise SystemExit(f"the summary has {len(text)} bytes, and the limit is {MAX_NBYTES}: record fewer cases")
 
 

@@ -135,27 +135,6 @@ def test_a_summary_has_the_medians_and_ratios_of_a_record(ranks: Ranks, tmp_path
     assert picture.stat().st_size > 0
 
 
-def test_a_tune_programs_summary_has_every_competitive_shape(tmp_path: Path) -> None:
-    record, summary = tmp_path / "tune.json", tmp_path / "summary.json"
-    lines = [
-        {"tokens": tokens, "hidden": 4096, "row": row, "us": us, "wrong": ""}
-        for tokens, times in ((1, (1.0, 2.0, 3.0)), (16, (1.5, 2.5, 3.5)))
-        for row, us in zip(
-            ("plain", f"push:cluster=2,blocks={2 * tokens}", "push:cluster=2,blocks=7"), times, strict=True
-        )
-    ]
-    described = {"device": "a GPU", "torch": "2.11.0", "ranks": 2, "dtype": "bfloat16"}
-    record.write_text(json.dumps({"schema": 1, **described, "lines": lines}))
-    assert run("summarize", record, "--command", "tune", "--out", summary) == 0
-    (table,) = json.loads(summary.read_text())["tables"]
-    assert table["cases"] == ["1x4096", "16x4096"]
-    assert table["us"] == {
-        "plain": [1, 1.5],
-        "push:cluster=2,blocks=all": [2, 2.5],
-        "push:cluster=2,blocks=7": [3, 3.5],
-    }
-
-
 def test_the_kept_summaries_are_small_and_without_wrong_results() -> None:
     summaries, pictures = (sorted(BENCHMARKS.glob(f"*.{kind}")) for kind in ("json", "svg"))
     assert summaries

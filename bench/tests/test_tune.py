@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import comm_core as comm
 import jsonschema
 import pytest
+import torch.distributed as dist
 from comm_bench import tune
 from comm_bench.cases import OPS, BenchCase
 from comm_bench.results import Row
-from comm_bench.winners import RULE_COST, Choice, choose, rules_of
+from comm_bench.winners import RULE_COST, Choice, choose, choose_variants, rules_of
 from comm_core import cli
-from comm_core.tuned import TunedTable
-from comm_core.tuning import parse_rules
+from comm_core.tuned import TunedTable, save_table
+from comm_core.tuning import VariantChoice, parse_rules
 from comm_core.types import MODES, TERMINAL, Decision, Route, Rule
 from command_ranks import printed, tuned
 from harness import install
@@ -29,6 +33,12 @@ if TYPE_CHECKING:
     from harness import Ranks
 
 PLANNED = {1024: "a", 4096: "a", 16384: "b", 65536: "b"}
+
+
+def validate(table: Any) -> None:
+    """Compare a table's JSON with its schema."""
+    text = importlib.resources.files("comm_bench").joinpath("table_schema.json").read_text(encoding="utf-8")
+    jsonschema.Draft202012Validator(json.loads(text)).validate(table)
 
 
 def choices(
@@ -120,6 +130,19 @@ def test_rules_are_worth_it_apart_and_of_measured_backends(
                 assert sum(c.gain(name) for c in made[first:end]) - RULE_COST <= total + 1e-9
 
 
+def test_variants_are_chosen_like_backends_and_sizes_between_keep_the_table() -> None:
+    times = {"a": {1024: 9, 4096: 5, 16384: 9, 65536: 9}, "b": {1024: 9, 4096: 9, 16384: 5, 65536: 9}}
+    times["c"] = {1024: 5, 65536: 5}
+    chosen = choose_variants(choices(times))
+    assert chosen == [
+        VariantChoice(OPS[0], "c", 0, 2560),
+        VariantChoice(OPS[0], "c", 40961, None),
+    ]
+    # Neighbours with one variant are one choice.
+    times["c"] |= {4096: 4.9, 16384: 4.9}
+    assert choose_variants(choices(times)) == [VariantChoice(OPS[0], "c", 0, None)]
+
+
 def row(name: str, op: str, nbytes: int, time_us: float, *, composed: bool = False) -> Row:
     shape = (nbytes // 2,) if op == OPS[0] else (nbytes // 8192, 4096)
     case = BenchCase(op, "graph", "out", "bfloat16", "cuda", shape)
@@ -163,6 +186,54 @@ def test_the_first_cases_cover_the_sizes(device_type: str, quick: bool) -> None:
     assert all(case.shape[0] > 0 for case in found)
 
 
+VARIED = """\
+import sys
+import time
+
+import comm_core as comm
+import torch.distributed as dist
+
+plugin = sys.modules[__name__]
+COMM_HOOK_API = (1, 0)
+DELAYS_S = {"late": 0.01, "later": 0.02, "prompt": 0.0, "wrong": 0.0}
+
+class Session:
+    def __init__(self, context):
+        self.context = context
+        self.choices = ()
+
+@comm.hookimpl
+def is_available(topology):
+    return comm.Available(900, (comm.Range("all_reduce", max_nbytes=65536),))
+
+@comm.hookimpl
+def connect(topology, context):
+    return Session(context)
+
+@comm.hookimpl
+def all_reduce(session, tensor, out):
+    variant = next((each.variant for each in session.choices if each.takes(tensor.nbytes)), "late")
+    time.sleep(DELAYS_S[variant])
+    out = tensor.clone() if out is None else out if out is tensor else out.copy_(tensor)
+    dist.all_reduce(out, group=session.context.group)
+    if variant == "wrong" and out.numel() > 4:
+        out[4] += 1
+    return out
+
+@comm.hookimpl
+def variants(session, op, nbytes, num_tokens):
+    return OFFERED
+
+@comm.hookimpl
+def use_variants(session, choices):
+    for each in choices:
+        if each.variant not in DELAYS_S:
+            raise ValueError(f"there is no variant {each.variant!r}")
+    session.choices = choices
+
+OFFERED = """
+
+
 @pytest.mark.parametrize("nproc", ["1", "0"])
 def test_one_rank_is_a_usage_error(nproc: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     for name in ("RANK", "WORLD_SIZE"):
@@ -196,6 +267,50 @@ def all_reduce(session, tensor, out):
 """
 
 
+def followed(table: dict[str, Any]) -> tuple[tuple[VariantChoice, ...], str]:
+    """The choices that the backend follows in a later group of this job, and the report.
+
+    The table's rules are left out: the fastest variant and torch.distributed do the same, so either may serve.
+    """
+    tuned = dataclasses.replace(TunedTable.from_json(table), rules=())
+    save_table(tuned, os.environ["COMM_CORE_CACHE_DIR"])
+    dist.barrier()
+    backend = comm.get_backend()
+    choices: tuple[VariantChoice, ...] = backend._serving.sessions["varied"].value.choices
+    comm.close()
+    return choices, backend.explain()
+
+
+def test_the_fastest_variant_is_found_and_used(ranks: Ranks, tmp_path: Path) -> None:
+    path = [[install(tmp_path / "site", "varied", VARIED + '["late", "later", "unknown", "prompt"]\n')]] * 2
+    env = {"COMM_CORE_CACHE_DIR": str(tmp_path / "cache"), "COMM_CORE_DISABLE": "shm"}
+    run: dict[str, Any] = {"installed": True, "path": path, "env": env, "deadline_s": 240}
+    (status, out, err), _ = ranks.run(tuned, 16 << 10, 5, **run)
+    assert status == 0, err
+    data = json.loads(out)
+    validate(data)
+    # On a busy machine a size may be undecided.
+    chosen = TunedTable.from_json(data).variants["varied"]
+    assert {(choice.op, choice.variant) for choice in chosen} == {(OPS[0], "prompt")}
+    measured = data["provenance"]["variants"]["varied"]
+    assert [each["nbytes"] for each in measured] == [1024, 4096, 16384]
+    assert all((each["planned"], set(each["times_us"])) == ("late", {"late", "later", "prompt"}) for each in measured)
+    assert {each["name"] for each in data["provenance"]["dropped"]} == {"unknown"}
+    for choices, explained in ranks.run(followed, data, **run):
+        assert choices == chosen
+        assert f"Variants of varied that this table chooses:\n  {chosen[0]}" in explained
+
+
+def test_a_variant_with_wrong_sums_leaves_no_table(ranks: Ranks, tmp_path: Path) -> None:
+    path = [[install(tmp_path / "site", "varied", VARIED + '["late", "wrong"]')]] * 2
+    env = {"COMM_CORE_CACHE_DIR": str(tmp_path / "cache"), "COMM_CORE_DISABLE": "shm"}
+    (status, out, err), _ = ranks.run(tuned, 1 << 10, 5, installed=True, path=path, env=env, deadline_s=240)
+    assert status == 1
+    assert json.loads(out)["provenance"]["wrong"] > 0
+    assert "elements were wrong, so no table is written" in err
+    assert not (tmp_path / "cache" / "tuned").exists()
+
+
 def test_later_groups_follow_what_was_measured(ranks: Ranks, tmp_path: Path) -> None:
     """A slow backend of high priority loses its sizes, in the table and then in a group's plan."""
     path = [[install(tmp_path / "site", "slow", SLOW)]] * 2
@@ -206,8 +321,8 @@ def test_later_groups_follow_what_was_measured(ranks: Ranks, tmp_path: Path) -> 
     )
     assert (status, other) == (0, (0, "", "")), err
     data = json.loads(out)
-    text = importlib.resources.files("comm_bench").joinpath("table_schema.json").read_text(encoding="utf-8")
-    jsonschema.Draft202012Validator(json.loads(text)).validate(data)
+    validate(data)
+    assert data["variants"] == data["provenance"]["variants"] == {}
     assert len(data["provenance"]["measured"]) > 2
     assert data["provenance"]["measured"][0]["planned"] == "slow"
     # On a busy machine a size may be undecided.

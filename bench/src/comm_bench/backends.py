@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import comm_core as comm
 import torch
@@ -13,6 +14,9 @@ from comm_core.types import OPS, TERMINAL
 
 from comm_bench.cases import GROUP_SIZE, BenchCase
 from comm_bench.contenders import Contender, Job, State
+
+if TYPE_CHECKING:
+    from comm_core.tuning import VariantChoice
 
 __all__ = ["backends", "nccl_needs_spacer", "terminal"]
 
@@ -44,6 +48,14 @@ class _BackendContender(Contender):
         """Return the backend that serves core's operation `op` of the case's size in the handle's plan."""
         sizes = (case.nbytes,) if op == OPS[0] else (case.nbytes, *case.shape)
         return self._handle.decision.route(op, case.mode, case.device_type, case.dtype).backend_for(*sizes)
+
+    def variants(self, case: BenchCase) -> tuple[str, ...]:
+        if not self.supports(case) or self.composes(case):
+            return ()
+        return self._handle.variants(_hook(case), case.nbytes, case.shape[0] if case.fused else 0).get(self.name, ())
+
+    def use_variants(self, choices: Sequence[VariantChoice]) -> None:
+        self._handle.use_variants({self.name: choices})
 
     def capture(self) -> AbstractContextManager[None]:
         return comm.capture()

@@ -6,9 +6,9 @@ import abc
 import contextlib
 import functools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from comm_core.command import describe
 
 from comm_bench.cases import BenchCase
 from comm_bench.watch import Watchdog
+
+if TYPE_CHECKING:
+    from comm_core.tuning import VariantChoice
 
 __all__ = ["Absent", "Contender", "Job", "Recorder", "State"]
 
@@ -194,6 +197,16 @@ class Contender(Recorder, abc.ABC):
             self._inputs.append(torch.empty(nbytes, dtype=torch.uint8, device=case.device_type))
         parts = (self._inputs[-1][number * room :][: case.nbytes] for number in range(count))
         return tuple(part.view(getattr(torch, case.dtype)).view(case.shape) for part in parts)
+
+    def select(self) -> None:
+        """Get ready for calls, after those of another contender. Local, the same on every rank."""
+
+    def variants(self, case: BenchCase) -> tuple[str, ...]:  # noqa: ARG002 - most contenders have none
+        """Return the contender's variants for such calls, the one in use first. Local, the same on every rank."""
+        return ()
+
+    def use_variants(self, choices: Sequence[VariantChoice]) -> None:
+        """Make calls by these variants from now on; () stands for the contender's own choice. Local."""
 
     def note_failure(self, job: Job) -> None:
         """Note that a case failed; a contender that can't go on supports no later case. Collective."""

@@ -77,6 +77,7 @@ class _Timed:
         launch: the function to time.
         calls: the number of calls in one launch.
         chain: the chain that `launch` runs, if any.
+        select: called before the launches of a repetition.
         wrong: the number of this rank's wrong elements so far; None without a check.
         seconds: the time of one launch on this rank, by repetition.
     """
@@ -85,6 +86,7 @@ class _Timed:
     launch: Callable[[], object]
     calls: int
     chain: Chain | None = None
+    select: Callable[[], object] = lambda: None
     wrong: int | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -119,6 +121,7 @@ def measure(
         turn = repetition % len(everyone)
         for timed in everyone[turn:] + everyone[:turn]:
             with job.watchdog.step(f"{timed.name} in {case}", deadlines.wait_timeout_s):
+                timed.select()
                 timed.seconds.append(_time(job, timed.launch, procedure.launches))
             if timed.chain is not None and timed.wrong is not None and repetition == procedure.repetitions - 1:
                 # Compare at once, because another contender of the same library may use the same memory.
@@ -129,6 +132,7 @@ def measure(
 
 def _prepare(contender: Contender, case: BenchCase, job: Job, procedure: Procedure) -> _Timed:
     """Warm up, check and record a contender. Collective; if one rank fails, all raise `Absent`."""
+    job.run_collectively(contender.select)
     calls = procedure.calls or calls_for(case.device_type, case.nbytes)
     warmup = max(1, min(procedure.warmup, calls))
     if contender.kind == "limit":
@@ -157,7 +161,7 @@ def _prepare(contender: Contender, case: BenchCase, job: Job, procedure: Procedu
             job.run_collectively(run)
             wrong += job.run_collectively(functools.partial(check.count_wrong, salt))
     launch = _make_launch(job, case, contender, lambda: chain.run(calls))
-    return _Timed(contender.name, launch, calls, chain, wrong)
+    return _Timed(contender.name, launch, calls, chain, contender.select, wrong)
 
 
 def _copies(case: BenchCase, job: Job) -> _Timed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 from comm_bench.cases import BenchCase
 from comm_bench.document import Listener
@@ -19,12 +18,10 @@ class Progress(Listener):
     def __init__(self) -> None:
         self._started = 0.0
 
-    def on_start(self, document: dict[str, Any]) -> None:  # noqa: ARG002 - the base class's parameter
-        """Start the clock."""
-        self._started = time.monotonic()
-
     def on_case_start(self, number: int, count: int, case: BenchCase) -> None:
         """Show the case, and the time that is left."""
+        if number == 1:
+            self._started = time.monotonic()
         taken_s, done = time.monotonic() - self._started, number - 1
         left = f", about {taken_s / done * (count - done):.0f} s left" if done else ""
         self.show(f"{number}/{count}  {title(case.op, case.mode, case.place)}, {case.dtype}, {case.nbytes} B{left}")

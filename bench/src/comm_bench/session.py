@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import torch
 from comm_bench import stats
 from comm_bench.cases import BenchCase
 from comm_bench.conditions import clocks, machine
-from comm_bench.contenders import Job
+from comm_bench.contenders import Contender, Job
 from comm_bench.document import SCHEMA, Listener, with_results
 from comm_bench.measure import Measured, Procedure, measure
 from comm_bench.results import Row, title, with_ratios
@@ -33,6 +34,7 @@ def measure_all(
     *,
     extras: bool = True,
     limit_s: float | None = None,
+    before: Callable[[Job, Sequence[Contender], Callable[[BenchCase, str, str], None]], None] | None = None,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Measure every case with each contender that supports it. Collective in the world group.
 
@@ -45,6 +47,8 @@ def measure_all(
         extras: whether peers and limits are measured, too.
         limit_s: the time in seconds in which the cases, each as long as the longest so far, have to end; None: no
             limit. The document then has the number of `unmeasured` cases.
+        before: called before the first case, within the limit, with the ranks, the contenders, and the function to
+            call with a case, the name of a contender that fails in it, and the reason.
 
     Returns:
         The document, see `comm_bench.document`, and its rows; equal on all ranks.
@@ -79,10 +83,18 @@ def measure_all(
     # seconds per case.
     gc.collect()
     gc.freeze()
+
+    def drop(case: BenchCase, name: str, reason: str) -> None:
+        where = f"{title(case.op, case.mode, case.place)}, {case.dtype}, {case.nbytes} B"
+        dropped.append({"name": name, "where": where, "reason": reason})
+        listener.on_drop(name, where, reason)
+
     rows: list[Row] = []
     begun, longest_s = time.monotonic(), 0.0
     if limit_s is not None:
         document["unmeasured"] = 0
+    if before is not None:
+        before(job, roster.contenders, drop)
     for number, case in enumerate(todo, 1):
         started_s = time.monotonic()
         # The first rank decides: the ranks' clocks differ.
@@ -90,13 +102,8 @@ def measure_all(
             document["unmeasured"] = len(todo) - number + 1
             break
         listener.on_case_start(number, len(todo), case)
-
-        def drop(name: str, reason: str, case: BenchCase = case) -> None:
-            where = f"{title(case.op, case.mode, case.place)}, {case.dtype}, {case.nbytes} B"
-            dropped.append({"name": name, "where": where, "reason": reason})
-            listener.on_drop(name, where, reason)
-
-        found = with_ratios(_row(each, job) for each in measure(job, case, roster.contenders, procedure, drop))
+        measured = measure(job, case, roster.contenders, procedure, functools.partial(drop, case))
+        found = with_ratios(_row(each, job) for each in measured)
         listener.on_case_end(found)
         rows += found
         longest_s = max(longest_s, time.monotonic() - started_s)

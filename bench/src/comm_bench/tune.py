@@ -1,17 +1,16 @@
-"""`comm-core tune`: measure the installed backends in this group, and keep the rules that pay off for later jobs."""
+"""`comm-core tune`: measure the backends and their variants in this group, and keep what pays off for later jobs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from comm_core.command import contention, joined, launch, size, table, under_torchrun
 from comm_core.types import TERMINAL, Decision
@@ -21,6 +20,11 @@ from comm_bench.cases import OPS, BenchCase, shapes, sizes
 from comm_bench.document import Listener
 from comm_bench.progress import Progress
 from comm_bench.winners import Choice, rules_of
+
+if TYPE_CHECKING:
+    from comm_core.tuned import TunedTable
+
+    from comm_bench.contenders import Contender, Job
 
 __all__ = ["add_parser", "run"]
 
@@ -33,21 +37,27 @@ _DTYPE = "bfloat16"
 _WARMUP, _REPETITIONS = 3, 9
 # Calls in a chain, where the time around it hardly counts; None: the benchmark's own numbers.
 _CALLS = {"cuda": None, "cpu": 20}
-# The factor between sizes with --quick.
+# The factor between sizes with --quick, and the most variants of a message.
 _QUICK_FACTOR = 4
+_QUICK_VARIANTS = 8
+# The part of the time in which the backends' variants are measured; what they don't need is left for the backends.
+_VARIANTS_SHARE = 0.4
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "tune",
-        help="measure this group's backends, and keep rules for the sizes where another one is faster",
-        description="Joins the job that torchrun started, or else starts processes on this host. Times every backend "
-        "of the group, and writes the rules that pay off into a table in the user's cache. Later groups of this kind "
-        "follow it, while the versions stay the same, unless COMM_CORE_TUNE is set.",
+        help="measure this group's backends and their variants, and keep those that are faster at some sizes",
+        description="Joins the job that torchrun started, or else starts processes on this host. Times the variants of "
+        "every backend of the group, then the backends, and writes the choices and rules that pay off into a table in "
+        "the user's cache. Later groups of this kind follow it, while the versions stay the same, unless "
+        "COMM_CORE_TUNE is set.",
     )
-    parser.add_argument("--quick", action="store_true", help="every second size; about a minute instead of up to ten")
-    parser.add_argument("--dry-run", action="store_true", help="print the rules; write no table")
+    parser.add_argument(
+        "--quick", action="store_true", help="every second size, few variants; about a minute instead of up to ten"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the choices and rules; write no table")
     parser.add_argument("--json", action="store_true", help="print the table's JSON instead of text")
     parser.add_argument("--nproc", type=int, default=2, metavar="N", help="processes to start (2)")
     parser.set_defaults(run=run, fail=parser.error)
@@ -74,32 +84,56 @@ def _tune(args: argparse.Namespace, rank: int) -> int:
 
     from comm_bench.measure import Procedure
     from comm_bench.session import measure_all
+    from comm_bench.variants import Search, Tried, search
 
     backend = comm.get_backend()
-    calls = _CALLS[backend.device.type]
+    device_type = backend.device.type
+    todo = cases(device_type, ops=_ops(backend.decision, device_type), quick=args.quick)
+    repetitions = stats.MIN_SAMPLES if args.quick else _REPETITIONS
+    procedure = Procedure(_CALLS[device_type], 1, _WARMUP, repetitions, checks=True)
+    limit_s = _QUICK_LIMIT_S if args.quick else _LIMIT_S
+    listener = Progress() if rank == 0 else Listener()
+    tried = Tried()
+
+    def tune_variants(job: Job, contenders: Sequence[Contender], drop: Callable[[BenchCase, str, str], None]) -> None:
+        nonlocal tried
+        # A backend has one choice for both modes; in graphs, times vary less.
+        mode = "graph" if device_type == "cuda" else "eager"
+        settings = Search(
+            [case for case in todo if case.mode == mode],
+            procedure,
+            _QUICK_VARIANTS if args.quick else None,
+            limit_s * _VARIANTS_SHARE,
+        )
+        tried = search(job, contenders, settings, listener.on_case_start, drop)
+
     document, rows = measure_all(
-        functools.partial(cases, ops=_ops(backend.decision, backend.device.type), quick=args.quick),
+        lambda _: todo,
         ["comm-core", *args.arguments],
-        Procedure(calls, 1, _WARMUP, stats.MIN_SAMPLES if args.quick else _REPETITIONS, checks=True),
+        procedure,
         (),
-        Progress() if rank == 0 else Listener(),
+        listener,
         extras=False,
-        limit_s=_QUICK_LIMIT_S if args.quick else _LIMIT_S,
+        limit_s=limit_s,
+        before=tune_variants,
     )
-    rules, choices = rules_of(rows, backend.decision, backend.device.type)
+    document["wrong"] += tried.wrong
+    document["unmeasured"] += tried.unmeasured
+    rules, choices = rules_of(rows, backend.decision, device_type)
     provenance = {
         **{name: document[name] for name in ("comm_core", "started", "command", "machine", "clocks", "settings")},
         **{name: document[name] for name in ("absent", "dropped", "wrong", "unmeasured")},
         "dtype": _DTYPE,
         "measured": [_to_json(choice) for choice in choices],
+        "variants": {name: [_to_json(choice) for choice in of_backend] for name, of_backend in tried.choices.items()},
     }
     topology = backend.topology
-    tuned = TunedTable(describe_group(topology), describe_versions(topology), rules, provenance)
+    tuned = TunedTable(describe_group(topology), describe_versions(topology), rules, provenance, tried.variants)
     path = None
     if not args.dry_run and not document["wrong"] and rank in _first_ranks([info.host.id for info in topology.ranks]):
         path = save_table(tuned, Settings.read().cache_dir)
     if rank == 0:
-        text = json.dumps(tuned.to_json(), indent=1) if args.json else _text(tuned.rules, choices, document)
+        text = json.dumps(tuned.to_json(), indent=1) if args.json else _text(tuned, choices, provenance)
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
         if path is not None:
@@ -137,8 +171,8 @@ def _to_json(choice: Choice) -> dict[str, Any]:
     return {**dataclasses.asdict(choice), "times_us": medians}
 
 
-def _text(rules: Sequence[object], choices: Sequence[Choice], document: Mapping[str, Any]) -> str:
-    """Return the measured messages and the rules as text."""
+def _text(tuned: TunedTable, choices: Sequence[Choice], document: Mapping[str, Any]) -> str:
+    """Return the measured messages, the rules and the variants as text."""
     lines: list[tuple[str, ...]] = [("operation", "mode", "size", "planned", "us", "fastest", "us")]
     for choice in choices:
         medians = {name: statistics.median(times) for name, times in choice.times_us.items()}
@@ -153,5 +187,10 @@ def _text(rules: Sequence[object], choices: Sequence[Choice], document: Mapping[
     if document["unmeasured"]:
         text.append(f"The time was over before {document['unmeasured']} cases were measured.")
     text += [f"not measured: {name}: {reason}" for name, reason in document["absent"].items()]
-    text.append("Rules:" if rules else "No rule pays off: the backends' own order stays.")
-    return "\n".join([*text, *(f"  {rule}" for rule in rules)])
+    text.append("Rules:" if tuned.rules else "No rule pays off: the backends' own order stays.")
+    text += [f"  {rule}" for rule in tuned.rules]
+    for name in document["variants"]:
+        chosen = tuned.variants.get(name, ())
+        text.append(f"Variants of {name}:" if chosen else f"No variant of {name} pays off: its own table stays.")
+        text += [f"  {choice}" for choice in chosen]
+    return "\n".join(text)

@@ -1,23 +1,24 @@
-"""From measured times to rules of tuning: few, and none that the measurement doesn't support. Pure, without torch.
+"""From measured times to rules and variants: few, and none that the measurement doesn't support. Pure, without torch.
 
 A rule puts one backend first for a range of sizes. It is worth its place if the gains over the plan without rules add
-up to more than `RULE_COST`. Sizes where the confidence interval has both a gain and a loss count nothing.
+up to more than `RULE_COST`. Sizes where the confidence interval has both a gain and a loss count nothing. The same
+holds for a choice of a variant, against the one that the backend uses by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from comm_core.tuning import TuningRule
+from comm_core.tuning import TuningRule, VariantChoice
 from comm_core.types import TERMINAL, Decision
 
 from comm_bench import stats
 from comm_bench.cases import OPS
 from comm_bench.results import Row
 
-__all__ = ["RULE_COST", "Choice", "choices_of", "choose", "rules_of"]
+__all__ = ["RULE_COST", "Choice", "choices_of", "choose", "choose_variants", "rules_of"]
 
 RULE_COST = math.log(1.05)
 """The least gain of a rule: the sum over its sizes of the logarithm of how many times as fast they become."""
@@ -25,14 +26,14 @@ RULE_COST = math.log(1.05)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One message, and the backends among which a rule may choose.
+    """One message, and the backends among which a rule may choose, or the variants of a backend.
 
     Attributes:
         op: one of `comm_bench.cases.OPS`.
         mode: one of `comm_core.types.MODES`.
         nbytes: the message's size in bytes.
-        planned: the backend that serves it without rules.
-        times_us: by backend, the slowest rank's time of one call, by repetition.
+        planned: the backend that serves it without rules, or the variant without choices.
+        times_us: by backend or variant, the slowest rank's time of one call, by repetition.
     """
 
     op: str
@@ -41,16 +42,16 @@ class Choice:
     planned: str
     times_us: Mapping[str, tuple[float, ...]]
 
-    def gain(self, backend: str) -> float:
-        """Return the logarithm of how many times as fast as planned the backend is; 0 if undecided, -inf if unknown.
+    def gain(self, name: str) -> float:
+        """Return the logarithm of how many times as fast as planned a way is; 0 if undecided, -inf if unknown.
 
         A gain counts with the lower end of its confidence interval, a loss with its median.
         """
-        if backend == self.planned:
+        if name == self.planned:
             return 0.0
-        if backend not in self.times_us or self.planned not in self.times_us:
+        if name not in self.times_us or self.planned not in self.times_us:
             return -math.inf
-        ratio = stats.ratio(self.times_us[backend], self.times_us[self.planned])
+        ratio = stats.ratio(self.times_us[name], self.times_us[self.planned])
         return math.log(ratio.low if ratio.low > 1 else ratio.median if ratio.high < 1 else 1.0)
 
 
@@ -112,32 +113,44 @@ def choose(choices: Sequence[Choice], device_type: str) -> list[TuningRule]:
         choices: the choices, by ascending size.
         device_type: the device type of the rules.
     """
-    backends = list(dict.fromkeys(name for choice in choices for name in choice.times_us))
-    # The greatest gain of the first `end` sizes, and the rules' (backend, first, end).
+    return [
+        TuningRule(backend, math.inf, choices[0].op, choices[0].mode, device_type, *bounds)
+        for backend, bounds in _best_ranges(choices)
+    ]
+
+
+def choose_variants(choices: Sequence[Choice]) -> list[VariantChoice]:
+    """Return the variants with the greatest gain for one operation of a backend.
+
+    Args:
+        choices: the choices, by ascending size.
+    """
+    return [VariantChoice(choices[0].op, variant, *bounds) for variant, bounds in _best_ranges(choices)]
+
+
+def _best_ranges(choices: Sequence[Choice]) -> list[tuple[str, tuple[int, int | None]]]:
+    """Return the ways to take in place of the planned ones, each with the smallest and the largest message."""
+    names = list(dict.fromkeys(name for choice in choices for name in choice.times_us))
+    # The greatest gain of the first `end` sizes, and the ranges (name, first, end).
     best: list[tuple[float, tuple[tuple[str, int, int], ...]]] = [(0.0, ())]
     for end in range(1, len(choices) + 1):
         found = best[end - 1]
-        for backend in backends:
+        for name in names:
             total = -RULE_COST
             for first in reversed(range(end)):
-                total += choices[first].gain(backend)
+                total += choices[first].gain(name)
                 before, parts = best[first]
-                # The planned backend needs no rule: a rule begins and ends where it changes something.
-                useful = backend not in {choices[first].planned, choices[end - 1].planned}
+                # What is planned needs no range: one begins and ends where it changes something.
+                useful = name not in {choices[first].planned, choices[end - 1].planned}
                 if useful and before + total > found[0] + 1e-12:
-                    found = before + total, (*parts, (backend, first, end))
+                    found = before + total, (*parts, (name, first, end))
         best.append(found)
     sizes = [choice.nbytes for choice in choices]
-    middle: Callable[[int], int] = lambda index: (sizes[index - 1] + sizes[index]) // 2  # noqa: E731
+
+    def middle(index: int) -> int:
+        return (sizes[index - 1] + sizes[index]) // 2
+
     return [
-        TuningRule(
-            backend,
-            math.inf,
-            choices[first].op,
-            choices[first].mode,
-            device_type,
-            middle(first) + 1 if first else 0,
-            middle(end) if end < len(sizes) else None,
-        )
-        for backend, first, end in best[-1][1]
+        (name, (middle(first) + 1 if first else 0, middle(end) if end < len(sizes) else None))
+        for name, first, end in best[-1][1]
     ]

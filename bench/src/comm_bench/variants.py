@@ -1,0 +1,180 @@
+"""The search among the backends' variants: which one serves which size the fastest, on this very group.
+
+For each message all variants are timed a few times, and then the best of them beside the one in use, with as many
+repetitions as backends have, and with their results compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from comm_core.tuning import VariantChoice
+
+from comm_bench.cases import OPS, BenchCase
+from comm_bench.contenders import Absent, Contender, Job, State
+from comm_bench.measure import Measured, Procedure, measure
+from comm_bench.winners import Choice, choose_variants
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Search", "Tried", "search"]
+
+# Variants that are timed properly, beside the one in use.
+_BEST = 3
+# Calls before the first timing of each variant, and its repetitions.
+_FIRST_WARMUP, _FIRST_REPETITIONS = 1, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Settings of a search.
+
+    Attributes:
+        cases: the messages, in the order in which they are measured.
+        procedure: the settings of the proper measurement.
+        most: the most variants of a message to try; None: all of them.
+        limit_s: the time in seconds in which the search has to end, estimated as for a run's cases.
+    """
+
+    cases: Sequence[BenchCase]
+    procedure: Procedure
+    most: int | None
+    limit_s: float
+
+
+@dataclasses.dataclass
+class Tried:
+    """What a search found; equal on every rank.
+
+    Attributes:
+        choices: by backend, the measured messages, each with the variants that were timed properly.
+        variants: by backend, the choices that pay off.
+        wrong: the number of wrong elements.
+        unmeasured: the number of messages for which there was no time.
+    """
+
+    choices: dict[str, list[Choice]] = dataclasses.field(default_factory=dict)
+    variants: dict[str, tuple[VariantChoice, ...]] = dataclasses.field(default_factory=dict)
+    wrong: int = 0
+    unmeasured: int = 0
+
+
+class _Variant(Contender):
+    """A backend in one of its variants, for messages of any size."""
+
+    kind = "backend"
+
+    def __init__(self, backend: Contender, text: str, op: str) -> None:
+        super().__init__(text)
+        self._backend = backend
+        self._choice = VariantChoice(op, text)
+
+    def supports(self, case: BenchCase) -> bool:
+        return self._backend.supports(case)
+
+    def select(self) -> None:
+        self._backend.use_variants((self._choice,))
+
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
+        return self._backend.call(state, weight, in_place=in_place)
+
+    def capture(self) -> AbstractContextManager[None]:
+        return self._backend.capture()
+
+    def needs_spacer(self, case: BenchCase) -> bool:
+        return self._backend.needs_spacer(case)
+
+    def note_failure(self, job: Job) -> None:
+        self._backend.note_failure(job)
+
+
+def search(
+    job: Job,
+    contenders: Sequence[Contender],
+    settings: Search,
+    on_case: Callable[[int, int, BenchCase], None],
+    drop: Callable[[BenchCase, str, str], None],
+) -> Tried:
+    """Time the contenders' variants, and let each contender use those that pay off. Collective.
+
+    Args:
+        job: the ranks.
+        contenders: the same on every rank, in the same order.
+        settings: the settings.
+        on_case: called before a message, with its number, the number of all, and the case.
+        drop: called with a case, the name of a variant that fails in it, and the reason.
+    """
+    tried = Tried()
+    todo = [
+        (contender, case, texts)
+        for case in settings.cases
+        for contender in contenders
+        if len(texts := _variants(job, contender, case, drop)[: settings.most]) > 1
+    ]
+    begun, longest_s = time.monotonic(), 0.0
+    for number, (contender, case, texts) in enumerate(todo, 1):
+        started_s = time.monotonic()
+        # The first rank decides: the ranks' clocks differ.
+        if job.all_gather(started_s - begun + longest_s)[0] > settings.limit_s:
+            tried.unmeasured = len(todo) - number + 1
+            break
+        on_case(number, len(todo), case)
+        variants = [_Variant(contender, text, case.op) for text in texts]
+        found = _measure_best(job, case, variants, settings.procedure, functools.partial(drop, case))
+        tried.wrong += sum(measured.wrong or 0 for measured in found)
+        times_us = {text: measured.times_us for measured in found for text in texts if measured.contender.name == text}
+        if texts[0] in times_us:
+            choice = Choice(case.op, case.mode, case.nbytes, texts[0], times_us)
+            tried.choices.setdefault(contender.name, []).append(choice)
+        if contender.supports(case):  # it hasn't failed
+            contender.use_variants(())
+        job.barrier()  # no rank replays these graphs any more
+        for variant in variants:
+            variant.release()
+        longest_s = max(longest_s, time.monotonic() - started_s)
+    for contender in contenders:
+        measured = tried.choices.get(contender.name, [])
+        measured.sort(key=lambda choice: (OPS.index(choice.op), choice.nbytes))
+        chosen: list[VariantChoice] = []
+        for op in dict.fromkeys(choice.op for choice in measured):
+            chosen += choose_variants([choice for choice in measured if choice.op == op])
+        if chosen:
+            tried.variants[contender.name] = tuple(chosen)
+            contender.use_variants(chosen)
+    return tried
+
+
+def _variants(
+    job: Job, contender: Contender, case: BenchCase, drop: Callable[[BenchCase, str, str], None]
+) -> tuple[str, ...]:
+    """Return a contender's variants for a case; () if a rank fails, or has others. Collective."""
+    try:
+        texts: tuple[str, ...] = job.run_collectively(lambda: contender.variants(case))
+    except Absent as reason:
+        drop(case, contender.name, str(reason))
+        return ()
+    if any(other != texts for other in job.all_gather(texts)):
+        drop(case, contender.name, "its variants differ between the ranks")
+        return ()
+    return texts
+
+
+def _measure_best(
+    job: Job, case: BenchCase, variants: Sequence[_Variant], procedure: Procedure, drop: Callable[[str, str], None]
+) -> list[Measured]:
+    """Time all variants a few times, then the first one and the best of the others properly."""
+    quick = dataclasses.replace(procedure, warmup=_FIRST_WARMUP, repetitions=_FIRST_REPETITIONS, checks=False)
+    present, *others = variants
+    medians = {
+        measured.contender: statistics.median(measured.times_us)
+        for measured in measure(job, case, variants, quick, drop)
+    }
+    ranked = sorted((variant for variant in others if variant in medians), key=lambda variant: medians[variant])
+    return measure(job, case, [present, *ranked[:_BEST]], procedure, drop)
