@@ -184,6 +184,12 @@ def test_the_first_cases_cover_the_sizes(device_type: str, quick: bool) -> None:
     assert {min(sizes), max(sizes)} <= set(sizes[:6])
     # A message of less than a row isn't fused.
     assert all(case.shape[0] > 0 for case in found)
+    # Variants are measured of the same sizes in one mode; some of fused messages in two shapes.
+    alike = tune.messages(device_type, ops=ops, quick=quick)
+    assert {len(each) for each in alike} == ({1, 2} if device_type == "cuda" and not quick else {1})
+    mode = "graph" if device_type == "cuda" else "eager"
+    assert [each[0] for each in alike] == [case for case in found if case.mode == mode]
+    assert all(each[0].nbytes / 2 < case.nbytes <= each[0].nbytes for each in alike for case in each)
 
 
 VARIED = """\

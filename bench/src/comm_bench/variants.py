@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from comm_core.tuning import VariantChoice
 
+from comm_bench import stats
 from comm_bench.cases import OPS, BenchCase
 from comm_bench.contenders import Absent, Contender, Job, State
-from comm_bench.measure import Measured, Procedure, measure
+from comm_bench.measure import Procedure, measure
 from comm_bench.winners import Choice, choose_variants
 
 if TYPE_CHECKING:
@@ -37,13 +39,14 @@ class Search:
     """Settings of a search.
 
     Attributes:
-        cases: the messages, in the order in which they are measured.
+        messages: the sizes of each operation, in the order in which they are measured: for each size, cases of about
+            as many bytes. Their shapes share one choice, by the geometric mean of their times.
         procedure: the settings of the proper measurement.
         most: the most variants of a message to try; None: all of them.
         limit_s: the time in seconds in which the search has to end, estimated as for a run's cases.
     """
 
-    cases: Sequence[BenchCase]
+    messages: Sequence[Sequence[BenchCase]]
     procedure: Procedure
     most: int | None
     limit_s: float
@@ -108,33 +111,31 @@ def search(
         job: the ranks.
         contenders: the same on every rank, in the same order.
         settings: the settings.
-        on_case: called before a message, with its number, the number of all, and the case.
+        on_case: called before a message, with its number, the number of all, and its first case.
         drop: called with a case, the name of a variant that fails in it, and the reason.
     """
     tried = Tried()
-    todo = [
-        (contender, case, texts)
-        for case in settings.cases
-        for contender in contenders
-        if len(texts := _variants(job, contender, case, drop)[: settings.most]) > 1
-    ]
+    todo = list(_offered(job, contenders, settings, drop))
+    failed: set[Contender] = set()
     begun, longest_s = time.monotonic(), 0.0
-    for number, (contender, case, texts) in enumerate(todo, 1):
+    for number, (contender, cases, texts) in enumerate(todo, 1):
         started_s = time.monotonic()
         # The first rank decides: the ranks' clocks differ.
         if job.all_gather(started_s - begun + longest_s)[0] > settings.limit_s:
             tried.unmeasured = len(todo) - number + 1
             break
+        case = cases[0]
         on_case(number, len(todo), case)
         variants = [_Variant(contender, text, case.op) for text in texts]
-        found = _measure_best(job, case, variants, settings.procedure, functools.partial(drop, case))
-        tried.wrong += sum(measured.wrong or 0 for measured in found)
-        times_us = {text: measured.times_us for measured in found for text in texts if measured.contender.name == text}
+        times_us, wrong = _measure_best(job, cases, variants, settings.procedure, drop)
+        tried.wrong += wrong
         if texts[0] in times_us:
             choice = Choice(case.op, case.mode, case.nbytes, texts[0], times_us)
             tried.choices.setdefault(contender.name, []).append(choice)
-        if contender.supports(case):  # it hasn't failed
+        if contender.supports(case):
             contender.use_variants(())
+        else:  # it failed
+            failed.add(contender)
         job.barrier()  # no rank replays these graphs any more
         for variant in variants:
             variant.release()
@@ -142,13 +143,28 @@ def search(
     for contender in contenders:
         measured = tried.choices.get(contender.name, [])
         measured.sort(key=lambda choice: (OPS.index(choice.op), choice.nbytes))
-        chosen: list[VariantChoice] = []
-        for op in dict.fromkeys(choice.op for choice in measured):
-            chosen += choose_variants([choice for choice in measured if choice.op == op])
-        if chosen:
-            tried.variants[contender.name] = tuple(chosen)
+        if contender in failed:
+            continue
+        of_ops = (list(of_op) for _, of_op in itertools.groupby(measured, key=lambda choice: choice.op))
+        if chosen := tuple(itertools.chain.from_iterable(map(choose_variants, of_ops))):
+            tried.variants[contender.name] = chosen
             contender.use_variants(chosen)
     return tried
+
+
+def _offered(
+    job: Job,
+    contenders: Sequence[Contender],
+    settings: Search,
+    drop: Callable[[BenchCase, str, str], None],
+) -> Iterator[tuple[Contender, list[BenchCase], tuple[str, ...]]]:
+    """Yield the messages for which contenders have variants, as cases, with the variants to try. Collective."""
+    for cases, contender in itertools.product(settings.messages, contenders):
+        texts, *others = (_variants(job, contender, case, drop) for case in cases)
+        if len(texts) > 1:
+            # Where the backend's own table changes between the cases, the first one stands for all.
+            alike = [case for case, other in zip(cases[1:], others, strict=True) if other[:1] == texts[:1]]
+            yield contender, [cases[0], *alike], texts[: settings.most]
 
 
 def _variants(
@@ -167,14 +183,43 @@ def _variants(
 
 
 def _measure_best(
-    job: Job, case: BenchCase, variants: Sequence[_Variant], procedure: Procedure, drop: Callable[[str, str], None]
-) -> list[Measured]:
-    """Time all variants a few times, then the first one and the best of the others properly."""
+    job: Job,
+    cases: Sequence[BenchCase],
+    variants: Sequence[_Variant],
+    procedure: Procedure,
+    drop: Callable[[BenchCase, str, str], None],
+) -> tuple[dict[str, tuple[float, ...]], int]:
+    """Time all variants a few times, then the first one and the best of the others properly.
+
+    Returns:
+        The times of the latter, by text, and the number of wrong elements.
+    """
     quick = dataclasses.replace(procedure, warmup=_FIRST_WARMUP, repetitions=_FIRST_REPETITIONS, checks=False)
+    first, _ = _measure(job, cases, variants, quick, drop)
     present, *others = variants
-    medians = {
-        measured.contender: statistics.median(measured.times_us)
-        for measured in measure(job, case, variants, quick, drop)
-    }
-    ranked = sorted((variant for variant in others if variant in medians), key=lambda variant: medians[variant])
-    return measure(job, case, [present, *ranked[:_BEST]], procedure, drop)
+    ranked = sorted(
+        (variant for variant in others if variant.name in first),
+        key=lambda variant: statistics.median(first[variant.name]),
+    )
+    return _measure(job, cases, [present, *ranked[:_BEST]], procedure, drop)
+
+
+def _measure(
+    job: Job,
+    cases: Sequence[BenchCase],
+    variants: Sequence[_Variant],
+    procedure: Procedure,
+    drop: Callable[[BenchCase, str, str], None],
+) -> tuple[dict[str, tuple[float, ...]], int]:
+    """Time variants in all cases; return the mean times of those that serve all, and the number of wrong elements."""
+    found = [
+        measured
+        for case in cases
+        for measured in measure(job, case, variants, procedure, functools.partial(drop, case))
+    ]
+    times_us: dict[str, tuple[float, ...]] = {}
+    for variant in variants:
+        of_cases = [measured.times_us for measured in found if measured.contender is variant]
+        if len(of_cases) == len(cases):
+            times_us[variant.name] = tuple(map(stats.geometric_mean, zip(*of_cases, strict=True)))
+    return times_us, sum(measured.wrong or 0 for measured in found)

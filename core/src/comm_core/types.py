@@ -353,7 +353,7 @@ class Decision:
     tuning: tuple[str, ...] = ()
     tuned_by: str = ""
     deterministic: bool = False
-    variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
 
     def candidate(self, name: str) -> Candidate | None:
         """Return the candidate of that name; None if no rank knows it."""
