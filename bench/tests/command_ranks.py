@@ -7,15 +7,25 @@ import contextlib
 import io
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import comm_core as comm
 import comm_core.cli
+import pytest
+import torch
 import torch.distributed as dist
 from comm_bench import cli, tune
+from comm_bench.cases import OPS, BenchCase
+from comm_bench.contenders import Job, State, _Terminal
+from comm_bench.measure import Procedure
+from comm_bench.variants import Search, Tried, search
+
+if TYPE_CHECKING:
+    from comm_core.tuning import VariantChoice
 
 
 @contextlib.contextmanager
@@ -54,6 +64,37 @@ def tuned(largest_nbytes: int, calls: int = 20) -> tuple[Any, str, str]:
         mock.patch.object(tune, "_QUICK_LIMIT_S", 1000.0),
     ):
         return printed("comm_bench.tune", ["tune", "--quick", "--json"])
+
+
+class Varied(_Terminal):
+    """torch.distributed, some milliseconds late in all its variants but one."""
+
+    choices: Sequence[VariantChoice] = ()
+
+    def variants(self, case: BenchCase) -> tuple[str, ...]:
+        # With rows of 5000 elements, another one is in use.
+        return ("later", "late") if case.shape[1] == 5000 else ("late", "later", "prompt")
+
+    def use_variants(self, choices: Sequence[VariantChoice]) -> None:
+        self.choices = choices
+
+    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
+        variant = self.choices[0].variant if self.choices else "late"
+        time.sleep({"late": 0.01, "later": 0.02, "prompt": 0.0}[variant])
+        return super().call(state, weight, in_place=in_place)
+
+
+def searched(shapes: Sequence[tuple[int, int]], limit_s: float) -> tuple[Tried, Any, list[int]]:
+    """Search among variants for one fused message in these shapes; return the result, the choices then in use, and
+    the sizes that progress showed."""
+    job, shown = Job(comm.get_backend().device), list[int]()
+    contender = Varied(job)
+    cases = [BenchCase(OPS[1], "eager", "out", "float32", "cpu", shape) for shape in shapes]
+    settings = Search([cases], Procedure(3, 1, 1, 7, checks=True), None, limit_s)
+    tried = search(job, [contender], settings, lambda *shown_case: shown.append(shown_case[2].nbytes), pytest.fail)
+    job.close()
+    comm.close()
+    return tried, contender.choices, shown
 
 
 def commanded(arguments: Sequence[str], path: str) -> tuple[int, dict[str, Any]]:

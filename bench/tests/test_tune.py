@@ -24,7 +24,7 @@ from comm_core import cli
 from comm_core.tuned import TunedTable, save_table
 from comm_core.tuning import VariantChoice, parse_rules
 from comm_core.types import MODES, TERMINAL, Decision, Route, Rule
-from command_ranks import printed, tuned
+from command_ranks import printed, searched, tuned
 from harness import install
 from hypothesis import given
 from hypothesis import strategies as st
@@ -271,6 +271,24 @@ def all_reduce(session, tensor, out):
     dist.all_reduce(out, group=session.group)
     return out
 """
+
+
+def test_a_variant_is_chosen_by_all_shapes_of_a_message(ranks: Ranks) -> None:
+    shapes = ((2, 4096), (1, 7168), (1, 5000))
+    choice = (VariantChoice(OPS[1], "prompt"),)
+    for tried, choices, shown in ranks.run(searched, shapes, 1000.0):
+        assert tried.variants == {TERMINAL: choice}
+        assert choices == choice
+        (message,) = tried.choices[TERMINAL]
+        assert (message.op, message.nbytes, message.planned) == (OPS[1], 32768, "late")
+        # Means of the shapes for which the same variant is in use.
+        assert {name: len(times) for name, times in message.times_us.items()} == dict.fromkeys(
+            ("late", "later", "prompt"), 7
+        )
+        assert (tried.wrong, tried.unmeasured, shown) == (0, 0, [32768])
+    for tried, choices, shown in ranks.run(searched, shapes, 0.0):
+        assert (tried.variants, tried.choices, tried.unmeasured) == ({}, {}, 1)
+        assert (tuple(choices), shown) == ((), [])
 
 
 def followed(table: dict[str, Any]) -> tuple[tuple[VariantChoice, ...], str]:
