@@ -59,8 +59,12 @@ def table(
     )
 
 
-def with_variant(choice: dict[str, Any]) -> str:
-    return json.dumps({"schema": 2, "group": {}, "versions": {}, "rules": [], "variants": {"shm": [choice]}})
+def with_variant(*choices: dict[str, Any]) -> str:
+    return json.dumps({"schema": 2, "group": {}, "versions": {}, "rules": [], "variants": {"shm": choices}})
+
+
+def choice(low: int, high: int | None, op: str = "all_reduce") -> dict[str, Any]:
+    return {"op": op, "variant": "a", "min_nbytes": low, "max_nbytes": high}
 
 
 def test_json_brings_back_the_table() -> None:
@@ -138,6 +142,12 @@ def test_looking_for_a_table_makes_no_folder(tmp_path: Path) -> None:
         (with_variant({"op": "all_reduce"}), "lacks variant"),
         (with_variant({"op": "all_reduce", "variant": "a", "min_nbytes": 2, "max_nbytes": 1}), "max_nbytes=1 is below"),
         (with_variant({"op": "all_reduce", "variant": "a" * 201}), "1 to 200 characters"),
+        (with_variant(choice(0, 64), choice(64, 65)), "the sizes of all_reduce overlap or don't ascend"),
+        (with_variant(choice(65, None), choice(0, 64)), "overlap or don't ascend"),
+        (
+            with_variant(choice(0, None), choice(7, 9, "all_reduce_add_rms_norm"), choice(9, 9)),
+            "overlap or don't ascend",
+        ),
         ("[" * 5000, "levels deep"),
         ("x" * (5 << 20), "more than 4194304 bytes"),
         ("\udcff", "can't be used"),

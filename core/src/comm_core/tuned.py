@@ -106,13 +106,27 @@ _CHOICE = _schema.record(
     min_nbytes=_schema.integer(),
     max_nbytes=_schema.optional(_schema.integer()),
 )
+_CHOICES = _schema.tuple_of(_CHOICE, highest=_MAX_CHOICES)
+
+
+def _read_choices(value: Any, where: str) -> tuple[VariantChoice, ...]:
+    choices: tuple[VariantChoice, ...] = _CHOICES(value, where)
+    ends: dict[str, int | None] = {}
+    for choice in choices:
+        end = ends.get(choice.op, -1)
+        if end is None or choice.min_nbytes <= end:
+            raise _schema.MalformedError(f"{where}: the sizes of {choice.op} overlap or don't ascend")
+        ends[choice.op] = choice.max_nbytes
+    return choices
+
+
 _TABLE = _schema.record(
     TunedTable,
     group=_ANY,
     versions=_schema.mapping_of(_schema.text),
     rules=_read_rules,
     provenance=_ANY,
-    variants=_schema.mapping_of(_schema.tuple_of(_CHOICE, highest=_MAX_CHOICES)),
+    variants=_schema.mapping_of(_read_choices),
 )
 
 
