@@ -19,8 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from comm_bench import cli, tune
+from comm_bench.backends import _Terminal
 from comm_bench.cases import OPS, BenchCase
-from comm_bench.contenders import Job, State, _Terminal
+from comm_bench.contenders import Job, State
 from comm_bench.measure import Procedure
 from comm_bench.variants import Search, Tried, search
 

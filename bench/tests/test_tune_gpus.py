@@ -76,7 +76,7 @@ def test_everything_is_measured_and_a_later_group_follows_the_table(cache_dir: P
         assert concerned
         assert all(rule.backend in each["times_us"] for each in concerned)
     variants = data["provenance"]["variants"]
-    assert {each["op"] for each in variants["customar_v2"]} == set(OPS)
+    assert {each["op"] for each in variants["customar_v2"]} == set(OPS[:2])
     assert {each["mode"] for of_backend in variants.values() for each in of_backend} == {"graph"}
     failed = [each for each in data["provenance"]["dropped"] if ":" in each["name"]]
     assert not failed, failed
