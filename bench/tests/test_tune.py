@@ -266,7 +266,7 @@ def is_available(topology):
 
 @comm.hookimpl
 def all_reduce(session, tensor, out):
-    time.sleep(0.002)
+    time.sleep(0.01)
     out = tensor.clone() if out is None else out if out is tensor else out.copy_(tensor)
     dist.all_reduce(out, group=session.group)
     return out
