@@ -23,6 +23,19 @@ class Session:
     def __init__(self, context):
         self.context, self.group, self.rank = context, context.group, context.rank
 
+    def sent(self, x):
+        return x
+
+class Padded:
+    def __init__(self, session, num_tokens):
+        self.session, self.num_tokens = session, num_tokens
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    def sent(self, x):
+        return x.view(-1, x.shape[-1])[:max(1, self.num_tokens)]
+
 class Plugin:
     COMM_HOOK_API = (1, 0)
 
@@ -46,7 +59,7 @@ class Plugin:
         {before}
         x = tensor.clone()
         start = time.monotonic()
-        dist.all_reduce(x, group=session.group)
+        dist.all_reduce(session.sent(x), group=session.group)
         waited_s = time.monotonic() - start
         numel, session.calls = x.numel(), session.calls + 1
         {all_reduce}
@@ -99,6 +112,7 @@ MANY = "many_calls_in_a_row_are_right"
 SUMS, INTEGERS = "sums_are_as_near_as_rounding_allows", "integers_are_summed_exactly"
 CAPTURED, CAPTURE_FAILS = "captured_calls_are_replayed", "a_capture_that_fails_on_one_rank_is_forgotten"
 FUSED = "fused_calls_are_right"
+PADDED = "padded_batches_are_summed"
 CONNECT_FAILS = "a_fault_in_connect_is_agreed_and_leaves_nothing"
 CALL_RAISES, CALL_MISSING = "a_call_that_raises_on_one_rank_ends_the_others_calls", "a_call_without_one_rank_ends"
 PREPARING_FAILS = "a_fault_in_preparation_is_agreed_and_leaves_nothing"
@@ -119,7 +133,7 @@ _FUSED = """
     @comm.hookimpl
     def all_reduce_add_rms_norm(self, session, tensor, residual, weight, eps, weight_offset, out, residual_out):
         x = tensor.clone()
-        dist.all_reduce(x, group=session.group)
+        dist.all_reduce(session.sent(x), group=session.group)
         s = x + residual
         w = weight + weight_offset
         {}
@@ -134,6 +148,11 @@ _CAPTURE = """
         session.capturing = True
         yield
         session.capturing = False
+"""
+_PADDED = """
+    @comm.hookimpl
+    def padded_session(self, session, num_tokens):
+        return Padded(session, {})
 """
 _CLOSE = """
     @comm.hookimpl
@@ -162,7 +181,8 @@ SOUND = Broken(
     + _CAPTURE.format("pass").replace("yield", "try: yield\n        finally: session.capturing = False")
     + _CLOSE.format("os.close(session.file)")
     + _SUSPEND.format("pass", "pass")
-    + _VARIANTS.format(_KNOWN),
+    + _VARIANTS.format(_KNOWN)
+    + _PADDED.format("num_tokens"),
 )
 """A backend without a fault, with all hooks that the faults need."""
 
@@ -194,6 +214,7 @@ BROKEN = {
     ),
     "forgets_the_weights_offset": _broken(FUSED, hooks=_FUSED.format("w = weight")),
     "changes_the_residual": _broken(FUSED, hooks=_FUSED.format("if len(x) == 3: residual.copy_(s)")),
+    "reads_the_number_of_tokens_once": _broken(PADDED, hooks=_PADDED.format("num_tokens.clone()")),
     "wrong_at_sixteen_tokens": _broken(FUSED, hooks=_FUSED.format("if len(x) == 16: s[-1, -1] += 1")),
     "keeps_a_descriptor_if_a_peer_fails": _broken(
         CONNECT_FAILS, connect="file = os.dup(0); context.control.barrier(); os.close(file)"

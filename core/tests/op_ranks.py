@@ -55,6 +55,11 @@ def add_and_norm(
 
 def forms(backend: comm.Backend, name: str) -> dict[str, Callable[..., Any]]:
     """Every way to write the layer's end, `t` being this rank's part."""
+    counts = comm.TokenCounts(4, 0, 1, "cpu")
+
+    def padded(t: torch.Tensor) -> comm.TokenCounts:
+        counts.bucket = counts.bucket if torch.compiler.is_compiling() else len(t)
+        return counts
 
     def in_place(t: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
         OPS.all_reduce_(t, name)
@@ -106,6 +111,9 @@ def forms(backend: comm.Backend, name: str) -> dict[str, Callable[..., Any]]:
         "op into itself": into_itself,
         "op into what overlaps": into_what_overlaps,
         "op in place, both used": still_used,
+        "handle padded": lambda t, r, w: add_and_norm(backend.all_reduce(t, num_tokens=padded(t)), r, w),
+        "handle fused padded": lambda *layer: backend.all_reduce_add_rms_norm(*layer, num_tokens=padded(layer[0])),
+        "op padded": lambda t, r, w: OPS.all_reduce_add_rms_norm(t, r, w, name, num_tokens=padded(t).total),
         "op fused": lambda t, r, w: OPS.all_reduce_add_rms_norm(t, r, w, name),
         "op fused into": fused_into,
         "op fused in place": fused_in_place,
@@ -210,7 +218,12 @@ def check_operators() -> list[dict[str, str]]:
         "all_reduce_add_rms_norm": (x, residual, weight, "", 1e-5, 1.0),
         "all_reduce_add_rms_norm_out": (x, residual, weight, torch.empty_like(x), torch.empty_like(x), ""),
     }
-    found = [torch.library.opcheck(getattr(OPS, name).default, given) for name, given in arguments.items()]
+    count = torch.full((1,), len(x), dtype=torch.int32)
+    found = [
+        torch.library.opcheck(getattr(OPS, name).default, given, named)
+        for name, given in arguments.items()
+        for named in ({}, {"num_tokens": count})
+    ]
     # As a transposed view, and where autograd looks on.
     found.append(torch.library.opcheck(OPS.all_reduce.default, (x.t(), "")))
     comm.close()

@@ -19,7 +19,7 @@ INDUCTOR = pytest.param(
 )
 # "aot_eager" begins as "eager" does.
 COMPILERS = ["aot_eager", INDUCTOR]
-FORMS = {None: 14, "aot_eager": 14, "inductor": len(op_ranks.REUSING)}
+FORMS = {None: 17, "aot_eager": 17, "inductor": len(op_ranks.REUSING)}
 
 
 @pytest.mark.parametrize("compiler", [None, *COMPILERS])
@@ -51,7 +51,7 @@ def test_without_a_handle(ranks: Ranks) -> None:
 
 def test_torchs_own_checks(ranks: Ranks) -> None:
     for found in ranks.run(op_ranks.check_operators):
-        assert len(found) == 6
+        assert len(found) == 11
         for checks in found:
             assert checks == dict.fromkeys(checks, "SUCCESS")
             assert {"test_schema", "test_faketensor", "test_aot_dispatch_dynamic"} <= checks.keys()

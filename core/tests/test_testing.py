@@ -17,7 +17,7 @@ STANDARD = tuple(name for name in vars(BackendConformance) if name.startswith("t
 
 
 # The tests of what only some backends have, or promise.
-OPTIONAL = ("serves_a_group", "captur", "fused", "suspen", "prepar", "same_bits", "leave", "variants")
+OPTIONAL = ("serves_a_group", "captur", "fused", "suspen", "prepar", "same_bits", "leave", "variants", "padded")
 # SOAK_KIT=1 runs every standard test on every backend with a fault, and the slow ones.
 SOAK = bool(os.environ.get("SOAK_KIT"))
 
@@ -69,7 +69,7 @@ def test_a_backend_that_serves_only_the_fused_operation_is_tested_by_that(ranks:
     tests = [name for name in STANDARD if not any(word in name for word in slow)]
     outcomes = failing(ranks, tmp_path, FUSED_ALONE, tests, 20.0, skips=True)
     claims = {reason.partition("claim this: ")[2] for reason in outcomes.values()}
-    hooks = {"the hooks suspend and resume", "the hooks variants and use_variants"}
+    hooks = {"the hooks suspend and resume", "the hooks variants and use_variants", "the hook padded_session"}
     assert claims == {"another operation than all_reduce_add_rms_norm", *hooks}, outcomes
     passed = {"captured_calls_are_replayed", "fused_calls_are_right", "closed_groups_leave_nothing"}
     assert not passed & outcomes.keys()

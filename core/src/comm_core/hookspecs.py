@@ -8,9 +8,9 @@ once per group and called by position. *Local* hooks talk to no other rank. *Col
 the group at once, and may exchange data through `context.control`; the ranks then vote on the hook's success. A
 `session` is what `connect` returned; without `connect`, the `GroupContext`.
 
-All hooks but `limits`, `waits` and those of the hot path run under a deadline, in a thread with the group's device and
-the caller's stream set. A hook that misses its deadline has failed. Its thread can't be stopped: it stays until the
-hook returns, and keeps what it holds.
+All hooks but `limits`, `waits`, `padded_session` and those of the hot path run under a deadline, in a thread with the
+group's device and the caller's stream set. A hook that misses its deadline has failed. Its thread can't be stopped: it
+stays until the hook returns, and keeps what it holds.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def probe() -> dict[str, Any]:  # type: ignore[empty-body]
 
     Returns:
         A JSON object of at most 512 bytes as text, nested at most 16 levels deep. If the facts of all installed
-        backends don't fit into one message, the backends with the largest are refused.
-        The fact "missing" is the reason why the backend can't be used on this host, None if it can; see
-        `eligibility.missing_dependency`. Report the other facts in either case, None if unknown: `comm-core explain
-        --topology` asks `is_available` about machines where nothing is missing.
+        backends don't fit into one message, the backends with the largest are refused. The fact "missing" is the reason
+        why the backend can't be used on this host, None if it can; see `eligibility.missing_dependency`. Report the
+        other facts in either case, None if unknown: `comm-core explain --topology` asks about machines without lacks.
 
     Raises:
         Exception: of any type: the backend is unavailable for this group, with the exception's text as the reason. A
@@ -70,8 +69,7 @@ def is_available(topology: Topology) -> Available | Unavailable:  # type: ignore
 
     Local, optional: without it the backend is available at priority 500, for every message that its hooks can take.
     Called once per group, on every rank, before anything is allocated. The answer depends on `topology` alone. If the
-    ranks' answers differ, the lowest priority and the intersection of the ranges apply. The deadline is that of
-    `probe`.
+    ranks' answers differ, the lowest priority and the intersection of the ranges apply. Same deadline as `probe`.
 
     Args:
         topology: the reports of all ranks, frozen; see `comm_core.Topology`.
@@ -82,8 +80,7 @@ def is_available(topology: Topology) -> Available | Unavailable:  # type: ignore
         without a full stop; `explain` prints it, control characters replaced, and at most 1,000 bytes of it.
 
     Raises:
-        Exception: of any type: read as `Unavailable`, with the exception's text as the reason, as is a missed
-            deadline.
+        Exception: of any type: read as `Unavailable`, with its text as the reason, as is a missed deadline.
     """
 
 
@@ -115,22 +112,17 @@ def pre_capture_init(session: Any, shapes: Shapes) -> Sequence[Range] | None:
     """Prepare everything that a capture of `shapes` would otherwise do lazily: build, allocate, exchange.
 
     Collective, optional. Called from `comm.pre_capture_init`, any number of times, on every rank with the same shapes;
-    earlier preparations stay valid. Runs like `connect`: in a thread of its own, under the same deadline, and never
-    while a graph is captured. If all ranges of a backend have `prepared=True`, only `comm.pre_capture_init` connects
-    it.
-
-    Args:
-        session: what `connect` returned.
-        shapes: `max_tokens` and `hidden_size` of `[num_tokens, hidden_size]`, and `dtype`.
+    earlier preparations stay valid. Runs like `connect`. Only `comm.pre_capture_init` connects a backend whose ranges
+    all have `prepared=True`. `shapes` has `max_tokens` and `hidden_size` of `[num_tokens, hidden_size]`, and `dtype`.
 
     Returns:
         All ranges served from now on, at most 64, including those with `prepared=True`; or None if nothing changes.
         Core intersects the ranks' answers, tests the new ranges and computes the routes again.
 
     Raises:
-        Exception: of any type: every rank drops this backend for this group. A `memory_nbytes` above the budget, read
-            again after the call, has the same effect. Free this call's resources before raising. A session that has
-            served a call stays open until the group is closed: earlier graphs may use its memory.
+        Exception: of any type: every rank drops this backend for this group, as by a `memory_nbytes` above the budget
+            after the call. Free this call's resources before raising. A session that has served a call stays open until
+            the group is closed: earlier graphs may use its memory.
     """
 
 
@@ -145,11 +137,8 @@ def capture_ctx(session: Any) -> AbstractContextManager[Any]:  # type: ignore[em
 
     Entering is Local. Leaving is Collective if a recorded call needs an exchange over `context.control`; a session
     without such a call must not exchange anything, since its peers may have captured nothing. Leaving by an exception
-    discards the recorded calls without an exchange. A generator function needs `contextlib.contextmanager` between
-    `@hookimpl` and `def`.
-
-    Returns:
-        A context manager; its value is ignored, and it must not swallow exceptions.
+    discards the recorded calls without an exchange. A generator needs `contextlib.contextmanager` after `@hookimpl`.
+    Its value is ignored, and it must not swallow exceptions.
 
     Raises:
         Exception: on entering: the sessions entered before this one leave by exception. On leaving: if the ranks
@@ -165,7 +154,7 @@ def all_reduce(session: Any, tensor: torch.Tensor, out: torch.Tensor | None) -> 
     current stream. May run while a graph is captured, if its ranges name the mode "graph".
 
     Args:
-        session: what `connect` returned, else the `GroupContext`.
+        session: what `connect` returned, else the `GroupContext`; or what `padded_session` returned.
         tensor: any shape, at least one element, contiguous, aligned to 16 bytes, within the ranges.
         out: receives the sum: a tensor of the same shape, dtype and device, contiguous, aligned to 16 bytes; `tensor`
             itself or disjoint from it. None: allocate it, and leave `tensor` unchanged.
@@ -197,13 +186,12 @@ def all_reduce_add_rms_norm(  # type: ignore[empty-body]
     `all_reduce`. Core composes calls without a residual, and with a float32 residual or weight beside a 16-bit tensor.
 
     A backend with `Available(checks_operands=True)` may also get operands that break the preconditions below: core has
-    then checked only that the device index, dtype and shape of `tensor` are within the ranges. The backend checks
-    everything else (`comm_core/operands.h`) and returns `NotImplemented` if an operand breaks a precondition. Core then
-    raises an error for an invalid operand, or calls the hook again with copies. Strides and addresses differ between
-    ranks, so in one call some ranks may get the caller's operands and others copies.
+    then checked only that the device index, dtype and shape of `tensor` are within the ranges. The backend checks the
+    rest (`comm_core/operands.h`) and returns `NotImplemented`; core then raises an error, or calls again with copies.
+    Strides and addresses differ, so in one call some ranks may get the caller's operands and others copies.
 
     Args:
-        session: what `connect` returned, else the `GroupContext`.
+        session: as in `all_reduce`.
         tensor: `[num_tokens, hidden_size]`, floating point, contiguous, aligned to 16 bytes.
         residual: like `tensor`; the same values on every rank.
         weight: `[hidden_size]`, the dtype of `tensor`; the same values on every rank.
@@ -260,14 +248,32 @@ def all_reduce_add_rms_norm_quant(
 
 
 @hookspec(firstresult=True)
+def padded_session(session: Any, num_tokens: torch.Tensor) -> Any:
+    """Return what takes the session's place in the hot path of calls on padded batches.
+
+    Local, optional: without it, all rows are summed. Called by the first call with this `num_tokens`, on the caller's
+    thread, maybe while a graph is captured: launch nothing. Kernels of these calls read `num_tokens` when they run,
+    after the stream's earlier work: so many of the rows of `[..., hidden_size]` are real, the first ones, and their
+    results have the bits of a call without padding. Other rows of outputs are unspecified. `num_tokens` is int32, one
+    element, on the group's device, equal on all ranks; below 0 means 0, above the rows all of them. Core keeps the
+    tensor and the result until the session is closed.
+
+    Returns:
+        Any object but None; or `NotImplemented`, on all ranks: all rows are summed.
+
+    Raises:
+        Exception: as in `all_reduce`.
+    """
+
+
+@hookspec(firstresult=True)
 def suspend(session: Any) -> None:
     """Give the session's physical device memory back, and keep its addresses reserved.
 
     Collective, optional; a plugin implements both `suspend` and `resume`, or neither: then its sessions keep their
     memory. Called from `comm.suspend`, on every rank, for each session that has ever served the group, in the order of
     their `connect`. By then every rank has stopped calling and its device has finished; errors of earlier kernels have
-    been asked for by `check`. Runs like `connect`: in a thread of its own, under the same deadline, with
-    `context.control`, and never while a graph is captured.
+    been asked for by `check`. Runs like `connect`.
 
     The contents of the memory are lost. A peer may still have this rank's memory mapped when this is called, so an
     exchange belongs before anything that peers must have unmapped first. Until `resume`, core calls no other hook of
@@ -324,13 +330,10 @@ def use_variants(session: Any, choices: Sequence[VariantChoice]) -> None:
 
 @hookspec(firstresult=True)
 def limits(session: Any) -> dict[str, float]:  # type: ignore[empty-body]
-    """Measure the lower bounds of this backend's times on this machine.
+    """Measure lower bounds of this backend's times on this machine, in microseconds, by their descriptions.
 
     Collective, optional. Called from `backend.limits()`, and so by `comm-core demo` and `comm-core bench`; may take a
     few tenths of a second. Never called while a graph is captured.
-
-    Returns:
-        Bounds in microseconds, by their descriptions.
 
     Raises:
         Exception: of any type: reaches the caller.
@@ -342,10 +345,8 @@ def waits(session: Any) -> Mapping[int, tuple[int, float, float]]:  # type: igno
     """Return how long this rank's calls have waited for each peer so far.
 
     Local, optional; waits for nothing. Called from `backend.waits()`, maybe while another thread is in `all_reduce`.
-
-    Returns:
-        By the peer's group rank: the number of waits, their total time and the longest one, in microseconds. Waits
-        that are part of every exchange needn't count, nor those of kernels that haven't ended.
+    The result has by the peer's group rank: the number of waits, their total time and the longest one, in microseconds.
+    Waits that are part of every exchange needn't count, nor those of kernels that haven't ended.
 
     Raises:
         Exception: of any type: reaches the caller.
@@ -390,9 +391,8 @@ def close(session: Any, orderly: bool) -> None:
     `context.wait_timeout_s`; it is at most 5 s where the other ranks wait, for a session that was never in use.
 
     Args:
-        session: what `connect` returned; maybe suspended, or, after a failure, suspended in part.
-        orderly: True: every rank has finished its work, and no rank will call again. False: something failed; abort
-            without waiting for other ranks.
+        session: maybe suspended, or, after a failure, suspended in part.
+        orderly: True: every rank has finished its work, and none will call again. False: abort, and wait for no rank.
 
     Raises:
         Exception: of any type, as `SystemExit`: logged, as is a missed deadline; core still closes the other sessions.

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from comm_core._testing import capture_cases, cases, fault_cases, variant_cases
+from comm_core._testing import capture_cases, cases, fault_cases, padded_cases, variant_cases
 from comm_core._testing.examine import describe_faults
 from comm_core._testing.kit import WAIT_TIMEOUT_S, Kit
 from comm_core._testing.ranks import DEAD, Ranks
@@ -162,6 +162,11 @@ class BackendConformance:
         """If the backend has the hooks `variants` and `use_variants`: sums and fused calls by each of them."""
         kit.require("variants" in kit.describe(2)["hooks"], "the hooks variants and use_variants")
         kit.run(variant_cases.variants_give_the_same_bits, any_operation=True)
+
+    def test_padded_batches_are_summed(self, kit: Kit) -> None:
+        """If the backend has `padded_session`: the number of real rows changes between calls, and between replays."""
+        kit.require("padded_session" in kit.describe(2)["hooks"], "the hook padded_session")
+        kit.run(padded_cases.padded_batches_are_summed, any_operation=True)
 
     def test_closed_groups_leave_nothing(self, kit: Kit) -> None:
         """Descriptors, threads, shared mappings, segments and GPU memory, over six handles; `close` twice."""

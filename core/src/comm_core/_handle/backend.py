@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch.utils import _python_dispatch
 
-from comm_core._handle.checked_calls import is_writable
-from comm_core._handle.operands import TENSOR_TYPES
+from comm_core._handle.operands import TENSOR_TYPES, is_writable
 from comm_core._handle.quant_calls import QuantCalls
 from comm_core.errors import CommError
 from comm_core.types import DTYPES, Decision, RouteStats, WaitStats
@@ -16,6 +15,7 @@ from comm_core.types import DTYPES, Decision, RouteStats, WaitStats
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from comm_core.tokens import TokenCounts
     from comm_core.topology import Topology
     from comm_core.tuning import VariantChoice
 
@@ -64,7 +64,12 @@ class Backend(QuantCalls):
         """The reason why every call raises until `comm_core.recover`; None while the handle is sound."""
         return self._serving.failure
 
-    def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def all_reduce(
+        self,
+        tensor: torch.Tensor,
+        out: torch.Tensor | None = None,
+        num_tokens: TokenCounts | torch.Tensor | None = None,  # keyword-only, it would cost every call 50 ns
+    ) -> torch.Tensor:
         """Sum `tensor` over the ranks of the group, elementwise.
 
         Args:
@@ -72,6 +77,9 @@ class Backend(QuantCalls):
                 isn't contiguous, or isn't aligned to 16 bytes, is copied first.
             out: the tensor that receives the sum, with the shape, dtype and device of `tensor`. Pass `tensor` itself to
                 reduce in place. None allocates a new tensor.
+            num_tokens: the batch's real rows, the first of `[..., hidden_size]`, which kernels read on the device as
+                they run; see `TokenCounts`, or its `total`. The same on every rank; `bucket` is the number of all rows.
+                The rows of padding are unspecified in the result. None: all rows are real.
 
         Returns:
             `out`, or a new contiguous tensor.
@@ -80,7 +88,7 @@ class Backend(QuantCalls):
             TypeError: an operand isn't a tensor or has no memory, or neither a backend nor torch.distributed sums its
                 dtype or layout; raised alike on all ranks, before anything is sent.
             ValueError: the group doesn't serve the tensor's device, or `out` doesn't match `tensor` or overlaps
-                itself; raised alike on all ranks, before anything is sent.
+                itself, or `num_tokens` doesn't match `tensor`; raised alike on all ranks, before anything is sent.
             CommTimeoutError: a peer didn't join the call in time. Every later call on this handle raises `CommError`.
             CaptureError: a stream captures, and this call can't be captured yet; the text names the call to make
                 before the capture.
@@ -89,8 +97,10 @@ class Backend(QuantCalls):
                 suspended, until `comm_core.resume`.
         """
         # Only the slow path looks into what intercepts operators in this thread: asking torch takes 40 ns.
-        if tensor.__class__ is not _Tensor or _python_dispatch._is_in_torch_dispatch_mode:  # noqa: SLF001
-            return self._all_reduce_slow(tensor, out)
+        if (
+            num_tokens is not None or tensor.__class__ is not _Tensor or _python_dispatch._is_in_torch_dispatch_mode  # noqa: SLF001
+        ):
+            return self._all_reduce_slow(tensor, out, num_tokens)
         try:
             index, address, contiguous = tensor.get_device(), tensor.data_ptr(), tensor.is_contiguous()
         except RuntimeError:  # a sparse tensor has no address; checking the layout first costs every call 50 ns
@@ -132,6 +142,7 @@ class Backend(QuantCalls):
         *,
         out: torch.Tensor | None = None,
         residual_out: torch.Tensor | None = None,
+        num_tokens: TokenCounts | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum `tensor` over the ranks, add the residual, and normalise the result with RMSNorm.
 
@@ -151,6 +162,7 @@ class Backend(QuantCalls):
             out: the tensor that receives `y`, like `tensor`; it may be `tensor` itself. None allocates a new tensor.
             residual_out: the tensor that receives `s`, like `residual`, or like `tensor` without one. Pass `residual`
                 itself to update it in place. None allocates a new tensor.
+            num_tokens: as in `all_reduce`, for all results.
 
         Returns:
             `(y, s)`: `out` and `residual_out`, or the new tensors.
@@ -165,7 +177,7 @@ class Backend(QuantCalls):
         """
         key = bound = None
         # As in `all_reduce`.
-        if not _python_dispatch._is_in_torch_dispatch_mode and tensor.__class__ is _Tensor:  # noqa: SLF001
+        if num_tokens is None and tensor.__class__ is _Tensor and not _python_dispatch._is_in_torch_dispatch_mode:  # noqa: SLF001
             key = (tensor.get_device(), tensor.dtype, tensor.shape)
             bound = self._idle.fused_routes.get(key)
             if (
@@ -193,7 +205,7 @@ class Backend(QuantCalls):
                     for _counted in counter:
                         break
                     return results  # type: ignore[no-any-return]
-        return self._fused_slow(key, bound, tensor, residual, weight, eps, weight_offset, out, residual_out)
+        return self._fused_slow(key, bound, tensor, residual, weight, eps, weight_offset, out, residual_out, num_tokens)
 
     def all_reduce_add_rms_norm_quant(
         self,
@@ -210,6 +222,7 @@ class Backend(QuantCalls):
         out: torch.Tensor | None = None,
         residual_out: torch.Tensor | None = None,
         norm_out: torch.Tensor | None = None,
+        num_tokens: TokenCounts | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Sum over the ranks, add the residual, normalise, and quantise the norm to FP8.
 
@@ -237,6 +250,7 @@ class Backend(QuantCalls):
             residual_out: the tensor that receives `s`, as in `all_reduce_add_rms_norm`.
             norm_out: the tensor that receives `y`, like `tensor`; it may be `tensor` itself. None allocates it if
                 `with_norm` is set.
+            num_tokens: as in `all_reduce`, for all results.
 
         Returns:
             The quantised values, their scales or the scale, `s`, and `y`, or None if it isn't asked for: the tensors
@@ -253,7 +267,7 @@ class Backend(QuantCalls):
         """
         return self._quant_call(
             *(tensor, residual, weight, eps, weight_offset, quant, scale, column_major_scales, with_norm),
-            *(out, residual_out, norm_out),
+            *(out, residual_out, norm_out, num_tokens),
         )
 
     def check(self) -> None:
@@ -286,9 +300,7 @@ class Backend(QuantCalls):
             ) from error
 
     def limits(self) -> dict[str, dict[str, float]]:
-        """Measure the lower bounds on each backend's time on this machine.
-
-        Collective. May take some tenths of a second for each backend.
+        """Measure the lower bounds on each backend's time on this machine, in some tenths of a second. Collective.
 
         Returns:
             By backend, the times in microseconds by a description of each bound; backends without the hook `limits`
@@ -306,9 +318,7 @@ class Backend(QuantCalls):
         }
 
     def variants(self, op: str, nbytes: int, num_tokens: int = 0) -> dict[str, tuple[str, ...]]:
-        """Return the variants by which each backend can serve a message; the one in use comes first.
-
-        Local, the same on every rank.
+        """Return the variants by which each backend can serve a message, the one in use first. Local.
 
         Args:
             op: one of `comm_core.types.OPS`.
@@ -316,8 +326,7 @@ class Backend(QuantCalls):
             num_tokens: the number of its rows, fused operations only.
 
         Raises:
-            CommError: the handle is closed or suspended, or has stopped after a failure.
-            Exception: a backend's hook raised.
+            CommError, Exception: as in `limits`.
         """
         self._require_open()
         found = {name: session.variants(op, nbytes, num_tokens) for name, session in self._serving.sessions.items()}
@@ -334,7 +343,7 @@ class Backend(QuantCalls):
         Raises:
             LookupError: a backend has no session in this group, or no variants.
             ValueError: a backend has no such variant.
-            CommError: the handle is closed or suspended, or has stopped after a failure.
+            CommError: as in `limits`.
         """
         self._require_open()
         for name, of_backend in choices.items():
@@ -346,19 +355,17 @@ class Backend(QuantCalls):
     def stats(self) -> tuple[RouteStats, ...]:
         """Return the numbers of this rank's calls so far, one entry for each route and backend that served some.
 
-        Local; also of a handle that is closed. Counting takes some 15 ns a call, and puts nothing into a graph: a call
-        that a stream captures counts once, its replays don't. A call recorded outside `comm_core.capture` is counted as
-        eager. A fused call that core composes counts as one of "torch_distributed", and its all-reduce for the backend
-        that serves it.
+        Local; also of a handle that is closed. A call that a stream captures counts once, its replays don't; one that is
+        recorded outside `comm_core.capture` counts as eager. A fused call that core composes counts as one of
+        "torch_distributed", and its all-reduce for the backend that serves it.
         """
         return self._serving.stats()
 
     def waits(self) -> tuple[WaitStats, ...]:
         """Return how long this rank has waited for each peer so far, one entry for each backend and awaited peer.
 
-        Local; waits for no kernel. A peer that others wait for is late to the calls: it computes longer, or was
-        interrupted. Kernels' waits on GPUs count once they have ended, in replays of graphs, too. Only backends with
-        the hook `waits` are listed, and only until the handle is closed.
+        Local; waits for no kernel. A peer that others wait for is late to the calls. Kernels' waits count once they
+        have ended, in replays of graphs, too. Only backends with the hook `waits` are listed, until the handle closes.
 
         Raises:
             Exception: a backend's hook raised.
@@ -368,9 +375,8 @@ class Backend(QuantCalls):
     def explain(self) -> str:
         """Return a report of the group's decision.
 
-        It lists every candidate with its verdict and reason, and for each kind of message the backends that serve it:
-        this is equal on every rank. Then follow this rank's calls so far, if there were some, and its longest waits for
-        peers; see `stats` and `waits`.
+        It lists every candidate with its verdict and reason, and for each kind of message the backends that serve it,
+        equal on every rank; then this rank's calls so far, if there were some, and its waits: see `stats` and `waits`.
         """
         from comm_core._plan.explain import explain
 

@@ -13,8 +13,7 @@ from comm_core._handle.checker import Checker
 from comm_core._handle.lookup import BoundHook, CallKey, composed, new_counter
 from comm_core._handle.operands import (
     copy_to_out,
-    disjoint,
-    is_kernel_ready,
+    is_writable,
     stage_operands,
     to_kernel_ready,
 )
@@ -22,10 +21,11 @@ from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.types import TERMINAL
 
 if TYPE_CHECKING:
+    from comm_core._handle.checks import NumTokens
     from comm_core._handle.lookup import CaptureRoutes, Routes
     from comm_core._handle.serving import Serving
 
-__all__ = ["CheckedCalls", "is_writable"]
+__all__ = ["CheckedCalls"]
 
 # Texts of Gloo, "Invalid scalar type", and of NCCL, "... data type is not supported ..." and "Unconvertible NCCL type":
 # raised before anything is sent.
@@ -47,21 +47,26 @@ class CheckedCalls:
         self._in_use = _InUse(serving)
         self._checker = Checker(serving.device)
 
-    def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def all_reduce(
+        self, tensor: torch.Tensor, out: torch.Tensor | None = None, num_tokens: NumTokens = None
+    ) -> torch.Tensor:
         """See `Backend.all_reduce`."""
-        return self._all_reduce_slow(tensor, out)
+        return self._all_reduce_slow(tensor, out, num_tokens)
 
-    def _all_reduce_slow(self, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def _all_reduce_slow(
+        self, tensor: torch.Tensor, out: torch.Tensor | None, num_tokens: NumTokens = None
+    ) -> torch.Tensor:
         """Serve a call that the hot path can't: check its operands, stage them through copies, and look up a route."""
         checks.check_tensors(tensor=tensor)
         checks.warn_without_gradient(tensor)
         if traced.intercepts():
             self._require_open()
-            return traced.all_reduce(self, tensor, out)
+            return traced.all_reduce(self, tensor, out, num_tokens=num_tokens)
         checks.refuse_jit_trace()
         has_route = self._check_supported(tensor)
         if out is not None:
             checks.check_out(tensor, out)
+        count = None if num_tokens is None else checks.check_num_tokens(num_tokens, tensor)
         if tensor.is_complex():
             parts = torch.view_as_real(tensor.detach().resolve_conj().resolve_neg())
             return copy_to_out(torch.view_as_complex(self._all_reduce_slow(parts, None)), out)
@@ -74,7 +79,8 @@ class CheckedCalls:
             direct = out
         if has_route:
             key = (operand.get_device(), operand.dtype, operand.numel())
-            result = self._run(self._find("all_reduce", key), "all_reduce", operand, direct)
+            bound = self._find("all_reduce", key, count if tensor.numel() else None)
+            result = self._run(bound, "all_reduce", operand, direct)
         else:
             result = self._all_reduce_by_torch(operand)
         if out is not None and result is direct:
@@ -92,6 +98,7 @@ class CheckedCalls:
         weight_offset: float,
         out: torch.Tensor | None,
         residual_out: torch.Tensor | None,
+        num_tokens: NumTokens = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Serve a fused call that no hook took directly: check the operands, stage them, or compose the call.
 
@@ -119,17 +126,21 @@ class CheckedCalls:
             checks.check_tensors(tensor=tensor, residual=residual, weight=weight)
             like = tensor if residual is None else residual
             if tensor.dim() != 2 and tensor.layout is like.layout is torch.strided:
-                return self._fused_rows(tensor, residual, weight, eps, weight_offset, out, residual_out)
+                return self._fused_rows(tensor, residual, weight, eps, weight_offset, out, residual_out, num_tokens)
             checks.warn_without_gradient(tensor, like)
             if traced.intercepts():
                 self._require_open()
                 return traced.all_reduce_add_rms_norm(
-                    self, tensor, residual, weight, eps, weight_offset, out=out, residual_out=residual_out
+                    *(self, tensor, residual, weight, eps, weight_offset),
+                    out=out,
+                    residual_out=residual_out,
+                    num_tokens=num_tokens,
                 )
             checks.refuse_jit_trace()
             self._check_operands(tensor, residual, weight, out, residual_out)
             key = (tensor.get_device(), tensor.dtype, tensor.shape)
-            bound = self._find("all_reduce_add_rms_norm", key)
+            count = None if num_tokens is None else checks.check_num_tokens(num_tokens, tensor)
+            bound = self._find("all_reduce_add_rms_norm", key, count)
             if bound[0] is not composed and residual is not None and not checks.is_mixed(tensor, residual, weight):
                 operands = stage_operands(tensor, residual, weight, out, residual_out)
         elif (out is not None and operands[3] is not tensor) or (
@@ -165,7 +176,7 @@ class CheckedCalls:
         for _counted in counter:
             break
         add_rms_norm = rank_order.norm_for(tensor, residual, weight, deterministic=self._serving.decision.deterministic)
-        total = self.all_reduce(tensor)
+        total = self.all_reduce(tensor, num_tokens=num_tokens)
         if out is None and total.is_cuda:
             out = total  # a temporary of this call, and the norm's kernel can work in place
         return add_rms_norm(total, residual, weight, eps, weight_offset, out, residual_out)
@@ -179,6 +190,7 @@ class CheckedCalls:
         weight_offset: float,
         out: torch.Tensor | None,
         residual_out: torch.Tensor | None,
+        num_tokens: NumTokens,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Serve a fused call of `[..., hidden_size]` by a call of `[num_tokens, hidden_size]`."""
         checks.check_fused_inputs(tensor, residual, weight)
@@ -193,7 +205,8 @@ class CheckedCalls:
             return views.get(id(target), target.view(rows))
 
         x, r = views[id(tensor)], views.get(id(residual))
-        y, s = self._fused_slow(None, None, x, r, weight, eps, weight_offset, rows_of(out), rows_of(residual_out))
+        outs = (rows_of(out), rows_of(residual_out))
+        y, s = self._fused_slow(None, None, x, r, weight, eps, weight_offset, *outs, num_tokens)
         return (
             out if out is not None and out.is_contiguous() else copy_to_out(y.view(shape), out),
             residual_out
@@ -201,13 +214,18 @@ class CheckedCalls:
             else copy_to_out(s.view(shape), residual_out),
         )
 
-    def _find(self, op: str, key: CallKey) -> BoundHook:
-        """Return the hook that serves `op` for this key, after the checks."""
+    def _find(self, op: str, key: CallKey, count: torch.Tensor | None = None) -> BoundHook:
+        """Return the hook that serves `op` for this key, after the checks; `count`: of a padded batch's real rows."""
         bound = self._serving.routes_of(op).find(key)
         if bound is None:
             self._require_open()  # another thread closed or suspended the handle meanwhile
             raise AssertionError(f"no route for {key}")
-        return bound
+        if count is None:
+            return bound
+        try:
+            return self._serving.bind_padded(bound, count)
+        except BaseException as error:  # noqa: BLE001 - plugin boundary: re-raised with the backend's name
+            self._stop(error, bound[2], "padded_session")
 
     def _run(self, bound: BoundHook, op: str, *operands: Any) -> Any:
         """Call a hook, as the only thread of this handle; an error stops the handle."""
@@ -365,26 +383,3 @@ class _InUse:
     def fused_routes(self) -> Routes | CaptureRoutes:
         """Refuse the call."""
         self.refuse()
-
-
-def is_writable(index: int, tensor: torch.Tensor, out: torch.Tensor) -> bool:
-    """Return whether a hook may write to `out` directly: it matches `tensor`, and shares no memory with it.
-
-    Args:
-        index: the device index of `tensor`.
-        tensor: a tensor that kernels can take.
-        out: the output.
-    """
-    try:
-        return (
-            out.__class__ is torch.Tensor
-            and out.get_device() == index
-            and out.dtype is tensor.dtype
-            and out.shape == tensor.shape
-            and not out.requires_grad
-            and (index >= 0 or out.is_cpu)
-            and is_kernel_ready(out)
-            and disjoint(tensor, out)
-        )
-    except RuntimeError:  # a sparse tensor has no address
-        return False

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
+from comm_core.tokens import TokenCounts
+
 __all__ = [
+    "NumTokens",
     "check_fused_inputs",
     "check_fused_outs",
+    "check_num_tokens",
     "check_out",
     "check_tensors",
     "is_mixed",
@@ -17,6 +23,9 @@ __all__ = [
     "share_memory",
     "warn_without_gradient",
 ]
+
+#: The number of real rows of a padded batch, as callers pass it; None: all rows are real.
+NumTokens: TypeAlias = TokenCounts | torch.Tensor | None
 
 _warned_of_gradient = False
 
@@ -204,3 +213,39 @@ def _element_offsets(tensor: torch.Tensor) -> torch.Tensor:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
     return offsets.flatten()
+
+
+def check_num_tokens(num_tokens: TokenCounts | torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the count that kernels read, once it has passed the checks.
+
+    Args:
+        num_tokens: the counts, or their `total`.
+        tensor: the tensor that is reduced.
+
+    Raises:
+        TypeError: `num_tokens` is something else, or not int32.
+        ValueError: its bucket isn't the tensor's rows, or it has another device or several elements.
+    """
+    if isinstance(num_tokens, torch.Tensor):
+        count = num_tokens
+    elif isinstance(num_tokens, TokenCounts):
+        rows = math.prod(tensor.shape[:-1])
+        if num_tokens.bucket != rows:
+            raise ValueError(
+                f"num_tokens counts the rows of a bucket of {num_tokens.bucket}, but the tensor has {rows}: expected "
+                f"comm_core.TokenCounts(bucket={rows}, ...), or a tensor of {num_tokens.bucket} rows"
+            )
+        count = num_tokens.total
+    else:
+        raise TypeError(
+            f"num_tokens is of type {type(num_tokens).__name__}, but kernels read the number on the device: pass a "
+            "comm_core.TokenCounts, and set its number by fill"
+        )
+    if count.dtype is not torch.int32:
+        raise TypeError(f"num_tokens is {count.dtype}; kernels read int32. comm_core.TokenCounts has it")
+    if count.numel() != 1 or count.device != tensor.device:
+        raise ValueError(
+            f"num_tokens is {list(count.shape)} on {count.device}; expected one element on {tensor.device}, the "
+            f"tensor's device: comm_core.TokenCounts(..., device={str(tensor.device)!r})"
+        )
+    return count

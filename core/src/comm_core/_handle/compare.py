@@ -20,6 +20,7 @@ from comm_core.errors import CommError, CommTimeoutError
 
 if TYPE_CHECKING:
     from comm_core._handle.serving import Serving
+    from comm_core.tokens import TokenCounts
 
 __all__ = ["ComparingBackend"]
 
@@ -38,10 +39,15 @@ class ComparingBackend(Backend):
         self._calls_control = serving.control
         self._is_inside = False
 
-    def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def all_reduce(
+        self,
+        tensor: torch.Tensor,
+        out: torch.Tensor | None = None,
+        num_tokens: TokenCounts | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `Backend.all_reduce`."""
-        with self._compared("all_reduce", tensor=tensor, out=out):
-            return super().all_reduce(tensor, out)
+        with self._compared("all_reduce", tensor=tensor, out=out, num_tokens=num_tokens):
+            return super().all_reduce(tensor, out, num_tokens)
 
     def all_reduce_add_rms_norm(
         self,
@@ -53,13 +59,12 @@ class ComparingBackend(Backend):
         *,
         out: torch.Tensor | None = None,
         residual_out: torch.Tensor | None = None,
+        num_tokens: TokenCounts | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.all_reduce_add_rms_norm`."""
-        operands = {"tensor": tensor, "residual": residual, "weight": weight, "out": out, "residual_out": residual_out}
-        with self._compared("all_reduce_add_rms_norm", **operands):
-            return super().all_reduce_add_rms_norm(
-                tensor, residual, weight, eps, weight_offset, out=out, residual_out=residual_out
-            )
+        named: dict[str, Any] = {"out": out, "residual_out": residual_out, "num_tokens": num_tokens}
+        with self._compared("all_reduce_add_rms_norm", tensor=tensor, residual=residual, weight=weight, **named):
+            return super().all_reduce_add_rms_norm(tensor, residual, weight, eps, weight_offset, **named)
 
     def all_reduce_add_rms_norm_quant(
         self,
@@ -73,7 +78,7 @@ class ComparingBackend(Backend):
         **named: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """See `Backend.all_reduce_add_rms_norm_quant`."""
-        tensors = {"scale", "out", "residual_out", "norm_out"}.intersection(named)
+        tensors = {"scale", "out", "residual_out", "norm_out", "num_tokens"}.intersection(named)
         operands = {"tensor": tensor, "residual": residual, "weight": weight} | {name: named[name] for name in tensors}
         with self._compared(f"all_reduce_add_rms_norm_quant to {quant}", **operands):
             return super().all_reduce_add_rms_norm_quant(

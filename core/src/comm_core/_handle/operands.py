@@ -15,6 +15,7 @@ __all__ = [
     "disjoint",
     "has_memory",
     "is_kernel_ready",
+    "is_writable",
     "stage_operands",
     "to_kernel_ready",
     "writable_or_none",
@@ -79,6 +80,29 @@ def copy_to_out(result: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         return result
     with torch.no_grad():  # `out` may be a parameter
         return out.copy_(result)
+
+
+def is_writable(index: int, tensor: torch.Tensor, out: torch.Tensor) -> bool:
+    """Return whether a hook may write to `out` directly: it matches `tensor`, and shares no memory with it.
+
+    Args:
+        index: the device index of `tensor`.
+        tensor: a tensor that kernels can take.
+        out: the output.
+    """
+    try:
+        return (
+            out.__class__ is torch.Tensor
+            and out.get_device() == index
+            and out.dtype is tensor.dtype
+            and out.shape == tensor.shape
+            and not out.requires_grad
+            and (index >= 0 or out.is_cpu)
+            and is_kernel_ready(out)
+            and disjoint(tensor, out)
+        )
+    except RuntimeError:  # a sparse tensor has no address
+        return False
 
 
 def stage_operands(

@@ -10,6 +10,8 @@ all_reduce_add_rms_norm_quant(tensor, residual, weight, quant, scale, group_name
 all_reduce_add_rms_norm_quant_out(tensor, residual, weight, quant, scale, out, scale_out, residual_out, norm_out,
     group_name, eps, weight_offset) -> ()
 
+Each also takes `num_tokens`, the `total` of a `TokenCounts`, by its name alone.
+
 An operator finds the handle by the process group's `group_name`; "" is the world. Operators that write to an argument
 return nothing, because torch.compile accepts no custom operator that returns an argument it mutates. Results carry no
 gradient.
@@ -52,7 +54,9 @@ _handles = _Handles()
 #: Returns the current handle of the group with this name; None if it has none. A dictionary's method: it takes 30 ns.
 find_handle: Callable[[str], Backend | None] = _handles.get
 
-_COMMON_ARGUMENTS = "str group_name='', float eps=1e-6, float weight_offset=0.0"
+_GROUP = "str group_name=''"
+_COMMON_ARGUMENTS = f"{_GROUP}, float eps=1e-6, float weight_offset=0.0"
+_COUNT = "*, Tensor? num_tokens=None"
 
 
 def create_backend(serving: Serving, group_name: str, *, compares_calls: bool) -> Backend:
@@ -73,16 +77,18 @@ def unregister(backend: Backend) -> None:
             _handles.pop(name, None)
 
 
-def _all_reduce(tensor: torch.Tensor, group_name: str = "") -> torch.Tensor:
-    return _handles[group_name].all_reduce(tensor)
+def _all_reduce(tensor: torch.Tensor, group_name: str = "", *, num_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    return _handles[group_name].all_reduce(tensor, num_tokens=num_tokens)
 
 
-def _all_reduce_(tensor: torch.Tensor, group_name: str = "") -> None:
-    _handles[group_name].all_reduce(tensor, tensor)
+def _all_reduce_(tensor: torch.Tensor, group_name: str = "", *, num_tokens: torch.Tensor | None = None) -> None:
+    _handles[group_name].all_reduce(tensor, tensor, num_tokens=num_tokens)
 
 
-def _all_reduce_out(tensor: torch.Tensor, out: torch.Tensor, group_name: str = "") -> None:
-    _handles[group_name].all_reduce(tensor, _canonical_out(tensor, out))
+def _all_reduce_out(
+    tensor: torch.Tensor, out: torch.Tensor, group_name: str = "", *, num_tokens: torch.Tensor | None = None
+) -> None:
+    _handles[group_name].all_reduce(tensor, _canonical_out(tensor, out), num_tokens=num_tokens)
 
 
 def _fused(
@@ -92,8 +98,11 @@ def _fused(
     group_name: str = "",
     eps: float = 1e-6,
     weight_offset: float = 0.0,
+    *,
+    num_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _handles[group_name].all_reduce_add_rms_norm(tensor, residual, weight, eps, weight_offset)
+    handle = _handles[group_name]
+    return handle.all_reduce_add_rms_norm(tensor, residual, weight, eps, weight_offset, num_tokens=num_tokens)
 
 
 def _fused_out(
@@ -105,6 +114,8 @@ def _fused_out(
     group_name: str = "",
     eps: float = 1e-6,
     weight_offset: float = 0.0,
+    *,
+    num_tokens: torch.Tensor | None = None,
 ) -> None:
     _handles[group_name].all_reduce_add_rms_norm(
         tensor,
@@ -114,6 +125,7 @@ def _fused_out(
         weight_offset,
         out=_canonical_out(tensor, out),
         residual_out=residual_out if residual is None else _canonical_out(residual, residual_out),
+        num_tokens=num_tokens,
     )
 
 
@@ -129,6 +141,7 @@ def _quant(
     *,
     with_norm: bool = False,
     column_major_scales: bool = False,
+    num_tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the handle's results; an empty tensor for scales that are given, and for a norm that isn't asked for."""
     _refuse_scale_out(quant, scale)
@@ -138,6 +151,7 @@ def _quant(
         scale=scale,
         column_major_scales=column_major_scales,
         with_norm=with_norm,
+        num_tokens=num_tokens,
     )
     return q, tensor.new_empty(0, dtype=torch.float32) if scale is not None else scales, s, _or_empty(y, tensor)
 
@@ -164,6 +178,8 @@ def _quant_out(
     group_name: str = "",
     eps: float = 1e-6,
     weight_offset: float = 0.0,
+    *,
+    num_tokens: torch.Tensor | None = None,
 ) -> None:
     _refuse_scale_out(quant, scale)
     _handles[group_name].all_reduce_add_rms_norm_quant(
@@ -173,6 +189,7 @@ def _quant_out(
         out=out,
         residual_out=residual_out if residual is None else _canonical_out(residual, residual_out),
         norm_out=norm_out if norm_out is None else _canonical_out(tensor, norm_out),
+        num_tokens=num_tokens,
     )
 
 
@@ -205,6 +222,7 @@ def _fake_quant(
     *_rest: Any,
     with_norm: bool = False,
     column_major_scales: bool = False,
+    **_named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     forms.check_form(quant, tensor.shape[-1])
     return (
@@ -235,23 +253,24 @@ def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"comm_core::{name}", fake, lib=_library)
 
 
-_define("all_reduce(Tensor tensor, str group_name='') -> Tensor", _all_reduce, traced.empty_contiguous)
-_define("all_reduce_(Tensor(a!) tensor, str group_name='') -> ()", _all_reduce_, _fake_none)
-_define("all_reduce_out(Tensor tensor, Tensor(a!) out, str group_name='') -> ()", _all_reduce_out, _fake_none)
+_define(f"all_reduce(Tensor tensor, {_GROUP}, {_COUNT}) -> Tensor", _all_reduce, traced.empty_contiguous)
+_define(f"all_reduce_(Tensor(a!) tensor, {_GROUP}, {_COUNT}) -> ()", _all_reduce_, _fake_none)
+_define(f"all_reduce_out(Tensor tensor, Tensor(a!) out, {_GROUP}, {_COUNT}) -> ()", _all_reduce_out, _fake_none)
 _define(
-    f"all_reduce_add_rms_norm(Tensor tensor, Tensor? residual, Tensor weight, {_COMMON_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"all_reduce_add_rms_norm(Tensor tensor, Tensor? residual, Tensor weight, {_COMMON_ARGUMENTS}, {_COUNT}) "
+    "-> (Tensor, Tensor)",
     _fused,
     _fake_fused,
 )
 _define(
     "all_reduce_add_rms_norm_out(Tensor tensor, Tensor? residual, Tensor weight, Tensor(a!) out, "
-    f"Tensor(b!) residual_out, {_COMMON_ARGUMENTS}) -> ()",
+    f"Tensor(b!) residual_out, {_COMMON_ARGUMENTS}, {_COUNT}) -> ()",
     _fused_out,
     _fake_none,
 )
 _define(
     "all_reduce_add_rms_norm_quant(Tensor tensor, Tensor? residual, Tensor weight, str quant, Tensor? scale=None, "
-    f"{_COMMON_ARGUMENTS}, *, bool with_norm=False, bool column_major_scales=False) "
+    f"{_COMMON_ARGUMENTS}, {_COUNT}, bool with_norm=False, bool column_major_scales=False) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _quant,
     _fake_quant,
@@ -259,7 +278,7 @@ _define(
 _define(
     "all_reduce_add_rms_norm_quant_out(Tensor tensor, Tensor? residual, Tensor weight, str quant, Tensor? scale, "
     "Tensor(a!) out, Tensor(b!)? scale_out, Tensor(c!) residual_out, Tensor(d!)? norm_out, "
-    f"{_COMMON_ARGUMENTS}) -> ()",
+    f"{_COMMON_ARGUMENTS}, {_COUNT}) -> ()",
     _quant_out,
     _fake_none,
 )

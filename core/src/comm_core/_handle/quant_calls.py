@@ -15,6 +15,7 @@ from comm_core._handle.operands import copy_to_out, disjoint, to_kernel_ready, w
 from comm_core.types import TERMINAL
 
 if TYPE_CHECKING:
+    from comm_core._handle.checks import NumTokens
     from comm_core._handle.lookup import BoundHook
 
     #: The quantised values, their scales, the sum with the residual, and the norm if it is wanted.
@@ -42,6 +43,7 @@ class QuantCalls(CheckedCalls):
         out: torch.Tensor | None,
         residual_out: torch.Tensor | None,
         norm_out: torch.Tensor | None,
+        num_tokens: NumTokens,
     ) -> QuantResults:
         """Serve a call by a backend's hook, or compose it of a fused call and a quantisation."""
         checks.check_tensors(tensor=tensor, residual=residual, weight=weight)
@@ -49,7 +51,7 @@ class QuantCalls(CheckedCalls):
         if tensor.dim() != 2 and tensor.layout is like.layout is torch.strided:
             return self._quant_rows(
                 *(tensor, residual, weight, eps, weight_offset, form, scale, column_major_scales, with_norm),
-                *(out, residual_out, norm_out),
+                *(out, residual_out, norm_out, num_tokens),
             )
         checks.warn_without_gradient(tensor, like)
         if traced.intercepts():
@@ -63,6 +65,7 @@ class QuantCalls(CheckedCalls):
                 out=out,
                 residual_out=residual_out,
                 norm_out=norm_out,
+                num_tokens=num_tokens,
             )
         checks.refuse_jit_trace()
         self._check_operands(tensor, residual, weight, None, residual_out)
@@ -75,7 +78,8 @@ class QuantCalls(CheckedCalls):
             scale = quant.empty_scale(tensor, form, column_major_scales)
         with_norm = with_norm or norm_out is not None
         key = (tensor.get_device(), tensor.dtype, tensor.shape)
-        bound = self._find(_OP, key)
+        count = None if num_tokens is None else checks.check_num_tokens(num_tokens, tensor)
+        bound = self._find(_OP, key, count)
         counter = bound[4]
         if bound[0] is not composed:
             if residual is not None and not checks.is_mixed(tensor, residual, weight):
@@ -87,7 +91,10 @@ class QuantCalls(CheckedCalls):
         for _counted in counter:
             break
         y, s = self.all_reduce_add_rms_norm(
-            tensor, residual, weight, eps, weight_offset, out=norm_out, residual_out=residual_out
+            *(tensor, residual, weight, eps, weight_offset),
+            out=norm_out,
+            residual_out=residual_out,
+            num_tokens=num_tokens,
         )
         return (*quant.quantize(y, form, scale, out), s, y if with_norm else None)
 
@@ -101,9 +108,10 @@ class QuantCalls(CheckedCalls):
         *,
         out: torch.Tensor | None = None,
         residual_out: torch.Tensor | None = None,
+        num_tokens: NumTokens = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Backend.all_reduce_add_rms_norm`."""
-        return self._fused_slow(None, None, tensor, residual, weight, eps, weight_offset, out, residual_out)
+        return self._fused_slow(None, None, tensor, residual, weight, eps, weight_offset, out, residual_out, num_tokens)
 
     def _quant_by_hook(
         self,
@@ -174,6 +182,7 @@ class QuantCalls(CheckedCalls):
         out: torch.Tensor | None,
         residual_out: torch.Tensor | None,
         norm_out: torch.Tensor | None,
+        num_tokens: NumTokens,
     ) -> QuantResults:
         """Serve a call of `[..., hidden_size]` by a call of `[num_tokens, hidden_size]`."""
         checks.check_fused_inputs(tensor, residual, weight)
@@ -182,20 +191,20 @@ class QuantCalls(CheckedCalls):
             checks.check_out(tensor, norm_out, "norm_out")
         quant.check_operands(tensor, form, scale, out)
         shape = tensor.shape
-        num_tokens = math.prod(shape[:-1])
-        views = {id(item): item.reshape(num_tokens, shape[-1]) for item in (tensor, residual) if item is not None}
+        num_rows = math.prod(shape[:-1])
+        views = {id(item): item.reshape(num_rows, shape[-1]) for item in (tensor, residual) if item is not None}
 
         def rows_of(target: torch.Tensor | None) -> torch.Tensor | None:
             if target is None or not target.is_contiguous():
                 return None
-            return views.get(id(target), target.view(num_tokens, target.shape[-1]))
+            return views.get(id(target), target.view(num_rows, target.shape[-1]))
 
         q, scales, s, y = self._quant_call(
             *(views[id(tensor)], views.get(id(residual)), weight, eps, weight_offset, form),
             scale if quant.is_static(form) else rows_of(scale),
             column_major_scales,
             with_norm or norm_out is not None,
-            *(rows_of(out), rows_of(residual_out), rows_of(norm_out)),
+            *(rows_of(out), rows_of(residual_out), rows_of(norm_out), num_tokens),
         )
 
         def shaped(result: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._handle import norm
-from comm_core._handle.lookup import CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
+from comm_core._handle.lookup import BoundHook, CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
 from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
 from comm_core._plan.faults import Fault
 from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats, WaitStats
@@ -133,6 +133,18 @@ class Serving:
         if op == "all_reduce":
             return self.all_reduce_routes
         return self.fused_routes if op == "all_reduce_add_rms_norm" else self.quant_routes
+
+    def bind_padded(self, bound: BoundHook, count: torch.Tensor) -> BoundHook:
+        """Return the hook that sums the first rows, `count` in number; `bound`, which sums all, if there is none.
+
+        A message that is taken in pieces is summed whole, since no piece has the batch's rows.
+        """
+        function, value, name, checks_operands, counter = bound
+        session = self.sessions.get(name)
+        if session is None or session.value is not value:
+            return bound
+        padded = session.padded(count)
+        return bound if padded is NotImplemented else (function, padded, name, checks_operands, counter)
 
     @property
     def label(self) -> str:

@@ -66,6 +66,9 @@ class Session:
     own_group: OwnGroup | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 300.0
+    # What `padded_session` returned, by the address of the count, which is kept: graphs read it, and no other tensor
+    # may get its address meanwhile.
+    _padded: dict[int, tuple[Any, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     @property
     def reported_memory_nbytes(self) -> int:
@@ -96,6 +99,19 @@ class Session:
     def advance_capture(self) -> None:
         """Advance the number of the next capture."""
         self.capture_number += 1
+
+    def padded(self, count: torch.Tensor) -> Any:
+        """Return what takes the place of `value` in calls that read the number of real rows from `count`.
+
+        NotImplemented if the backend has none; asked for once for each count.
+        """
+        hook = self.plugin.hooks.get("padded_session")
+        if hook is None:
+            return NotImplemented
+        known = self._padded.get(count.data_ptr())
+        if known is None:
+            known = self._padded[count.data_ptr()] = hook(self.value, count), count
+        return known[0]
 
     def needs(self, hook: Literal["suspend", "resume"]) -> bool:
         """Return whether `hook` has to run for this session: the plugin has it, and it hasn't run yet."""
@@ -133,6 +149,7 @@ class Session:
         Raises:
             KeyboardInterrupt: it interrupted the wait, or the hook raised it.
         """
+        self._padded.clear()
         try:
             if self.plugin.has("close") and self.plugin.has("connect"):
                 self._close_value(orderly=orderly, timeout_s=self.timeout_s if timeout_s is None else timeout_s)
