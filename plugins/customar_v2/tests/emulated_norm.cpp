@@ -20,6 +20,7 @@
 #include "add_norm.cuh"
 #include "oneshot_push.cuh"
 #include "oneshot_push_norm.cuh"
+#include "padded_push_norm.cuh"
 #include "twoshot_push.cuh"
 #include "twoshot_push_norm.cuh"
 
@@ -40,7 +41,7 @@ struct Launch {
     std::function<void(const NormParams&)> kernel;
     uint32_t vecs, cluster, clusters, pipeline_depth;
     bool two_shots, separate;
-    bool quantizes = false;
+    bool quantizes = false, padded = false;
 };
 
 // How a launch that quantises does so.
@@ -61,6 +62,26 @@ struct Rank {
 };
 
 uint32_t error_word = 0;
+// What padded launches read, the same on all ranks.
+int32_t num_tokens = 0;
+Padding padding{};
+
+template <typename T, int W, bool kQuantizes>
+void padded(const NormParams& params) {
+    padded_push_norm<T, W, kQuantizes>({params, padding});
+}
+
+// Chooses which of a launch's rows are real; returns how many are summed.
+uint32_t pad(uint32_t world_size, uint32_t num_rows, std::mt19937& dice) {
+    const uint32_t before = dice() % 2 == 0 ? dice() % 9 : 0;
+    const auto rows = static_cast<int32_t>(before + num_rows);
+    const int32_t numbers[] = {0, 1, -3, rows / 2, rows - 1, rows, rows + 4, 1 << 30};
+    num_tokens = numbers[dice() % 8];
+    const auto one_shot = static_cast<uint32_t>(world_size + dice() % (num_rows + 1));
+    padding = {&num_tokens, rows, one_shot, 1, before};
+    const uint32_t end = static_cast<uint32_t>(std::clamp(num_tokens, 0, rows));
+    return std::max(end, before + 1) - before;
+}
 
 NormParams params_of(std::vector<Rank>& ranks, size_t rank, uint32_t num_rows, uint32_t row_vecs, bool in_place) {
     NormParams params{};
@@ -208,10 +229,14 @@ uint8_t to_fp8(float value) {
 
 // Why a rank's quantised rows are wrong; "" where they aren't. `norms`: what was to be quantised.
 template <typename T>
-std::string judge_quantised(
-    const Tensors& now, const std::vector<float>& norms, uint32_t num_rows, uint32_t row_vecs, const Quantised& how) {
+std::string judge_quantised(const Tensors& now,
+                            const std::vector<float>& norms,
+                            uint32_t num_rows,
+                            uint32_t all_rows,
+                            uint32_t row_vecs,
+                            const Quantised& how) {
     const size_t hidden = row_vecs * 4 * T::count;
-    const auto [row_stride, column_stride] = strides_of(how, num_rows, row_vecs);
+    const auto [row_stride, column_stride] = strides_of(how, all_rows, row_vecs);
     const size_t together = how.form == QuantForm::kPerGroup ? 128 : hidden;
     std::vector<bool> written(now.scales.size());
     for (size_t row = 0; row < num_rows; ++row) {
@@ -313,6 +338,8 @@ bool gives_up(std::vector<Rank>& ranks, const std::vector<Launch>& launches) {
         if (launch.separate) continue;
         for (Rank& rank : ranks) std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
         error_word = 0;
+        num_tokens = 2 * W + 1;
+        padding = {&num_tokens, 2 * W + 1, W, 1, 0};
         run<T, W>(ranks, 2 * W + 1, 37, false, launch, 1);
         // Of those that are missing the first.
         if (error_word != 1 + 1) {
@@ -331,6 +358,8 @@ int check(int rounds, unsigned seed) {
         {"twoshot 2, pipeline_depth 1", twoshot_push_norm<T, W, 2>, 2, 1, 2, 1, true, false},
         {"twoshot 2, clusters of 2, pipeline_depth 1", twoshot_push_norm<T, W, 2>, 2, 2, 1, 1, true, false},
         {"separate", add_norm<T>, 1, 1, 2, 0, false, true},
+        {"padded", padded<T, W, false>, padded_norm_vecs(W), 1, 2, 1, false, false, false, true},
+        {"padded, clusters of 2", padded<T, W, false>, padded_norm_vecs(W), 2, 3, 1, false, false, false, true},
     };
     if constexpr (W <= 4) {
         const std::vector<Launch> more = {
@@ -349,6 +378,7 @@ int check(int rounds, unsigned seed) {
             {"quantised oneshot 2, clusters of 2", oneshot_push_norm<T, W, 2, true>, 2, 2, 1, 0, false, false, true},
             {"quantised twoshot 2", twoshot_push_norm<T, W, 2, true>, 2, 1, 2, 1, true, false, true},
             {"quantised twoshot 2, clusters of 2", twoshot_push_norm<T, W, 2, true>, 2, 2, 1, 0, true, false, true},
+            {"padded, quantised", padded<T, W, true>, padded_norm_vecs(W), 2, 2, 1, false, false, true, true},
         };
         launches.insert(launches.end(), more.begin(), more.end());
     }
@@ -400,19 +430,20 @@ int check(int rounds, unsigned seed) {
             }
             const auto form = static_cast<QuantForm>(dice() % (row_vecs % 16 == 0 ? 3 : 2));
             const Quantised how{form, dice() % 2 == 0, dice() % 2 == 0};
+            const uint32_t summed_rows = launch.padded ? pad(W, num_rows, dice) : num_rows;
             run<T, W>(ranks, num_rows, row_vecs, in_place, launch, W, how);
             for (int rank = 0; rank < W; ++rank) {
                 std::string wrong = judge<T, W>(ranks[rank].tensors,
                                                 fresh,
                                                 rank,
-                                                num_rows,
+                                                summed_rows,
                                                 row_vecs,
                                                 in_place,
                                                 launch.separate,
                                                 !launch.quantizes || how.wants_norm,
                                                 launch.separate ? apart : norms);
                 if (launch.quantizes && wrong.empty()) {
-                    wrong = judge_quantised<T>(ranks[rank].tensors, norms, num_rows, row_vecs, how);
+                    wrong = judge_quantised<T>(ranks[rank].tensors, norms, summed_rows, num_rows, row_vecs, how);
                 }
                 if (!wrong.empty() || error_word != 0) {
                     std::printf("%s, %u rows of %u vectors, rank %d of %d%s: %s\n",

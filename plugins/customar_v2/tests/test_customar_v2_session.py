@@ -22,9 +22,15 @@ class Native:
         self.algorithms = [algorithms, len(norm_policy.ALGORITHMS)]
         self.calls: list[Any] = []
         self.missing = 0
+        self.has_padded = True
+        self.hot_path: dict[str, Any] = {}
 
     def constants(self) -> list[int]:
         return self.algorithms
+
+    def padded(self, address: int) -> dict[str, Any] | None:
+        self.calls.append(("padded", address))
+        return self.hot_path if self.has_padded else None
 
     def connect(self, *arguments: Any) -> dict[str, Any]:
         self.calls.append(("connect", *arguments))
@@ -78,18 +84,21 @@ class Native:
             fallback.quantize(normed, QUANTS[form], scale, values.view(torch.float8_e4m3fn))
             return True
 
-        return {
+        self.hot_path = {
             "all_reduce": all_reduce,
             "all_reduce_add_rms_norm_quant": all_reduce_add_rms_norm_quant,
             "all_reduce_out": all_reduce_out,
             "all_reduce_add_rms_norm_out": all_reduce_add_rms_norm_out,
+        }
+        return {
+            **self.hot_path,
+            "padded": self.padded,
             "set_shapes": lambda numbers: self.calls.append(("shapes", numbers)),
             "set_norm_shapes": lambda numbers: self.calls.append(("norm shapes", numbers)),
             "error": lambda: self.missing,
             "waits": lambda: [0, 0, 0, 3, 4500, 2500],
             "algorithm_of": lambda _: 2,
             "abort": lambda: self.calls.append("abort"),
-            "set_early": lambda _: None,
             "attach": lambda addresses, count: self.calls.append(("attach", addresses, count)),
         }
 
@@ -206,6 +215,25 @@ def test_chosen_variants_reach_the_native_code_and_leave_it(context: comm.GroupC
     customar_v2.use_variants(own, ())
     assert native.calls[-2] == ("shapes", policy.flat(policy.rows_for(9, 2)))
     assert customar_v2.variants(own, "all_reduce", 1 << 20, 0) == before
+
+
+def test_calls_on_padded_batches(context: comm.GroupContext) -> None:
+    native = Native()
+    own = connect(native, context)
+    count = torch.zeros(1, dtype=torch.int32)
+    padded = customar_v2.padded_session(own, count)
+    assert native.calls[-1] == ("padded", count.data_ptr())
+    x = torch.ones(3, 8)
+    assert torch.equal(customar_v2.all_reduce(padded, x, None), x * 2)
+    assert customar_v2.all_reduce_add_rms_norm(padded, x, x, x[0], 1e-5, 0.5, None, None) is not NotImplemented
+    scale, out = torch.empty(3, 1), torch.empty(3, 8, dtype=torch.float8_e4m3fn)
+    quantised = (x, x, x[0], 1e-5, 0.5, "fp8_per_token", scale, out, torch.empty_like(x), None)
+    assert customar_v2.all_reduce_add_rms_norm_quant(padded, *quantised) is None
+    native.missing = 2
+    with pytest.raises(comm.CommTimeoutError, match=r"rank 1 \(7 in the job\)"):
+        customar_v2.all_reduce(padded, x, None)
+    native.has_padded = False
+    assert customar_v2.padded_session(own, count) is NotImplemented
 
 
 @pytest.mark.parametrize("in_place", [False, True])

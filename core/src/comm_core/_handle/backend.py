@@ -355,7 +355,7 @@ class Backend(QuantCalls):
     def stats(self) -> tuple[RouteStats, ...]:
         """Return the numbers of this rank's calls so far, one entry for each route and backend that served some.
 
-        Local; also of a handle that is closed. A call that a stream captures counts once, its replays don't; one that is
+        Local; also of a closed handle. A call that a stream captures counts once, its replays don't; one that is
         recorded outside `comm_core.capture` counts as eager. A fused call that core composes counts as one of
         "torch_distributed", and its all-reduce for the backend that serves it.
         """

@@ -15,7 +15,7 @@ from comm_core import kernels, memory
 from comm_core.types import QUANTS, RANK_ORDER_FP32
 
 from comm_plugin_customar_v2 import policy, session
-from comm_plugin_customar_v2.session import Session
+from comm_plugin_customar_v2.session import PaddedSession, Session
 
 if TYPE_CHECKING:
     from comm_core.tuning import VariantChoice
@@ -30,6 +30,7 @@ __all__ = [
     "close",
     "connect",
     "is_available",
+    "padded_session",
     "probe",
     "resume",
     "suspend",
@@ -72,7 +73,13 @@ def connect(topology: comm.Topology, context: comm.GroupContext) -> Session:
 
 
 @comm.hookimpl
-def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def padded_session(session: Session, num_tokens: torch.Tensor) -> Any:
+    """Return what takes the session's place on padded batches, in groups of 2, 4 and 8 ranks."""
+    return session.padded(num_tokens) or NotImplemented
+
+
+@comm.hookimpl
+def all_reduce(session: Session | PaddedSession, tensor: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """Sum over the ranks; see the hook's spec."""
     try:
         if out is None:
@@ -86,7 +93,7 @@ def all_reduce(session: Session, tensor: torch.Tensor, out: torch.Tensor | None)
 
 @comm.hookimpl
 def all_reduce_add_rms_norm(
-    session: Session,
+    session: Session | PaddedSession,
     tensor: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,
@@ -116,7 +123,7 @@ def all_reduce_add_rms_norm(
 
 @comm.hookimpl
 def all_reduce_add_rms_norm_quant(
-    session: Session,
+    session: Session | PaddedSession,
     tensor: torch.Tensor,
     residual: torch.Tensor,
     weight: torch.Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comm_core as comm
@@ -16,7 +16,7 @@ from comm_plugin_customar_v2 import layout, norm_policy, policy, shapes
 if TYPE_CHECKING:
     from comm_core.tuning import VariantChoice
 
-__all__ = ["Native", "Session", "connect"]
+__all__ = ["Native", "PaddedSession", "Session", "connect"]
 
 # Native functions and buffers of sessions that were closed after a failure. Their kernels may still run and peers may
 # still write, so nothing is freed until the process ends.
@@ -36,8 +36,8 @@ class Native(NamedTuple):
     waits: Any
     algorithm_of: Any
     abort: Any
-    set_early: Any
     attach: Any
+    padded: Any
 
 
 class Session:
@@ -51,7 +51,6 @@ class Session:
             the operands break the hook's preconditions.
         all_reduce_add_rms_norm_quant: (tensor, residual, weight, values, scale, sum, norm, wants_norm, eps,
             weight_offset, form) likewise, and quantises; csrc/customar_v2.cu describes it.
-        set_early: (early) chooses whether a kernel may start while the one before it still runs; for comparisons.
         memory_nbytes: the size of this rank's buffer.
     """
 
@@ -62,7 +61,6 @@ class Session:
         self.all_reduce_out = native.all_reduce_out
         self.all_reduce_add_rms_norm_out = native.all_reduce_add_rms_norm_out
         self.all_reduce_add_rms_norm_quant = native.all_reduce_add_rms_norm_quant
-        self.set_early = native.set_early
         self.memory_nbytes = buffer.nbytes
         self._native: Any = native  # a `Native`; None once the session is closed
         self._buffer = buffer
@@ -70,6 +68,11 @@ class Session:
         self._own = self._tables = tables
         self._aborted = False
         self._launches: int | None = None  # since `abort`, what the counter was in the last `check`
+
+    def padded(self, num_tokens: torch.Tensor) -> PaddedSession | None:
+        """Return the session for padded batches; None if the group has no kernels for them."""
+        functions = self._native.padded(num_tokens.data_ptr())
+        return None if functions is None else PaddedSession(functions, self.check)
 
     def set_rows(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; they must be the same on every rank."""
@@ -156,13 +159,32 @@ class Session:
         if self._native is None:
             return
         native, self._native = self._native, None
-        self.all_reduce = self.all_reduce_out = self.set_early = None
+        self.all_reduce = self.all_reduce_out = None
         self.all_reduce_add_rms_norm_out = self.all_reduce_add_rms_norm_quant = None
         if orderly:
             self._buffer.close()
         else:
             native.abort()  # kernels that wait for a peer end within milliseconds
             _kept_until_exit.append((native, self._buffer))
+
+
+class PaddedSession:
+    """What takes a session's place in calls on padded batches, whose kernels read the number of real rows.
+
+    Attributes:
+        all_reduce: as of `Session`.
+        all_reduce_out: as of `Session`.
+        all_reduce_add_rms_norm_out: as of `Session`.
+        all_reduce_add_rms_norm_quant: as of `Session`.
+        check: the session's.
+    """
+
+    def __init__(self, functions: Mapping[str, Any], check: Callable[[], None]) -> None:
+        self.all_reduce = functions["all_reduce"]
+        self.all_reduce_out = functions["all_reduce_out"]
+        self.all_reduce_add_rms_norm_out = functions["all_reduce_add_rms_norm_out"]
+        self.all_reduce_add_rms_norm_quant = functions["all_reduce_add_rms_norm_quant"]
+        self.check = check
 
 
 def connect(module: Any, topology: comm.Topology, context: comm.GroupContext) -> Session:

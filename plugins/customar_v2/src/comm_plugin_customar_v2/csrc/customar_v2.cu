@@ -17,6 +17,7 @@ using comm_core::listed;
 using tvm::ffi::Array;
 using tvm::ffi::Function;
 using tvm::ffi::Map;
+using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
@@ -70,7 +71,7 @@ std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
     return shapes;
 }
 
-// Returns the functions of a session by name, as `Native` in session.py lists them:
+// Returns the functions of the hot path by name:
 //   all_reduce(tensor)           sums into a new tensor from torch's allocator
 //   all_reduce_out(tensor, out)  sums into `out`, which may be `tensor`
 //   all_reduce_add_rms_norm_out(tensor, residual, weight, out, sum, eps, offset)
@@ -80,27 +81,19 @@ std::vector<NormShape> norm_shapes_of(const Array<int64_t>& numbers) {
 //                                likewise, and quantises the norm into `values`, bytes, by the `QuantForm` with that
 //                                code; stores the norm only if `wants_norm`. The operands meet the hook's
 //                                preconditions. Returns false, and does nothing, if no fused kernel takes the rows
-//   set_shapes(numbers)          sets the table
-//   set_norm_shapes(numbers)     sets the fused table
-//   error()                      returns 0, or 1 + the rank that didn't come in time
-//   waits()                      returns three numbers for each rank: how many waits for it were long, their sum and
-//   the
-//                                longest, in nanoseconds
-//   algorithm_of(nbytes)         returns the code of the algorithm that serves a size
-//   abort()                      ends every wait of kernels in flight
-//   set_early(early)             chooses whether blocks may start while the kernel before still runs; at first they may
-//   attach(buffers, count)       takes the addresses of all ranks' buffers, and the fewest multiprocessors of any
-//                                rank's device; called once, before the first sum
-// Launches are on the stream that is current for the tensors' device.
-Map<String, Function> connect(
-    int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
-    const auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
-    const auto norms = std::make_shared<Norms>(*session);
-    const auto run = [session](const auto& tensor, char* out) {
+// Launches are on the stream that is current for the tensors' device. If `num_tokens` isn't null, it is the address, on
+// the device, of the number of real rows, and the other rows may be left out.
+Map<String, Function> hot_path(const std::shared_ptr<Session>& session,
+                               const std::shared_ptr<Norms>& norms,
+                               const int32_t* num_tokens) {
+    const auto run = [session, num_tokens](const auto& tensor, char* out) {
         const DLDevice device = tensor.device();
         auto* const stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
         const DLDataType dtype = tensor.dtype();
-        session->run(data_of(tensor), out, tensor.numel() * dtype.bits / 8, element_of(dtype), stream);
+        const bool one_row = num_tokens == nullptr || tensor.ndim() < 2;
+        const int64_t num_rows = one_row ? 1 : tensor.numel() / tensor.size(tensor.ndim() - 1);
+        const int64_t nbytes = tensor.numel() * dtype.bits / 8;
+        session->run(data_of(tensor), out, nbytes, element_of(dtype), stream, num_tokens, num_rows);
     };
     const auto all_reduce = [session, run](TensorView tensor) -> Tensor {
         refuse_if_poisoned(*session);
@@ -112,13 +105,13 @@ Map<String, Function> connect(
         refuse_if_poisoned(*session);
         run(tensor, data_of(out));
     };
-    const auto all_reduce_add_rms_norm_out = [session, norms](TensorView tensor,
-                                                              TensorView residual,
-                                                              TensorView weight,
-                                                              TensorView out,
-                                                              TensorView sum,
-                                                              double eps,
-                                                              double offset) {
+    const auto all_reduce_add_rms_norm_out = [session, norms, num_tokens](TensorView tensor,
+                                                                          TensorView residual,
+                                                                          TensorView weight,
+                                                                          TensorView out,
+                                                                          TensorView sum,
+                                                                          double eps,
+                                                                          double offset) {
         refuse_if_poisoned(*session);
         const DLDevice place{kDLCUDA, session->device()};
         if (!comm_core::are_operands(place, tensor, residual, weight, out, sum)) return false;
@@ -135,20 +128,21 @@ Map<String, Function> connect(
                     element_of(dtype),
                     static_cast<cudaStream_t>(TVMFFIEnvGetStream(place.device_type, place.device_id)),
                     false,
-                    {}});
+                    {},
+                    num_tokens});
         return true;
     };
-    const auto all_reduce_add_rms_norm_quant = [session, norms](TensorView tensor,
-                                                                TensorView residual,
-                                                                TensorView weight,
-                                                                TensorView values,
-                                                                TensorView scale,
-                                                                TensorView sum,
-                                                                TensorView norm,
-                                                                bool wants_norm,
-                                                                double eps,
-                                                                double offset,
-                                                                int64_t form) {
+    const auto all_reduce_add_rms_norm_quant = [session, norms, num_tokens](TensorView tensor,
+                                                                            TensorView residual,
+                                                                            TensorView weight,
+                                                                            TensorView values,
+                                                                            TensorView scale,
+                                                                            TensorView sum,
+                                                                            TensorView norm,
+                                                                            bool wants_norm,
+                                                                            double eps,
+                                                                            double offset,
+                                                                            int64_t form) {
         refuse_if_poisoned(*session);
         if (form < 0 || form >= static_cast<int64_t>(QuantForm::kCount))
             TVM_FFI_THROW(ValueError) << "there is no form " << form;
@@ -170,11 +164,34 @@ Map<String, Function> connect(
                              reinterpret_cast<float*>(data_of(scale)),
                              has_strides ? scale.stride(0) : 0,
                              has_strides ? scale.stride(1) : 0,
-                             static_cast<QuantForm>(form)}};
+                             static_cast<QuantForm>(form)},
+                            num_tokens};
         if (!norms->takes(call)) return false;
         norms->run(call);
         return true;
     };
+    return {{"all_reduce", Function::FromTyped(all_reduce)},
+            {"all_reduce_out", Function::FromTyped(all_reduce_out)},
+            {"all_reduce_add_rms_norm_out", Function::FromTyped(all_reduce_add_rms_norm_out)},
+            {"all_reduce_add_rms_norm_quant", Function::FromTyped(all_reduce_add_rms_norm_quant)}};
+}
+
+// Returns the functions of a session by name, as `Native` in session.py lists them: those of the hot path, and
+//   set_shapes(numbers)          sets the table
+//   set_norm_shapes(numbers)     sets the fused table
+//   error()                      returns 0, or 1 + the rank that didn't come in time
+//   waits()                      returns for each rank how many waits for it were long, their sum and the longest, in
+//                                nanoseconds
+//   algorithm_of(nbytes)         returns the code of the algorithm that serves a size
+//   abort()                      ends every wait of kernels in flight
+//   attach(buffers, count)       takes the addresses of all ranks' buffers, and the fewest multiprocessors of any
+//                                rank's device; called once, before the first sum
+//   padded(address)              returns the functions of the hot path for padded batches: the number of real rows is
+//                                an int32 at this address on the device; null if the group has no kernels for them
+Map<String, Function> connect(
+    int64_t rank, int64_t world_size, Array<int64_t> layout, double timeout_s, int64_t device) {
+    const auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
+    const auto norms = std::make_shared<Norms>(*session);
     const auto set_shapes = [session](Array<int64_t> numbers) { session->set_shapes(shapes_of(numbers)); };
     const auto set_norm_shapes = [session, norms](Array<int64_t> numbers) {
         norms->set_shapes(norm_shapes_of(numbers));
@@ -188,22 +205,24 @@ Map<String, Function> connect(
         return static_cast<int64_t>(session->shape_of(nbytes).algorithm);
     };
     const auto abort = [session]() { session->abort(); };
-    const auto set_early = [session](bool early) { session->set_early(early); };
     const auto attach = [session](Array<int64_t> buffers, int64_t multiprocessors) {
         session->attach(listed(buffers), multiprocessors);
     };
-    return {{"all_reduce", Function::FromTyped(all_reduce)},
-            {"all_reduce_out", Function::FromTyped(all_reduce_out)},
-            {"all_reduce_add_rms_norm_out", Function::FromTyped(all_reduce_add_rms_norm_out)},
-            {"all_reduce_add_rms_norm_quant", Function::FromTyped(all_reduce_add_rms_norm_quant)},
-            {"set_shapes", Function::FromTyped(set_shapes)},
-            {"set_norm_shapes", Function::FromTyped(set_norm_shapes)},
-            {"error", Function::FromTyped(error)},
-            {"waits", Function::FromTyped(waits)},
-            {"algorithm_of", Function::FromTyped(algorithm_of)},
-            {"abort", Function::FromTyped(abort)},
-            {"set_early", Function::FromTyped(set_early)},
-            {"attach", Function::FromTyped(attach)}};
+    const auto padded = [session, norms](int64_t address) -> Optional<Map<String, Function>> {
+        if (!has_padded(session->world_size())) return std::nullopt;
+        return hot_path(session, norms, reinterpret_cast<const int32_t*>(address));
+    };
+    Map<String, Function> functions = hot_path(session, norms, nullptr);
+    const std::pair<const char*, Function> others[] = {{"set_shapes", Function::FromTyped(set_shapes)},
+                                                       {"set_norm_shapes", Function::FromTyped(set_norm_shapes)},
+                                                       {"error", Function::FromTyped(error)},
+                                                       {"waits", Function::FromTyped(waits)},
+                                                       {"algorithm_of", Function::FromTyped(algorithm_of)},
+                                                       {"abort", Function::FromTyped(abort)},
+                                                       {"attach", Function::FromTyped(attach)},
+                                                       {"padded", Function::FromTyped(padded)}};
+    for (const auto& [name, function] : others) functions.Set(name, function);
+    return functions;
 }
 
 // Returns the numbers of algorithms, plain and fused, which must equal Python's.

@@ -7,6 +7,7 @@
 
 #include "add_norm.cuh"
 #include "norm.cuh"
+#include "padded_push_norm.cuh"
 #include "session.cuh"
 
 namespace comm_customar_v2 {
@@ -18,6 +19,9 @@ const void* norm_kernel_of_5(Element, NormAlgorithm, int, bool);
 const void* norm_kernel_of_6(Element, NormAlgorithm, int, bool);
 const void* norm_kernel_of_7(Element, NormAlgorithm, int, bool);
 const void* norm_kernel_of_8(Element, NormAlgorithm, int, bool);
+const void* padded_norm_kernel_of_2(Element, bool);
+const void* padded_norm_kernel_of_4(Element, bool);
+const void* padded_norm_kernel_of_8(Element, bool);
 const void* add_norm_of(Element);
 
 // The algorithm and launch shape of fused messages up to a size: a row of norm_policy.py's table. The length of a
@@ -44,6 +48,7 @@ struct NormCall {
     // The call quantises: `output` may be null. Otherwise `quant` isn't used.
     bool quantizes;
     QuantParams quant;
+    const int32_t* num_tokens;  // the number of real rows, on the device; null: all
 };
 
 class Norms {
@@ -61,6 +66,9 @@ class Norms {
                     session_.prepare(kernel(element, algorithm, vecs, false));
                     if (element != Element::kFloat32) session_.prepare(kernel(element, algorithm, vecs, true));
                 }
+            }
+            for (const bool quantizes : {false, true}) {
+                if (const void* const function = padded_kernel(element, quantizes)) session_.prepare(function);
             }
         }
         for (const NormShape& shape : shapes) {
@@ -86,8 +94,9 @@ class Norms {
         const NormShape& shape = shape_of(call.num_rows * call.row_nbytes);
         session_.order_->begin(call.stream);
         NormCall rest = call;
+        const std::optional<Fit> padded = shape.algorithm == NormAlgorithm::kSeparate ? std::nullopt : padded_fit(call);
         while (rest.num_rows > 0) {
-            const int64_t done = launch(shape, rest);
+            const int64_t done = padded ? launch_padded(*padded, rest, call.num_rows) : launch(shape, rest);
             rest.num_rows -= done;
             rest.input += done * call.row_nbytes;
             if (rest.output != nullptr) rest.output += done * call.row_nbytes;
@@ -128,6 +137,62 @@ class Norms {
                                       norm_kernel_of_7,
                                       norm_kernel_of_8};
         return lookups[session_.world_size_ - 2](element, algorithm, vecs, quantizes);
+    }
+
+    const void* padded_kernel(Element element, bool quantizes) const {
+        const int world_size = session_.world_size_;
+        return world_size == 2   ? padded_norm_kernel_of_2(element, quantizes)
+               : world_size == 4 ? padded_norm_kernel_of_4(element, quantizes)
+               : world_size == 8 ? padded_norm_kernel_of_8(element, quantizes)
+                                 : nullptr;
+    }
+
+    // Returns the rows of a half of a slot, for each owner.
+    int64_t rows_of_half(const NormCall& call) const {
+        return session_.usable_cells(static_cast<int64_t>(session_.params_.cells_nbytes) / 2) / call.row_nbytes;
+    }
+
+    // Returns the kernel for a padded batch; nothing if the call sums all rows.
+    std::optional<Fit> padded_fit(const NormCall& call) {
+        if (call.num_tokens == nullptr || rows_of_half(call) < session_.world_size_) return std::nullopt;
+        const void* const function = padded_kernel(call.element, call.quantizes);
+        const int64_t row_vecs = call.row_nbytes / comm_core::kVecNbytes;
+        if (function == nullptr || row_vecs > kMaxRowVecs) return std::nullopt;
+        for (uint32_t cluster = session_.sm90_ ? padded_cluster(session_.world_size_) : 1;
+             cluster <= (session_.sm90_ ? kMaxCluster : 1);
+             cluster *= 2) {
+            const uint32_t together = cluster * static_cast<uint32_t>(padded_norm_vecs(session_.world_size_));
+            const uint32_t threads = (static_cast<uint32_t>(row_vecs) + together - 1) / together;
+            if (threads <= static_cast<uint32_t>(max_padded_norm_threads(session_.world_size_)))
+                return fit_of(function, (threads + 31) / 32 * 32, cluster);
+        }
+        return std::nullopt;
+    }
+
+    // As `launch`, for a padded batch of `num_rows` rows, of which `call` has the last.
+    int64_t launch_padded(const Fit& fit, const NormCall& call, int64_t num_rows) {
+        const int64_t world_size = session_.world_size_, half = rows_of_half(call);
+        const int64_t rows = std::min(call.num_rows, half * world_size);
+        // Clusters without real rows end at once, and so leave room for the next launch's.
+        const uint32_t clusters = std::min(static_cast<uint32_t>(rows), fit.resident);
+        int64_t one_shot = 0;
+        for (const NormShape& shape : shapes_) {
+            if (shape.algorithm == NormAlgorithm::kOneShotPush) one_shot = shape.up_to_nbytes / call.row_nbytes;
+        }
+        // One-shot is for about one round of a full device, and fills only the lower half of a slot (padded.cuh). All
+        // ranks compute the same; `clusters` may differ between devices.
+        const int64_t threads = int64_t{session_.multiprocessors_} * (world_size == 2 ? 1024 : 512);
+        one_shot = std::max(std::min({one_shot, threads / (fit.threads * fit.cluster), half}), world_size);
+        PaddedNormParams params{params_of(call, rows), {}};
+        const auto groups = static_cast<uint32_t>((rows + world_size - 1) / world_size);
+        params.norm.plain.pipeline_depth = groups > clusters ? 1 : 0;
+        params.padding = {call.num_tokens,
+                          static_cast<int32_t>(num_rows),
+                          static_cast<uint32_t>(one_shot),
+                          1,
+                          static_cast<uint64_t>(num_rows - call.num_rows)};
+        session_.enqueue(fit.function, clusters * fit.cluster, fit.threads, fit.cluster, call.stream, &params);
+        return rows;
     }
 
     // Launches a kernel for the first rows of a message, as many as a slot holds. Returns how many.

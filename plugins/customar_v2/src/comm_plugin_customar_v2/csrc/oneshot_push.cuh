@@ -10,25 +10,25 @@
 
 namespace comm_customar_v2 {
 
+// Pushes and sums a message of `num_vecs` vectors. `input`, `output` and `cells` begin at this thread's first vector,
+// which `early` has if `is_early`.
 template <typename T, int W, int V>
-__global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __grid_constant__ Params params) {
-    const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
-    const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
-    comm_core::SpinGuard guard;
-    // All addresses are computed before the wait, so that the input's load comes right after it.
-    const uint32_t num_vecs = comm_core::ready(params.num_vecs), stride = comm_core::ready(threads_in_grid());
-    const uint32_t thread = comm_core::ready(thread_in_grid());
-    const char* input = comm_core::ready(params.input + thread * 16);
-    char* output = comm_core::ready(params.output + thread * 16);
-    Cells<W> cells(slots, thread * 16);
-    // Only from here on may it access the input, the cells and the output: kernels before it read and write them.
-    comm_core::wait_for_predecessors();
-
+__device__ __forceinline__ void push_and_sum(const Params& params,
+                                             const char* input,
+                                             char* output,
+                                             Cells<W>& cells,
+                                             uint32_t num_vecs,
+                                             uint32_t thread,
+                                             uint32_t stride,
+                                             comm_core::SpinGuard& guard,
+                                             bool is_early = false,
+                                             const Vec& early = Vec{}) {
     for (uint32_t first = thread; first < num_vecs; first += V * stride) {
         Vec own[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            if (first + j * stride < num_vecs) own[j] = comm_core::load(input + j * stride * 16);
+            if (first + j * stride >= num_vecs) continue;
+            own[j] = j == 0 && is_early && first == thread ? early : comm_core::load(input + j * stride * 16);
         }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
@@ -61,6 +61,23 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __gri
         output += V * stride * 16;
         cells.advance(V * stride * 16);
     }
+}
+
+template <typename T, int W, int V>
+__global__ void __launch_bounds__(max_threads(W, V), 1) oneshot_push(const __grid_constant__ Params params) {
+    const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
+    const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
+    comm_core::SpinGuard guard;
+    // All addresses are computed before the wait, so that the input's load comes right after it.
+    const uint32_t num_vecs = comm_core::ready(params.num_vecs), stride = comm_core::ready(threads_in_grid());
+    const uint32_t thread = comm_core::ready(thread_in_grid());
+    const char* input = comm_core::ready(params.input + thread * 16);
+    char* output = comm_core::ready(params.output + thread * 16);
+    Cells<W> cells(slots, thread * 16);
+    // Only from here on may it access the input, the cells and the output: kernels before it read and write them.
+    comm_core::wait_for_predecessors();
+
+    push_and_sum<T, W, V>(params, input, output, cells, num_vecs, thread, stride, guard);
     sum_tail<T, W>(params, epoch, guard);
 }
 

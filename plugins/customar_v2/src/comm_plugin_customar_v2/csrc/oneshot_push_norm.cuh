@@ -10,30 +10,30 @@
 
 namespace comm_customar_v2 {
 
-template <typename T, int W, int V, bool kQuantizes = false>
-__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPush, V, kQuantizes), 1)
-    oneshot_push_norm(const __grid_constant__ NormParams params) {
-    ClusterReducer<> reducer;
-    const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
-    const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
-    const Place<V> place(params);
-    const uint32_t first_row = comm_core::ready(comm_core::cluster_in_grid()),
-                   num_rows = comm_core::ready(params.num_rows);
-    const uint32_t rows = comm_core::ready(comm_core::clusters_in_grid());
-    const char* const input = comm_core::ready(params.plain.input);
-    const Cells<W> cells(slots, 0);
-    comm_core::SpinGuard guard;
-    prefetch(params, place, first_row);
-    reducer.open();
-    // Only from here on may it access data that kernels before it read and write.
-    comm_core::wait_for_predecessors();
-    const float factor = factor_of<kQuantizes>(params);
-
+// Takes the first `num_rows` rows, every `rows`-th by this cluster, whose first row `early` has if `is_early`.
+template <typename T, int W, int V, bool kQuantizes, uint32_t kSums>
+__device__ __forceinline__ void push_and_norm(const NormParams& params,
+                                              const char* input,
+                                              const Place<V>& place,
+                                              const Cells<W>& cells,
+                                              uint32_t first_row,
+                                              uint32_t num_rows,
+                                              uint32_t rows,
+                                              float factor,
+                                              ClusterReducer<kSums>& reducer,
+                                              comm_core::SpinGuard& guard,
+                                              bool is_early,
+                                              const Vec (&early)[V]) {
     Vec weight[V];
     for (uint32_t row = first_row; row < num_rows; row += rows) {
         const uint32_t at = row * place.row_vecs * 16;
         Vec own[V], residual[V];
-        load_row(own, input + at, place);
+        if (is_early && row == first_row) {
+#pragma unroll
+            for (int j = 0; j < V; ++j) own[j] = early[j];
+        } else {
+            load_row(own, input + at, place);
+        }
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             if (place.has(j)) cells.fill_theirs(at + place.offset(j), escape_sentinel(own[j]));
@@ -71,6 +71,28 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPus
             if (place.has(j)) cells.empty_mine(at + place.offset(j));
         }
     }
+}
+
+template <typename T, int W, int V, bool kQuantizes = false>
+__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kOneShotPush, V, kQuantizes), 1)
+    oneshot_push_norm(const __grid_constant__ NormParams params) {
+    ClusterReducer<> reducer;
+    const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
+    const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
+    const Place<V> place(params);
+    const uint32_t first_row = comm_core::ready(comm_core::cluster_in_grid()),
+                   num_rows = comm_core::ready(params.num_rows);
+    const uint32_t rows = comm_core::ready(comm_core::clusters_in_grid());
+    const char* const input = comm_core::ready(params.plain.input);
+    const Cells<W> cells(slots, 0);
+    comm_core::SpinGuard guard;
+    prefetch(params, place, first_row);
+    reducer.open();
+    // Only from here on may it access data that kernels before it read and write.
+    comm_core::wait_for_predecessors();
+    const float factor = factor_of<kQuantizes>(params);
+    push_and_norm<T, W, V, kQuantizes>(
+        params, input, place, cells, first_row, num_rows, rows, factor, reducer, guard, false, {});
 }
 
 }  // namespace comm_customar_v2

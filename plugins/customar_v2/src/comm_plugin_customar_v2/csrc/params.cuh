@@ -23,6 +23,8 @@
 // memory when that launch ended, before it could send anything in launch k + 1. The end of a launch is the only fence
 // that this argument needs, and wait_for_predecessors() returns after it.
 //
+// On padded batches the number of real rows decides how much of a message is sent; padded.cuh has what that adds.
+//
 // All this takes for granted that ranks come with the same messages. If they don't, some rank times out. A rank with a
 // longer message than a peer's waits for cells that the peer doesn't fill. If the sizes are equal, each dtype, and
 // plain and fused calls, have their cells a few pages further in the slot (kKinds), so each rank waits for a cell that

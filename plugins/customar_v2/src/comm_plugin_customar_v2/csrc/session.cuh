@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.cuh"
+#include "padded_push.cuh"
 
 namespace comm_customar_v2 {
 
@@ -19,6 +20,9 @@ const void* kernel_of_5(Element, Algorithm, int);
 const void* kernel_of_6(Element, Algorithm, int);
 const void* kernel_of_7(Element, Algorithm, int);
 const void* kernel_of_8(Element, Algorithm, int);
+const void* padded_kernel_of_2(Element);
+const void* padded_kernel_of_4(Element);
+const void* padded_kernel_of_8(Element);
 
 using comm_core::check;
 using comm_core::OnDevice;
@@ -53,7 +57,7 @@ class Session {
         const OnDevice here(device_);
         int major = 0;
         check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_), "cudaDeviceGetAttribute");
-        early_ = sm90_ = major >= 9;
+        sm90_ = major >= 9;
         error_ = std::make_unique<comm_core::ErrorWord>();
         params_.bound.error = error_->on_device();
         waits_ = std::make_unique<comm_core::WaitCounters>(static_cast<size_t>(world_size));
@@ -99,10 +103,10 @@ class Session {
             }
         }
         shapes_ = std::move(shapes);
+        for (const Element element : {Element::kFloat16, Element::kBFloat16}) {
+            if (const void* const function = padded_kernel(element)) prepare(function);
+        }
     }
-
-    // Chooses whether blocks may start while the kernel before still runs, if the device can do that; for comparisons.
-    void set_early(bool early) { early_ = early && sm90_; }
 
     // Returns 0, or 1 + the rank that didn't come in time with this rank's message.
     int64_t error() const { return error_->read(); }
@@ -113,14 +117,25 @@ class Session {
     // Ends every wait of kernels in flight, as a timeout would.
     void abort() { error_->abort(params_.rank); }
 
-    // Serves a message.
-    void run(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
+    // Serves a message of `num_rows` rows, of which `num_tokens`, on the device, are real; null: all of them.
+    void run(const void* input,
+             void* output,
+             int64_t nbytes,
+             Element element,
+             cudaStream_t stream,
+             const int32_t* num_tokens,
+             int64_t num_rows) {
         order_->begin(stream);
-        sum(input, output, nbytes, element, stream);
+        if (num_tokens == nullptr || padded_kernel(element) == nullptr) {
+            sum(input, output, nbytes, element, stream);
+        } else {
+            sum_padded(input, output, nbytes, element, stream, num_tokens, num_rows);
+        }
         order_->end(stream);
     }
 
     int device() const { return device_; }
+    int world_size() const { return world_size_; }
 
     const Shape& shape_of(int64_t nbytes) const {
         for (const Shape& shape : shapes_) {
@@ -153,7 +168,6 @@ class Session {
         cudaFuncAttributes attributes{};
         check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
         sm90_ = sm90_ && attributes.ptxVersion >= 90;
-        early_ = early_ && sm90_;
         return attributes;
     }
 
@@ -180,21 +194,83 @@ class Session {
     // The cells of a slot, or of half of one, in bytes, if every kind of call has as many.
     int64_t usable_cells(int64_t nbytes) const { return nbytes - (kKinds - 1) * kKindNbytes; }
 
-    // The largest message of one launch, in bytes.
-    int64_t capacity(const Shape& shape) const {
-        const auto cells = static_cast<int64_t>(params_.cells_nbytes);
-        // In two-shot, half of a slot holds a part, rounded up to a vector.
-        return shape.algorithm == Algorithm::kTwoShotPush ? (usable_cells(cells / 2) - 16) / 16 * 16 * world_size_
-                                                          : usable_cells(cells);
+    // Returns null if the group has no kernel for padded batches.
+    const void* padded_kernel(Element element) const {
+        return world_size_ == 2   ? padded_kernel_of_2(element)
+               : world_size_ == 4 ? padded_kernel_of_4(element)
+               : world_size_ == 8 ? padded_kernel_of_8(element)
+                                  : nullptr;
     }
 
-    void launch(const char* input, char* output, int64_t nbytes, Element element, Shape shape, cudaStream_t stream) {
+    // As `sum`, of the real rows.
+    void sum_padded(const void* input,
+                    void* output,
+                    int64_t nbytes,
+                    Element element,
+                    cudaStream_t stream,
+                    const int32_t* num_tokens,
+                    int64_t num_rows) {
+        // In one-shot only the lower half of a slot is filled (padded.cuh).
+        int64_t one_shot = 0;
+        for (const Shape& shape : shapes_) {
+            if (shape.algorithm == Algorithm::kOneShotPush) one_shot = shape.up_to_nbytes;
+        }
+        const auto cells = static_cast<int64_t>(params_.cells_nbytes);
+        const int64_t per_round = int64_t{multiprocessors_} * max_padded_threads(world_size_) * comm_core::kVecNbytes;
+        one_shot = std::min({one_shot, 2 * per_round, usable_cells(cells / 2)}) / comm_core::kVecNbytes;
+        Padding padding{};
+        padding.num_tokens = num_tokens;
+        padding.num_rows = static_cast<int32_t>(num_rows);
+        padding.one_shot = std::max(static_cast<uint32_t>(one_shot), two_shot_vecs(world_size_));
+        padding.row_nbytes = static_cast<uint64_t>(nbytes / num_rows);
+        const int64_t most = capacity(Algorithm::kTwoShotPush);
+        for (int64_t done = 0; done < nbytes; done += most) {
+            padding.done = static_cast<uint64_t>(done);
+            launch_padded({message(static_cast<const char*>(input) + done,
+                                   static_cast<char*>(output) + done,
+                                   std::min(most, nbytes - done),
+                                   element),
+                           padding},
+                          element,
+                          stream);
+        }
+    }
+
+    // One block a multiprocessor at most, so that the next launch's blocks fit beside it.
+    void launch_padded(PaddedParams params, Element element, cudaStream_t stream) const {
+        const auto world_size = static_cast<uint32_t>(world_size_), vecs = params.plain.num_vecs;
+        const auto most = static_cast<uint32_t>(max_padded_threads(world_size_));
+        uint32_t work = std::max(std::min(vecs, params.padding.one_shot), (vecs + world_size - 1) / world_size);
+        if (params.plain.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
+        const uint32_t warps = (work + 32 * multiprocessors_ - 1) / (32 * multiprocessors_);
+        const uint32_t threads = std::clamp(32 * warps, std::min(64u, most), most);
+        const uint32_t blocks = std::clamp((work + threads - 1) / threads, 1u, multiprocessors_);
+        params.plain.pipeline_depth = std::min(kPaddedDepth, (work - 1) / (blocks * threads));
+        enqueue(padded_kernel(element), blocks, threads, 1, stream, &params);
+    }
+
+    // The largest message of one launch, in bytes.
+    int64_t capacity(const Shape& shape) const { return capacity(shape.algorithm); }
+
+    int64_t capacity(Algorithm algorithm) const {
+        const auto cells = static_cast<int64_t>(params_.cells_nbytes);
+        // In two-shot, half of a slot holds a part, rounded up to a vector.
+        return algorithm == Algorithm::kTwoShotPush ? (usable_cells(cells / 2) - 16) / 16 * 16 * world_size_
+                                                    : usable_cells(cells);
+    }
+
+    Params message(const char* input, char* output, int64_t nbytes, Element element) const {
         Params params = params_;
         params.input = input;
         params.output = output;
         params.num_vecs = static_cast<uint32_t>(nbytes / comm_core::kVecNbytes);
         params.tail_nbytes = static_cast<uint32_t>(nbytes % comm_core::kVecNbytes);
         choose_cells(params, world_size_, element, false);
+        return params;
+    }
+
+    void launch(const char* input, char* output, int64_t nbytes, Element element, Shape shape, cudaStream_t stream) {
+        Params params = message(input, output, nbytes, element);
         const auto world_size = static_cast<uint32_t>(world_size_);
         uint32_t work = params.num_vecs;
         // Blocks wait for the same-index blocks of the peers and may start in any order, so the device must hold the
@@ -228,7 +304,7 @@ class Session {
         config.blockDim = dim3(threads);
         config.stream = stream;
         config.attrs = attributes;
-        if (early_) {
+        if (sm90_) {  // a launch may start before the one before it ends
             attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
             attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
         }
@@ -244,8 +320,7 @@ class Session {
 
     int world_size_;
     int device_;
-    bool sm90_ = false;   // device and kernels have programmatic dependent launch and clusters
-    bool early_ = false;  // a launch may start before the one before it ends: programmatic dependent launch
+    bool sm90_ = false;  // device and kernels have programmatic dependent launch and clusters
     Params params_{};
     uint32_t multiprocessors_ = 1;
     std::unique_ptr<comm_core::ErrorWord> error_;

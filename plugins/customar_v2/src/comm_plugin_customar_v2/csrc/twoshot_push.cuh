@@ -15,19 +15,34 @@
 
 namespace comm_customar_v2 {
 
+// How a message of `num_vecs` vectors, at least `two_shot_vecs(W)`, is divided among the ranks and into rounds.
+template <int W, int V>
+struct Parts {
+    uint32_t num_vecs, rank, stride, thread, part, rounds, pipeline_depth, upper;
+
+    __device__ __forceinline__ Parts(const Params& params, uint32_t num_vecs)
+        : num_vecs(num_vecs),
+          rank(params.rank),
+          stride(threads_in_grid()),
+          thread(thread_in_grid()),
+          part((num_vecs + W - 1) / W),
+          rounds((part + V * stride - 1) / (V * stride)),
+          pipeline_depth(params.pipeline_depth),
+          upper(static_cast<uint32_t>(params.cells_nbytes / 2)) {}
+};
+
+// Sums a message. `cells` begin at the slots.
 template <typename T, int W, int V>
-__global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __grid_constant__ Params params) {
-    const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
-    const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
-    const uint32_t num_vecs = params.num_vecs, rank = params.rank, stride = threads_in_grid();
-    const uint32_t thread = thread_in_grid(), part = (num_vecs + W - 1) / W;
-    const uint32_t rounds = (part + V * stride - 1) / (V * stride), pipeline_depth = params.pipeline_depth;
-    const uint32_t upper = static_cast<uint32_t>(params.cells_nbytes / 2);
-    const Cells<W> cells(slots, 0);
+__device__ __forceinline__ void sum_parts(const Params& params,
+                                          const Slots<W>& slots,
+                                          const Cells<W>& cells,
+                                          const Parts<W, V>& parts,
+                                          comm_core::SpinGuard& guard) {
+    const uint32_t num_vecs = parts.num_vecs, rank = parts.rank, stride = parts.stride, thread = parts.thread;
+    const uint32_t part = parts.part, rounds = parts.rounds, pipeline_depth = parts.pipeline_depth;
+    const uint32_t upper = parts.upper;
     // Returns the length of a rank's part, in vectors: the last ones may be shorter.
     const auto end_of = [&](uint32_t owner) { return min(part, num_vecs - min(num_vecs, owner * part)); };
-    comm_core::SpinGuard guard;
-    comm_core::wait_for_predecessors();
 
     for (uint32_t step = 0; step < rounds + 2 * pipeline_depth; ++step) {
         if (step < rounds) {
@@ -111,6 +126,17 @@ __global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __gri
             }
         }
     }
+}
+
+template <typename T, int W, int V>
+__global__ void __launch_bounds__(max_threads(W, V), 1) twoshot_push(const __grid_constant__ Params params) {
+    const unsigned long long epoch = comm_core::next_epoch(counter_of(params));
+    const Slots<W> slots(params, params.cells_at, params.cells_nbytes, epoch);
+    const Parts<W, V> parts(params, params.num_vecs);
+    const Cells<W> cells(slots, 0);
+    comm_core::SpinGuard guard;
+    comm_core::wait_for_predecessors();
+    sum_parts<T>(params, slots, cells, parts, guard);
     sum_tail<T, W>(params, epoch, guard);
 }
 

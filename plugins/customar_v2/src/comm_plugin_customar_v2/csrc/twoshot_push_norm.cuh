@@ -16,27 +16,44 @@
 
 namespace comm_customar_v2 {
 
-template <typename T, int W, int V, bool kQuantizes = false>
-__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPush, V, kQuantizes), 1)
-    twoshot_push_norm(const __grid_constant__ NormParams params) {
-    // The number of peers with rows in flight at once, to them and from them: the limit comes from registers.
-    constexpr int kSends = kQuantizes && W > 4 ? 1 : W <= 3 ? W - 1 : 2;
-    constexpr int kGathers = kQuantizes || W > 4 ? 1 : W - 1;
-    ClusterReducer<kGathers> reducer;
-    const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
-    const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
-    const Place<V> place(params);
-    const uint32_t num_rows = params.num_rows, rank = params.plain.rank, row_nbytes = place.row_vecs * 16;
-    const uint32_t cluster = comm_core::cluster_in_grid(), clusters = comm_core::clusters_in_grid(),
-                   pipeline_depth = params.plain.pipeline_depth;
-    const uint32_t groups = (num_rows + W - 1) / W, rounds = (groups + clusters - 1) / clusters;
-    const uint32_t upper = static_cast<uint32_t>(params.plain.cells_nbytes / 2);
-    const Cells<W> cells(slots, 0);
-    comm_core::SpinGuard guard;
-    prefetch(params, place, cluster * W + rank);
-    reducer.open();
-    comm_core::wait_for_predecessors();
-    const float factor = factor_of<kQuantizes>(params);
+// The number of peers with rows in flight at once, to them and from them: the limit comes from registers.
+__host__ __device__ constexpr int norm_sends(int world_size, bool quantizes) {
+    return quantizes && world_size > 4 ? 1 : world_size <= 3 ? world_size - 1 : 2;
+}
+__host__ __device__ constexpr int norm_gathers(int world_size, bool quantizes) {
+    return quantizes || world_size > 4 ? 1 : world_size - 1;
+}
+
+// How the first `num_rows` rows, at least one for each rank, are divided among clusters and into rounds.
+template <int W>
+struct Groups {
+    uint32_t num_rows, rank, row_nbytes, cluster, clusters, pipeline_depth, rounds, upper;
+
+    __device__ __forceinline__ Groups(const NormParams& params, uint32_t row_vecs, uint32_t num_rows)
+        : num_rows(num_rows),
+          rank(params.plain.rank),
+          row_nbytes(row_vecs * 16),
+          cluster(comm_core::cluster_in_grid()),
+          clusters(comm_core::clusters_in_grid()),
+          pipeline_depth(params.plain.pipeline_depth),
+          rounds(((num_rows + W - 1) / W + clusters - 1) / clusters),
+          upper(static_cast<uint32_t>(params.plain.cells_nbytes / 2)) {}
+};
+
+// Takes rows. `cells` begin at the slots.
+template <typename T, int W, int V, bool kQuantizes>
+__device__ __forceinline__ void norm_parts(const NormParams& params,
+                                           const Slots<W>& slots,
+                                           const Place<V>& place,
+                                           const Cells<W>& cells,
+                                           const Groups<W>& all,
+                                           float factor,
+                                           ClusterReducer<norm_gathers(W, kQuantizes)>& reducer,
+                                           comm_core::SpinGuard& guard) {
+    constexpr int kSends = norm_sends(W, kQuantizes), kGathers = norm_gathers(W, kQuantizes);
+    const uint32_t num_rows = all.num_rows, rank = all.rank, row_nbytes = all.row_nbytes, cluster = all.cluster;
+    const uint32_t clusters = all.clusters, pipeline_depth = all.pipeline_depth, rounds = all.rounds;
+    const uint32_t upper = all.upper;
 
     Vec weight[V];
     for (uint32_t step = 0; step < rounds + 2 * pipeline_depth; ++step) {
@@ -150,6 +167,23 @@ __global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPus
             norm_rows<T, kQuantizes>(params, factor, reducer, place, sums, weight, rows, present);
         }
     }
+}
+
+template <typename T, int W, int V, bool kQuantizes = false>
+__global__ void __launch_bounds__(max_norm_threads(W, NormAlgorithm::kTwoShotPush, V, kQuantizes), 1)
+    twoshot_push_norm(const __grid_constant__ NormParams params) {
+    ClusterReducer<norm_gathers(W, kQuantizes)> reducer;
+    const unsigned long long epoch = comm_core::next_epoch(counter_of(params.plain));
+    const Slots<W> slots(params.plain, params.plain.cells_at, params.plain.cells_nbytes, epoch);
+    const Place<V> place(params);
+    const Groups<W> groups(params, place.row_vecs, params.num_rows);
+    const Cells<W> cells(slots, 0);
+    comm_core::SpinGuard guard;
+    prefetch(params, place, groups.cluster * W + params.plain.rank);
+    reducer.open();
+    comm_core::wait_for_predecessors();
+    const float factor = factor_of<kQuantizes>(params);
+    norm_parts<T, W, V, kQuantizes>(params, slots, place, cells, groups, factor, reducer, guard);
 }
 
 }  // namespace comm_customar_v2

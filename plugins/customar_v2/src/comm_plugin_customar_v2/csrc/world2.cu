@@ -1,3 +1,4 @@
 #include "instantiate.cuh"
 
 COMM_CUSTOMAR_V2_WORLD(2)
+COMM_CUSTOMAR_V2_PADDED(2)

@@ -1,3 +1,4 @@
 #include "instantiate.cuh"
 
 COMM_CUSTOMAR_V2_WORLD(4)
+COMM_CUSTOMAR_V2_PADDED(4)

@@ -1,3 +1,4 @@
 #include "instantiate.cuh"
 
 COMM_CUSTOMAR_V2_WORLD(8)
+COMM_CUSTOMAR_V2_PADDED(8)
