@@ -53,8 +53,9 @@ def local_num_tokens_non_padded(num_tokens: Count, bucket: int, rank: int, world
 class TokenCounts:
     """The token counts that the kernels of one captured graph read, at fixed addresses.
 
-    Create it before the capture and pass `total` and `local` to the kernels. Call `fill` before the capture and before
-    each replay.
+    Create it before the capture. Pass it to the handle's calls as `num_tokens`, and `total` and `local` to other
+    kernels. Call `fill` before the capture and before each replay. If no rank has a share of its own,
+    `TokenCounts(bucket, 0, 1, device)` takes any bucket.
 
     Attributes:
         bucket: rows of the padded batch.
