@@ -21,6 +21,7 @@ VARIABLES = {
     "COMM_CORE_MEMORY_BUDGET_NBYTES": "memory_budget_nbytes",
     "COMM_CORE_TUNE": "tune",
     "COMM_CORE_DETERMINISTIC": "deterministic",
+    "COMM_CORE_WIRE": "wire",
     "COMM_CORE_DEBUG": "debug",
     "COMM_CORE_PROFILE": "profile",
     "COMM_CORE_CACHE_DIR": "cache_dir",

@@ -76,6 +76,8 @@ class GroupContext:
         memory_budget_nbytes: device memory that this session may take for its buffers, in bytes.
         wait_timeout_s: the longest that a hot-path call may wait for a peer, in seconds; also the deadline of the hooks
             `check` and `close`.
+        wire: the quantised wire that the group asks for, one of `comm_core.types.WIRES`; "": none. Plain sums of the
+            backend's ranges with this wire travel by it, and all others are exact.
     """
 
     group: torch.distributed.ProcessGroup = dataclasses.field(repr=False, compare=False)
@@ -86,6 +88,7 @@ class GroupContext:
     control: ControlChannel
     memory_budget_nbytes: int
     wait_timeout_s: float
+    wire: str = ""
 
 
 class _GroupField:

@@ -14,8 +14,17 @@ from typing import Any
 
 from comm_core import _schema
 from comm_core.tuning import NO_TUNING, RuleError, Tuning, TuningRule, parse_rules
+from comm_core.types import WIRES
 
-__all__ = ["MAX_TIMEOUT_S", "PREFIX", "Settings", "UnreadableSettingError", "check_names", "check_timeout_s"]
+__all__ = [
+    "MAX_TIMEOUT_S",
+    "PREFIX",
+    "Settings",
+    "UnreadableSettingError",
+    "check_names",
+    "check_timeout_s",
+    "check_wire",
+]
 
 PREFIX = "COMM_CORE_"
 """The prefix of every variable's name."""
@@ -52,6 +61,17 @@ def check_timeout_s(value: float) -> float:
     if not 0 < value <= MAX_TIMEOUT_S:
         raise ValueError(f"it must be above 0 and at most {MAX_TIMEOUT_S:.0f} seconds, which are 30 days")
     return value
+
+
+def check_wire(name: str) -> str:
+    """Check the name of a quantised wire from the environment or from an argument, and return it.
+
+    Raises:
+        ValueError: it isn't "", for none, or one of `comm_core.types.WIRES`.
+    """
+    if name not in ("", *WIRES):
+        raise ValueError(f"wire={name!r}: expected {', '.join(map(repr, WIRES))}, or '' for none")
+    return name
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -155,6 +175,12 @@ class Settings:
         _boolean,
         "1, true or yes: every group is deterministic, as by `get_backend(deterministic=True)`: the bits of a result "
         "depend on the inputs alone. By default off.",
+    )
+    wire: str = _field(
+        "",
+        check_wire,
+        "`fp8`: large sums of half-precision tensors travel [quantised](wire.md), in every group, as by "
+        '`get_backend(wire="fp8")`. By default none.',
     )
     tune: tuple[TuningRule, ...] | None = _field(
         None,

@@ -20,6 +20,7 @@ __all__ = [
     "QUANTS",
     "RANK_ORDER_FP32",
     "TERMINAL",
+    "WIRES",
     "Available",
     "Candidate",
     "Decision",
@@ -54,6 +55,8 @@ TERMINAL = "torch_distributed"
 """The backend at the end of every route; it can't be disabled."""
 RANK_ORDER_FP32 = "rank_order_fp32"
 """The numerics that deterministic groups require; see `Available.numerics`."""
+WIRES = ("fp8",)
+"""The quantised wires of plain sums; see `comm_core.get_backend`."""
 
 MAX_RANGES = 64
 """The most ranges that one answer of a backend may have: the answers of all backends share one message."""
@@ -81,6 +84,8 @@ class Range:
         max_tokens: the largest `num_tokens` of `[num_tokens, hidden_size]`, fused operations only; None means any.
         hidden_multiple: `hidden_size` is a multiple of this number, fused operations only.
         prepared: served only once `pre_capture_init` has returned it.
+        wire: one of `WIRES`, plain sums only: such messages travel quantised, with the error bound of that wire; see
+            `comm_core.get_backend`. Served in groups that ask for the wire, before all ranges without one. "": exact.
 
     Raises:
         TypeError, ValueError: a field has the wrong type, or no message could satisfy it.
@@ -96,6 +101,7 @@ class Range:
     max_tokens: int | None = None
     hidden_multiple: int = 1
     prepared: bool = False
+    wire: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modes", _schema.unique_names(self.modes))
@@ -117,6 +123,8 @@ class Range:
         if self.max_tokens is not None:
             _schema.check_int("max_tokens", self.max_tokens, 1)
         _schema.check_bool("prepared", self.prepared)
+        if self.wire not in (("", *WIRES) if self.op == "all_reduce" else ("",)):
+            raise ValueError(f"wire={self.wire!r} of {self.op}: only all_reduce has wires, {', '.join(WIRES)}")
 
     def serves(self, mode: str, device_type: str, dtype: str) -> bool:
         """Return whether the range takes this mode, device type and dtype at some size."""
@@ -128,7 +136,7 @@ class Range:
 
     def intersect(self, other: Range) -> Range | None:
         """Return the range of messages that both ranges take, or None if there are none."""
-        if self.op != other.op:
+        if (self.op, self.wire) != (other.op, other.wire):
             return None
         sets: dict[str, tuple[str, ...] | None] = {}
         for field in ("modes", "dtypes", "device_types"):
@@ -153,6 +161,7 @@ class Range:
             max_tokens=_smaller_bound(self.max_tokens, other.max_tokens),
             hidden_multiple=hidden_multiple,
             prepared=self.prepared or other.prepared,
+            wire=self.wire,
             **sets,
         )
 
@@ -195,6 +204,7 @@ _RANGE = _schema.record(
     max_tokens=_schema.optional(_SIZE),
     hidden_multiple=_SIZE,
     prepared=_schema.boolean,
+    wire=_schema.text,
 )
 
 
@@ -281,6 +291,7 @@ class Rule:
         tuned: the rule of `Decision.tuning` that gave it its place; "": none.
         piece_nbytes: larger messages go to the backend in pieces of at most so many bytes: of the fused operation in
             whole rows, and a longer row isn't taken. None: every message goes as a whole. Only in deterministic groups.
+        wire: one of `WIRES` if the messages travel quantised, else "".
     """
 
     backend: str
@@ -291,6 +302,7 @@ class Rule:
     hidden_multiple: int = 1
     tuned: str = ""
     piece_nbytes: int | None = None
+    wire: str = ""
 
     def takes(self, nbytes: int, num_tokens: int = 1, hidden_size: int = 0) -> bool:
         """Return whether this rule applies to a message of `nbytes` bytes.
@@ -346,6 +358,7 @@ class Decision:
         tuned_by: where they come from; without rules, a sentence on the tuned table, if there is one.
         deterministic: whether the group is deterministic; see `comm_core.get_backend`.
         variants: by backend, the choices of the tuned table among its variants, as texts.
+        wire: the quantised wire that the group asks for, one of `WIRES`; "": none.
     """
 
     candidates: tuple[Candidate, ...]
@@ -354,6 +367,7 @@ class Decision:
     tuned_by: str = ""
     deterministic: bool = False
     variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
+    wire: str = ""
 
     def candidate(self, name: str) -> Candidate | None:
         """Return the candidate of that name; None if no rank knows it."""

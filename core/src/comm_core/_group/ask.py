@@ -36,7 +36,7 @@ def ask_backends(
     settings = local.settings
     asked, dropped = decide.screen_candidates(evidence, named, settings.disable, source, settings.plugins)
     if not asked:
-        slate = decide.Slate((), dropped, local.settings.tuning)
+        slate = decide.Slate((), dropped, local.settings.tuning, wire=local.wire)
         return slate.as_deterministic() if local.deterministic else slate
     answers = answers_of([local.plugins[name] for name in asked], topology, local.device, control.timeout_s)
     encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
@@ -50,7 +50,7 @@ def ask_backends(
             reason = shorten(printable(str(error)), _REASON_NBYTES)
     gathered, votes = exchange_answers(control, encoded, ("" if table is None else table.digest, reason))
     tuning = agree_on_table(table, votes, control.label) if looks else local.settings.tuning
-    slate = dataclasses.replace(decide.initial_slate(asked, gathered, dropped), tuning=tuning)
+    slate = dataclasses.replace(decide.initial_slate(asked, gathered, dropped), tuning=tuning, wire=local.wire)
     return slate.as_deterministic() if local.deterministic else slate
 
 

@@ -18,7 +18,7 @@ from comm_core._plan import decide
 from comm_core._plugins import discovery
 from comm_core._probe.rank import probe_rank
 from comm_core._schema import load_json, printable, shorten
-from comm_core.env import PREFIX, Settings, UnreadableSettingError, check_names, check_timeout_s
+from comm_core.env import PREFIX, Settings, UnreadableSettingError, check_names, check_timeout_s, check_wire
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
@@ -55,14 +55,22 @@ class Request:
         backends: names of backends; no others are tried. None: all installed backends.
         timeout_s: the deadline of every exchange and every `connect`, in seconds; None: the environment's.
         deterministic: whether the group is deterministic; None: the environment's.
+        wire: the quantised wire, "" for none; None: the environment's.
     """
 
     backends: tuple[str, ...] | None = None
     timeout_s: float | None = None
     deterministic: bool | None = None
+    wire: str | None = None
 
     @classmethod
-    def of(cls, backends: Sequence[str] | None, timeout_s: float | None, deterministic: bool | None = None) -> Request:
+    def of(
+        cls,
+        backends: Sequence[str] | None,
+        timeout_s: float | None,
+        deterministic: bool | None = None,
+        wire: str | None = None,
+    ) -> Request:
         """Check the arguments of `get_backend` and return them.
 
         Raises:
@@ -81,10 +89,30 @@ class Request:
                 raise type(error)(f"timeout_s={timeout_s!r}: {error}") from None
         if deterministic is not None and not isinstance(deterministic, bool):
             raise TypeError(f"deterministic={deterministic!r}: expected True, False or None")
-        return cls(backends, timeout_s, deterministic)
+        if wire is not None:
+            check_wire(wire)
+        return cls(backends, timeout_s, deterministic, wire)
+
+    def __post_init__(self) -> None:
+        if self.wire and self.deterministic:
+            raise ValueError(
+                f"a group is either deterministic or has the {self.wire} wire: bits of quantised sums depend on the "
+                f"elements beside them. Both come from get_backend's arguments or, if these are None, from "
+                f"{PREFIX}DETERMINISTIC and {PREFIX}WIRE"
+            )
+
+    def resolved(self, settings: Settings) -> Request:
+        """Return the request with the environment's values where the caller gave none.
+
+        Raises:
+            ValueError: the values exclude each other.
+        """
+        deterministic = settings.deterministic if self.deterministic is None else self.deterministic
+        wire = settings.wire if self.wire is None else self.wire
+        return dataclasses.replace(self, deterministic=deterministic, wire=wire)
 
     def __str__(self) -> str:
-        return f"backends={self.backends!r}, timeout_s={self.timeout_s!r}, deterministic={self.deterministic!r}"
+        return ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +146,12 @@ class LocalInputs:
     @property
     def deterministic(self) -> bool:
         """Whether the group is deterministic."""
-        asked = self.request.deterministic
-        return self.settings.deterministic if asked is None else asked
+        return bool(self.request.resolved(self.settings).deterministic)
+
+    @property
+    def wire(self) -> str:
+        """The quantised wire that the group asks for; "": none."""
+        return self.request.resolved(self.settings).wire or ""
 
     @property
     def named_backends(self) -> tuple[tuple[str, ...] | None, str]:
@@ -139,6 +171,7 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
     excerpt: tuple[str, ...] = ()
     try:
         settings = Settings.read()
+        request.resolved(settings)
         # Sorted, like the environment's: the order has no meaning, so it mustn't count as a difference.
         backends = None if request.backends is None else check_names(request.backends)
         found, failures = discover(settings, request.backends or settings.backends)
@@ -160,6 +193,7 @@ def gather_local_inputs(group: dist.ProcessGroup, request: Request) -> LocalInpu
         "get_backend(backends=...)": backends,
         "get_backend(timeout_s=...)": request.timeout_s,
         "get_backend(deterministic=...)": request.deterministic,
+        "get_backend(wire=...)": request.wire,
         **settings.shared(),
         "the process group's backend": dist.get_backend_config(group),
         "the kind of device": device.type,

@@ -57,6 +57,7 @@ class Membership:
         device: torch.device,
         settings: Settings,
         connect_timeout_s: float,
+        wire: str = "",
     ) -> Membership:
         """Create the membership of this rank in `group`."""
         context = GroupContext(
@@ -68,6 +69,7 @@ class Membership:
             control=SessionChannel(),
             memory_budget_nbytes=settings.memory_budget_nbytes,
             wait_timeout_s=settings.wait_timeout_s,
+            wire=wire,
         )
         return cls(context, topology, control, connect_timeout_s, compares_calls=settings.debug)
 

@@ -42,7 +42,8 @@ def negotiate(group: dist.ProcessGroup, title: str, control: Control, local: Loc
     topology = Topology.of((item.info for item in evidence), device_types_of(group, local.device))
 
     slate = ask_backends(control, local, evidence, topology)
-    member = Membership.of(group, topology, control, local.device, local.settings, local.connect_timeout_s)
+    timeout_s = local.connect_timeout_s
+    member = Membership.of(group, topology, control, local.device, local.settings, timeout_s, local.wire)
     admitted, sessions = connect_and_admit(slate, local.plugins, member)
     negotiated = NegotiatedGroup.of(admitted, slate, sessions, local.plugins, member)
     broken = {name for item in evidence for name in item.failures}

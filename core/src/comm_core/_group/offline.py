@@ -63,8 +63,7 @@ def decide_offline(topology: Topology) -> WhatIf:
     answers = answers_of(plugins, topology, torch.device("cpu"), settings.control_timeout_s)
     encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
     slate = dataclasses.replace(decide.initial_slate(asked, [encoded], dropped), tuning=settings.tuning)
-    if settings.deterministic:
-        slate = slate.as_deterministic()
+    slate = slate.as_deterministic() if settings.deterministic else dataclasses.replace(slate, wire=settings.wire)
     return WhatIf(slate.decision(topology.device_types), assumed, missing)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from comm_core._plan.routes import Cell, Offer, owned_cells, owned_intervals, owners
-from comm_core.types import DTYPES, Route
+from comm_core.types import DTYPES, Route, Rule
 
 __all__ = ["AdmissionCase", "admission_cases", "next_to_test", "untestable_cells"]
 
@@ -38,10 +38,12 @@ class AdmissionCase:
     Attributes:
         cell: the kind of message.
         shape: the tensor's shape; `[num_tokens, hidden_size]` for the fused operations.
+        wire: the quantised wire that it travels by; "": none, and the sum is exact.
     """
 
     cell: Cell
     shape: tuple[int, ...]
+    wire: str = ""
 
 
 def admission_cases(routes: Iterable[Route], name: str) -> tuple[AdmissionCase, ...]:
@@ -53,7 +55,8 @@ def admission_cases(routes: Iterable[Route], name: str) -> tuple[AdmissionCase, 
             if rule.backend != name:
                 continue
             for interval in owned_intervals(route, index):
-                cases.update((AdmissionCase(cell, shape), None) for shape in _shapes_in(route, index, interval))
+                for shape in _shapes_in(route, index, interval):
+                    cases[AdmissionCase(cell, shape, _rule_of(route, shape).wire)] = None
     return tuple(cases)
 
 
@@ -188,7 +191,9 @@ def _hidden_sizes(route: Route, index: int) -> Iterator[tuple[int, int]]:
 
 
 def _is_served_by(route: Route, shape: tuple[int, ...], name: str) -> bool:
-    nbytes = math.prod(shape) * DTYPES[route.dtype]
-    if route.op == "all_reduce":
-        return route.backend_for(nbytes) == name
-    return route.backend_for(nbytes, *shape) == name
+    return _rule_of(route, shape).backend == name
+
+
+def _rule_of(route: Route, shape: tuple[int, ...]) -> Rule:
+    message = (math.prod(shape) * DTYPES[route.dtype], *(() if route.op == "all_reduce" else shape))
+    return next(rule for rule in route.rules if rule.takes(*message))

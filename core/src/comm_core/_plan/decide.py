@@ -105,12 +105,14 @@ class Slate:
         dropped: the dropped candidates, with their reasons.
         tuning: the rules that override the offers' priorities.
         deterministic: whether the group is deterministic.
+        wire: the quantised wire that the group asks for; "": none.
     """
 
     offers: tuple[Offer, ...]
     dropped: tuple[Candidate, ...] = ()
     tuning: Tuning = NO_TUNING
     deterministic: bool = False
+    wire: str = ""
 
     def offer(self, name: str) -> Offer:
         """Return the remaining offer of the backend `name`."""
@@ -171,7 +173,7 @@ class Slate:
 
     def routes(self, device_types: Sequence[str]) -> tuple[Route, ...]:
         """Return the routes for the device types of the group's tensors."""
-        routes = plan_routes(self.offers, device_types, self.tuning.rules)
+        routes = plan_routes(self.offers, device_types, self.tuning.rules, self.wire)
         if not self.deterministic:
             return routes
         # Tuning rules are about sizes, and a message's size mustn't decide who norms its rows.
@@ -191,7 +193,7 @@ class Slate:
             offer if offer.name in asked else dataclasses.replace(offer, ranges=once_prepared(offer.ranges))
             for offer in self.offers
         )
-        return owners(plan_routes(tuple(prepared), device_types, self.tuning.rules))
+        return owners(plan_routes(tuple(prepared), device_types, self.tuning.rules, self.wire))
 
     def decision(self, device_types: Sequence[str], notes: Mapping[str, str] | None = None) -> Decision:
         """Return the decision that this slate implies.
@@ -224,6 +226,7 @@ class Slate:
             self.tuning.source,
             self.deterministic,
             {name: tuple(map(str, choices)) for name, choices in self.tuning.variants.items()},
+            self.wire,
         )
 
     def _availability_reason(self, offer: Offer, serves: bool) -> str:
@@ -236,6 +239,8 @@ class Slate:
             )
         if serves:
             return "available on every rank"
+        if all(item.wire not in ("", self.wire) for item in offer.ranges):
+            return "it has only ranges with a wire, for which the group doesn't ask"
         if any(rule.backend == offer.name and rule.score == 0 for rule in self.tuning.rules):
             return "tuning rules exclude it, or backends earlier in the order serve its ranges"
         return "backends earlier in the order serve all of its ranges"

@@ -66,10 +66,18 @@ def explain(
         )
         for candidate in decision.candidates
     ]
-    kind = ", deterministic" if decision.deterministic else ""
+    kind = ", deterministic" if decision.deterministic else _wire(decision)
     lines = [f"{title}: {_describe_group(topology)}{kind}", "", table(rows), "", *_routes(decision), *_tuning(decision)]
     lines += ["", *explain_calls(stats)] if stats else []
     return "\n".join(lines + (["", *explain_waits(waits, topology)] if waits else []))
+
+
+def _wire(decision: Decision) -> str:
+    """Return the quantised wire that the group asks for, and whether a backend has it; "" for none."""
+    if not decision.wire:
+        return ""
+    has = any(rule.wire for route in decision.routes for rule in route.rules)
+    return f", {decision.wire} wire" if has else f", {decision.wire} wire, which no backend here has"
 
 
 def rules_by_size(route: Route, nbytes: int) -> tuple[Rule, ...]:
@@ -91,7 +99,7 @@ def explain_message(decision: Decision, route: Route, nbytes: int) -> str:
     *conditional, last = rules_by_size(route, nbytes)
     parts = [f"{rule.backend} with {_shape_condition(rule)}{_decided(rule)}" for rule in conditional]
     if last.backend != TERMINAL or route.op == "all_reduce":
-        parts.append(f"{last.backend}{_decided(last)}")
+        parts.append(f"{_server(last)}{_decided(last)}")
     elif route.op == "all_reduce_add_rms_norm_quant":
         norm = decision.route("all_reduce_add_rms_norm", route.mode, route.device_type, route.dtype)
         served = explain_message(decision, norm, nbytes).rpartition(": ")[2]
@@ -99,8 +107,12 @@ def explain_message(decision: Decision, route: Route, nbytes: int) -> str:
     else:
         plain = decision.route("all_reduce", route.mode, route.device_type, route.dtype)
         rule = next(rule for rule in plain.rules if rule.takes(nbytes))
-        parts.append(f"core's norm after an all_reduce by {rule.backend}{_decided(last) or _decided(rule)}")
+        parts.append(f"core's norm after an all_reduce by {_server(rule)}{_decided(last) or _decided(rule)}")
     return f"{what}: {', else '.join(parts)}"
+
+
+def _server(rule: Rule) -> str:
+    return f"{rule.backend} over an {rule.wire} wire" if rule.wire else rule.backend
 
 
 def _reason(candidate: Candidate, topology: Topology) -> str:
@@ -195,7 +207,8 @@ def _rule(rule: Rule, tuning: Sequence[str]) -> str:
     else:
         bounds = f"{size(rule.min_nbytes)} to {size(rule.max_nbytes)}"
     multiples = f"multiples of {size(rule.multiple_nbytes)}" if rule.multiple_nbytes > 1 else ""
-    text = ", ".join(filter(None, (f"{rule.backend} {bounds}", multiples, _shape_condition(rule))))
+    wire = f"{rule.wire} wire" if rule.wire else ""
+    text = ", ".join(filter(None, (f"{rule.backend} {bounds}", multiples, _shape_condition(rule), wire)))
     return f"{text} [{tuning.index(rule.tuned) + 1}]" if rule.tuned else text
 
 

@@ -47,7 +47,7 @@ def cells(device_types: Iterable[str]) -> tuple[Cell, ...]:
 
 
 def plan_routes(
-    offers: Sequence[Offer], device_types: Iterable[str], tuning: Sequence[TuningRule] = ()
+    offers: Sequence[Offer], device_types: Iterable[str], tuning: Sequence[TuningRule] = (), wire: str = ""
 ) -> tuple[Route, ...]:
     """Return a route for each kind of message: the offers' rules in order, then the terminal fallback's.
 
@@ -55,8 +55,9 @@ def plan_routes(
         offers: the offers, the most preferred first, without the terminal fallback.
         device_types: the device types of the group's tensors.
         tuning: rules that override the offers' priorities.
+        wire: the quantised wire that the group asks for; "": none.
     """
-    return tuple(Route(*cell, rules=_rules(offers, cell, tuning)) for cell in cells(device_types))
+    return tuple(Route(*cell, rules=_rules(offers, cell, tuning, wire)) for cell in cells(device_types))
 
 
 def owners(routes: Iterable[Route]) -> set[str]:
@@ -101,16 +102,19 @@ def exclude_cells(ranges: Iterable[Range], excluded: set[Cell], device_types: Se
 _TERMINAL_OFFER = Offer(TERMINAL, 0, tuple(map(Range, OPS)))
 
 
-def _rules(offers: Sequence[Offer], cell: Cell, tuning: Sequence[TuningRule]) -> tuple[Rule, ...]:
+def _rules(offers: Sequence[Offer], cell: Cell, tuning: Sequence[TuningRule], wire: str) -> tuple[Rule, ...]:
     op, mode, device_type, dtype = cell
     scored: list[tuple[float, Rule]] = []
     for offer in (*offers, _TERMINAL_OFFER):
         concerned = [each for each in tuning if each.matches(offer.name, op, mode, device_type)]
         for item in offer.ranges:
-            if item.op == op and not item.prepared and item.serves(mode, device_type, dtype):
+            concerns = item.op == op and item.wire in ("", wire)
+            if concerns and not item.prepared and item.serves(mode, device_type, dtype):
                 scored += _scored_rules(offer, item, concerned)
     if tuning:  # a stable sort: equal scores keep the offers' order
         scored.sort(key=lambda each: -each[0])
+    if wire:  # the group asks for it, so no exact range comes before
+        scored.sort(key=lambda each: not each[1].wire)
     rules: list[Rule] = []
     for score, rule in scored:
         if score > 0 and _uncovered_intervals(rule, rules, DTYPES[dtype]):
@@ -126,9 +130,10 @@ def _scored_rules(offer: Offer, item: Range, tuning: Sequence[TuningRule]) -> li
     for each in reversed(tuning):  # the last one that matches a message counts
         text = str(each)
         for low, high in (both for part in left if (both := _intersect(part, each)) is not None):
-            scored.append((each.score, Rule(offer.name, low, high, *multiples, tuned=text)))
+            scored.append((each.score, Rule(offer.name, low, high, *multiples, tuned=text, wire=item.wire)))
         left = [part for interval in left for part in _subtract(interval, each)]
-    return [*scored, *((float(offer.priority), Rule(offer.name, low, high, *multiples)) for low, high in left)]
+    untuned = (Rule(offer.name, low, high, *multiples, wire=item.wire) for low, high in left)
+    return [*scored, *((float(offer.priority), rule) for rule in untuned)]
 
 
 def _intersect(interval: tuple[int, int | None], other: TuningRule) -> tuple[int, int | None] | None:
