@@ -137,6 +137,13 @@ inline void store(void* address, const Vec& vec) {
 inline void store_relaxed_sys(void* address, const Vec& vec) {
     store(address, vec);
 }
+inline void store_relaxed_sys(uint32_t* address, uint32_t word) {
+    store_word(address, word, std::memory_order_relaxed);
+}
+inline uint32_t load_relaxed_sys(const uint32_t* address) {
+    sched_yield();
+    return load_word(address, std::memory_order_relaxed);
+}
 inline void store_release_sys(uint64_t* address, uint64_t word) {
     std::atomic_ref<uint64_t>(*address).store(word, std::memory_order_release);
 }

@@ -55,7 +55,11 @@ def test_nvlink_between_every_two(count: int, capability: tuple[int, int]) -> No
     assert (answer.priority, answer.numerics) == (300, "rank_order_fp32")
     largest = policy.rows_for(capability[0], count)[-1].up_to_nbytes
     dtypes = ("float32", "float16", "bfloat16")
-    plain, *fused = answer.ranges
+    plain, *fused = (item for item in answer.ranges if not item.wire)
+    wire = policy.wire_rows_for(capability[0], count)[-1].up_to_nbytes
+    assert [item for item in answer.ranges if item.wire] == [
+        comm.Range("all_reduce", None, dtypes[1:], ("cuda",), min_nbytes=1 << 20, max_nbytes=wire, wire="fp8")
+    ] * (capability >= (8, 9))
     assert plain == comm.Range("all_reduce", dtypes=dtypes, device_types=("cuda",), max_nbytes=largest)
     # Rows of whole vectors of 16 bytes.
     assert {(item.op, item.dtypes, item.hidden_multiple) for item in fused} == {

@@ -22,7 +22,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By name."""
     return {
         name: emulation.build(HERE / f"{name}.cpp", CSRC, tmp_path_factory.mktemp(name))
-        for name in ("emulated", "emulated_norm")
+        for name in ("emulated", "emulated_norm", "emulated_wire")
     }
 
 
@@ -58,3 +58,8 @@ def test_every_algorithm_sums_in_rank_order(programs: dict[str, Path], world_siz
 def test_fused_and_plain_calls_on_the_same_buffers(programs: dict[str, Path], world_size: int, dtypes: int) -> None:
     rounds = 3 if world_size < 8 else 1
     assert run(programs["emulated_norm"], world_size, rounds).count("every row is right") == dtypes
+
+
+@pytest.mark.parametrize(("world_size", "dtypes"), [(2, 2), (3, 1), (4, 1)])
+def test_sums_over_the_wire_among_exact_ones(programs: dict[str, Path], world_size: int, dtypes: int) -> None:
+    assert run(programs["emulated_wire"], world_size, 3).count("every sum is right") == dtypes

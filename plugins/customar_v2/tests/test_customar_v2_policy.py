@@ -42,6 +42,23 @@ def test_every_fused_table_can_be_launched(major: int, count: int) -> None:
 
 
 @pytest.mark.parametrize(("major", "count"), KINDS)
+def test_the_tables_of_the_wire_can_be_launched_and_have_their_slots(major: int, count: int) -> None:
+    rows, exact = policy.wire_rows_for(major, count), policy.rows_for(major, count)
+    assert all(one.up_to_nbytes < other.up_to_nbytes for one, other in pairwise(rows))
+    assert policy.WIRE_FROM_NBYTES < rows[-1].up_to_nbytes == exact[-1].up_to_nbytes
+    plan = layout.plan(count, [*exact, *rows], 1 << 30)
+    for row in rows:
+        assert row.algorithm == ("oneshot_push_fp8" if count == 2 else "twoshot_push_fp8")
+        # `capacity` in csrc/session.cuh.
+        slot, parts = (plan.cells_nbytes, 1) if count == 2 else (plan.cells_nbytes // 2, count)
+        assert (slot - 5 * 4096) // 528 * 512 * 2 * parts >= row.up_to_nbytes
+        assert row.vecs in ((1, 2, 4) if count == 2 else (1,))
+        # `max_threads` in csrc/params.cuh, for twice the vectors.
+        assert row.threads <= ((512 if row.vecs >= 2 else 1024) if count == 2 else 256 if count > 3 else 512)
+        assert row.threads % 32 == 0
+
+
+@pytest.mark.parametrize(("major", "count"), KINDS)
 def test_a_forced_algorithm_leaves_the_fused_calls_their_slots(major: int, count: int) -> None:
     rows = policy.rows_for(major, count, policy.parse_row("twoshot_push"))
     fused = norm_policy.rows_for(major, count)
@@ -78,6 +95,7 @@ def test_the_memory_that_the_readme_names() -> None:
     plan = layout.plan(2, rows, 1 << 30)
     assert 2 * (plan.cells_nbytes - 10 * 4096) == 64 << 20
     assert plan.nbytes == 66 << 20
+    assert layout.plan(2, [*rows, *policy.wire_rows_for(9, 2)], 1 << 30).nbytes == 68 << 20
 
 
 def test_every_algorithm_has_room_once_it_is_forced() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from comm_plugin_customar_v2 import norm_policy, policy, session, shapes
 class Native:
     """Takes what the module takes, and notes it."""
 
-    def __init__(self, algorithms: int = len(policy.ALGORITHMS)) -> None:
+    def __init__(self, algorithms: int = len(policy.ALGORITHMS | policy.WIRE_ALGORITHMS)) -> None:
         self.algorithms = [algorithms, len(norm_policy.ALGORITHMS)]
         self.calls: list[Any] = []
         self.missing = 0
@@ -94,6 +95,7 @@ class Native:
             **self.hot_path,
             "padded": self.padded,
             "set_shapes": lambda numbers: self.calls.append(("shapes", numbers)),
+            "set_wire_shapes": lambda *numbers: self.calls.append(("wire shapes", *numbers)),
             "set_norm_shapes": lambda numbers: self.calls.append(("norm shapes", numbers)),
             "error": lambda: self.missing,
             "waits": lambda: [0, 0, 0, 3, 4500, 2500],
@@ -180,9 +182,21 @@ def test_connect_empties_the_cells(context: comm.GroupContext) -> None:
     assert not buffer.tensor[8:tails_at].any()
 
 
+def test_a_group_with_the_wire_has_a_table_for_it(context: comm.GroupContext) -> None:
+    native = Native()
+    own = connect(native, dataclasses.replace(context, wire="fp8"))
+    table = policy.flat(policy.wire_rows_for(9, 2))
+    assert ("wire shapes", policy.WIRE_FROM_NBYTES, table) in native.calls
+    own.set_wire_rows([policy.Row(16, "twoshot_push_fp8", 2, 64, 8, 1)])
+    assert native.calls[-1] == ("wire shapes", policy.WIRE_FROM_NBYTES, [16, 3, 2, 64, 8, 1])
+    plain = Native()
+    assert connect(plain, context).memory_nbytes <= own.memory_nbytes
+    assert not any(call[0] == "wire shapes" for call in plain.calls)
+
+
 def test_native_code_of_another_version_is_refused_before_the_exchange(context: comm.GroupContext) -> None:
     with pytest.raises(RuntimeError, match="another version"):
-        connect(Native(4), context)
+        connect(Native(3), context)
     assert context.control.steps == []  # type: ignore[attr-defined]
 
 

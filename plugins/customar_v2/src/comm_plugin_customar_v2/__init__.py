@@ -1,7 +1,8 @@
 """All-reduce by CUDA kernels that push over NVLink, alone or with residual and RMSNorm in one call.
 
 Each algorithm is described at the top of its file in `csrc/`; `policy.py` and `norm_policy.py` choose one by size. Sums
-are in rank order, in float32, rounded once: every rank holds the same bits, and a rerun gives the same bits.
+are in rank order, in float32, rounded once, but for those over an FP8 wire (`csrc/twoshot_push_fp8.cuh`). Every rank
+holds the same bits, and a rerun gives the same bits.
 """
 
 from __future__ import annotations

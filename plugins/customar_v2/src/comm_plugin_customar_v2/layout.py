@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from comm_plugin_customar_v2.policy import Row
+from comm_plugin_customar_v2.policy import WIRE_ALGORITHMS, Row
 
 __all__ = ["Layout", "plan"]
 
@@ -60,7 +60,7 @@ def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int) -> Layout:
     Raises:
         MemoryError: not even slots of 64 KiB fit the budget.
     """
-    cells = min(SLOT_NBYTES, max(_slot_nbytes(row, world_size) for row in rows))
+    cells = max(_slot_nbytes(row, world_size) for row in rows)
     while True:
         layout = _layout(_up(cells) + 2 * _KINDS_NBYTES, world_size - 1)
         if layout.nbytes <= budget_nbytes:
@@ -75,11 +75,14 @@ def plan(world_size: int, rows: Iterable[Row], budget_nbytes: int) -> Layout:
 
 def _slot_nbytes(row: Row, world_size: int) -> int:
     """Return the size of a peer's slot that takes the largest message of a row in one launch."""
-    if row.algorithm == "twoshot_push":
-        # A half for the shares of a part and a half for its sums, each with room for rounding up to a vector.
-        part = -(-row.up_to_nbytes // world_size)
-        return 2 * (part + 32)
-    return row.up_to_nbytes
+    # A half for the shares of a part and a half for its sums.
+    part = -(-row.up_to_nbytes // world_size)
+    if row.algorithm in WIRE_ALGORITHMS:
+        # A chunk of 256 bytes travels as 128 and a scale of 4. With room for rounding up to a chunk, and for rounding
+        # down in `scales_at` in csrc/packets.cuh; of two ranks' halves, both together hold a message of one shot.
+        return 2 * ((part // 256 + 1) * 132 + 33 * 16)
+    # With room for rounding up to a vector.
+    return min(SLOT_NBYTES, 2 * (part + 32) if row.algorithm == "twoshot_push" else row.up_to_nbytes)
 
 
 def _up(nbytes: int, unit: int = _ALIGN) -> int:

@@ -17,6 +17,8 @@ __all__ = [
     "DTYPES",
     "OPTION",
     "PRIORITY",
+    "WIRE_ALGORITHMS",
+    "WIRE_FROM_NBYTES",
     "Row",
     "flat",
     "forced_row",
@@ -28,6 +30,7 @@ __all__ = [
     "ranges",
     "rows_for",
     "unavailable_reason",
+    "wire_rows_for",
 ]
 
 _NAME = "customar_v2"
@@ -42,6 +45,12 @@ MAX_RANKS = 8
 OLDEST = (8, 0)
 #: `Algorithm` in csrc/params.cuh.
 ALGORITHMS = {"oneshot_push": 0, "oneshot_stream": 1, "twoshot_push": 2}
+#: Likewise those that send FP8, for groups with that wire; the second for two ranks alone.
+WIRE_ALGORITHMS = {"twoshot_push_fp8": 3, "oneshot_push_fp8": 4}
+#: The smallest message that is sent so, in bytes. Below, latency counts more than bytes do.
+WIRE_FROM_NBYTES = 1 << 20
+#: The oldest compute capability that converts from and to FP8.
+_OLDEST_WIRE = (8, 9)
 #: The environment variable that forces one algorithm for all sizes and, after a colon, its launch shape:
 #: "twoshot_push:vecs=4,threads=256,blocks=264,pipeline_depth=1".
 OPTION = "COMM_CORE_CUSTOMAR_V2_ALGORITHM"
@@ -58,8 +67,9 @@ class Row:
 
     Attributes:
         up_to_nbytes: the largest message, in bytes.
-        algorithm: one of `ALGORITHMS`.
-        vecs: the vectors of 16 bytes that a thread has in flight: 1, 2 or 4 for two ranks, 1 for more.
+        algorithm: one of `ALGORITHMS`, or of `WIRE_ALGORITHMS`.
+        vecs: the vectors of 16 bytes that a thread has in flight: 1, 2 or 4 for two ranks, 1 for more. With FP8, these
+            are vectors as sent.
         threads: the threads of a block, a multiple of 32.
         blocks: the largest grid. A grid is never larger than the message needs, or than the device holds at once.
         pipeline_depth: the number of rounds by which pushes run ahead of sums, if the algorithm works in rounds.
@@ -74,7 +84,7 @@ class Row:
 
     def numbers(self) -> tuple[int, ...]:
         """Return the fields as `Shape` in csrc/session.cuh orders them."""
-        code = ALGORITHMS[self.algorithm]
+        code = (ALGORITHMS | WIRE_ALGORITHMS)[self.algorithm]
         return (self.up_to_nbytes, code, self.vecs, self.threads, self.blocks, self.pipeline_depth)
 
 
@@ -112,6 +122,15 @@ _HOPPER_4 = (
 # NCCL serves larger messages. On H200 that size is some 450 KiB for three ranks and 320 KiB for four. With more ranks
 # it shrinks, as one-shot sends more bytes than two-shot by (W - 1) - 2 (W - 1) / W of the message.
 _ONE_SHOT_NBYTES = {2: _MIB, 3: 384 * _KIB, 4: 256 * _KIB, 5: 192 * _KIB}
+
+# Sums over an FP8 wire; unmeasured.
+_WIRE_HOPPER_2 = (
+    Row(2 * _MIB, "oneshot_push_fp8", threads=256),
+    Row(4 * _MIB, "oneshot_push_fp8", threads=512),
+    Row(64 * _MIB, "oneshot_push_fp8", vecs=4, threads=512, blocks=132),
+)
+_WIRE_2 = (Row(8 * _MIB, "oneshot_push_fp8", threads=256, blocks=128),)
+_WIRE_OTHERS = (Row(8 * _MIB, "twoshot_push_fp8", threads=256, blocks=128, pipeline_depth=1),)
 
 # By compute capability's major number and world size; graphs and eager calls alike.
 _TABLES: dict[tuple[int, int], tuple[Row, ...]] = {(9, 2): _HOPPER_2, (9, 3): _HOPPER_3, (9, 4): _HOPPER_4}
@@ -166,13 +185,27 @@ def ranges(topology: comm.Topology) -> tuple[comm.Range, ...]:
         max_nbytes=largest,
         hidden_multiple=VEC_NBYTES // 2,
     )
-    return (plain, *fused, quantized)
+    if _capability(topology) < _OLDEST_WIRE:
+        return (plain, *fused, quantized)
+    wire = comm.Range(
+        "all_reduce",
+        dtypes=DTYPES[1:],
+        device_types=("cuda",),
+        min_nbytes=WIRE_FROM_NBYTES,
+        max_nbytes=wire_rows_for(major(topology), topology.world_size)[-1].up_to_nbytes,
+        wire="fp8",
+    )
+    return (plain, *fused, quantized, wire)
 
 
 def major(topology: comm.Topology) -> int:
     """Return the major version of the devices' compute capability; 0 without a device."""
+    return _capability(topology)[0]
+
+
+def _capability(topology: comm.Topology) -> tuple[int, int]:
     device = topology.ranks[0].device
-    return 0 if device is None else device.capability[0]
+    return (0, 0) if device is None else device.capability
 
 
 def forced_row(topology: comm.Topology) -> Row | None:
@@ -194,6 +227,11 @@ def rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Ro
     """
     rows = _TABLES.get((major, world_size)) or _conservative(world_size)
     return rows if forced is None else (dataclasses.replace(forced, up_to_nbytes=rows[-1].up_to_nbytes),)
+
+
+def wire_rows_for(major: int, world_size: int) -> tuple[Row, ...]:
+    """Return the table of plain sums from `WIRE_FROM_NBYTES` on, in groups with the FP8 wire; see `rows_for`."""
+    return _WIRE_OTHERS if world_size > 2 else _WIRE_HOPPER_2 if major == 9 else _WIRE_2
 
 
 def _conservative(world_size: int) -> tuple[Row, ...]:

@@ -31,6 +31,7 @@ class Native(NamedTuple):
     all_reduce_add_rms_norm_out: Any
     all_reduce_add_rms_norm_quant: Any
     set_shapes: Any
+    set_wire_shapes: Any
     set_norm_shapes: Any
     error: Any
     waits: Any
@@ -77,6 +78,10 @@ class Session:
     def set_rows(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; they must be the same on every rank."""
         self._native.set_shapes(policy.flat(rows))
+
+    def set_wire_rows(self, rows: Sequence[policy.Row]) -> None:
+        """Serve plain half-precision sums from `WIRE_FROM_NBYTES` on by these rows; likewise."""
+        self._native.set_wire_shapes(policy.WIRE_FROM_NBYTES, policy.flat(rows))
 
     def set_norm_rows(self, rows: Sequence[norm_policy.NormRow]) -> None:
         """Serve fused calls by these rows from now on; they must be the same on every rank."""
@@ -201,13 +206,16 @@ def connect(module: Any, topology: comm.Topology, context: comm.GroupContext) ->
         ValueError: no kernel has the shape of the forced row.
         CommError: a peer failed, or didn't come in time.
     """
-    algorithms, known = list(module.constants()), [len(policy.ALGORITHMS), len(norm_policy.ALGORITHMS)]
+    algorithms = list(module.constants())
+    known = [len(policy.ALGORITHMS | policy.WIRE_ALGORITHMS), len(norm_policy.ALGORITHMS)]
     if algorithms != known:
         raise RuntimeError(f"the native code has {algorithms} algorithms, not {known}: it belongs to another version")
-    tables = shapes.tables_for(policy.major(topology), context.world_size, policy.forced_row(topology))
+    major = policy.major(topology)
+    tables = shapes.tables_for(major, context.world_size, policy.forced_row(topology))
+    wire_rows = policy.wire_rows_for(major, context.world_size) if context.wire else ()
     plan = layout.plan(
         context.world_size,
-        [*tables.rows, *norm_policy.slot_rows(tables.norm_rows)],
+        [*tables.rows, *norm_policy.slot_rows(tables.norm_rows), *wire_rows],
         context.memory_budget_nbytes,
     )
     native = Native(
@@ -215,6 +223,8 @@ def connect(module: Any, topology: comm.Topology, context: comm.GroupContext) ->
     )
     native.set_shapes(policy.flat(tables.rows))
     native.set_norm_shapes(norm_policy.flat(tables.norm_rows))
+    if wire_rows:
+        native.set_wire_shapes(policy.WIRE_FROM_NBYTES, policy.flat(wire_rows))
     count = torch.cuda.get_device_properties(context.device).multi_processor_count
     counts = context.control.all_gather(count)
     buffer = memory.share(

@@ -178,6 +178,9 @@ Map<String, Function> hot_path(const std::shared_ptr<Session>& session,
 
 // Returns the functions of a session by name, as `Native` in session.py lists them: those of the hot path, and
 //   set_shapes(numbers)          sets the table
+//   set_wire_shapes(from_nbytes, numbers)
+//                                sets the table of plain sums of half-precision elements from that size on; at
+//                                first these are served as all others
 //   set_norm_shapes(numbers)     sets the fused table
 //   error()                      returns 0, or 1 + the rank that didn't come in time
 //   waits()                      returns for each rank how many waits for it were long, their sum and the longest, in
@@ -193,6 +196,9 @@ Map<String, Function> connect(
     const auto session = std::make_shared<Session>(rank, world_size, listed(layout), timeout_s, device);
     const auto norms = std::make_shared<Norms>(*session);
     const auto set_shapes = [session](Array<int64_t> numbers) { session->set_shapes(shapes_of(numbers)); };
+    const auto set_wire_shapes = [session](int64_t from_nbytes, Array<int64_t> numbers) {
+        session->set_wire_shapes(from_nbytes, shapes_of(numbers));
+    };
     const auto set_norm_shapes = [session, norms](Array<int64_t> numbers) {
         norms->set_shapes(norm_shapes_of(numbers));
     };
@@ -214,6 +220,7 @@ Map<String, Function> connect(
     };
     Map<String, Function> functions = hot_path(session, norms, nullptr);
     const std::pair<const char*, Function> others[] = {{"set_shapes", Function::FromTyped(set_shapes)},
+                                                       {"set_wire_shapes", Function::FromTyped(set_wire_shapes)},
                                                        {"set_norm_shapes", Function::FromTyped(set_norm_shapes)},
                                                        {"error", Function::FromTyped(error)},
                                                        {"waits", Function::FromTyped(waits)},

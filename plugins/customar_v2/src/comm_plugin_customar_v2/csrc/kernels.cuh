@@ -2,8 +2,10 @@
 #pragma once
 
 #include "oneshot_push.cuh"
+#include "oneshot_push_fp8.cuh"
 #include "oneshot_stream.cuh"
 #include "twoshot_push.cuh"
+#include "twoshot_push_fp8.cuh"
 
 namespace comm_customar_v2 {
 
@@ -24,6 +26,12 @@ const void* kernel_of(Algorithm algorithm) {
             return reinterpret_cast<const void*>(&oneshot_stream<T, W, V>);
         case Algorithm::kTwoShotPush:
             return reinterpret_cast<const void*>(&twoshot_push<T, W, V>);
+        case Algorithm::kTwoShotPushFp8:
+            if constexpr (T::count == 2) return reinterpret_cast<const void*>(&twoshot_push_fp8<T, W, V>);
+            return nullptr;
+        case Algorithm::kOneShotPushFp8:
+            if constexpr (T::count == 2 && W == 2) return reinterpret_cast<const void*>(&oneshot_push_fp8<T, W, V>);
+            return nullptr;
         default:
             return nullptr;
     }

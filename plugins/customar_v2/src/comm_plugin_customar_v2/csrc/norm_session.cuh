@@ -210,7 +210,8 @@ class Norms {
             const std::optional<Fit> fit = most > 0 ? fit_of(shape, NormAlgorithm::kOneShotPush, call) : std::nullopt;
             if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), 1);
         }
-        session_.sum(call.input, call.output, call.num_rows * call.row_nbytes, call.element, call.stream);
+        const int64_t nbytes = call.num_rows * call.row_nbytes;
+        session_.sum(call.input, call.output, nbytes, call.element, session_.shape_of(nbytes), call.stream);
         NormParams params = params_of(call, call.num_rows);
         const uint32_t blocks = static_cast<uint32_t>(std::min<int64_t>(call.num_rows, 1 << 20));
         session_.enqueue(add_norm_of(call.element), blocks, kAddNormThreads, 1, call.stream, &params);

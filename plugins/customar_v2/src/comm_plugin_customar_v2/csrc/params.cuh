@@ -17,7 +17,8 @@
 // emptied the cells of launch k.
 //
 // A rank hears from every peer in each launch: with two-shot push because every rank owns a part, for which
-// two_shot_vecs() is the condition, and with a message of less than a vector by its tail.
+// two_shot_vecs() is the condition (twoshot_push_fp8.cuh counts chunks instead of vectors), and with a message of less
+// than a vector by its tail.
 //
 // To hear is a relaxed load, which gives no order. None is needed: the peer's stores of launch k were performed in its
 // memory when that launch ended, before it could send anything in launch k + 1. The end of a launch is the only fence
@@ -67,10 +68,12 @@ constexpr uint32_t two_shot_vecs(int world_size) {
 }
 
 enum class Algorithm : int32_t {
-    kOneShotPush = 0,    // oneshot_push.cuh
-    kOneShotStream = 1,  // oneshot_stream.cuh
-    kTwoShotPush = 2,    // twoshot_push.cuh
-    kCount = 3,
+    kOneShotPush = 0,     // oneshot_push.cuh
+    kOneShotStream = 1,   // oneshot_stream.cuh
+    kTwoShotPush = 2,     // twoshot_push.cuh
+    kTwoShotPushFp8 = 3,  // twoshot_push_fp8.cuh
+    kOneShotPushFp8 = 4,  // oneshot_push_fp8.cuh
+    kCount = 5,
 };
 
 struct Params {

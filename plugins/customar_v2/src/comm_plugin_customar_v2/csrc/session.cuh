@@ -85,27 +85,18 @@ class Session {
 
     // Sets the table. Also loads its kernels, since the driver can't load one while a stream captures.
     void set_shapes(std::vector<Shape> shapes) {
-        const OnDevice here(device_);
-        for (Shape& shape : shapes) {
-            if (capacity(shape) < comm_core::kVecNbytes) {
-                TVM_FFI_THROW(ValueError) << "a slot of " << params_.cells_nbytes
-                                          << " bytes is too small for algorithm " << static_cast<int>(shape.algorithm);
-            }
-            shape.resident = UINT32_MAX;
-            for (const Element element : {Element::kFloat32, Element::kFloat16, Element::kBFloat16}) {
-                shape.resident = std::min(shape.resident, load(element, shape));
-                // Messages that are too small for two-shot are served by one-shot.
-                if (shape.algorithm == Algorithm::kTwoShotPush) {
-                    Shape small = shape;
-                    small.algorithm = Algorithm::kOneShotPush;
-                    shape.resident = std::min(shape.resident, load(element, small));
-                }
-            }
-        }
+        load_all(shapes, {Element::kFloat32, Element::kFloat16, Element::kBFloat16});
         shapes_ = std::move(shapes);
         for (const Element element : {Element::kFloat16, Element::kBFloat16}) {
             if (const void* const function = padded_kernel(element)) prepare(function);
         }
+    }
+
+    // Sets the table of plain sums of half-precision elements from `from_nbytes` bytes on, which may travel quantised.
+    void set_wire_shapes(int64_t from_nbytes, std::vector<Shape> shapes) {
+        load_all(shapes, {Element::kFloat16, Element::kBFloat16});
+        wire_from_nbytes_ = from_nbytes;
+        wire_shapes_ = std::move(shapes);
     }
 
     // Returns 0, or 1 + the rank that didn't come in time with this rank's message.
@@ -117,7 +108,8 @@ class Session {
     // Ends every wait of kernels in flight, as a timeout would.
     void abort() { error_->abort(params_.rank); }
 
-    // Serves a message of `num_rows` rows, of which `num_tokens`, on the device, are real; null: all of them.
+    // Serves a message of `num_rows` rows, of which `num_tokens`, on the device, are real; null: all of them. Padded
+    // ones are exact.
     void run(const void* input,
              void* output,
              int64_t nbytes,
@@ -125,9 +117,10 @@ class Session {
              cudaStream_t stream,
              const int32_t* num_tokens,
              int64_t num_rows) {
+        const bool by_wire = !wire_shapes_.empty() && element != Element::kFloat32 && nbytes >= wire_from_nbytes_;
         order_->begin(stream);
         if (num_tokens == nullptr || padded_kernel(element) == nullptr) {
-            sum(input, output, nbytes, element, stream);
+            sum(input, output, nbytes, element, by_wire ? find(wire_shapes_, nbytes) : shape_of(nbytes), stream);
         } else {
             sum_padded(input, output, nbytes, element, stream, num_tokens, num_rows);
         }
@@ -137,20 +130,52 @@ class Session {
     int device() const { return device_; }
     int world_size() const { return world_size_; }
 
-    const Shape& shape_of(int64_t nbytes) const {
-        for (const Shape& shape : shapes_) {
-            if (nbytes <= shape.up_to_nbytes) return shape;
-        }
-        TVM_FFI_THROW(ValueError) << nbytes << " bytes are more than the table's last row serves";
-        return shapes_.front();
-    }
+    // Returns the row that serves an exact sum.
+    const Shape& shape_of(int64_t nbytes) const { return find(shapes_, nbytes); }
 
   private:
     friend class Norms;  // the fused calls, norm_session.cuh
 
+    static const Shape& find(const std::vector<Shape>& shapes, int64_t nbytes) {
+        for (const Shape& shape : shapes) {
+            if (nbytes <= shape.up_to_nbytes) return shape;
+        }
+        TVM_FFI_THROW(ValueError) << nbytes << " bytes are more than the table's last row serves";
+        return shapes.front();
+    }
+
+    static bool is_two_shot(const Shape& shape) {
+        return shape.algorithm == Algorithm::kTwoShotPush || shape.algorithm == Algorithm::kTwoShotPushFp8;
+    }
+
+    static bool is_quantized(const Shape& shape) {
+        return shape.algorithm == Algorithm::kTwoShotPushFp8 || shape.algorithm == Algorithm::kOneShotPushFp8;
+    }
+
+    // Loads the kernels of a table's rows for some elements.
+    void load_all(std::vector<Shape>& shapes, std::initializer_list<Element> elements) {
+        const OnDevice here(device_);
+        for (Shape& shape : shapes) {
+            if (capacity(shape) < comm_core::kVecNbytes) {
+                TVM_FFI_THROW(ValueError) << "a slot of " << params_.cells_nbytes
+                                          << " bytes is too small for algorithm " << static_cast<int>(shape.algorithm);
+            }
+            shape.resident = UINT32_MAX;
+            for (const Element element : elements) {
+                shape.resident = std::min(shape.resident, load(element, shape));
+                // Messages that are too small for two-shot are served by one-shot.
+                if (is_two_shot(shape)) {
+                    Shape small = shape;
+                    small.algorithm = Algorithm::kOneShotPush;
+                    shape.resident = std::min(shape.resident, load(element, small));
+                }
+            }
+        }
+    }
+
     // Sums a message, in several launches if a slot doesn't hold it. The caller orders them.
-    void sum(const void* input, void* output, int64_t nbytes, Element element, cudaStream_t stream) {
-        const Shape& shape = shape_of(nbytes);
+    void sum(
+        const void* input, void* output, int64_t nbytes, Element element, const Shape& shape, cudaStream_t stream) {
         const int64_t most = capacity(shape);
         for (int64_t done = 0; done < nbytes; done += most) {
             launch(static_cast<const char*>(input) + done,
@@ -254,6 +279,10 @@ class Session {
 
     int64_t capacity(Algorithm algorithm) const {
         const auto cells = static_cast<int64_t>(params_.cells_nbytes);
+        // Elements have half of their bytes in cells.
+        if (algorithm == Algorithm::kOneShotPushFp8) return 2 * static_cast<int64_t>(scales_at(cells));
+        if (algorithm == Algorithm::kTwoShotPushFp8)
+            return 2 * static_cast<int64_t>(scales_at(cells / 2)) * world_size_;
         // In two-shot, half of a slot holds a part, rounded up to a vector.
         return algorithm == Algorithm::kTwoShotPush ? (usable_cells(cells / 2) - 16) / 16 * 16 * world_size_
                                                     : usable_cells(cells);
@@ -276,11 +305,13 @@ class Session {
         // Blocks wait for the same-index blocks of the peers and may start in any order, so the device must hold the
         // whole grid at once.
         const uint32_t max_blocks = std::min(shape.max_blocks, shape.resident * multiprocessors_);
-        if (shape.algorithm == Algorithm::kTwoShotPush && params.num_vecs < two_shot_vecs(world_size_)) {
+        const uint32_t in_chunk = is_quantized(shape) ? kChunkVecs : 1;
+        if (is_two_shot(shape) && params.num_vecs < two_shot_vecs(world_size_) * in_chunk) {
             shape.algorithm = Algorithm::kOneShotPush;
-        } else if (shape.algorithm == Algorithm::kTwoShotPush) {
+        } else if (is_two_shot(shape)) {
             work = (params.num_vecs + world_size - 1) / world_size;
         }
+        if (is_quantized(shape)) work = (work + kChunkVecs - 1) / kChunkVecs * kChunkLanes;
         // The tail takes a warp of its own, if the grid isn't full (tail.cuh).
         if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
         const uint32_t per_block = shape.threads * static_cast<uint32_t>(shape.vecs);
@@ -326,6 +357,8 @@ class Session {
     std::unique_ptr<comm_core::ErrorWord> error_;
     std::unique_ptr<comm_core::WaitCounters> waits_;
     std::vector<Shape> shapes_;
+    std::vector<Shape> wire_shapes_;  // empty: no message travels quantised
+    int64_t wire_from_nbytes_ = 0;
     std::unique_ptr<comm_core::StreamOrder> order_;
 };
 
