@@ -262,10 +262,11 @@ COMM_HOOK_API = (1, 0)
 
 @comm.hookimpl
 def is_available(topology):
-    return comm.Available(900, (comm.Range("all_reduce", max_nbytes=65536),))
+    return comm.Available(900, [comm.Range("all_reduce", max_nbytes=65536, wire=wire) for wire in ("", "fp8")])
 
 @comm.hookimpl
 def all_reduce(session, tensor, out):
+    assert session.wire == "", "exact sums are measured"
     time.sleep(0.01)
     out = tensor.clone() if out is None else out if out is tensor else out.copy_(tensor)
     dist.all_reduce(out, group=session.group)
@@ -339,9 +340,14 @@ def test_later_groups_follow_what_was_measured(ranks: Ranks, tmp_path: Path) -> 
     """A slow backend of high priority loses its sizes, in the table and then in a group's plan."""
     path = [[install(tmp_path / "site", "slow", SLOW)]] * 2
     env = {"COMM_CORE_CACHE_DIR": str(tmp_path / "cache"), "COMM_CORE_DISABLE": "shm"}
-    # The variable isn't in force while the backends are measured.
+    # These variables aren't in force while the backends are measured.
     (status, out, err), other = ranks.run(
-        tuned, 256 << 10, installed=True, path=path, env={**env, "COMM_CORE_TUNE": "slow:0"}, deadline_s=240
+        tuned,
+        256 << 10,
+        installed=True,
+        path=path,
+        env={**env, "COMM_CORE_TUNE": "slow:0", "COMM_CORE_WIRE": "fp8"},
+        deadline_s=240,
     )
     assert (status, other) == (0, (0, "", "")), err
     data = json.loads(out)

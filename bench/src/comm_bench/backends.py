@@ -209,7 +209,7 @@ def backends(decision: comm.Decision, only: Sequence[str], *, quantized: bool) -
         # A group has only one handle, so each backend gets a group of its own.
         group = dist.new_group()
         try:
-            handle = comm.get_backend(group, backends=(candidate.name,))
+            handle = comm.get_backend(group, backends=(candidate.name,), wire="")
         except comm.BackendUnavailableError as error:
             yield candidate.name, str(error)
             continue

@@ -87,7 +87,7 @@ def assemble(
     Raises:
         UnknownContenderError: no installed backend or peer has one of these names; on all ranks.
     """
-    handle = comm.get_backend()
+    handle = comm.get_backend(wire="")
     makers = [each for peer in _PEERS for each in peer.peers(job, ops, capacity, hidden_size)] if extras else []
     known = {name for name, _ in makers} | {candidate.name for candidate in handle.decision.candidates}
     if unknown := sorted(set(only) - known):

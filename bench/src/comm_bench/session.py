@@ -57,7 +57,7 @@ def measure_all(
         ValueError: there is no case to measure.
     """
     started = dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds")
-    job = Job(comm.get_backend().device)
+    job = Job(comm.get_backend(wire="").device)
     todo = cases(job.device.type)
     if not todo:
         raise ValueError("there is no size to measure; check -b, -e, --tokens and --hidden")

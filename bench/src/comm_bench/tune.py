@@ -88,7 +88,7 @@ def _tune(args: argparse.Namespace, rank: int) -> int:
     from comm_bench.session import measure_all
     from comm_bench.variants import Search, Tried, search
 
-    backend = comm.get_backend()
+    backend = comm.get_backend(wire="")
     device_type = backend.device.type
     todo = cases(device_type, ops=_ops(backend.decision, device_type), quick=args.quick)
     repetitions = stats.MIN_SAMPLES if args.quick else _REPETITIONS
