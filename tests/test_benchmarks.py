@@ -40,12 +40,12 @@ def run(program: str, *arguments: object) -> int:
     return status
 
 
-def decode_step(*arguments: object) -> int:
-    """Run decode_step.py as a rank of the current job, as if torchrun had started it, on CPUs."""
+def run_as_rank(program: str, *arguments: object) -> int:
+    """Run a program as a rank of the current job, as if torchrun had started it, on CPUs."""
     os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "LOCAL_WORLD_SIZE": str(dist.get_world_size())}
     in_job = mock.patch.multiple(dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT)
     with in_job, mock.patch.object(torch.cuda, "device_count", return_value=0):
-        return run("decode_step", *arguments)
+        return run(program, *arguments)
 
 
 def other_bits() -> int:
@@ -68,7 +68,7 @@ def record_of_two_sizes() -> dict[str, Any]:
 def test_every_way_of_a_decode_step_is_timed_and_correct(ranks: Ranks, tmp_path: Path) -> None:
     record, picture = tmp_path / "step.json", tmp_path / "step.svg"
     arguments = ("--shape", "tiny", "--batches", "1,3", "--rounds", 3, "--replays", 1, "--json", record)
-    assert ranks.run(decode_step, *arguments, installed=True) == [0, 0]
+    assert ranks.run(run_as_rank, "decode_step", *arguments, installed=True) == [0, 0]
     document = json.loads(record.read_text())
     assert document["wrong"] == 0
     rows = {(row["batch"], row["way"]): row for row in document["rows"]}
@@ -83,7 +83,7 @@ def test_every_way_of_a_decode_step_is_timed_and_correct(ranks: Ranks, tmp_path:
 def test_every_way_of_a_decode_step_in_fp8_is_timed_and_correct(ranks: Ranks, tmp_path: Path) -> None:
     record, picture = tmp_path / "step.json", tmp_path / "step.svg"
     arguments = ("--fp8", "--shape", "tiny", "--batches", "1,3", "--rounds", 3, "--replays", 1, "--json", record)
-    assert ranks.run(decode_step, *arguments, installed=True) == [0, 0]
+    assert ranks.run(run_as_rank, "decode_step", *arguments, installed=True) == [0, 0]
     document = json.loads(record.read_text())
     assert document["wrong"] == 0
     assert document["settings"]["quant"] == "fp8_per_token"
@@ -146,3 +146,13 @@ def test_the_kept_summaries_are_small_and_without_wrong_results() -> None:
         assert document["machine"]["versions"]["torch"], path
         assert document.get("wrong", 0) == 0, path
     assert all(path.stat().st_size < 100_000 for path in pictures)
+
+
+def test_padded_batches_are_timed(ranks: Ranks, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    sizes = ("--bucket", 8, "--rows", "1,3", "--hidden", 16, "--rounds", 1, "--replays", 1)
+    assert ranks.run(run_as_rank, "padded", *sizes, "--json", record, installed=True) == [0, 0]
+    rows = json.loads(record.read_text())["rows"]
+    ops = ("all_reduce", "all_reduce_add_rms_norm")
+    assert [(row["op"], row["rows"]) for row in rows] == [(op, count) for op in ops for count in (1, 3)]
+    assert all(row["ratio"] > 0 for row in rows)

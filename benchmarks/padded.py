@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Time calls on padded batches: graphs of a bucket of rows with `num_tokens`, beside graphs of exactly the real rows.
+
+    torchrun --nproc-per-node 2 benchmarks/padded.py [--bucket 512] [--rows 1,8,32,128,512] [--json record.json]
+
+A graph holds 50 dependent calls of one operation in bfloat16, and all graphs take turns. A row has the slowest rank's
+medians, in microseconds a call: `exact_us` for the graph of so many rows, `padded_us` for that of the bucket, replayed
+with so many real rows, and `bucket_us` for that of the bucket without a number. Without GPUs calls are eager, which
+only shows that the program runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import gc
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comm_core as comm
+import torch
+import torch.distributed as dist
+
+DTYPE = torch.bfloat16
+CALLS = 50
+OPS = ("all_reduce", "all_reduce_add_rms_norm")
+
+
+def chain(backend: comm.Backend, op: str, rows: int, hidden: int, counts: comm.TokenCounts | None) -> Callable[[], Any]:
+    """Return dependent calls: their graph's replay or, without GPUs, a function that makes them."""
+    x = torch.zeros(rows, hidden, device=backend.device, dtype=DTYPE)
+    other, residual = torch.empty_like(x), torch.randn_like(x)
+    weight = torch.full((hidden,), 0.01, device=backend.device, dtype=DTYPE)
+
+    def call() -> None:
+        tensors = (x, other)
+        for number in range(CALLS):
+            source, target = tensors[number % 2], tensors[1 - number % 2]
+            if op == OPS[0]:
+                backend.all_reduce(source, target, num_tokens=counts)
+            else:
+                backend.all_reduce_add_rms_norm(
+                    source, residual, weight, out=target, residual_out=residual, num_tokens=counts
+                )
+
+    call()
+    if backend.device.type != "cuda":
+        return call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with comm.capture(), torch.cuda.graph(graph):
+        call()
+    graph.tensors = (x, other, residual, weight)  # type: ignore[attr-defined]  # whose memory it uses
+    return graph.replay
+
+
+def time_us(run: Callable[[], Any], replays: int, *, on_gpu: bool) -> float:
+    """Return this rank's microseconds a call, after an untimed replay in which the ranks meet."""
+    dist.all_reduce(torch.zeros(1))  # on CPUs
+    run()
+    begin = time.perf_counter()
+    if on_gpu:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+    for _ in range(replays):
+        run()
+    seconds = time.perf_counter() - begin
+    if on_gpu:
+        last.record()
+        last.synchronize()
+        seconds = first.elapsed_time(last) / 1e3
+    return seconds * 1e6 / replays / CALLS
+
+
+def measure(backend: comm.Backend, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all operations and numbers of rows; return the record's rows. Collective."""
+    every = [int(rows) for rows in options.rows.split(",")]
+    counts = comm.TokenCounts(options.bucket, 0, 1, backend.device)
+    counts.fill(options.bucket)
+    runs: dict[tuple[str, int, bool], Callable[[], Any]] = {}
+    for op in OPS:
+        padded = chain(backend, op, options.bucket, options.hidden, counts)
+        for rows in {*every, options.bucket}:
+            runs[op, rows, False] = chain(backend, op, rows, options.hidden, None)
+            runs[op, rows, True] = padded
+    times: dict[tuple[str, int, bool], list[float]] = {key: [] for key in runs}
+    for number, (key, run) in itertools.product(range(options.rounds + 3), runs.items()):
+        counts.fill(key[1])
+        us = time_us(run, options.replays, on_gpu=backend.device.type == "cuda")
+        if number >= 3:
+            times[key].append(us)
+    backend.check()
+    medians = torch.tensor([statistics.median(each) for each in times.values()], dtype=torch.float64)
+    dist.all_reduce(medians, op=dist.ReduceOp.MAX)
+    us_of = dict(zip(times, (round(us, 3) for us in medians.tolist()), strict=True))
+    found = []
+    for op, rows in itertools.product(OPS, every):
+        exact, padded_us = us_of[op, rows, False], us_of[op, rows, True]
+        row = {"op": op, "rows": rows, "exact_us": exact, "padded_us": padded_us}
+        found.append(row | {"bucket_us": us_of[op, options.bucket, False], "ratio": round(padded_us / exact, 3)})
+    return found
+
+
+def main() -> int:
+    """Measure, print and write the record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bucket", type=int, default=512, help="rows of the padded batch (default 512)")
+    parser.add_argument("--rows", default="1,8,32,128,512", help="real rows (default 1,8,32,128,512)")
+    parser.add_argument("--hidden", type=int, default=4096, help="elements of a row (default 4096)")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds in which all graphs take turns (default 30)")
+    parser.add_argument("--replays", type=int, default=20, help="replays timed together (default 20)")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    options = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("this isn't a torchrun job: start torchrun --nproc-per-node N benchmarks/padded.py")
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    backend = comm.get_backend()
+    info = backend.topology.ranks[0]
+    document = {
+        "schema": 1,
+        "program": "padded",
+        "started": dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds"),
+        "command": f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/padded.py " + " ".join(sys.argv[1:]),
+        "machine": {"devices": [each.device.name for each in backend.topology.ranks if each.device]}
+        | {"versions": dict(info.versions), "plugins": dict(info.plugins)},
+        "settings": {"bucket": options.bucket, "hidden": options.hidden, "dtype": "bfloat16", "calls": CALLS}
+        | {"rounds": options.rounds, "replays": options.replays},
+        "rows": measure(backend, options),
+    }
+    if dist.get_rank() == 0:
+        sys.stdout.writelines(f"{json.dumps(row)}\n" for row in document["rows"])
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+    gc.collect()  # graphs must be destroyed before the groups that their calls use
+    comm.close()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
