@@ -61,7 +61,7 @@ def get_backend(
             torch.distributed's sum, floats are gathered and summed in rank order. None: `COMM_CORE_DETERMINISTIC`.
         wire: "fp8": plain sums may travel quantised to FP8 (e4m3), where a backend has such ranges, which large
             messages of half precision then take. All ranks get the same bits. With x_r rank r's element and m_r the
-            largest magnitude of the at most 128 elements in its group, an error is at most
+            largest magnitude of the at most 128 elements in its chunk, an error is at most
             0.14 sum_r |x_r| + 2^-15 sum_r m_r. Everything else is served as usual. Excludes `deterministic`.
             "": no such wire; None: `COMM_CORE_WIRE`.
 

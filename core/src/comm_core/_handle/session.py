@@ -24,7 +24,7 @@ __all__ = ["Session", "close_all", "close_value"]
 
 _log = logging.getLogger("comm_core")
 
-# The deadline of `abort`, in seconds; it waits for nobody.
+# The deadline of `abort`, in seconds; it doesn't wait for peers.
 _ABORT_S = 10.0
 
 

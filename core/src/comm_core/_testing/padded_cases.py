@@ -43,8 +43,9 @@ def padded_batches_are_summed(name: str) -> None:
                     run()
                     real = min(max(number, 0), rows)
                     for output, right in zip(outputs, rights, strict=True):
-                        # Two roundings of a norm to the dtype; sums are exact.
-                        near = torch.allclose(output[:real].cpu().double(), right[:real], rtol=0.02, atol=0.02)
+                        # Sums are exact; a norm's elements are rounded twice.
+                        error = 0.0 if output is outputs[-1] else 0.02
+                        near = torch.allclose(output[:real].cpu().double(), right[:real], rtol=error, atol=error)
                         assert near, f"{number} real rows of {list(output.shape)} of {output.dtype} are wrong"
             checked += 1
         synchronize(backend)

@@ -95,7 +95,7 @@ class Session:
 
     def abort(self) -> None:
         """Refuse further calls, and end the kernels that wait, here and at the peers. Idempotent; doesn't wait."""
-        self._fail(functools.partial(comm.CommError, "its handle has stopped"))
+        self._fail(functools.partial(comm.CommError, "this rank's handle has stopped"))
         self._process.stop()
         self._abort()
 

@@ -7,7 +7,7 @@
 // blocks load their part of the input beside the number, so that few rows don't wait for one load after the other.
 //
 // At least one row is sent, whatever the number, so that a rank hears from every peer in each launch; two-shot takes
-// more rows than there are ranks anyway. The sums of rows of padding are right or left out: nobody reads them.
+// more rows than there are ranks anyway. The sums of rows of padding are right or left out; they are unspecified.
 //
 // If the numbers differ, a rank has a longer message than a peer, as in params.cuh: it waits for cells that the peer
 // doesn't fill, and times out. This also holds if one rank takes one-shot and its peer two-shot: the longer message is
