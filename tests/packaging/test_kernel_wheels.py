@@ -31,10 +31,12 @@ KERNELS = {
         },
     ),
     "plugins/customar_v2": (
-        r"\d((?:one|two)shot_[a-z_]+?|add_norm)IN9comm_core\w*?E(?:Li(\d)E|E)",
+        r"\d((?:one|two)shot_[a-z_]+?(?:_fp8)?|padded_push(?:_norm)?|add_norm)IN9comm_core\w*?E(?:Li(\d)E|E)",
         {
             *itertools.product(("oneshot_push", "oneshot_stream", "twoshot_push"), "2345678"),
-            *itertools.product(("oneshot_push_norm", "twoshot_push_norm"), "2345678"),
+            *itertools.product(("oneshot_push_norm", "twoshot_push_norm", "twoshot_push_fp8"), "2345678"),
+            *itertools.product(("padded_push", "padded_push_norm"), "248"),
+            ("oneshot_push_fp8", "2"),
             ("add_norm", None),
         },
     ),
@@ -119,8 +121,8 @@ def test_installed_by_name_they_bring_core_and_work_without_a_compiler(
     command = [installed.python, "-c", LOAD, *modules]
     done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # customar_v2 has 3 algorithms and 3 norms: the "separate" norm, and those of the fused kernels.
-    assert json.loads(done.stdout) == [dict.fromkeys(modules), [[3, 3]], [True, True, True]]
+    # customar_v2 has 5 algorithms and 3 norms: the "separate" norm, and those of the fused kernels.
+    assert json.loads(done.stdout) == [dict.fromkeys(modules), [[5, 3]], [True, True, True]]
     assert not (tmp_path / "cache").exists()
 
 
