@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import comm_core as comm
 import torch
 import torch.distributed as dist
-from comm_core._handle import rank_order
+from comm_core._handle import quant, rank_order
+from comm_core.fallback import quantize
+from comm_core.types import QUANTS
 
-#: A backend that sums in rank order up to 64 KiB, plain and fused, but for the fault that the name tells.
+QUANT = "all_reduce_add_rms_norm_quant"
+#: A backend that sums in rank order up to 64 KiB, plain and fused, but for the fault that the name tells. It quantises
+#: up to 16 KiB, and its ranges for that have rows that it doesn't norm.
 PLUGIN = """
 import torch, torch.distributed as dist
 import comm_core as comm
@@ -32,8 +37,14 @@ class Plugin:
             hidden_multiple=8,
             max_tokens=100 if FAULT == "few tokens" else None,
         )
+        quant = comm.Range(
+            "all_reduce_add_rms_norm_quant",
+            dtypes=("float16", "bfloat16"),
+            max_nbytes=CAP // 4,
+            hidden_multiple=4,
+        )
         numerics = "" if FAULT == "unspecified" else "rank_order_fp32"
-        return comm.Available(900, (plain, fused), numerics=numerics)
+        return comm.Available(900, (plain, fused, quant), numerics=numerics)
 
     def total(self, context, tensor):
         assert tensor.nbytes <= CAP and tensor.data_ptr() % 16 == 0 and tensor.is_contiguous()
@@ -60,6 +71,17 @@ class Plugin:
             normed if out is None else out.copy_(normed),
             summed if residual_out is None else residual_out.copy_(summed),
         )
+
+    @comm.hookimpl
+    def all_reduce_add_rms_norm_quant(
+        self, session, tensor, residual, weight, eps, weight_offset, quant, scale, out, residual_out, norm_out
+    ):
+        normed, _ = self.all_reduce_add_rms_norm(
+            session, tensor, residual, weight, eps, weight_offset, norm_out, residual_out
+        )
+        if FAULT == "other norm":  # in the last bit of one element
+            normed.view(torch.int16)[-1, -1] ^= 1
+        comm.fallback.quantize(normed, quant, scale, out)
 
 plugin = Plugin()
 """
@@ -167,14 +189,6 @@ def sweep_plain(
     return compared
 
 
-def quantised(
-    handle: comm.Backend, tensor: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
-) -> list[torch.Tensor]:
-    """Return the bytes of a quantised call's results: values, scales, sums and norms."""
-    results = handle.all_reduce_add_rms_norm_quant(tensor, residual, weight, quant="fp8_per_token", with_norm=True)
-    return [result.view(torch.uint8) for result in results if result is not None]
-
-
 def sweep_fused(
     handle: comm.Backend,
     counts: Iterable[int],
@@ -210,12 +224,6 @@ def sweep_fused(
                 assert same_bits(s, summed[:count]), (handle.name, dtype, mode, count)
                 assert same_bits(y, normed[:count]), (handle.name, dtype, mode, count)
                 compared += 1
-        if dtype != torch.float64:
-            every = quantised(handle, inputs[rank], residual, weight)
-            for count in counts[::4]:
-                some = quantised(handle, inputs[rank][:count], residual[:count], weight)
-                assert all(torch.equal(one, other[:count]) for one, other in zip(some, every, strict=True)), count
-            assert torch.equal(every[2], summed.view(torch.uint8)), (handle.name, dtype)
         x, r = inputs[rank].clone(), residual.clone()
         y, s = handle.all_reduce_add_rms_norm(x, r, weight, out=x, residual_out=r)
         assert y is x
@@ -227,3 +235,60 @@ def sweep_fused(
         dist.all_gather(gathered, mine)
         assert all(torch.equal(each, gathered[0]) for each in gathered), (handle.name, dtype)
     return compared
+
+
+def sweep_quant(
+    handle: comm.Backend,
+    counts: Iterable[int],
+    hidden_size: int,
+    dtypes: Iterable[torch.dtype],
+    modes: Iterable[str],
+    device: str = "cpu",
+) -> Counter[str]:
+    """Sum, add, norm and quantise the first rows of one batch, for each count and form; compare bits.
+
+    The expected ones are those of the fused call of all rows, quantised.
+
+    Returns:
+        The number of compared calls, by the backend that the routes name.
+    """
+    counts, owners = sorted(counts), Counter[str]()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for dtype in dtypes:
+        x = rows(rank, counts[-1], hidden_size, dtype, device)
+        residual = rows(world_size, counts[-1], hidden_size, dtype, device)
+        weight = rows(world_size + 1, 1, hidden_size, dtype, device).view(-1)
+        normed, summed = handle.all_reduce_add_rms_norm(x, residual, weight)
+        for form in QUANTS:
+            if form == "fp8_per_group" and hidden_size % quant.GROUP_SIZE:
+                continue
+            given = torch.full((1,), 0.01, device=device) if quant.is_static(form) else None
+            scales = quant.empty_scale(x, form, column_major=False) if given is None else given
+            values, _ = quantize(normed, form, scales)
+            for mode in modes:
+                kind = "graph" if mode == "graph" else "eager"
+                route = handle.decision.route(QUANT, kind, device, str(dtype).removeprefix("torch."))
+                for number, count in enumerate(counts):
+                    named = {"quant": form, "scale": given, "with_norm": number % 2 == 0}
+
+                    def call(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor = weight, named: Any = named) -> Any:
+                        return handle.all_reduce_add_rms_norm_quant(x, r, w, **named)
+
+                    q, scale, s, y = MODES[mode](call, [x[:count], residual[:count]])
+                    what = (handle.name, dtype, form, mode, count)
+                    assert torch.equal(q.view(torch.uint8), values[:count].view(torch.uint8)), what
+                    assert scale is given or same_bits(scale, scales[:count]), what
+                    assert same_bits(s, summed[:count]), what
+                    assert y is None or same_bits(y, normed[:count]), what
+                    assert (y is not None) is named["with_norm"], what
+                    owners[route.backend_for(x[:count].nbytes, count, hidden_size)] += 1
+    return owners
+
+
+def quantising(handle: comm.Backend) -> Counter[str]:
+    """Return the number of quantised calls that each backend has served."""
+    owners = Counter[str]()
+    for item in handle.stats():
+        if item.op == QUANT:
+            owners[item.backend] += item.calls
+    return owners

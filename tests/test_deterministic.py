@@ -9,7 +9,7 @@ import comm_core as comm
 import pytest
 import torch
 from harness import Ranks, install
-from order_ranks import PLUGIN, deterministic, sweep_fused, sweep_plain
+from order_ranks import PLUGIN, QUANT, deterministic, quantising, sweep_fused, sweep_plain, sweep_quant
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HIDDEN = 64
@@ -36,6 +36,13 @@ def sweep(names: tuple[str, ...], owner: str) -> str:
             assert sweep_fused(handle, some, hidden_size, FLOATS, MODES)
         comm.pre_capture_init(max_tokens=64, hidden_size=HIDDEN, dtype=torch.bfloat16)
         assert sweep_fused(handle, counts[:-1:5], HIDDEN, FLOATS, MODES)
+        halves = FLOATS[1:3]
+        owners = sweep_quant(handle, counts, HIDDEN, FLOATS[:3], MODES[:1])
+        # The plugin doesn't norm rows of 36 elements. Rows of 128 have the form with groups.
+        for hidden_size, some in ((HIDDEN, counts[::4]), (36, counts[:-1:4]), (128, counts[:-1:5]), (40000, (1, 3))):
+            owners += sweep_quant(handle, some, hidden_size, halves, MODES)
+        assert owners == quantising(handle)
+        assert set(owners) == {"torch_distributed", *(["capped"] if owner == "capped" else [])}
         with pytest.raises(TypeError, match="has no sum in rank order"):
             handle.all_reduce(torch.zeros(8).to(torch.float8_e4m3fn))
         integers = torch.arange(1000)
@@ -54,6 +61,7 @@ def test_bits_depend_on_the_inputs_alone(ranks: Ranks, tmp_path: Path, owner: st
     assert len(set(found)) == 1
     if owner == "capped":
         assert "capped up to 64 KiB; capped in pieces of up to 64 KiB; torch_distributed" in found[0]
+        assert "capped up to 16 KiB, hidden size a multiple of 8; torch_distributed any size" in found[0]
 
 
 def refuse(fault: str) -> tuple[str, str, str]:
@@ -67,6 +75,12 @@ def refuse(fault: str) -> tuple[str, str, str]:
         route = handle.decision.route("all_reduce_add_rms_norm", "eager", "cpu", "bfloat16")
         if fault == "few tokens":
             assert route.backend_for(128, 1, 64) == "torch_distributed"
+        owners = sweep_quant(handle, (1, 99, 100, 101, 200), HIDDEN, (torch.bfloat16,), MODES)
+        assert owners == quantising(handle)
+        assert set(owners) == {"torch_distributed"}
+        if fault == "other norm":
+            assert route.backend_for(128, 1, 64) == "capped"
+            assert f"the admission test of {QUANT} failed" in candidate.reason
         with pytest.raises(ValueError, match=r"has a handle with .*deterministic=True"):
             comm.get_backend()
     if candidate.verdict != "serves":
@@ -87,12 +101,13 @@ def refuse(fault: str) -> tuple[str, str, str]:
         ("reversed", "wrong sums, the first at element"),
         ("narrow", "available, except for eager float16, eager bfloat16: the admission test"),
         ("few tokens", "available on every rank"),
+        ("other norm", "the norms of 1 rows haven't the bits of all_reduce_add_rms_norm"),
     ],
 )
 def test_a_backend_that_sums_otherwise_is_left_out(ranks: Ranks, tmp_path: Path, fault: str, reason: str) -> None:
     path = [install(tmp_path / "capped", "capped", PLUGIN.format(fault=fault))]
     for name, why, free in ranks.run(refuse, fault, world_size=3, path=[path] * 3, deadline_s=300):
-        assert name == ("capped" if fault == "few tokens" else "torch_distributed")
+        assert name == ("capped" if fault in ("few tokens", "other norm") else "torch_distributed")
         assert reason in why
         assert free == "capped"  # sums of integers are exact in any order
 

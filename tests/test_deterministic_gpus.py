@@ -9,7 +9,17 @@ import torch
 import torch.distributed as dist
 from comm_core._handle import norm
 from harness import Ranks, install
-from order_ranks import deterministic, in_rank_order, rows, same_bits, sweep_fused, sweep_plain
+from order_ranks import (
+    QUANT,
+    deterministic,
+    in_rank_order,
+    quantising,
+    rows,
+    same_bits,
+    sweep_fused,
+    sweep_plain,
+    sweep_quant,
+)
 
 pytestmark = pytest.mark.gpus(2)
 GPUS = "cpu:gloo,cuda:nccl"
@@ -83,6 +93,45 @@ def test_a_norms_bits_depend_on_the_row_alone(ranks: Ranks, path: list[Path], na
 def test_likewise_for_norms_on_more_ranks(ranks: Ranks, path: list[Path], world_size: int) -> None:
     found = ranks.run(
         sweep_norms, "customar_v2", world_size=world_size, backend=GPUS, path=[path] * world_size, deadline_s=600
+    )
+    assert min(found) > 0
+
+
+def sweep_quants(name: str) -> int:
+    with deterministic((name,)) as handle:
+        modes = ("eager", "graph")
+        owners = sweep_quant(handle, COUNTS, 2880, HALVES, modes, "cuda")
+        owners += sweep_quant(handle, LARGE_COUNTS, 8192, HALVES[:1], modes, "cuda")
+        owners += sweep_quant(handle, COUNTS[::3], 35, HALVES[:1], modes, "cuda")
+        owners += sweep_quant(handle, COUNTS[::3], 256, FLOATS[2:], modes, "cuda")
+        assert owners == quantising(handle)
+        # The hook declines these rows, for which it isn't the routes' owner that serves.
+        done = owners + sweep_quant(handle, COUNTS[:12:3], 16392, HALVES[:1], modes, "cuda")
+        torch.cuda.synchronize()
+        handle.check()
+        route = handle.decision.route(QUANT, "graph", "cuda", "bfloat16")
+        whole = [count for count in LARGE_COUNTS if route.backend_for(count * 16384, count, 8192) == "customar_v2"]
+        if name == "customar_v2":
+            # Larger ones are composed: of the fused call in pieces, and core's quantisation.
+            largest = route.rules[0].max_nbytes or 0
+            assert whole == [count for count in LARGE_COUNTS if count * 16384 <= largest]
+            assert 0 < len(whole) < len(LARGE_COUNTS)
+        else:
+            assert whole == []
+        return done.total()
+
+
+@pytest.mark.parametrize("name", [*PLUGINS, "torch_distributed"])
+def test_a_quantised_rows_bits_depend_on_the_row_alone(ranks: Ranks, path: list[Path], name: str) -> None:
+    first, second = ranks.run(sweep_quants, name, backend=GPUS, path=[path] * 2, deadline_s=600)
+    assert first == second > 0
+
+
+@pytest.mark.gpus(4)
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_likewise_for_quantised_rows_on_more_ranks(ranks: Ranks, path: list[Path], world_size: int) -> None:
+    found = ranks.run(
+        sweep_quants, "customar_v2", world_size=world_size, backend=GPUS, path=[path] * world_size, deadline_s=600
     )
     assert min(found) > 0
 

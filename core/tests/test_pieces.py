@@ -17,11 +17,11 @@ from comm_core._plan.explain import explain
 from comm_core._plan.routes import Offer
 from comm_core.topology import Host, RankInfo, Topology
 from comm_core.tuning import Tuning, parse_rules
-from comm_core.types import DTYPES, RANK_ORDER_FP32, TERMINAL, Available, Range, Rule
+from comm_core.types import DTYPES, OPS, RANK_ORDER_FP32, TERMINAL, Available, Range, Rule
 from hypothesis import given, settings
-from made_up import DEVICE_TYPES, generators, offers
+from made_up import DEVICE_TYPES, a_message, generators, offers
 
-PLAIN, FUSED = "all_reduce", "all_reduce_add_rms_norm"
+PLAIN, FUSED, QUANT = OPS
 CAP = 1 << 16
 
 
@@ -132,6 +132,61 @@ def test_the_number_of_rows_never_decides(made: tuple[Offer, ...], rng: random.R
         for count in counts
     }
     assert len(owners) == 1, (device_type, dtype, hidden_size, counts)
+
+
+def test_a_backend_quantises_what_it_norms() -> None:
+    fused = Range(FUSED, max_nbytes=CAP, hidden_multiple=8)
+    some = Range(QUANT, min_nbytes=64, max_nbytes=CAP // 2, hidden_multiple=6, max_tokens=512)
+    for item, rule in (
+        (some, Rule("a", 64, CAP // 2, max_tokens=512, hidden_multiple=24)),
+        (Range(QUANT), Rule("a", max_nbytes=CAP, hidden_multiple=8)),
+    ):
+        assert rules(slate(fused, item), QUANT) == (rule, Rule(TERMINAL))
+    # One mode is enough: composed calls have the same bits.
+    made = slate(fused, Range(QUANT, modes=("graph",)))
+    assert rules(made, QUANT) == (Rule(TERMINAL),)
+    assert len(rules(made, QUANT, mode="graph")) == 2
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        (Range(QUANT),),
+        (Range(QUANT), Range(FUSED, max_nbytes=CAP, hidden_multiple=8, max_tokens=512)),
+        (Range(QUANT), Range(FUSED, max_nbytes=CAP, hidden_multiple=8, dtypes=("float16",))),
+        (Range(QUANT, min_nbytes=64), Range(FUSED, max_nbytes=63, hidden_multiple=8)),
+    ],
+)
+def test_what_a_backend_doesnt_norm_it_doesnt_quantise(ranges: tuple[Range, ...]) -> None:
+    assert rules(slate(Range(PLAIN), *ranges), QUANT) == (Rule(TERMINAL),)
+
+
+def test_another_backends_rows_are_composed() -> None:
+    fused = Range(FUSED, max_nbytes=CAP, hidden_multiple=8)
+    made = Slate(
+        (
+            Offer("first", 300, (fused,), numerics=RANK_ORDER_FP32),
+            Offer("second", 200, (fused, Range(QUANT, max_nbytes=CAP)), numerics=RANK_ORDER_FP32),
+        )
+    ).as_deterministic()
+    assert rules(made, FUSED)[0].backend == "first"
+    assert rules(made, QUANT) == (Rule(TERMINAL),)
+    # Once the first one has failed, the second one norms and quantises.
+    assert [rule.backend for rule in rules(made.without("first", "wrong"), QUANT)] == ["second", TERMINAL]
+
+
+@settings(deadline=None, max_examples=200)
+@given(offers(), generators())
+def test_who_quantises_norms_the_same_rows(made: tuple[Offer, ...], rng: random.Random) -> None:
+    claimed = tuple(dataclasses.replace(offer, numerics=RANK_ORDER_FP32) for offer in made)
+    decision = Slate(claimed).as_deterministic().decision(DEVICE_TYPES)
+    near = [item for offer in made for item in offer.ranges if item.op != PLAIN]
+    for _ in range(20):
+        message = a_message(rng, near, QUANT)
+        cell = message.mode, message.device_type, message.dtype
+        size = message.nbytes, message.num_tokens, message.hidden_size
+        owner = decision.route(QUANT, *cell).backend_for(*size)
+        assert owner in (TERMINAL, decision.route(FUSED, *cell).backend_for(*size)), message
 
 
 @settings(deadline=None, max_examples=100)

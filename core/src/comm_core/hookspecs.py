@@ -228,9 +228,9 @@ def all_reduce_add_rms_norm_quant(
 ) -> None:
     """Sum over the ranks, add the residual, normalise and quantise the norm to FP8, in one call. Hot path.
 
-    Optional. `y` and `s` as in `all_reduce_add_rms_norm`, with the bits of that hook if the backend has it. Values and
-    scales have the bits of `comm_core.fallback.quantize` of the rounded `y`. Core validates the operands. Those up
-    to `weight_offset` are as there; then come:
+    Optional. `y` and `s` as in `all_reduce_add_rms_norm`: if the backend has that hook, with its bits, and declined
+    where it declines. Values and scales have the bits of `comm_core.fallback.quantize` of the rounded `y`. Core
+    validates the operands. Those up to `weight_offset` are as there; then come:
 
     - `quant`: one of `comm_core.types.QUANTS`; for "fp8_per_group", `hidden_size` is a multiple of 128.
     - `scale`: float32. "fp8_static": one element, read. Else written, aligned to 16 bytes: `[num_tokens, 1]`, or for

@@ -27,6 +27,7 @@ class QuantCall:
         quantized: the quantised norm.
         summed: the sum with the residual.
         normed: the norm; None in a call that doesn't ask for it.
+        reference: the norm of the backend's call without a quantisation; None: not to be compared.
     """
 
     form: str
@@ -34,10 +35,16 @@ class QuantCall:
     quantized: torch.Tensor
     summed: torch.Tensor
     normed: torch.Tensor | None
+    reference: torch.Tensor | None = None
 
 
 def call_every_form(
-    hook: Callable[..., Any], session: Any, inputs: Sequence[torch.Tensor], *, in_place: bool
+    hook: Callable[..., Any],
+    session: Any,
+    inputs: Sequence[torch.Tensor],
+    *,
+    in_place: bool,
+    reference: torch.Tensor | None = None,
 ) -> list[QuantCall]:
     """Call the hook in each form, with and without the norm; leave out the forms that it declines.
 
@@ -46,6 +53,7 @@ def call_every_form(
         session: its session.
         inputs: the tensor, the residual and the weight.
         in_place: whether the norm goes into the tensor, and the sum into the residual; these are copies then.
+        reference: see `QuantCall`.
 
     Raises:
         NotImplementedError: the hook declines every form, or a form only with or only without the norm.
@@ -61,7 +69,7 @@ def call_every_form(
         calls += taken
     if not calls:
         raise NotImplementedError("it returned NotImplemented in every form")
-    return calls
+    return [dataclasses.replace(call, reference=reference) for call in calls]
 
 
 def _call(
@@ -87,12 +95,19 @@ def _call(
 
 
 def check_bits(calls: Sequence[QuantCall]) -> None:
-    """Raise `ArithmeticError` if a call's values or scales aren't those of its norm.
+    """Raise `ArithmeticError` if a call's values or scales aren't those of its norm, or this isn't the reference.
 
     A call without the norm is compared with the norm of the same form's other call.
     """
     norms = {call.form: call.normed for call in calls if call.normed is not None}
     for call in calls:
+        if call.normed is not None and call.reference is not None:
+            # As bytes: a zero's sign stays in FP8.
+            wrong = (call.normed.view(torch.uint8) != call.reference.view(torch.uint8)).any(-1)
+            if bool(wrong.any()):
+                raise ArithmeticError(
+                    f"{call.form}: the norms of {int(wrong.sum())} rows haven't the bits of all_reduce_add_rms_norm"
+                )
         scale = call.scale if quant.is_static(call.form) else torch.empty_like(call.scale)
         expected, scale = quant.quantize_by_torch(norms[call.form], call.form, scale)
         if not torch.equal(call.scale, scale):

@@ -21,6 +21,7 @@ from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_rout
 from comm_core.topology import RankInfo
 from comm_core.tuning import NO_TUNING, Tuning
 from comm_core.types import (
+    OPS,
     RANK_ORDER_FP32,
     TERMINAL,
     Available,
@@ -136,7 +137,9 @@ class Slate:
             device_types: the device types of the group's tensors.
         """
         ranges = exclude_cells(self.offer(name).ranges, set(failed), device_types)
-        if any(not item.prepared for item in ranges):
+        # In a deterministic group a backend quantises only what it norms.
+        serving = (item for item in ranges if not (self.deterministic and item.op == OPS[-1]))
+        if any(not item.prepared for item in serving):
             return self.with_ranges(name, ranges)
         reason, rank = next(iter(failed.values()))
         return self.without(name, f"admission: {reason}", rank)

@@ -2,20 +2,19 @@
 
 The backends of such a group, and the terminal fallback, sum alike (`Available.numerics`), so any of them may serve a
 plain sum. A norm's bits differ between backends: all messages with rows of one length go to one of them, in both modes.
+Its quantisation has the same bits everywhere, so a backend quantises what it norms, and core the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
 from comm_core.types import DTYPES, TERMINAL, Route, Rule
 
-__all__ = ["ALIGNMENT_NBYTES", "CUT_OPS", "in_pieces"]
-
-#: The operations whose messages can be cut: `_handle/pieces.py`.
-CUT_OPS = ("all_reduce", "all_reduce_add_rms_norm")
+__all__ = ["ALIGNMENT_NBYTES", "in_pieces"]
 
 #: Hooks get tensors at multiples of this address, in bytes, so pieces begin at multiples of it.
 ALIGNMENT_NBYTES = 16
@@ -23,7 +22,19 @@ ALIGNMENT_NBYTES = 16
 
 def in_pieces(routes: Sequence[Route]) -> tuple[Route, ...]:
     """Return the routes of a deterministic group, made from those of a group that isn't."""
-    return tuple(_plain(route) if route.op == "all_reduce" else _fused(route, routes) for route in routes)
+    fused = {
+        (route.mode, route.device_type, route.dtype): _fused(route, routes)
+        for route in routes
+        if route.op == "all_reduce_add_rms_norm"
+    }
+    made = []
+    for route in routes:
+        if route.op == "all_reduce":
+            made.append(_plain(route))
+            continue
+        normed = fused[route.mode, route.device_type, route.dtype]
+        made.append(normed if route.op == normed.op else _quantized(route, normed))
+    return tuple(made)
 
 
 def _plain(route: Route) -> Route:
@@ -55,10 +66,37 @@ def _fused(route: Route, routes: Sequence[Route]) -> Route:
             continue
         if rule.max_nbytes is None:
             rules.append(rule)
-        elif rule.max_nbytes >= row_step and route.op in CUT_OPS:
+        elif rule.max_nbytes >= row_step:
             # A message of one row that is longer than a piece has no rule here, and neither has one of several.
             rules += [rule, dataclasses.replace(rule, max_nbytes=None, piece_nbytes=rule.max_nbytes)]
     return dataclasses.replace(route, rules=(*rules, Rule(TERMINAL)))
+
+
+def _quantized(route: Route, fused: Route) -> Route:
+    """Keep what a backend takes whole and the route of the fused call gives to it as well: it has the same norm there.
+
+    Of that route's first backend alone, since others norm only what it leaves. The rest is composed.
+    """
+    name = fused.rules[0].backend
+    norms = itertools.takewhile(lambda rule: rule.backend == name != TERMINAL, fused.rules)
+    pairs = itertools.product(norms, route.rules)
+    rules = [both for norm, rule in pairs if rule.backend == name and (both := _intersect(rule, norm)) is not None]
+    return dataclasses.replace(route, rules=(*rules, Rule(TERMINAL)))
+
+
+def _intersect(rule: Rule, norm: Rule) -> Rule | None:
+    """Return the rule for what both take as a whole; None if there is nothing."""
+    highs = [high for high in (rule.max_nbytes, norm.max_nbytes) if high is not None]
+    low, high = max(rule.min_nbytes, norm.min_nbytes), min(highs, default=None)
+    if norm.piece_nbytes is not None or (high is not None and high < low):
+        return None
+    return dataclasses.replace(
+        rule,
+        min_nbytes=low,
+        max_nbytes=high,
+        multiple_nbytes=math.lcm(rule.multiple_nbytes, norm.multiple_nbytes),
+        hidden_multiple=math.lcm(rule.hidden_multiple, norm.hidden_multiple),
+    )
 
 
 def _piece_of(rule: Rule, itemsize: int) -> Rule | None:
