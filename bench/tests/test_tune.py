@@ -19,7 +19,7 @@ import torch.distributed as dist
 from comm_bench import tune
 from comm_bench.cases import OPS, BenchCase
 from comm_bench.results import Row
-from comm_bench.winners import RULE_COST, Choice, choose, choose_variants, rules_of
+from comm_bench.winners import RULE_COST, Comparison, choose, choose_variants, rules_of
 from comm_core import cli
 from comm_core.tuned import TunedTable, save_table
 from comm_core.tuning import VariantChoice, parse_rules
@@ -43,10 +43,10 @@ def validate(table: Any) -> None:
 
 def choices(
     times: Mapping[str, Mapping[int, float]], planned: Mapping[int, str] = PLANNED, spread: float = 1.0
-) -> list[Choice]:
+) -> list[Comparison]:
     """Choices from each backend's time by size; every other repetition takes `spread` times as long."""
     return [
-        Choice(
+        Comparison(
             OPS[0],
             "eager",
             nbytes,
@@ -98,7 +98,8 @@ def test_a_gain_within_the_noise_is_none() -> None:
     # Noisy times: the intervals have gains and losses.
     noisy = choices(times)
     noisy = [
-        Choice(c.op, c.mode, c.nbytes, c.planned, {"a": c.times_us["a"], "b": (9, 11, 9, 11, 9, 11, 9)}) for c in noisy
+        Comparison(c.op, c.mode, c.nbytes, c.planned, {"a": c.times_us["a"], "b": (9, 11, 9, 11, 9, 11, 9)})
+        for c in noisy
     ]
     assert choose(noisy, "cpu") == []
 
@@ -278,9 +279,9 @@ def test_a_variant_is_chosen_by_all_shapes_of_a_message(ranks: Ranks) -> None:
     shapes = ((2, 4096), (1, 7168), (1, 5000))
     choice = (VariantChoice(OPS[1], "prompt"),)
     for tried, choices, shown in ranks.run(searched, shapes, 1000.0):
-        assert tried.variants == {TERMINAL: choice}
+        assert tried.choices == {TERMINAL: choice}
         assert choices == choice
-        (message,) = tried.choices[TERMINAL]
+        (message,) = tried.compared[TERMINAL]
         assert (message.op, message.nbytes, message.planned) == (OPS[1], 32768, "late")
         # Means of the shapes for which the same variant is in use.
         assert {name: len(times) for name, times in message.times_us.items()} == dict.fromkeys(
@@ -288,7 +289,7 @@ def test_a_variant_is_chosen_by_all_shapes_of_a_message(ranks: Ranks) -> None:
         )
         assert (tried.wrong, tried.unmeasured, shown) == (0, 0, [32768])
     for tried, choices, shown in ranks.run(searched, shapes, 0.0):
-        assert (tried.variants, tried.choices, tried.unmeasured) == ({}, {}, 1)
+        assert (tried.choices, tried.compared, tried.unmeasured) == ({}, {}, 1)
         assert (tuple(choices), shown) == ((), [])
 
 

@@ -19,7 +19,7 @@ from comm_bench import stats
 from comm_bench.cases import OPS, BenchCase, shapes, sizes
 from comm_bench.document import Listener
 from comm_bench.progress import Progress
-from comm_bench.winners import Choice, rules_of
+from comm_bench.winners import Comparison, rules_of
 
 if TYPE_CHECKING:
     from comm_core.tuned import TunedTable
@@ -125,10 +125,10 @@ def _tune(args: argparse.Namespace, rank: int) -> int:
         **{name: document[name] for name in ("absent", "dropped", "wrong", "unmeasured")},
         "dtype": _DTYPE,
         "measured": [_to_json(choice) for choice in choices],
-        "variants": {name: [_to_json(choice) for choice in of_backend] for name, of_backend in tried.choices.items()},
+        "variants": {name: list(map(_to_json, of_backend)) for name, of_backend in tried.compared.items()},
     }
     topology = backend.topology
-    tuned = TunedTable(describe_group(topology), describe_versions(topology), rules, provenance, tried.variants)
+    tuned = TunedTable(describe_group(topology), describe_versions(topology), rules, provenance, tried.choices)
     path = None
     if not args.dry_run and not document["wrong"] and rank in _first_ranks([info.host.id for info in topology.ranks]):
         path = save_table(tuned, Settings.read().cache_dir)
@@ -185,23 +185,23 @@ def _first_ranks(hosts: Sequence[str]) -> set[int]:
     return {hosts.index(host) for host in hosts}
 
 
-def _to_json(choice: Choice) -> dict[str, Any]:
-    medians = {name: round(statistics.median(times), 3) for name, times in choice.times_us.items()}
-    return {**dataclasses.asdict(choice), "times_us": medians}
+def _to_json(comparison: Comparison) -> dict[str, Any]:
+    medians = {name: round(statistics.median(times), 3) for name, times in comparison.times_us.items()}
+    return {**dataclasses.asdict(comparison), "times_us": medians}
 
 
-def _text(tuned: TunedTable, choices: Sequence[Choice], document: Mapping[str, Any]) -> str:
+def _text(tuned: TunedTable, comparisons: Sequence[Comparison], document: Mapping[str, Any]) -> str:
     """Return the measured messages, the rules and the variants as text."""
     lines: list[tuple[str, ...]] = [("operation", "mode", "size", "planned", "us", "fastest", "us")]
-    for choice in choices:
-        medians = {name: statistics.median(times) for name, times in choice.times_us.items()}
+    for comparison in comparisons:
+        medians = {name: statistics.median(times) for name, times in comparison.times_us.items()}
         fastest = min(medians, key=lambda name: medians[name], default="-")
         cells = [
             cell
-            for name in (choice.planned, fastest)
+            for name in (comparison.planned, fastest)
             for cell in (name, f"{medians[name]:.1f}" if name in medians else "-")
         ]
-        lines.append((choice.op, choice.mode, size(choice.nbytes), *cells))
+        lines.append((comparison.op, comparison.mode, size(comparison.nbytes), *cells))
     text = [table(lines), ""]
     if document["unmeasured"]:
         text.append(f"The time was over before {document['unmeasured']} cases were measured.")

@@ -21,7 +21,7 @@ from comm_bench import stats
 from comm_bench.cases import OPS, BenchCase
 from comm_bench.contenders import Absent, Contender, Job, State
 from comm_bench.measure import Procedure, measure
-from comm_bench.winners import Choice, choose_variants
+from comm_bench.winners import Comparison, choose_variants
 
 if TYPE_CHECKING:
     import torch
@@ -57,14 +57,14 @@ class Tried:
     """What a search found; equal on every rank.
 
     Attributes:
-        choices: by backend, the measured messages, each with the variants that were timed properly.
-        variants: by backend, the choices that pay off.
+        compared: by backend, the measured messages, each with the variants that were timed properly.
+        choices: by backend, the variants that pay off.
         wrong: the number of wrong elements.
         unmeasured: the number of messages for which there was no time.
     """
 
-    choices: dict[str, list[Choice]] = dataclasses.field(default_factory=dict)
-    variants: dict[str, tuple[VariantChoice, ...]] = dataclasses.field(default_factory=dict)
+    compared: dict[str, list[Comparison]] = dataclasses.field(default_factory=dict)
+    choices: dict[str, tuple[VariantChoice, ...]] = dataclasses.field(default_factory=dict)
     wrong: int = 0
     unmeasured: int = 0
 
@@ -130,8 +130,8 @@ def search(
         times_us, wrong = _measure_best(job, cases, variants, settings.procedure, drop)
         tried.wrong += wrong
         if texts[0] in times_us:
-            choice = Choice(case.op, case.mode, case.nbytes, texts[0], times_us)
-            tried.choices.setdefault(contender.name, []).append(choice)
+            comparison = Comparison(case.op, case.mode, case.nbytes, texts[0], times_us)
+            tried.compared.setdefault(contender.name, []).append(comparison)
         if contender.supports(case):
             contender.use_variants(())
         else:  # it failed
@@ -141,13 +141,13 @@ def search(
             variant.release()
         longest_s = max(longest_s, time.monotonic() - started_s)
     for contender in contenders:
-        measured = tried.choices.get(contender.name, [])
-        measured.sort(key=lambda choice: (OPS.index(choice.op), choice.nbytes))
+        measured = tried.compared.get(contender.name, [])
+        measured.sort(key=lambda comparison: (OPS.index(comparison.op), comparison.nbytes))
         if contender in failed:
             continue
-        of_ops = (list(of_op) for _, of_op in itertools.groupby(measured, key=lambda choice: choice.op))
+        of_ops = (list(of_op) for _, of_op in itertools.groupby(measured, key=lambda comparison: comparison.op))
         if chosen := tuple(itertools.chain.from_iterable(map(choose_variants, of_ops))):
-            tried.variants[contender.name] = chosen
+            tried.choices[contender.name] = chosen
             contender.use_variants(chosen)
     return tried
 
@@ -196,12 +196,12 @@ def _measure_best(
     """
     quick = dataclasses.replace(procedure, warmup=_FIRST_WARMUP, repetitions=_FIRST_REPETITIONS, checks=False)
     first, _ = _measure(job, cases, variants, quick, drop)
-    present, *others = variants
+    in_use, *others = variants
     ranked = sorted(
         (variant for variant in others if variant.name in first),
         key=lambda variant: statistics.median(first[variant.name]),
     )
-    return _measure(job, cases, [present, *ranked[:_BEST]], procedure, drop)
+    return _measure(job, cases, [in_use, *ranked[:_BEST]], procedure, drop)
 
 
 def _measure(

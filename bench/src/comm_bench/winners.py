@@ -18,21 +18,21 @@ from comm_bench import stats
 from comm_bench.cases import OPS
 from comm_bench.results import Row
 
-__all__ = ["RULE_COST", "Choice", "choices_of", "choose", "choose_variants", "rules_of"]
+__all__ = ["RULE_COST", "Comparison", "choose", "choose_variants", "comparisons_of", "rules_of"]
 
 RULE_COST = math.log(1.05)
 """The least gain of a rule: the sum over its sizes of the logarithm of how many times as fast they become."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Comparison:
     """One message, and the backends among which a rule may choose, or the variants of a backend.
 
     Attributes:
         op: one of `comm_bench.cases.OPS`.
         mode: one of `comm_core.types.MODES`.
         nbytes: the message's size in bytes.
-        planned: the backend that serves it without rules, or the variant without choices.
+        planned: the backend that serves it without rules, or the variant in use without choices.
         times_us: by backend or variant, the slowest rank's time of one call, by repetition.
     """
 
@@ -55,8 +55,10 @@ class Choice:
         return math.log(ratio.low if ratio.low > 1 else ratio.median if ratio.high < 1 else 1.0)
 
 
-def rules_of(rows: Sequence[Row], decision: Decision, device_type: str) -> tuple[tuple[TuningRule, ...], list[Choice]]:
-    """Return the rules that measured rows support, and the choices on which they rest.
+def rules_of(
+    rows: Sequence[Row], decision: Decision, device_type: str
+) -> tuple[tuple[TuningRule, ...], list[Comparison]]:
+    """Return the rules that measured rows support, and the comparisons on which they rest.
 
     Args:
         rows: the rows of backends and of `torch_distributed`, of one dtype, out of place.
@@ -64,18 +66,18 @@ def rules_of(rows: Sequence[Row], decision: Decision, device_type: str) -> tuple
         device_type: the device type of the rows.
     """
     rules: list[TuningRule] = []
-    choices: list[Choice] = []
+    comparisons: list[Comparison] = []
     # The sum first: a composed fused call takes the backend that then serves the sum.
     for op in OPS:
-        found = choices_of([row for row in rows if row.case.op == op], decision, tuple(rules))
-        for mode in dict.fromkeys(choice.mode for choice in found):
-            rules += choose([choice for choice in found if choice.mode == mode], device_type)
-        choices += found
-    return tuple(rules), choices
+        found = comparisons_of([row for row in rows if row.case.op == op], decision, tuple(rules))
+        for mode in dict.fromkeys(comparison.mode for comparison in found):
+            rules += choose([comparison for comparison in found if comparison.mode == mode], device_type)
+        comparisons += found
+    return tuple(rules), comparisons
 
 
-def choices_of(rows: Sequence[Row], decision: Decision, rules: Sequence[TuningRule]) -> list[Choice]:
-    """Return a choice for each measured message of one operation, by mode and size.
+def comparisons_of(rows: Sequence[Row], decision: Decision, rules: Sequence[TuningRule]) -> list[Comparison]:
+    """Return a comparison for each measured message of one operation, by mode and size.
 
     Args:
         rows: the rows of one operation.
@@ -85,7 +87,7 @@ def choices_of(rows: Sequence[Row], decision: Decision, rules: Sequence[TuningRu
     by_case: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         by_case.setdefault((row.case.mode, row.case.nbytes), []).append(row)
-    choices = []
+    comparisons = []
     for (mode, nbytes), of_case in sorted(by_case.items()):
         case = of_case[0].case
         sizes = (nbytes, *case.shape) if case.fused else (nbytes,)
@@ -98,54 +100,54 @@ def choices_of(rows: Sequence[Row], decision: Decision, rules: Sequence[TuningRu
                     plain = rule.backend
             # A rule for `torch_distributed` means the composition of that sum and a norm.
             times.update((TERMINAL, row.times_us) for row in of_case if row.composed and row.name == plain)
-        choices.append(Choice(case.op, mode, nbytes, planned, times))
-    return choices
+        comparisons.append(Comparison(case.op, mode, nbytes, planned, times))
+    return comparisons
 
 
 def _holds(rule: TuningRule, nbytes: int) -> bool:
     return rule.min_nbytes <= nbytes and (rule.max_nbytes is None or nbytes <= rule.max_nbytes)
 
 
-def choose(choices: Sequence[Choice], device_type: str) -> list[TuningRule]:
+def choose(comparisons: Sequence[Comparison], device_type: str) -> list[TuningRule]:
     """Return the rules with the greatest gain for one operation and mode.
 
     Args:
-        choices: the choices, by ascending size.
+        comparisons: the comparisons, by ascending size.
         device_type: the device type of the rules.
     """
     return [
-        TuningRule(backend, math.inf, choices[0].op, choices[0].mode, device_type, *bounds)
-        for backend, bounds in _best_ranges(choices)
+        TuningRule(backend, math.inf, comparisons[0].op, comparisons[0].mode, device_type, *bounds)
+        for backend, bounds in _best_ranges(comparisons)
     ]
 
 
-def choose_variants(choices: Sequence[Choice]) -> list[VariantChoice]:
+def choose_variants(comparisons: Sequence[Comparison]) -> list[VariantChoice]:
     """Return the variants with the greatest gain for one operation of a backend.
 
     Args:
-        choices: the choices, by ascending size.
+        comparisons: the comparisons, by ascending size.
     """
-    return [VariantChoice(choices[0].op, variant, *bounds) for variant, bounds in _best_ranges(choices)]
+    return [VariantChoice(comparisons[0].op, variant, *bounds) for variant, bounds in _best_ranges(comparisons)]
 
 
-def _best_ranges(choices: Sequence[Choice]) -> list[tuple[str, tuple[int, int | None]]]:
+def _best_ranges(comparisons: Sequence[Comparison]) -> list[tuple[str, tuple[int, int | None]]]:
     """Return the ways to take in place of the planned ones, each with the smallest and the largest message."""
-    names = list(dict.fromkeys(name for choice in choices for name in choice.times_us))
+    names = list(dict.fromkeys(name for comparison in comparisons for name in comparison.times_us))
     # The greatest gain of the first `end` sizes, and the ranges (name, first, end).
     best: list[tuple[float, tuple[tuple[str, int, int], ...]]] = [(0.0, ())]
-    for end in range(1, len(choices) + 1):
+    for end in range(1, len(comparisons) + 1):
         found = best[end - 1]
         for name in names:
             total = -RULE_COST
             for first in reversed(range(end)):
-                total += choices[first].gain(name)
+                total += comparisons[first].gain(name)
                 before, parts = best[first]
                 # What is planned needs no range: one begins and ends where it changes something.
-                useful = name not in {choices[first].planned, choices[end - 1].planned}
+                useful = name not in {comparisons[first].planned, comparisons[end - 1].planned}
                 if useful and before + total > found[0] + 1e-12:
                     found = before + total, (*parts, (name, first, end))
         best.append(found)
-    sizes = [choice.nbytes for choice in choices]
+    sizes = [comparison.nbytes for comparison in comparisons]
 
     def middle(index: int) -> int:
         return (sizes[index - 1] + sizes[index]) // 2
