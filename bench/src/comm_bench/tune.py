@@ -119,12 +119,12 @@ def _tune(args: argparse.Namespace, rank: int) -> int:
     )
     document["wrong"] += tried.wrong
     document["unmeasured"] += tried.unmeasured
-    rules, choices = rules_of(rows, backend.decision, device_type)
+    rules, comparisons = rules_of(rows, backend.decision, device_type)
     provenance = {
         **{name: document[name] for name in ("comm_core", "started", "command", "machine", "clocks", "settings")},
         **{name: document[name] for name in ("absent", "dropped", "wrong", "unmeasured")},
         "dtype": _DTYPE,
-        "measured": [_to_json(choice) for choice in choices],
+        "measured": list(map(_to_json, comparisons)),
         "variants": {name: list(map(_to_json, of_backend)) for name, of_backend in tried.compared.items()},
     }
     topology = backend.topology
@@ -133,7 +133,7 @@ def _tune(args: argparse.Namespace, rank: int) -> int:
     if not args.dry_run and not document["wrong"] and rank in _first_ranks([info.host.id for info in topology.ranks]):
         path = save_table(tuned, Settings.read().cache_dir)
     if rank == 0:
-        text = json.dumps(tuned.to_json(), indent=1) if args.json else _text(tuned, choices, provenance)
+        text = json.dumps(tuned.to_json(), indent=1) if args.json else _text(tuned, comparisons, provenance)
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
         if path is not None:
