@@ -15,6 +15,14 @@ import comm_core as comm
 NBYTES = {nbytes}
 LAST, TURNS, GROUPS, KEPT = [None], [0], [0], []
 
+def sent_as_fp8(session, x, changed=lambda x: x):
+    if not session.context.wire or x.dtype is not torch.float32 or x.nbytes < 1 << 10:
+        return x
+    chunks = torch.nn.functional.pad(x, (0, -len(x) % 128)).view(-1, 128)
+    exponents = torch.frexp(chunks.abs().nan_to_num(nan=0).amax(1, keepdim=True))[1] - 8
+    values = torch.ldexp(chunks, -exponents).to(torch.float8_e4m3fn)
+    return changed(torch.ldexp(values.float(), exponents).view(-1)[: len(x)])
+
 class Session:
     calls = prepared = 0
     lost = capturing = False
@@ -105,6 +113,15 @@ def _broken(*tests: str, nbytes: int = 4 << 10, slow: bool = False, also: Iterab
     return Broken(frozenset(tests), nbytes=nbytes, slow=slow, also=frozenset(also), **lines)
 
 
+def _over_a_wire(sums: str = "x") -> dict[str, str]:
+    """Return the lines of a backend whose wire changes the sums `x` to what the expression says."""
+    return {
+        "available": "ranges += [comm.Range('all_reduce', None, ('float32',), ('cpu',), 1 << 10, NBYTES, wire='fp8')]",
+        "before": "tensor = sent_as_fp8(session, tensor)",
+        "all_reduce": f"x = sent_as_fp8(session, x, lambda x: {sums})",
+    }
+
+
 SERVES, ANSWERS = "it_serves_a_group_or_says_why_not", "it_answers_validly_about_every_topology"
 LEFT = "closed_groups_leave_nothing"
 KEPT = "inputs_are_kept_and_only_outputs_written"
@@ -118,6 +135,7 @@ CALL_RAISES, CALL_MISSING = "a_call_that_raises_on_one_rank_ends_the_others_call
 PREPARING_FAILS = "a_fault_in_preparation_is_agreed_and_leaves_nothing"
 VARIANTS = "variants_give_the_same_bits"
 SUSPENSION_FAILS = "a_fault_in_suspension_stops_the_handle"
+WIRE = "sums_over_a_wire_are_within_its_bound"
 # Changes what isn't an integer: the admission test sums integers.
 _FRACTIONS = "x = torch.where(x != x.round(), {}, x) if x.is_floating_point() else x"
 _SUSPEND = """
@@ -176,6 +194,7 @@ _OPEN = "session.file = os.open('/dev/null', os.O_RDONLY)"
 
 SOUND = Broken(
     frozenset(),
+    **_over_a_wire(),
     connect=_OPEN,
     hooks=_FUSED.format("pass")
     + _CAPTURE.format("pass").replace("yield", "try: yield\n        finally: session.capturing = False")
@@ -237,6 +256,12 @@ BROKEN = {
         hooks=_VARIANTS.format(_KNOWN),
     ),
     "takes_any_text_for_a_variant": _broken(VARIANTS, hooks=_VARIANTS.format("pass")),
+    # The admission test sums integers.
+    "beyond_the_wires_bound_at_some_places": _broken(
+        WIRE, **_over_a_wire("torch.where((x != x.round()) & (torch.arange(len(x)) % 97 == 0), 1.5 * x, x)")
+    ),
+    "other_bits_on_other_ranks_over_a_wire": _broken(WIRE, **_over_a_wire("x * (1 + 2**-20 * session.rank)")),
+    "spreads_nans_over_a_wire": _broken(WIRE, **_over_a_wire("x + 0 * x.sum()")),
     "raises_in_close": _broken(LEFT, hooks=_CLOSE.format("raise RuntimeError('not now')")),
     "hangs_in_close": _broken(
         LEFT,

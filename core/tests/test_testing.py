@@ -17,7 +17,7 @@ STANDARD = tuple(name for name in vars(BackendConformance) if name.startswith("t
 
 
 # The tests of what only some backends have, or promise.
-OPTIONAL = ("serves_a_group", "captur", "fused", "suspen", "prepar", "same_bits", "leave", "variants", "padded")
+OPTIONAL = ("serves_a_group", "captur", "fused", "suspen", "prepar", "same_bits", "leave", "variants", "padded", "wire")
 # SOAK_KIT=1 runs every standard test on every backend with a fault, and the slow ones.
 SOAK = bool(os.environ.get("SOAK_KIT"))
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from comm_core._testing import capture_cases, cases, fault_cases, padded_cases, variant_cases
+from comm_core._testing import capture_cases, cases, fault_cases, padded_cases, variant_cases, wire_cases
 from comm_core._testing.examine import describe_faults
 from comm_core._testing.kit import WAIT_TIMEOUT_S, Kit
 from comm_core._testing.ranks import DEAD, Ranks
@@ -123,6 +123,12 @@ class BackendConformance:
         for world_size in self.world_sizes:
             for left_out in kit.run(cases.sums_are_in_rank_order, world_size=world_size):
                 kit.require(not left_out, f"numerics ({left_out})")
+
+    def test_sums_over_a_wire_are_within_its_bound(self, kit: Kit) -> None:
+        """If a range has a wire, in groups that ask for it: errors, NaNs, equal bits on all ranks and in a rerun."""
+        for world_size in self.world_sizes:
+            for quantised in kit.run(wire_cases.sums_over_a_wire_are_within_its_bound, world_size=world_size):
+                kit.require(quantised, "a range with a wire")
 
     def test_many_calls_in_a_row_are_right(self, kit: Kit) -> None:
         """Calls of changing sizes, without a pause; the ranks drift apart."""

@@ -23,14 +23,14 @@ from comm_core._handle.rank_order import sum_in_rank_order
 from comm_core._plan.cases import AdmissionCase
 from comm_core.errors import CaptureError
 
-__all__ = ["run_cases"]
+__all__ = ["WIRE_FLOOR", "WIRE_RELATIVE", "run_cases"]
 
 # The largest n such that the dtype holds every integer up to n exactly: sums up to n are exact in any order.
 _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 # Period of the test pattern in elements: a prime, so that no chunk, vector or block of a kernel lines up with it.
 _PERIOD = 1021
-# The error bound of the wire "fp8", in units of the exact sum and of the groups' largest magnitudes.
-_WIRE_RELATIVE, _WIRE_FLOOR = 0.14, 2.0**-15
+#: The error bound of the wire "fp8", in units of the exact sum and of the chunks' largest magnitudes.
+WIRE_RELATIVE, WIRE_FLOOR = 0.14, 2.0**-15
 # A rank sends this instead of the numbers of its recorded cases if `capture_ctx` raised on exit.
 _CAPTURE_FAILED = -1
 
@@ -279,7 +279,7 @@ def _check_close(case: AdmissionCase, result: torch.Tensor, expected: torch.Tens
     """Check the error bound of the wire "fp8" (`comm_core.get_backend`) for sums of terms that aren't negative."""
     sums = expected.double()
     # No rank's term is larger than the largest sum.
-    excess = (result.double() - sums).abs() - _WIRE_RELATIVE * sums - _WIRE_FLOOR * terms * sums.amax()
+    excess = (result.double() - sums).abs() - WIRE_RELATIVE * sums - WIRE_FLOOR * terms * sums.amax()
     if not bool((excess <= 0).all()):
         first = int((~(excess <= 0)).flatten().nonzero()[0])
         raise ArithmeticError(

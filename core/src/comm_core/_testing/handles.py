@@ -24,6 +24,7 @@ __all__ = [
     "call_and_check",
     "check_sum",
     "describe",
+    "device_of",
     "eager_cells",
     "first_call",
     "fused_cells",
@@ -89,14 +90,18 @@ def eager_cells(
             dtype = getattr(torch, route.dtype)
             sizes = sizes_of(route.rules, name, dtype.itemsize, most_nbytes, least_nbytes)
             if sizes:
-                device = backend.device if route.device_type == backend.device.type else torch.device(route.device_type)
-                yield device, dtype, sizes
+                yield device_of(backend, route), dtype, sizes
+
+
+def device_of(backend: comm.Backend, route: Route) -> torch.device:
+    """Return this rank's device for the messages of a route."""
+    return backend.device if route.device_type == backend.device.type else torch.device(route.device_type)
 
 
 @contextlib.contextmanager
-def open_handle(name: str, group: dist.ProcessGroup | None = None) -> Iterator[comm.Backend]:
+def open_handle(name: str, group: dist.ProcessGroup | None = None, wire: str | None = None) -> Iterator[comm.Backend]:
     """Get a handle that the backend serves, prepared if it serves nothing before that; check it, and close it."""
-    backend = comm.get_backend(group, backends=(name,))
+    backend = comm.get_backend(group, backends=(name,), wire=wire)
     prepare_if_needed(backend, name)
     yield backend
     synchronize(backend)
