@@ -20,7 +20,7 @@ FROM, CAP = 4 << 10, 1 << 20
 
 def quantised(x):
     groups = torch.nn.functional.pad(x, (0, -x.numel() % 128)).view(-1, 128)
-    scale = (groups.abs().amax(1, keepdim=True) / 448).clamp(min=1e-30)
+    scale = (groups.abs().nan_to_num(nan=0).amax(1, keepdim=True) / 448).clamp(min=1e-30)
     return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten()[: x.numel()]
 
 class Plugin:

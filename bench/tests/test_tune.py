@@ -41,7 +41,7 @@ def validate(table: Any) -> None:
     jsonschema.Draft202012Validator(json.loads(text)).validate(table)
 
 
-def choices(
+def comparisons(
     times: Mapping[str, Mapping[int, float]], planned: Mapping[int, str] = PLANNED, spread: float = 1.0
 ) -> list[Comparison]:
     """Choices from each backend's time by size; every other repetition takes `spread` times as long."""
@@ -62,7 +62,7 @@ def choices(
 
 
 def chosen(*args: Any, **kwargs: Any) -> list[str]:
-    return list(map(str, choose(choices(*args, **kwargs), "cpu")))
+    return list(map(str, choose(comparisons(*args, **kwargs), "cpu")))
 
 
 def all_sizes(time_us: float) -> dict[int, float]:
@@ -96,7 +96,7 @@ def test_a_gain_within_the_noise_is_none() -> None:
     times = {"a": all_sizes(10), "b": all_sizes(9)}
     assert chosen(times) == ["b:all_reduce:0-10K:eager:cpu:inf"]
     # Noisy times: the intervals have gains and losses.
-    noisy = choices(times)
+    noisy = comparisons(times)
     noisy = [
         Comparison(c.op, c.mode, c.nbytes, c.planned, {"a": c.times_us["a"], "b": (9, 11, 9, 11, 9, 11, 9)})
         for c in noisy
@@ -113,7 +113,7 @@ times_of = st.dictionaries(
 def test_rules_are_worth_it_apart_and_of_measured_backends(
     times: dict[str, dict[int, float]], planned: list[str]
 ) -> None:
-    made = choices(times, dict(zip(PLANNED, planned, strict=True)))
+    made = comparisons(times, dict(zip(PLANNED, planned, strict=True)))
     rules = choose(made, "cpu")
     for one in rules:
         covered = [c for c in made if one.min_nbytes <= c.nbytes <= (one.max_nbytes or 1 << 40)]
@@ -134,14 +134,14 @@ def test_rules_are_worth_it_apart_and_of_measured_backends(
 def test_variants_are_chosen_like_backends_and_sizes_between_keep_the_table() -> None:
     times = {"a": {1024: 9, 4096: 5, 16384: 9, 65536: 9}, "b": {1024: 9, 4096: 9, 16384: 5, 65536: 9}}
     times["c"] = {1024: 5, 65536: 5}
-    chosen = choose_variants(choices(times))
+    chosen = choose_variants(comparisons(times))
     assert chosen == [
         VariantChoice(OPS[0], "c", 0, 2560),
         VariantChoice(OPS[0], "c", 40961, None),
     ]
     # Neighbours with one variant are one choice.
     times["c"] |= {4096: 4.9, 16384: 4.9}
-    assert choose_variants(choices(times)) == [VariantChoice(OPS[0], "c", 0, None)]
+    assert choose_variants(comparisons(times)) == [VariantChoice(OPS[0], "c", 0, None)]
 
 
 def row(name: str, op: str, nbytes: int, time_us: float, *, composed: bool = False) -> Row:
