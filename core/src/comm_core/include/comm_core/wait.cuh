@@ -30,8 +30,8 @@ class SpinGuard {
     // the session is then over, and the host raises at the next call.
     //
     // If `is_counter`, the wait is counted for the peer that was missing last, without its first 2^4 polls, which take
-    // less than 100 µs. A shorter wait is part of every exchange, and isn't counted. Of the threads that wait for one peer,
-    // one in a launch should be a counter.
+    // less than 100 µs. A shorter wait is part of every exchange, and isn't counted. Of the threads that wait for one
+    // peer, one in a launch should be a counter.
     template <typename Poll>
     __device__ __forceinline__ void wait(const Bound& bound, bool is_counter, const Poll& poll) {
         uint32_t rank = 0;
