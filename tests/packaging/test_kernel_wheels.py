@@ -34,7 +34,8 @@ KERNELS = {
         r"\d((?:one|two)shot_[a-z_]+?(?:_fp8)?|padded_push(?:_norm)?|add_norm)IN9comm_core\w*?E(?:Li(\d)E|E)",
         {
             *itertools.product(("oneshot_push", "oneshot_stream", "twoshot_push"), "2345678"),
-            *itertools.product(("oneshot_push_norm", "twoshot_push_norm", "twoshot_push_fp8"), "2345678"),
+            *itertools.product(("oneshot_push_norm", "twoshot_push_norm"), "2345678"),
+            *itertools.product(["twoshot_push_fp8"], "345678"),
             *itertools.product(("padded_push", "padded_push_norm"), "248"),
             ("oneshot_push_fp8", "2"),
             ("add_norm", None),

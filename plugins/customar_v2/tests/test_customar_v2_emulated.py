@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,8 +46,8 @@ def test_every_length_of_row_has_a_launch_that_takes_it(tmp_path: Path) -> None:
     assert words == "launches are right\n"
 
 
-# With how many dtypes.
-SIZES = {2: 3, 3: 1, 4: 1, 5: 1, 8: 1}
+# With how many dtypes. More ranks take minutes on two processors: with SOAK_EMULATION=1.
+SIZES = {2: 3, 3: 1} | ({4: 1, 5: 1, 8: 1} if os.environ.get("SOAK_EMULATION") else {})
 
 
 @pytest.mark.parametrize(("world_size", "dtypes"), SIZES.items())
@@ -56,10 +57,10 @@ def test_every_algorithm_sums_in_rank_order(programs: dict[str, Path], world_siz
 
 @pytest.mark.parametrize(("world_size", "dtypes"), SIZES.items())
 def test_fused_and_plain_calls_on_the_same_buffers(programs: dict[str, Path], world_size: int, dtypes: int) -> None:
-    rounds = 3 if world_size < 8 else 1
+    rounds = 2 if world_size < 8 else 1
     assert run(programs["emulated_norm"], world_size, rounds).count("every row is right") == dtypes
 
 
-@pytest.mark.parametrize(("world_size", "dtypes"), [(2, 2), (3, 1), (4, 1)])
+@pytest.mark.parametrize(("world_size", "dtypes"), [(size, min(dtypes, 2)) for size, dtypes in SIZES.items()])
 def test_sums_over_the_wire_among_exact_ones(programs: dict[str, Path], world_size: int, dtypes: int) -> None:
-    assert run(programs["emulated_wire"], world_size, 3).count("every sum is right") == dtypes
+    assert run(programs["emulated_wire"], world_size, 2).count("every sum is right") == dtypes
