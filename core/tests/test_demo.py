@@ -68,18 +68,18 @@ def test_the_record_is_json(ranks: Ranks) -> None:
 
 
 def test_a_reader_that_ends_early_ends_the_job_quietly(tmp_path: Path) -> None:
-    # Python imports this module at its start, in the command and in its ranks.
+    # Python imports this module at its start, in the command and in its ranks. The second rank has ample time to find
+    # that the first one has ended: the launcher can't end it by SIGTERM.
     (tmp_path / "sitecustomize.py").write_text(
-        f"from comm_core.cli import demo\n\ndemo._NBYTES, demo._BLOCK_NBYTES = {NBYTES}, {BLOCK_NBYTES}\n"
+        "import os, signal\n\nif os.environ.get('RANK') == '1':\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     with start_command("demo", environ={"PYTHONPATH": path}) as job:
         assert job.stdout is not None
-        job.stdout.readline()
         job.stdout.close()  # as `head` does
         assert job.stderr is not None
         err = job.stderr.read()
-        assert "Traceback" not in err, err
+        assert len(err.splitlines()) <= 1, err  # that the machine is busy
         assert job.wait(timeout=120) == 1
 
 

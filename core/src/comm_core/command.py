@@ -38,10 +38,10 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from comm_core._control.deadline import describe
+from comm_core._control.deadline import describe, run_with_deadline
 from comm_core._plan.explain import size, table
 from comm_core.env import Settings, UnreadableSettingError
 from comm_core.tuning import parse_size
@@ -65,6 +65,10 @@ _RANK = (
     "import _signal, sys; _signal.signal(_signal.SIGINT, _signal.SIG_DFL); "
     "from comm_core.cli import main; sys.exit(main())"
 )
+# The longest that a rank which ends waits for the job's store, in seconds.
+_STORE_S = 10.0
+# In the job's store: the reader of a rank's stdout has ended.
+_READER_ENDED = "comm_core/reader_ended"
 GROUP = "comm_core.commands"
 """The entry-point group of commands."""
 
@@ -147,8 +151,8 @@ def joined() -> Iterator[int]:
 
     Initialises the world group, and at the end closes every handle and destroys the group. An exception inside prints
     its traceback and ends the process with status 1, without waiting for the other ranks; Ctrl-C, and the end of the
-    reader of stdout, such as `head`, end it without a word. An environment variable of core's that can't be read ends
-    it with status 2.
+    reader of any rank's stdout, such as `head`, end it without a word. An environment variable of core's that can't be
+    read ends it with status 2.
 
     Yields:
         This process's rank in the job.
@@ -183,13 +187,30 @@ def joined() -> Iterator[int]:
     except KeyboardInterrupt:
         _exit(130)  # 128 and the number of SIGINT
     except BrokenPipeError:
+        _ask_store(lambda store: store.set(_READER_ENDED, "1"))
         _exit(1)
     except Exception:  # noqa: BLE001 - printed, and the process ends with it
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        if not _ask_store(lambda store: store.check([_READER_ENDED])):  # else a peer has ended for that, before this
+            traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
         _exit(1)
     dist.destroy_process_group()
+
+
+def _ask_store(operation: Callable[[Any], object]) -> object:
+    """Return what `operation` returns for the job's store; None if the store is gone, maybe with the rank that held it.
+
+    Under `launch` and torchrun the launcher holds the store, and outlives the ranks.
+    """
+    from torch.distributed import group
+
+    from comm_core._control.store import store_of
+
+    with contextlib.suppress(Exception):
+        store = store_of(group.WORLD)
+        return run_with_deadline(lambda: operation(store), _STORE_S, name="the job's store")
+    return None
 
 
 def _exit(status: int) -> NoReturn:
