@@ -21,7 +21,7 @@ import pytest
 import torch
 from comm_core._native import toolchain
 from comm_core.errors import CaptureError, PluginLoadError
-from comm_core.kernels import Library
+from comm_core.kernels import Library, waits_by_rank
 from package_sources import ADD_CPP, EXPORT_H, FILL_CU, MACRO_CPP, VERSION_CPP
 
 SOURCE = str(Path(comm_core.__file__).parents[1])
@@ -314,6 +314,13 @@ def test_nothing_is_loaded_first_while_a_stream_captures(package: Package, monke
     Library(package.name).load()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert Library(package.name).load().add(2, 3) == 5
+
+
+def test_counted_waits_are_by_rank_in_microseconds() -> None:
+    assert waits_by_rank(iter([2, 2000, 1500, 0, 0, 0, 3, 4500, 2500])) == {0: (2, 2.0, 1.5), 2: (3, 4.5, 2.5)}
+    assert waits_by_rank([]) == {}
+    with pytest.raises(ValueError, match="shorter"):
+        waits_by_rank([2, 2000])
 
 
 def test_the_import_brings_neither_torch_nor_bindings(package: Package) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import comm_core as comm
@@ -162,6 +164,12 @@ def test_the_kernel_for_gpus_sums_on_cpu_threads(projects: dict[str, Path], tmp_
     done = subprocess.run([program], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == ["every sum is right", "an absent rank is noticed"]
+
+
+def test_the_one_for_gpus_lists_waits_by_peer(projects: dict[str, Path]) -> None:
+    plugin = runpy.run_path(str(projects[CUDA] / "src" / f"comm_plugin_{CUDA}" / "__init__.py"))
+    session = SimpleNamespace(native={"waits": lambda: [0, 0, 0, 3, 4500, 2500]})
+    assert plugin["waits"](session) == {1: (3, 4.5, 2.5)}
 
 
 def test_the_written_test_for_cpus_runs_the_conformance_kit(kit_of_cpp: Any) -> None:

@@ -345,8 +345,8 @@ def waits(session: Any) -> Mapping[int, tuple[int, float, float]]:  # type: igno
     """Return how long this rank's calls have waited for each peer so far.
 
     Local, optional; waits for nothing. Called from `backend.waits()`, maybe while another thread is in `all_reduce`.
-    The result has by the peer's group rank: the number of waits, their total time and the longest one, in microseconds.
-    Waits that are part of every exchange needn't count, nor those of kernels that haven't ended.
+    The result has by the peer's group rank: the number of waits, their total time and the longest one, in microseconds;
+    `comm_core.kernels.waits_by_rank` makes it. Waits in every exchange needn't count, nor those of running kernels.
 
     Raises:
         Exception: of any type: reaches the caller.

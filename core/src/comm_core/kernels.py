@@ -19,7 +19,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from comm_core.errors import CommError, PluginLoadError
 if TYPE_CHECKING:
     from tvm_ffi import Module
 
-__all__ = ["Library", "include_dir"]
+__all__ = ["Library", "include_dir", "waits_by_rank"]
 
 
 class _LibraryState:
@@ -166,6 +166,24 @@ class Library:
         if spec is None or not spec.submodule_search_locations:
             raise PluginLoadError(f"{self.package!r} isn't an installed package with a folder")
         return Path(next(iter(spec.submodule_search_locations)))
+
+
+def waits_by_rank(numbers: Iterable[int]) -> dict[int, tuple[int, float, float]]:
+    """Return native counts of waits as the hook `waits` returns them.
+
+    Args:
+        numbers: for each rank in turn, the number of waits for it, their total time and the longest one, in
+            nanoseconds, such as from `WaitCounters::read` in `<comm_core/host.h>`.
+
+    Returns:
+        By rank, the same numbers with times in microseconds. A rank without waits, such as this one, is left out.
+
+    Raises:
+        ValueError: a rank has fewer than three numbers.
+    """
+    flat = list(numbers)
+    by_rank = enumerate(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+    return {rank: (count, total_ns / 1e3, longest_ns / 1e3) for rank, (count, total_ns, longest_ns) in by_rank if count}
 
 
 def _prebuilt(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comm_core as comm
 import torch
-from comm_core import memory
+from comm_core import kernels, memory
 from comm_core.types import rank_label
 
 from comm_plugin_customar_v1 import layout, policy
@@ -150,13 +150,7 @@ class Session:
         Reads host memory alone, so it waits for no kernel. A closed session has none.
         """
         native = self._native
-        numbers = [] if native is None else list(native.waits())
-        by_rank = enumerate(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
-        return {
-            rank: (count, total_ns / 1e3, longest_ns / 1e3)
-            for rank, (count, total_ns, longest_ns) in by_rank
-            if rank != self._context.rank
-        }
+        return {} if native is None else kernels.waits_by_rank(native.waits())
 
     def abort(self) -> None:
         """End the waits of this rank's kernels, as a time-out would. Idempotent."""

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import comm_core as comm
 import torch
+from comm_core import kernels
 from comm_core.types import rank_label
 
 from comm_plugin_shm import policy
@@ -71,15 +72,7 @@ class Session:
 
         A wait of about a microsecond is part of every exchange, and doesn't count.
         """
-        if self._waits is None:
-            return {}
-        numbers = list(self._waits())
-        by_rank = (numbers[start : start + 3] for start in range(0, len(numbers), 3))
-        return {
-            rank: (count, total_ns / 1e3, longest_ns / 1e3)
-            for rank, (count, total_ns, longest_ns) in enumerate(by_rank)
-            if rank != self._context.rank
-        }
+        return {} if self._waits is None else kernels.waits_by_rank(self._waits())
 
     def abort(self) -> None:
         """Make every later call on any rank raise, and the peers' waits for this rank end. Idempotent."""

@@ -89,8 +89,9 @@ class WaitCounters {
     // Their address on the device that was current at their construction.
     WaitCounts* on_device() const { return counts_.on_device(); }
 
-    // Returns for each rank the number of waits for it, their total time and the longest one, in nanoseconds. While a
-    // kernel counts a wait, some of its numbers may be older than others.
+    // Returns for each rank the number of waits for it, their total time and the longest one, in nanoseconds, as
+    // comm_core.kernels.waits_by_rank takes them. While a kernel counts a wait, some of its numbers may be older than
+    // others.
     std::vector<int64_t> read() const {
         std::vector<int64_t> numbers;
         for (size_t rank = 0; rank < world_size_; ++rank) {
