@@ -16,12 +16,12 @@ NBYTES = {nbytes}
 LAST, TURNS, GROUPS, KEPT = [None], [0], [0], []
 
 def sent_as_fp8(session, x, changed=lambda x: x):
-    if not session.context.wire or x.dtype is not torch.float32 or x.nbytes < 1 << 10:
+    if not session.wire or x.dtype is not torch.float32 or x.nbytes < 1 << 10:
         return x
-    chunks = torch.nn.functional.pad(x, (0, -len(x) % 128)).view(-1, 128)
+    chunks = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % 128)).view(-1, 128)
     exponents = torch.frexp(chunks.abs().nan_to_num(nan=0).amax(1, keepdim=True))[1] - 8
     values = torch.ldexp(chunks, -exponents).to(torch.float8_e4m3fn)
-    return changed(torch.ldexp(values.float(), exponents).view(-1)[: len(x)])
+    return changed(torch.ldexp(values.float(), exponents).view(-1)[: x.numel()]).view_as(x)
 
 class Session:
     calls = prepared = 0
@@ -29,12 +29,14 @@ class Session:
     variant = "one"
 
     def __init__(self, context):
-        self.context, self.group, self.rank = context, context.group, context.rank
+        self.context, self.group, self.rank, self.wire = context, context.group, context.rank, context.wire
 
     def sent(self, x):
         return x
 
 class Padded:
+    wire = ""
+
     def __init__(self, session, num_tokens):
         self.session, self.num_tokens = session, num_tokens
 
@@ -234,6 +236,11 @@ BROKEN = {
     "forgets_the_weights_offset": _broken(FUSED, hooks=_FUSED.format("w = weight")),
     "changes_the_residual": _broken(FUSED, hooks=_FUSED.format("if len(x) == 3: residual.copy_(s)")),
     "reads_the_number_of_tokens_once": _broken(PADDED, hooks=_PADDED.format("num_tokens.clone()")),
+    "sends_padded_batches_over_the_wire": _broken(
+        PADDED,
+        **{**_over_a_wire(), "before": "tensor = sent_as_fp8(getattr(session, 'session', session), tensor)"},
+        hooks=_PADDED.format("num_tokens"),
+    ),
     "wrong_at_sixteen_tokens": _broken(FUSED, hooks=_FUSED.format("if len(x) == 16: s[-1, -1] += 1")),
     "keeps_a_descriptor_if_a_peer_fails": _broken(
         CONNECT_FAILS, connect="file = os.dup(0); context.control.barrier(); os.close(file)"

@@ -254,9 +254,9 @@ def padded_session(session: Any, num_tokens: torch.Tensor) -> Any:
     Local, optional: without it, all rows are summed. Called by the first call with this `num_tokens`, on the caller's
     thread, maybe while a graph is captured: launch nothing. Kernels of these calls read `num_tokens` when they run,
     after the stream's earlier work: so many of the rows of `[..., hidden_size]` are real, the first ones, and their
-    results are those of a call on these alone. Other rows of outputs are unspecified. `num_tokens` is int32, one
-    element, on the group's device, equal on all ranks; below 0 means 0, above the rows all of them. Core keeps the
-    tensor and the result until the session is closed.
+    results are those of a call on these alone, by no quantised wire. Other rows of outputs are unspecified.
+    `num_tokens` is int32, one element, on the group's device, equal on all ranks; below 0 means 0, above the rows all
+    of them. Core keeps the tensor and the result until the session is closed.
 
     Returns:
         Any object but None; or `NotImplemented`, on all ranks: all rows are summed.

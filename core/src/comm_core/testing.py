@@ -170,7 +170,7 @@ class BackendConformance:
         kit.run(variant_cases.variants_give_the_same_bits, any_operation=True)
 
     def test_padded_batches_are_summed(self, kit: Kit) -> None:
-        """If the backend has `padded_session`: the number of real rows changes between calls, and between replays."""
+        """If the backend has `padded_session`: the number of real rows changes between calls and replays; no wire."""
         kit.require("padded_session" in kit.describe(2)["hooks"], "the hook padded_session")
         kit.run(padded_cases.padded_batches_are_summed, any_operation=True)
 

@@ -22,33 +22,41 @@ _Call = tuple[Callable[[comm.TokenCounts], Any], list[torch.Tensor], list[torch.
 def padded_batches_are_summed(name: str) -> None:
     """The real rows of all kinds of message are right, whatever the other rows of inputs and outputs hold.
 
-    The number changes between eager calls, and between replays of one graph; it may be beyond the rows.
+    The number changes between eager calls, and between replays of one graph; it may be beyond the rows. In groups that
+    ask for a wire, too, since these calls don't take it.
     """
+    with open_handle(name, wire="") as backend:
+        _check_all(backend, name)
+    with open_handle(name, wire="fp8") as backend:
+        if any(rule.wire for route in backend.decision.routes for rule in route.rules):
+            _check_all(backend, name)
+
+
+def _check_all(backend: comm.Backend, name: str) -> None:
     checked = 0
-    with open_handle(name) as backend:
-        for rows, (call, outputs, rights) in _calls(backend, name):
-            counts = comm.TokenCounts(rows, 0, 1, outputs[0].device)  # no rank has a share of its own
-            call(counts)
-            runs: list[Callable[[], object]] = [functools.partial(call, counts)]
-            if outputs[0].is_cuda:
-                graph = torch.cuda.CUDAGraph()
-                with comm.capture(), torch.cuda.graph(graph):
-                    call(counts)
-                runs.append(graph.replay)
-            for number in (rows, 1, rows - 1, 0, (rows + 1) // 2, -3, rows + 9, 1, rows):
-                counts.total.fill_(number)
-                for run in runs:
-                    for output in outputs:
-                        output.fill_(77)
-                    run()
-                    real = min(max(number, 0), rows)
-                    for output, right in zip(outputs, rights, strict=True):
-                        # Sums are exact; a norm's elements are rounded twice.
-                        error = 0.0 if output is outputs[-1] else 0.02
-                        near = torch.allclose(output[:real].cpu().double(), right[:real], rtol=error, atol=error)
-                        assert near, f"{number} real rows of {list(output.shape)} of {output.dtype} are wrong"
-            checked += 1
-        synchronize(backend)
+    for rows, (call, outputs, rights) in _calls(backend, name):
+        counts = comm.TokenCounts(rows, 0, 1, outputs[0].device)  # no rank has a share of its own
+        call(counts)
+        runs: list[Callable[[], object]] = [functools.partial(call, counts)]
+        if outputs[0].is_cuda:
+            graph = torch.cuda.CUDAGraph()
+            with comm.capture(), torch.cuda.graph(graph):
+                call(counts)
+            runs.append(graph.replay)
+        for number in (rows, 1, rows - 1, 0, (rows + 1) // 2, -3, rows + 9, 1, rows):
+            counts.total.fill_(number)
+            for run in runs:
+                for output in outputs:
+                    output.fill_(77)
+                run()
+                real = min(max(number, 0), rows)
+                for output, right in zip(outputs, rights, strict=True):
+                    # Sums are exact; a norm's elements are rounded twice.
+                    error = 0.0 if output is outputs[-1] else 0.02
+                    near = torch.allclose(output[:real].cpu().double(), right[:real], rtol=error, atol=error)
+                    assert near, f"{number} real rows of {list(output.shape)} of {output.dtype} are wrong"
+        checked += 1
+    synchronize(backend)
     assert checked, "the backend serves no message of several rows"
 
 
