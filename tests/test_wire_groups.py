@@ -86,6 +86,8 @@ def ask() -> str:
     assert torch.equal(handle.all_reduce(single), single * 2)
     text = handle.explain()
     assert "  quantised 4 KiB to 1 MiB, fp8 wire; quantised up to 1 MiB; torch_distributed any size\n" in text
+    quantised = {item.backend: (item.calls, item.nbytes) for item in handle.stats() if item.wire}
+    assert quantised == {"quantised": (4, 2 * sum(NUMELS[2:-1]))}
     comm.close()
     handle = comm.get_backend()
     assert sums(handle) == list(NUMELS)

@@ -130,7 +130,7 @@ class Fake:
         return {ALL_REDUCE: self.all_reduce, FUSED: self.fused, QUANT: self.quant}
 
 
-def handle(made: Sequence[Offer], fakes: Mapping[str, Fake], **hooks: Callable[..., Any]) -> Backend:
+def handle(made: Sequence[Offer], fakes: Mapping[str, Fake], wire: str = "", **hooks: Callable[..., Any]) -> Backend:
     """A handle whose sessions are named after their backends; `fakes` has the terminal fallback's, too."""
     sessions = {
         offer.name: Session(
@@ -143,17 +143,17 @@ def handle(made: Sequence[Offer], fakes: Mapping[str, Fake], **hooks: Callable[.
     }
     topology = Topology.of([RankInfo(rank, Host("node", "id")) for rank in range(2)])
     terminal = (fakes[TERMINAL].all_reduce, "the process group")
-    decision = Slate(tuple(made)).decision(("cpu",))
+    decision = Slate(tuple(made), wire=wire).decision(("cpu",))
     return Backend(Serving(decision, topology, TITLE, torch.device("cpu"), terminal, sessions))
 
 
 def one_backend(
-    *ranges: Range, error: BaseException | None = None, **hooks: Callable[..., Any]
+    *ranges: Range, error: BaseException | None = None, wire: str = "", **hooks: Callable[..., Any]
 ) -> tuple[Backend, Fake, Fake]:
     """A handle with the backend "fast", its fake and the terminal fallback's."""
     fast, last = Fake(error), Fake()
     made = [Offer("fast", 300, ranges or tuple(map(Range, OPS)))]
-    return handle(made, {"fast": fast, TERMINAL: last}, **hooks), fast, last
+    return handle(made, {"fast": fast, TERMINAL: last}, wire, **hooks), fast, last
 
 
 def aligned(numel: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> torch.Tensor:

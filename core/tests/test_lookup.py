@@ -114,7 +114,7 @@ def test_what_is_kept_is_bounded_and_every_call_stays_counted(monkeypatch: pytes
         assert without_counter(found) == bound
         count(found)
     assert 0 < len(routes) < 5000
-    route: RouteKey = (ON_CPU, torch.int8, TERMINAL)
+    route: RouteKey = (ON_CPU, torch.int8, TERMINAL, "")
     assert routes.totals() == routes.totals() == {route: (9_999, sum(range(1, 10_000)))}
     count(routes.find((ON_CPU, torch.int8, 1)))
     assert routes.totals() == {route: (10_000, sum(range(1, 10_000)) + 1)}
@@ -155,8 +155,9 @@ def test_inside_a_capture_the_stream_decides(monkeypatch: pytest.MonkeyPatch) ->
     assert of(ON_GPU) == "eager"
     count(inside[key])
     count(inside[key])
-    assert nonzero(inside._graph) == {(ON_GPU, torch.int8, "graph"): (1, 8), ("cuda", torch.bool, TERMINAL): (1, 8)}
-    assert nonzero(inside._eager) == {(ON_GPU, torch.int8, "eager"): (2, 16), ("cpu", torch.bool, TERMINAL): (1, 4)}
+    by_torch = torch.bool, TERMINAL, ""
+    assert nonzero(inside._graph) == {(ON_GPU, torch.int8, "graph", ""): (1, 8), ("cuda", *by_torch): (1, 8)}
+    assert nonzero(inside._eager) == {(ON_GPU, torch.int8, "eager", ""): (2, 16), ("cpu", *by_torch): (1, 4)}
 
 
 def test_a_handle_serves_the_same_inside_a_capture_where_there_are_no_graphs() -> None:

@@ -106,6 +106,20 @@ def test_all_rows_are_summed_where_nobody_reads_the_count() -> None:
         assert not made
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_calls_that_leave_out_the_padding_count_as_exact_on_a_route_with_a_wire(reads: bool) -> None:
+    def padded_session(session: object, num_tokens: torch.Tensor) -> object:
+        return Padded(session, num_tokens) if reads else NotImplemented
+
+    wire = Range(ALL_REDUCE, wire="fp8")
+    backend, *_ = one_backend(Range(ALL_REDUCE), wire, wire="fp8", padded_session=padded_session)
+    for _ in range(20):
+        backend.all_reduce(rows(ROWS, HIDDEN), num_tokens=counts_of())
+    backend.all_reduce(rows(ROWS, HIDDEN))
+    found = {item.wire: item.calls for item in backend.stats()}
+    assert found == ({"": 20, "fp8": 1} if reads else {"fp8": 21})
+
+
 def test_complex_and_empty_tensors_are_summed_whole() -> None:
     backend, fast, _, made = padded_backend()
     x = torch.complex(rows(ROWS, HIDDEN), rows(ROWS, HIDDEN))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,19 @@ def test_a_hook_that_takes_any_operands_counts_what_it_serves(declines: bool, mo
     composed = {(ALL_REDUCE, "float32", "fast"): (40, 40 * 64), (FUSED, "float32", TERMINAL): (40, 40 * 64)}
     served = {(FUSED, "float32", "fast"): (40, 40 * 64)}
     assert by_backend(backend.stats()) == (composed if declines else served)
+
+
+def test_calls_over_a_wire_count_apart_and_are_marked() -> None:
+    backend, *_ = one_backend(Range(ALL_REDUCE), Range(ALL_REDUCE, min_nbytes=64, wire="fp8"), wire="fp8")
+    for _ in range(40):
+        backend.all_reduce(aligned(4))
+        backend.all_reduce(aligned(17))
+    fused(backend, 40)  # its sum has 64 bytes
+    sums = [(ALL_REDUCE, "fast", "", 40, 40 * 16), (ALL_REDUCE, "fast", "fp8", 80, 40 * (68 + 64))]
+    found = [(item.op, item.backend, item.wire, item.calls, item.nbytes) for item in backend.stats()]
+    assert found == [*sums, (FUSED, TERMINAL, "", 40, 40 * 64)]
+    lines = backend.explain().partition("calls so far")[2].splitlines()
+    assert [re.split("  +", line)[4] for line in lines] == ["backend", "fast", "fast over an fp8 wire", TERMINAL]
 
 
 def test_an_explanation_has_a_line_for_each_route_that_was_used() -> None:

@@ -100,6 +100,7 @@ def test_prometheus_gets_calls_bytes_and_waits(ranks: Ranks, tmp_path: Path) -> 
         assert found["scraped"] > 0
         group = {"group": found["group"], "rank": str(found["rank"])}
         call = {**group, "op": "all_reduce", "mode": "eager", "device": "cpu", "dtype": "float32", "backend": "first"}
+        call["wire"] = ""
         wait = {**group, "backend": "first", "peer": str(1 - found["rank"])}
 
         def one(labels: dict[str, str], value: float) -> dict[tuple[tuple[str, str], ...], float]:

@@ -46,6 +46,13 @@ def test_a_message_is_explained_with_its_wire_also_where_core_composes() -> None
         assert "wire" not in explain_message(decision, route, 512)
 
 
+def test_the_json_of_a_decision_names_the_wire() -> None:
+    data = Slate(OFFERS, wire="fp8").decision(("cuda",)).to_json()
+    assert data["wire"] == "fp8"
+    route = next(route for route in data["routes"] if route["op"] == PLAIN)
+    assert [rule["wire"] for rule in route["rules"]] == ["fp8", "", "", ""]
+
+
 def test_tuning_rules_exclude_the_wire_but_put_nothing_before_it() -> None:
     (first, *_) = rules(Slate(OFFERS, tuning=Tuning(parse_rules("fast:999"), "test"), wire="fp8"))
     assert first.wire == "fp8"

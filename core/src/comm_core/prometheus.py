@@ -10,14 +10,15 @@ start_http_server(9100)
 
 | metric | labels | meaning |
 |---|---|---|
-| `comm_core_calls_total` | `group`, `rank`, `op`, `mode`, `device`, `dtype`, `backend` | calls, by `Backend.stats` |
-| `comm_core_bytes_total` | the same | bytes of the reduced tensors |
+| `comm_core_calls_total` | `group`, `rank`, `op`, `mode`, `device`, `dtype`, `backend`, `wire` | calls |
+| `comm_core_bytes_total` | the same | bytes of the reduced tensors; both by `Backend.stats` |
 | `comm_core_waits_total` | `group`, `rank`, `backend`, `peer` | waits for a peer, by `Backend.waits` |
 | `comm_core_wait_seconds_total` | the same | their time |
 | `comm_core_longest_wait_seconds` | the same | the longest one |
 | `comm_core_up` | `group`, `rank`, `backend` | 0 once the group's handle has failed, else 1; of `Backend.name` |
 
 `group` is the process group's name, `rank` this process's rank in the group, and `peer` the group rank waited for.
+`wire` is the quantised wire of the calls; "" for exact ones, which to Prometheus is the same as no label.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Collector"]
 
 _GROUP = ("group", "rank")
-_CALL = (*_GROUP, "op", "mode", "device", "dtype", "backend")
+_CALL = (*_GROUP, "op", "mode", "device", "dtype", "backend", "wire")
 _WAIT = (*_GROUP, "backend", "peer")
 
 
@@ -59,7 +60,7 @@ class Collector(_Collector):
             group = (state.name, str(state.control.rank if state.control is not None else 0))
             up.add_metric((*group, backend.name), 0.0 if backend.failure else 1.0)
             for item in backend.stats():
-                labels = (*group, item.op, item.mode, item.device_type, item.dtype, item.backend)
+                labels = (*group, item.op, item.mode, item.device_type, item.dtype, item.backend, item.wire)
                 calls.add_metric(labels, item.calls)
                 nbytes.add_metric(labels, item.nbytes)
             for wait in backend.waits():

@@ -19,6 +19,7 @@ class RouteStats:
         backend: the backend's name.
         calls: the number of calls.
         nbytes: the bytes of the reduced tensors, over all calls.
+        wire: the quantised wire by which these tensors travelled, one of `WIRES`; "": none, and their sums are exact.
     """
 
     op: str
@@ -28,6 +29,7 @@ class RouteStats:
     backend: str
     calls: int
     nbytes: int
+    wire: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -353,7 +353,7 @@ class Backend(QuantCalls):
             session.use_variants(of_backend)
 
     def stats(self) -> tuple[RouteStats, ...]:
-        """Return the numbers of this rank's calls so far, one entry for each route and backend that served some.
+        """Return the numbers of this rank's calls so far, one entry for each route, backend and wire.
 
         Local; also of a closed handle. A call that a stream captures counts once, its replays don't; one that is
         recorded outside `comm_core.capture` counts as eager. A fused call that core composes counts as one of

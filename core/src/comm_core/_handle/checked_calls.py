@@ -223,7 +223,7 @@ class CheckedCalls:
         if count is None:
             return bound
         try:
-            return self._serving.bind_padded(bound, count)
+            return self._serving.bind_padded(op, key, bound, count)
         except BaseException as error:  # noqa: BLE001 - plugin boundary: re-raised with the backend's name
             self._stop(error, bound[2], "padded_session")
 

@@ -46,8 +46,8 @@ CallKey = tuple[Any, ...]
 
 
 #: The route of counted calls: a device as in `DeviceDtype`, or the type of one that only torch.distributed serves; a
-#: dtype; and the backend's name.
-RouteKey = tuple[int | str, torch.dtype, str]
+#: dtype; the backend's name; and the quantised wire, "" for none.
+RouteKey = tuple[int | str, torch.dtype, str, str]
 
 #: Counts calls: `for _ in counter: break` counts one. This takes 10 ns, and adding 1 to a number in a list or an object
 #: 20 to 25 ns (CPython 3.11).
@@ -98,7 +98,7 @@ class Routes(dict[CallKey, BoundHook]):
         super().__init__()
         self.entries = entries
         self._calls: dict[CallKey, int] = {}
-        self._counters: dict[tuple[CallKey, str], CallCounter] = {}
+        self._counters: dict[tuple[CallKey, str, str], CallCounter] = {}
         # The calls and bytes of the counters that were dropped.
         self._dropped: dict[RouteKey, tuple[int, int]] = {}
 
@@ -113,31 +113,31 @@ class Routes(dict[CallKey, BoundHook]):
         arguments = self._rule_arguments(key)
         # No backend serves an empty tensor: the handle sums one zero, or composes the call.
         entries = self.entries.get(key[:2], ()) if arguments[0] else ()
-        hook = next((hook for rule, hook in entries if rule.takes(*arguments)), self._default)
+        hook, wire = next(((hook, rule.wire) for rule, hook in entries if rule.takes(*arguments)), (self._default, ""))
         if hook is None:
             return None
-        bound = (*hook, self.counter(key, hook[2]))
+        bound = (*hook, self.counter(key, hook[2], wire))
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if calls >= _CHECKED_CALLS:
             self[key] = bound
         return bound
 
-    def counter(self, key: CallKey, backend: str) -> CallCounter:
-        """Return the counter of the calls with this key that the backend serves."""
-        counter = self._counters.get((key, backend))
+    def counter(self, key: CallKey, backend: str, wire: str = "") -> CallCounter:
+        """Return the counter of the calls with this key that the backend serves, by a quantised wire or by none."""
+        counter = self._counters.get((key, backend, wire))
         if counter is None:
             if len(self._counters) >= _MAX_CALL_KEYS:
                 self._dropped = self.totals()
                 for kept in (self, self._calls, self._counters):
                     kept.clear()
-            counter = self._counters[key, backend] = new_counter()
+            counter = self._counters[key, backend, wire] = new_counter()
         return counter
 
     def totals(self) -> dict[RouteKey, tuple[int, int]]:
         """Return the numbers of calls and bytes that were counted so far, by route."""
         found = dict(self._dropped)
-        for (key, backend), counter in list(self._counters.items()):  # a copy: another thread may call meanwhile
-            route, count = (*key[:2], backend), _counted(counter)
+        for (key, backend, wire), counter in list(self._counters.items()):  # a copy: another thread may call meanwhile
+            route, count = (*key[:2], backend, wire), _counted(counter)
             calls, nbytes = found.get(route, (0, 0))
             found[route] = calls + count, nbytes + count * self._rule_arguments(key)[0]
         return found
@@ -186,7 +186,7 @@ class CaptureRoutes:
         return self._routes(key).find(key)
 
     def counter(self, key: CallKey, backend: str) -> CallCounter:
-        """Call `Routes.counter` in the current stream's mode, also for a key without a route."""
+        """Call `Routes.counter` in the current stream's mode, for no wire; also for a key without a route."""
         routes = self._graph if capturing() and key[0] not in (-1, "cpu") else self._eager
         return routes.counter(key, backend)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._handle import norm
-from comm_core._handle.lookup import BoundHook, CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
+from comm_core._handle.lookup import BoundHook, CallKey, CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
 from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
 from comm_core._plan.faults import Fault
 from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats, WaitStats
@@ -134,17 +134,20 @@ class Serving:
             return self.all_reduce_routes
         return self.fused_routes if op == "all_reduce_add_rms_norm" else self.quant_routes
 
-    def bind_padded(self, bound: BoundHook, count: torch.Tensor) -> BoundHook:
+    def bind_padded(self, op: str, key: CallKey, bound: BoundHook, count: torch.Tensor) -> BoundHook:
         """Return the hook that sums the first rows, `count` in number; `bound`, which sums all, if there is none.
 
         A message that is taken in pieces is summed whole, since no piece has the batch's rows.
         """
-        function, value, name, checks_operands, counter = bound
+        function, value, name, checks_operands, _ = bound
         session = self.sessions.get(name)
         if session is None or session.value is not value:
             return bound
         padded = session.padded(count)
-        return bound if padded is NotImplemented else (function, padded, name, checks_operands, counter)
+        if padded is NotImplemented:
+            return bound
+        # Such a call is exact, also if the route has a wire.
+        return function, padded, name, checks_operands, self.routes_of(op).counter(key, name)
 
     @property
     def label(self) -> str:
@@ -154,8 +157,8 @@ class Serving:
     def stats(self) -> tuple[RouteStats, ...]:
         """Return the calls so far, by route and backend; see `Backend.stats`."""
         found = [
-            RouteStats(op, mode, _device_type(device), str(dtype).removeprefix("torch."), backend, calls, nbytes)
-            for (op, mode, (device, dtype, backend)), (calls, nbytes) in self._counts().items()
+            RouteStats(op, mode, _device_type(device), str(dtype).removeprefix("torch."), backend, calls, nbytes, wire)
+            for (op, mode, (device, dtype, backend, wire)), (calls, nbytes) in self._counts().items()
             if calls
         ]
         return tuple(sorted(found, key=_order))
@@ -301,4 +304,5 @@ def _order(stats: RouteStats) -> tuple[object, ...]:
     """Return the key that sorts statistics as a decision has its routes; dtypes without a route come last."""
     dtypes = list(DTYPES)
     dtype = dtypes.index(stats.dtype) if stats.dtype in DTYPES else len(dtypes)
-    return OPS.index(stats.op), MODES.index(stats.mode), stats.device_type != "cuda", dtype, stats.dtype, stats.backend
+    served = stats.dtype, stats.backend, stats.wire
+    return OPS.index(stats.op), MODES.index(stats.mode), stats.device_type != "cuda", dtype, *served

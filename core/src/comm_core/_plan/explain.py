@@ -111,8 +111,8 @@ def explain_message(decision: Decision, route: Route, nbytes: int) -> str:
     return f"{what}: {', else '.join(parts)}"
 
 
-def _server(rule: Rule) -> str:
-    return f"{rule.backend} over an {rule.wire} wire" if rule.wire else rule.backend
+def _server(item: Rule | RouteStats) -> str:
+    return f"{item.backend} over an {item.wire} wire" if item.wire else item.backend
 
 
 def _reason(candidate: Candidate, topology: Topology) -> str:
@@ -168,7 +168,7 @@ def explain_calls(stats: Sequence[RouteStats]) -> list[str]:
     """Return the lines of the table of calls so far."""
     rows = [("calls so far", "mode", "device", "dtype", "backend", "calls", "size of all")]
     rows += [
-        (item.op, item.mode, item.device_type, item.dtype, item.backend, str(item.calls), size(item.nbytes))
+        (item.op, item.mode, item.device_type, item.dtype, _server(item), str(item.calls), size(item.nbytes))
         for item in stats
     ]
     return table(rows).splitlines()
