@@ -45,7 +45,7 @@ MAX_RANKS = 8
 OLDEST = (8, 0)
 #: `Algorithm` in csrc/params.cuh.
 ALGORITHMS = {"oneshot_push": 0, "oneshot_stream": 1, "twoshot_push": 2}
-#: Likewise those that send FP8, for groups with that wire; the second for two ranks alone.
+#: Likewise those that send FP8, for groups with that wire: the first for more than two ranks, the second for two.
 WIRE_ALGORITHMS = {"twoshot_push_fp8": 3, "oneshot_push_fp8": 4}
 #: The smallest message that is sent so, in bytes. Below, latency counts more than bytes do.
 WIRE_FROM_NBYTES = 1 << 20

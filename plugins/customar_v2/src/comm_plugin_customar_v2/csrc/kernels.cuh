@@ -27,7 +27,7 @@ const void* kernel_of(Algorithm algorithm) {
         case Algorithm::kTwoShotPush:
             return reinterpret_cast<const void*>(&twoshot_push<T, W, V>);
         case Algorithm::kTwoShotPushFp8:
-            if constexpr (T::count == 2 && W > 2) return reinterpret_cast<const void*>(&twoshot_push_fp8<T, W, V>);
+            if constexpr (T::count == 2 && W > 2) return reinterpret_cast<const void*>(&twoshot_push_fp8<T, W>);
             return nullptr;
         case Algorithm::kOneShotPushFp8:
             if constexpr (T::count == 2 && W == 2) return reinterpret_cast<const void*>(&oneshot_push_fp8<T, W, V>);
