@@ -245,5 +245,7 @@ int main(int argc, char** argv) {
     if (world_size == 2) return check<comm_core::BFloat16, 2>(rounds) || check<comm_core::Float16, 2>(rounds);
     if (world_size == 3) return check<comm_core::BFloat16, 3>(rounds);
     if (world_size == 4) return check<comm_core::Float16, 4>(rounds);
+    if (world_size == 5) return check<comm_core::BFloat16, 5>(rounds);
+    if (world_size == 8) return check<comm_core::Float16, 8>(rounds);
     return 2;
 }
