@@ -57,7 +57,9 @@ def variables() -> str:
         default = f"{field.default:g}" if isinstance(field.default, float) else field.default
         if isinstance(default, bool):
             default = int(default)
-        rows.append(f"| `{name}` | {'unset' if default in (None, ()) else default} | {meaning} |")
+        if default in (None, (), ""):
+            default = "unset"
+        rows.append(f"| `{name}` | {default} | {meaning} |")
     return "\n".join(rows)
 
 

@@ -111,6 +111,7 @@ def test_every_environment_variable_has_a_row_with_its_default() -> None:
     assert text != page("env.md")
     table = rows(text)
     assert list(table) == list(Settings.variables())
+    assert [name for name, (default, _) in table.items() if not default] == []
     numbers = 0
     for field in dataclasses.fields(Settings):
         if isinstance(field.default, (int, float)):
