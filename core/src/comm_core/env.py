@@ -146,8 +146,8 @@ class Settings:
     plugins: tuple[str, ...] | None = _field(
         None,
         _names,
-        "Comma-separated names of the only installed backends whose code is imported, also by `comm-core doctor` and "
-        "for `get_backend(backends=...)`; the others are listed and blocked. By default all may be imported.",
+        "Comma-separated names of installed backends: only their code is imported, also by `comm-core doctor` and for "
+        "`get_backend(backends=...)`; all others are listed and blocked. By default all may be imported.",
     )
     control_timeout_s: float = _field(
         300.0,
@@ -186,8 +186,8 @@ class Settings:
         None,
         parse_rules,
         "Comma-separated [rules](tuning.md) that override the backends' priorities for some messages, such as "
-        "`nccl:all_reduce:4M-inf:graph:inf`; `none`: not even those of a tuned table. By default the rules of a table "
-        "that `comm-core tune` wrote for this group, if there is one.",
+        "`nccl:all_reduce:4M-inf:graph:inf`; `none`: no rules at all, and no tuned table. By default the table that "
+        "`comm-core tune` wrote for groups of this kind, if there is one.",
     )
     debug: bool = _field(
         False,

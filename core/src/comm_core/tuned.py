@@ -1,7 +1,8 @@
 """Tuned tables: the rules and variants that `comm-core tune` measured for one kind of group, in the user's cache.
 
 A table holds for groups with the same number of ranks, devices and links, and for the same versions of torch, the
-driver, comm-core and its backends. On CPUs, whose model a topology doesn't have, it holds for the hosts of these names.
+driver, comm-core and its backends. A topology doesn't have the model of a CPU, so a table of CPUs holds for the hosts
+of these names.
 """
 
 from __future__ import annotations
