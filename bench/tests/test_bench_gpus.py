@@ -9,11 +9,11 @@ import comm_core as comm
 import pytest
 import torch
 import torch.distributed as dist
-from bench_ranks import FUSED, PLAIN, QUANTISED, Honest, Session, by_case, measured_with, name_of, plant, wrong_by
+from bench_faults import FUSED, PLAIN, QUANTISED, Honest, Session, name_of, plant
+from bench_ranks import by_case, measured_with, schema, wrong_by
 from comm_bench.cases import bus_factor
 from comm_bench.results import HOP, LAUNCH
 from comm_core.types import TERMINAL
-from test_bench import schema
 
 if TYPE_CHECKING:
     from harness import Ranks
