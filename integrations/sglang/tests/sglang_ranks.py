@@ -1,4 +1,4 @@
-"""Functions that run in each rank, with the stand-in for SGLang or its own parts, and real process groups."""
+"""Functions that run in each rank on CPUs, with the stand-in for SGLang or its own parts, and real process groups."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import comm_core as comm
-import engine_graphs
 import torch
 import torch.distributed as dist
 from comm_core._probe import rank as probing
 
 STAND_IN = Path(__file__).with_name("stand_in")
 _STATE = "sglang.srt.distributed.parallel_state"
-_FUSION = "sglang.srt.layers.flashinfer_comm_fusion"
+FUSION = "sglang.srt.layers.flashinfer_comm_fusion"
 
 
 def write_metadata(folder: Path, release: str, *, plugin: bool = True) -> Path:
@@ -179,10 +178,21 @@ def run_cuda_hooks(group: Any) -> None:
     registry = importlib.import_module("sglang.srt.plugins.hook_registry").HookRegistry
     registry.apply_hooks()
     assert hooks.unapplied(hooks.workers()) == []
-    state, fusion = importlib.import_module(_STATE), importlib.import_module(_FUSION)
+    state, fusion = importlib.import_module(_STATE), importlib.import_module(FUSION)
     state._ATTN_TP = state._MOE_TP = state._MOE_EP = group
     if hasattr(fusion, "resolve_fusion_group"):  # SGLang's reads the settings of a server
         fusion.resolve_fusion_group = lambda **_which: (group.world_size, group.rank_in_group, group)
+
+
+def prepare(hidden_size: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Do what SGLang's graph runner does before it captures."""
+    module = importlib.import_module("comm_sglang.hooks").workers()[0].target.split(".")
+    runner_class = getattr(importlib.import_module(".".join(module[:-2])), module[-2])
+    model = SimpleNamespace(model_config=SimpleNamespace(hidden_size=hidden_size), dtype=dtype)
+    runner = runner_class(model)
+    for name, value in vars(model).items():
+        setattr(runner, name, value)  # before SGLang 0.5.14 the model runner itself
+    runner._pre_initialize_flashinfer_allreduce_workspace()
 
 
 def compile_call() -> list[str]:
@@ -265,7 +275,7 @@ def fuse(ranks: list[list[int]]) -> dict[str, Any]:
     load()
     group = make_group("attn_cp", ranks)
     run_cuda_hooks(group)
-    fusion = importlib.import_module(_FUSION)
+    fusion = importlib.import_module(FUSION)
     shapes: list[Any] = []
     real = comm.pre_capture_init
     comm.pre_capture_init = lambda **given: (shapes.append(given), real(**given))[1]
@@ -317,103 +327,3 @@ def fail_in_capture() -> list[str]:
     with group.graph_capture():
         seen.append("captured")
     return seen
-
-
-# On GPUs.
-
-
-def integers(step: int, numel: int, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return this rank's whole numbers in a step, and their exact sum over the group, in bfloat16 on its device."""
-    base = (torch.arange(numel, device=group.device) + step).remainder(8)
-    tensors = [(base * (peer + 1)).remainder(16) for peer in range(group.world_size)]
-    return tensors[group.rank_in_group].bfloat16(), torch.stack(tensors).sum(0).bfloat16()
-
-
-def prepare(hidden_size: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Do what SGLang's graph runner does before it captures."""
-    module = importlib.import_module("comm_sglang.hooks").workers()[0].target.split(".")
-    runner_class = getattr(importlib.import_module(".".join(module[:-2])), module[-2])
-    model = SimpleNamespace(model_config=SimpleNamespace(hidden_size=hidden_size), dtype=dtype)
-    runner = runner_class(model)
-    for name, value in vars(model).items():
-        setattr(runner, name, value)  # before SGLang 0.5.14 the model runner itself
-    runner._pre_initialize_flashinfer_allreduce_workspace()
-
-
-def decode(hidden_size: int, batches: list[int]) -> dict[str, Any]:
-    """Sum eagerly and in captured graphs, one a batch, in a group that SGLang enters and in one that it doesn't."""
-    load()
-    group, experts = make_group("tp"), make_group("moe_tp", custom=False)
-    run_cuda_hooks(group)
-    for numel in (1, 512, 8192, 1 << 20, (8 << 20) + 8):
-        tensor, expected = integers(0, numel, group)
-        torch.testing.assert_close(group.all_reduce(tensor), expected, rtol=0, atol=0)
-    prepare(hidden_size)
-    graphs = {}
-    with group.graph_capture() as context:
-        for batch in batches:
-            static = torch.zeros(batch, hidden_size, dtype=torch.bfloat16, device=group.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=context.stream):
-                outputs = [one.all_reduce(static + layer) for layer, one in enumerate((group, experts, group))]
-            graphs[batch] = graph, static, outputs
-    for step in range(20):
-        for batch, (graph, static, outputs) in graphs.items():
-            tensor, expected = integers(step, batch * hidden_size, group)
-            static.copy_(tensor.view_as(static))
-            graph.replay()
-            for layer, output in enumerate(outputs):
-                torch.testing.assert_close(output.flatten(), expected + layer * group.world_size, rtol=0, atol=0)
-        tensor, expected = integers(step, 3 * hidden_size, group)  # an eager step in between
-        torch.testing.assert_close(group.all_reduce(tensor), expected, rtol=0, atol=0)
-    found = {
-        "backends": [one.ca_comm.handle.name for one in (group, experts)],
-        "stock": [base.__name__ for base in type(group.ca_comm).__mro__][1:-1],
-    }
-    graphs.clear()
-    del graph, outputs
-    torch.cuda.synchronize()
-    experts.destroy()
-    group.destroy()
-    return found
-
-
-def fuse_in_graph(hidden_size: int, tokens: int) -> str:
-    """Sum, add and normalise in a captured graph, by SGLang's fused operation; return its backend."""
-    load()
-    group = make_group("tp")
-    run_cuda_hooks(group)
-    fusion = importlib.import_module(_FUSION)
-    prepare(hidden_size)
-    generator = torch.Generator().manual_seed(7)
-    parts = torch.randn(group.world_size, tokens, hidden_size, generator=generator).bfloat16().to(group.device)
-    residual = torch.randn(tokens, hidden_size, generator=generator).bfloat16().to(group.device)
-    weight = torch.randn(hidden_size, generator=generator).bfloat16().to(group.device)
-    static = torch.zeros_like(residual)
-    graph = torch.cuda.CUDAGraph()
-    with group.graph_capture() as context, torch.cuda.graph(graph, stream=context.stream):
-        outputs = fusion.flashinfer_allreduce_residual_rmsnorm(
-            input_tensor=static, residual=residual, weight=weight, eps=1e-5, use_attn_tp_group=True
-        )
-    static.copy_(parts[group.rank_in_group])
-    graph.replay()
-    added = parts.float().sum(0) + residual.float()
-    expected = added * torch.rsqrt(added.square().mean(-1, keepdim=True) + 1e-5) * weight.float()
-    torch.testing.assert_close(outputs[0].float(), expected, rtol=0.02, atol=0.05)
-    torch.testing.assert_close(outputs[1].float(), added, rtol=0.01, atol=0.02)
-    name = str(group.ca_comm.handle.name)
-    torch.cuda.synchronize()
-    del graph, outputs
-    group.destroy()
-    return name
-
-
-def time_graphs(sizes: list[int], calls: int) -> tuple[str, dict[int, float]]:
-    """Return what sums, and the time of an all-reduce in a captured graph, in us, by bytes: the best of 20 replays."""
-    load()
-    group = make_group("tp")
-    best = engine_graphs.time_graphs(group, sizes, calls)
-    name = type(group.ca_comm).__name__
-    disabled = group.ca_comm is None or group.ca_comm.disabled
-    group.destroy()
-    return "none" if disabled else name, best

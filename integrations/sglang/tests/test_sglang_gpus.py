@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sglang_gpu_ranks
 import sglang_parts
 import sglang_ranks
 from harness import Ranks
@@ -39,22 +40,22 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs_of_two_groups_sum_exactly(run: Run, kind: str) -> None:
-    for found in run(sglang_ranks.decode, 1024, [1, 8, 64], kind=kind):
+    for found in run(sglang_gpu_ranks.decode, 1024, [1, 8, 64], kind=kind):
         assert found["backends"] != ["torch_distributed"] * 2
         assert found["stock"][:2] == ["CommAllReduce", "CustomAllReduceV2"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_norm_is_fused(run: Run, kind: str) -> None:
-    first, second = run(sglang_ranks.fuse_in_graph, 1024, 16, kind=kind)
+    first, second = run(sglang_gpu_ranks.fuse_in_graph, 1024, 16, kind=kind)
     assert first == second != "torch_distributed"
 
 
 @pytest.mark.parametrize("kind", KINDS[1:] or ["stand_in"])
 def test_the_time_of_both_is_printed(run: Run, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [2048 << (2 * power) for power in range(7)]
-    name, ours = run(sglang_ranks.time_graphs, sizes, 20, kind=kind)[0]
-    stock_name, stock = run(sglang_ranks.time_graphs, sizes, 20, kind=kind, COMM_SGLANG="0")[0]
+    name, ours = run(sglang_gpu_ranks.time_graphs, sizes, 20, kind=kind)[0]
+    stock_name, stock = run(sglang_gpu_ranks.time_graphs, sizes, 20, kind=kind, COMM_SGLANG="0")[0]
     assert (name, stock_name) == ("CommAllReduce", "CustomAllReduceV2")
     with capsys.disabled():
         print(f"\nSGLang {kind}, us in a graph:    bytes  comm-sglang  SGLang ({stock_name})")
