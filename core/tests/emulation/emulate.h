@@ -8,6 +8,7 @@
 // Then they.
 #include <comm_core/vec.cuh>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -75,6 +76,13 @@ void launch(const Kernel& kernel, const std::vector<Params>& params, uint32_t bl
     on_every_rank(params.size(), [&](size_t rank) { launch_one(kernel, params[rank], blocks, threads); });
 }
 
+// The blocks of a launch whose threads take `vecs` vectors each; if there is a tail, a warp of its own takes it.
+inline uint32_t blocks_for(uint32_t num_vecs, bool has_tail, uint32_t threads, uint32_t vecs, uint32_t max_blocks) {
+    if (has_tail) num_vecs = (num_vecs + 31) / 32 * 32 + 32;
+    const uint32_t a_block = threads * vecs;
+    return std::max(1u, std::min(max_blocks, (num_vecs + a_block - 1) / a_block));
+}
+
 // Element number `index` of those at `data`.
 template <typename T>
 float at(const char* data, size_t index) {
@@ -85,15 +93,20 @@ float at(const char* data, size_t index) {
     return values[index % T::count];
 }
 
+// What `value` is once it is rounded to an element.
+template <typename T>
+float rounded(float value) {
+    float values[T::count] = {value};
+    const uint32_t word = T::pack(values);
+    return at<T>(reinterpret_cast<const char*>(&word), 0);
+}
+
 // Element number `index` of the sum of what is at each of `inputs`: in their order, in fp32, rounded once.
 template <typename T>
 float summed(const std::vector<std::vector<char>>& inputs, size_t index) {
     float sum = at<T>(inputs[0].data(), index);
     for (size_t rank = 1; rank < inputs.size(); ++rank) sum += at<T>(inputs[rank].data(), index);
-    float rounded[T::count] = {};
-    rounded[0] = sum;
-    const uint32_t word = T::pack(rounded);
-    return at<T>(reinterpret_cast<const char*>(&word), 0);
+    return rounded<T>(sum);
 }
 
 // Bit for bit, but for what kind of NaN a NaN is.

@@ -30,8 +30,7 @@ constexpr uint64_t kStagingAt = 1 << 17;  // beyond the flags of any grid here
 struct Shape {
     std::string name;
     std::function<void(const Params&)> kernel;
-    int vecs;
-    uint32_t threads, max_blocks;
+    uint32_t vecs, threads, max_blocks;
 };
 
 // One launch of a series: its inputs, outputs and shape.
@@ -62,10 +61,9 @@ Params params_of(std::vector<std::vector<char>>& buffers, Step& step, size_t ran
 
 uint32_t blocks_of(const Step& step, const Params& params, uint32_t world_size) {
     const bool parts = step.shape->name.rfind("two", 0) == 0;
-    uint32_t work = parts ? (params.num_vecs + world_size - 1) / world_size : params.num_vecs;
-    if (params.tail_nbytes != 0) work = (work + 31) / 32 * 32 + 32;
-    const uint32_t a_block = step.shape->threads * static_cast<uint32_t>(step.shape->vecs);
-    return std::max(1u, std::min(step.shape->max_blocks, (work + a_block - 1) / a_block));
+    const uint32_t num_vecs = parts ? (params.num_vecs + world_size - 1) / world_size : params.num_vecs;
+    const Shape& shape = *step.shape;
+    return fake::blocks_for(num_vecs, params.tail_nbytes != 0, shape.threads, shape.vecs, shape.max_blocks);
 }
 
 // Runs the launches one after another on each rank; ranks wait for each other only in the kernels.

@@ -16,33 +16,30 @@
 #include <type_traits>
 #include <vector>
 
-#include "emulate.h"
+#include "emulated_ranks.h"
 #include "oneshot_push.cuh"
 #include "oneshot_stream.cuh"
 #include "padded_push.cuh"
 #include "twoshot_push.cuh"
 
-using namespace comm_customar_v2;
+using namespace emulated;
 
 namespace {
 
 constexpr size_t kLargest = 40016;  // bytes of a message
-constexpr size_t kBehind = 32;      // bytes of somebody else's after it
-constexpr char kCanary = 0x5a;
+constexpr uint64_t kTailsAt = 4096;
+constexpr Layout kLayout{kTailsAt, kTailsAt + 8192, 2 * (kLargest + (kKinds - 1) * kKindNbytes)};
 
 struct Launch {
     std::string name;
     std::function<void(const Params&)> kernel;
-    int vecs;
-    uint32_t threads, max_blocks, pipeline_depth;
+    uint32_t vecs, threads, max_blocks, pipeline_depth;
 };
 
 struct Rank {
-    std::vector<char> buffer;
-    std::vector<char> input, output;
+    std::vector<char> buffer, input, output;
 };
 
-uint32_t error_word = 0;
 // What padded launches read, the same on all ranks.
 int32_t num_tokens = 0;
 Padding padding{};
@@ -67,37 +64,20 @@ size_t pad(uint32_t world_size, size_t nbytes, size_t element, std::mt19937& dic
     return std::min(nbytes, end - std::min<size_t>(end, padding.done));
 }
 
-// Where the regions of a buffer begin.
-constexpr uint64_t tails_at = 4096, cells_at = tails_at + 8192;
-constexpr uint64_t kSlot = 2 * (kLargest + (kKinds - 1) * kKindNbytes);
-
-uint64_t buffer_nbytes(size_t world_size) {
-    return cells_at + 2 * (world_size - 1) * kSlot;
-}
-
 Params params_of(std::vector<Rank>& ranks, size_t rank, size_t nbytes, const Launch& launch, bool in_place) {
-    Params params{};
-    for (size_t peer = 0; peer < ranks.size(); ++peer) params.buffers[peer] = ranks[peer].buffer.data();
-    params.tails_at = tails_at;
-    params.cells_at = cells_at;
-    params.cells_nbytes = kSlot;
-    params.bound = {&error_word, 60'000'000'000ull, nullptr};
+    Params params = session_params(ranks, kLayout, rank);
     params.input = ranks[rank].input.data();
     params.output = in_place ? ranks[rank].input.data() : ranks[rank].output.data();
     params.num_vecs = static_cast<uint32_t>(nbytes / 16);
     params.tail_nbytes = static_cast<uint32_t>(nbytes % 16);
-    params.rank = static_cast<uint32_t>(rank);
     params.pipeline_depth = launch.pipeline_depth;
     return params;
 }
 
 uint32_t blocks_of(uint32_t world_size, size_t nbytes, const Launch& launch) {
-    const auto num_vecs = static_cast<uint32_t>(nbytes / 16);
-    const bool parts = launch.name.rfind("twoshot", 0) == 0;
-    uint32_t work = parts ? (num_vecs + world_size - 1) / world_size : num_vecs;
-    if (nbytes % 16 != 0) work = (work + 31) / 32 * 32 + 32;
-    const uint32_t a_block = launch.threads * static_cast<uint32_t>(launch.vecs);
-    return std::max(1u, std::min(launch.max_blocks, (work + a_block - 1) / a_block));
+    auto num_vecs = static_cast<uint32_t>(nbytes / 16);
+    if (launch.name.rfind("twoshot", 0) == 0) num_vecs = (num_vecs + world_size - 1) / world_size;
+    return fake::blocks_for(num_vecs, nbytes % 16 != 0, launch.threads, launch.vecs, launch.max_blocks);
 }
 
 // The launch on the first `present` ranks, all of them if it is 0.
@@ -142,10 +122,7 @@ bool counts_waits(std::vector<Rank>& ranks, const Launch& launch) {
     const bool parts = launch.name.rfind("twoshot", 0) == 0;
     constexpr uint32_t kThreads = 64;  // of a rank, in two blocks
     const size_t nbytes = kThreads * 16 * (parts ? W : 1);
-    for (Rank& rank : ranks) {
-        std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
-        std::memcpy(rank.buffer.data(), &comm_core::kOneEpoch, 8);
-    }
+    set_up_buffers(ranks, kLayout);
     error_word = 0;
     comm_core::SpinGuard::most_polls = comm_core::SpinGuard::kMinute;
     comm_core::SpinGuard::long_waits = 0;
@@ -178,7 +155,7 @@ template <int W>
 bool gives_up(std::vector<Rank>& ranks, const std::vector<Launch>& launches) {
     comm_core::SpinGuard::most_polls = 100;
     for (const Launch& launch : launches) {
-        for (Rank& rank : ranks) std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
+        set_up_buffers(ranks, kLayout);
         error_word = 0;
         padding = {&num_tokens, 1, two_shot_vecs(W), 4002, 0};
         num_tokens = 1;
@@ -203,10 +180,7 @@ bool notices_numbers(std::vector<Rank>& ranks, const Launch& launch) {
     comm_core::SpinGuard::least = std::chrono::milliseconds(100);
     for (const auto& [few, many] : pairs) {
         for (const size_t odd_rank : {size_t{0}, size_t{W - 1}}) {
-            for (Rank& rank : ranks) {
-                std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
-                std::memcpy(rank.buffer.data(), &comm_core::kOneEpoch, 8);
-            }
+            set_up_buffers(ranks, kLayout);
             error_word = 0;
             const int32_t numbers[] = {few, many};
             fake::on_every_rank(W, [&](size_t rank) {
@@ -260,10 +234,7 @@ bool notices_differences(std::vector<Rank>& ranks, const Launch& one, const Laun
             // Of two ranks, whichever is odd has the other pair's place; of three, the first and the last.
             for (size_t odd_rank = 0; odd_rank < W; odd_rank += W - 1) {
                 if (W == 2 && odd_rank > 0) continue;
-                for (Rank& rank : ranks) {
-                    std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
-                    std::memcpy(rank.buffer.data(), &comm_core::kOneEpoch, 8);
-                }
+                set_up_buffers(ranks, kLayout);
                 error_word = 0;
                 fake::on_every_rank(W, [&, &common = common, &odd = odd](size_t rank) {
                     const Message& message = (rank == odd_rank) == longer_is_odd ? odd : common;
@@ -310,14 +281,11 @@ int check(int rounds) {
         launches.insert(launches.end(), more.begin(), more.end());
     }
     std::vector<Rank> ranks(W);
+    // As if so many launches had been that 32 bits of their count would have wrapped.
+    set_up_buffers(ranks, kLayout, (1ull << 31) + 1);
     for (Rank& rank : ranks) {
-        rank.buffer.assign(buffer_nbytes(W), 0);
         rank.input.resize(kLargest + kBehind);
         rank.output.resize(kLargest + kBehind);
-        // As if so many launches had been that 32 bits of their count would have wrapped.
-        const unsigned long long first = ((1ull << 31) + 1) * comm_core::kOneEpoch;
-        std::memcpy(rank.buffer.data(), &first, 8);
-        std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
     }
     std::mt19937 dice(5);
     int done = 0;
@@ -334,9 +302,7 @@ int check(int rounds) {
             for (Rank& rank : ranks) {
                 std::fill(rank.output.begin(), rank.output.end(), kCanary);
                 for (size_t byte = 0; byte < kLargest; byte += 4) {
-                    // Any bits, and many of those that mean something to the protocols.
-                    const uint32_t odd[] = {0, 0xffffffffu, 0x80008000u, 0x80000000u};
-                    const uint32_t word = dice() % 8 == 0 ? odd[dice() % 4] : static_cast<uint32_t>(dice());
+                    const uint32_t word = any_word(dice);
                     std::memcpy(rank.input.data() + byte, &word, 4);
                 }
             }

@@ -15,8 +15,9 @@
 #include <string>
 #include <vector>
 
-#include "emulate.h"
-// What they stand for comes after them.
+#include "emulated_ranks.h"
+#include "judged_rows.h"
+// The kernels come after what stands for a GPU.
 #include "add_norm.cuh"
 #include "oneshot_push.cuh"
 #include "oneshot_push_norm.cuh"
@@ -24,17 +25,14 @@
 #include "twoshot_push.cuh"
 #include "twoshot_push_norm.cuh"
 
-using namespace comm_customar_v2;
+using namespace emulated;
 
 namespace {
 
 constexpr uint32_t kMostVecs = 2250;  // of a message
 constexpr size_t kLargest = kMostVecs * 16;
-constexpr size_t kBehind = 32;  // bytes of somebody else's after each tensor
-constexpr char kCanary = 0x5a;
-constexpr float kEps = 0.25f, kOffset = 0.5f;
-// Where the regions of a buffer begin.
-constexpr uint64_t tails_at = 1 << 17, cells_at = tails_at + 4096, slot = 2 * kLargest;
+constexpr uint64_t kTailsAt = 1 << 17;
+constexpr Layout kLayout{kTailsAt, kTailsAt + 4096, 2 * kLargest};
 
 struct Launch {
     std::string name;
@@ -44,24 +42,11 @@ struct Launch {
     bool quantizes = false, padded = false;
 };
 
-// How a launch that quantises does so.
-struct Quantised {
-    QuantForm form;
-    bool wants_norm, column_major;
-};
-
-// A rank's tensors, each with what lies behind it.
-struct Tensors {
-    std::vector<char> input, residual, weight, output, sum, values;
-    std::vector<float> scales;
-};
-
 struct Rank {
     std::vector<char> buffer;
     Tensors tensors;
 };
 
-uint32_t error_word = 0;
 // What padded launches read, the same on all ranks.
 int32_t num_tokens = 0;
 Padding padding{};
@@ -85,16 +70,11 @@ uint32_t pad(uint32_t world_size, uint32_t num_rows, std::mt19937& dice) {
 
 NormParams params_of(std::vector<Rank>& ranks, size_t rank, uint32_t num_rows, uint32_t row_vecs, bool in_place) {
     NormParams params{};
-    for (size_t peer = 0; peer < ranks.size(); ++peer) params.plain.buffers[peer] = ranks[peer].buffer.data();
-    params.plain.tails_at = tails_at;
-    params.plain.cells_at = cells_at;
-    params.plain.cells_nbytes = slot;
-    params.plain.bound = {&error_word, 60'000'000'000ull};
+    params.plain = session_params(ranks, kLayout, rank);
     Tensors& tensors = ranks[rank].tensors;
     params.plain.input = tensors.input.data();
     params.plain.output = in_place ? tensors.input.data() : tensors.output.data();
     params.plain.num_vecs = num_rows * row_vecs;
-    params.plain.rank = static_cast<uint32_t>(rank);
     params.residual = tensors.residual.data();
     params.weight = tensors.weight.data();
     params.sum = in_place ? tensors.residual.data() : tensors.sum.data();
@@ -120,15 +100,6 @@ void plain(std::vector<Rank>& ranks, uint32_t num_rows, uint32_t row_vecs, bool 
 }
 
 // The launch on the first `present` ranks.
-constexpr float kStaticScale = 0.013f;
-
-// The strides of a call's scales, in elements.
-std::pair<int64_t, int64_t> strides_of(const Quantised& how, uint32_t num_rows, uint32_t row_vecs) {
-    if (how.form == QuantForm::kPerToken) return {1, 1};
-    return how.column_major ? std::pair<int64_t, int64_t>{1, num_rows + 3}
-                            : std::pair<int64_t, int64_t>{row_vecs / 16, 1};
-}
-
 template <typename T, int W>
 void run(std::vector<Rank>& ranks,
          uint32_t num_rows,
@@ -156,178 +127,27 @@ void run(std::vector<Rank>& ranks,
 }
 
 template <typename T>
-float at(const std::vector<char>& data, size_t index) {
-    uint32_t word;
-    std::memcpy(&word, data.data() + index / T::count * 4, 4);
-    float values[T::count];
-    T::unpack(word, values);
-    return values[index % T::count];
-}
-
-template <typename T>
-float rounded(float value) {
-    float values[T::count] = {};
-    values[0] = value;
-    const uint32_t word = T::pack(values);
-    T::unpack(word, values);
-    return values[0];
-}
-
-bool same(float one, float other) {
-    return one != one ? other != other : std::memcmp(&one, &other, 4) == 0;
-}
-
-template <typename T>
 void fill_tensor(std::vector<char>& tensor, std::mt19937& dice, bool any_bits) {
     std::normal_distribution<float> normal;
     for (size_t byte = 0; byte < kLargest; byte += 4) {
-        uint32_t word = static_cast<uint32_t>(dice());
-        if (!any_bits) {
-            float values[T::count];
-            for (float& value : values) value = normal(dice);
-            word = T::pack(values);
-        } else if (dice() % 8 == 0) {
-            const uint32_t odd[] = {0, 0xffffffffu, 0x80008000u, 0x80000000u};
-            word = odd[dice() % 4];
-        }
+        float values[T::count];
+        for (float& value : values) value = normal(dice);
+        const uint32_t word = any_bits ? any_word(dice) : T::pack(values);
         std::memcpy(tensor.data() + byte, &word, 4);
     }
 }
 
-template <typename T, int W>
+template <typename T>
 bool summed(const std::vector<Rank>& ranks, size_t count) {
+    std::vector<std::vector<char>> inputs;
+    for (const Rank& rank : ranks) inputs.push_back(rank.tensors.input);
     for (size_t index = 0; index < count; ++index) {
-        float sum = at<T>(ranks[0].tensors.input, index);
-        for (int q = 1; q < W; ++q) sum += at<T>(ranks[q].tensors.input, index);
+        const float expected = fake::summed<T>(inputs, index);
         for (const Rank& rank : ranks) {
-            if (!same(rounded<T>(sum), at<T>(rank.tensors.output, index))) return false;
+            if (!fake::same(expected, fake::at<T>(rank.tensors.output.data(), index))) return false;
         }
     }
     return true;
-}
-
-bool untouched(const std::vector<char>& tensor, const std::vector<char>& before, size_t from) {
-    return std::equal(tensor.begin() + from, tensor.end(), before.begin() + from);
-}
-
-// The nearest float8_e4m3fn, ties to the even one; saturated. From the definition of the format.
-uint8_t to_fp8(float value) {
-    if (value != value) return 0x7f;
-    const double magnitude = std::min(std::abs(static_cast<double>(value)), 448.0);
-    int best = 0;
-    double nearest = 1e9;
-    for (int code = 0; code < 127; ++code) {
-        const double number = code < 8 ? code * 0x1p-9 : (8 + code % 8) * std::ldexp(1.0, code / 8 - 10);
-        const double distance = std::abs(number - magnitude);
-        if (distance < nearest || (distance == nearest && code % 2 == 0)) {
-            nearest = distance;
-            best = code;
-        }
-    }
-    return static_cast<uint8_t>(best | (std::signbit(value) ? 0x80 : 0));
-}
-
-// Why a rank's quantised rows are wrong; "" where they aren't. `norms`: what was to be quantised.
-template <typename T>
-std::string judge_quantised(const Tensors& now,
-                            const std::vector<float>& norms,
-                            uint32_t num_rows,
-                            uint32_t all_rows,
-                            uint32_t row_vecs,
-                            const Quantised& how) {
-    const size_t hidden = row_vecs * 4 * T::count;
-    const auto [row_stride, column_stride] = strides_of(how, all_rows, row_vecs);
-    const size_t together = how.form == QuantForm::kPerGroup ? 128 : hidden;
-    std::vector<bool> written(now.scales.size());
-    for (size_t row = 0; row < num_rows; ++row) {
-        for (size_t from = 0; from < hidden; from += together) {
-            float largest = 0.0f;
-            for (size_t column = from; column < from + together; ++column) {
-                const float number = std::abs(norms[row * hidden + column]);
-                if (number > largest) largest = number;
-            }
-            const size_t place = row * row_stride + from / 128 * column_stride;
-            float scale = kStaticScale;
-            if (how.form != QuantForm::kStatic) {
-                scale = how.form == QuantForm::kPerToken ? std::max(largest / 448.0f, 1.0f / (448.0f * 512.0f))
-                                                         : std::max(largest, 1e-10f) / 448.0f;
-                written[place] = true;
-                if (now.scales[place] != scale) return "scale of row " + std::to_string(row);
-            }
-            for (size_t column = from; column < from + together; ++column) {
-                const float norm = norms[row * hidden + column];
-                const float scaled = how.form == QuantForm::kStatic ? norm * (1.0f / scale) : norm / scale;
-                const auto value = static_cast<uint8_t>(now.values[row * hidden + column]);
-                if (scaled != scaled ? (value & 0x7f) != 0x7f : value != to_fp8(scaled)) {
-                    return "value " + std::to_string(row * hidden + column) + ": " + std::to_string(value) +
-                           " instead of " + std::to_string(to_fp8(scaled));
-                }
-            }
-        }
-    }
-    for (size_t place = 0; place < now.scales.size(); ++place) {
-        if (!written[place] && now.scales[place] != kStaticScale) return "another scale was written";
-    }
-    for (size_t place = num_rows * hidden; place < now.values.size(); ++place) {
-        if (now.values[place] != kCanary) return "written beyond the values";
-    }
-    return "";
-}
-
-// Why a rank's results are wrong; "" where they aren't. `norms`: the bits that the first launch gave, kept by it.
-template <typename T, int W>
-std::string judge(const Tensors& now,
-                  const std::vector<Tensors>& before,
-                  int rank,
-                  uint32_t num_rows,
-                  uint32_t row_vecs,
-                  bool in_place,
-                  bool separate,
-                  bool has_norm,
-                  std::vector<float>& norms) {
-    const std::vector<char>& output = in_place ? now.input : now.output;
-    const std::vector<char>& sums = in_place ? now.residual : now.sum;
-    const size_t hidden = row_vecs * 4 * T::count, nbytes = num_rows * row_vecs * 16;
-    const Tensors& old = before[rank];
-    if (!untouched(now.weight, old.weight, 0) || !untouched(now.input, old.input, in_place && has_norm ? nbytes : 0) ||
-        !untouched(now.residual, old.residual, in_place ? nbytes : 0) ||
-        !untouched(now.output, old.output, in_place || !has_norm ? 0 : nbytes) ||
-        !untouched(now.sum, old.sum, in_place ? 0 : nbytes)) {
-        return "written where nothing was to be written";
-    }
-    const bool first = norms.empty();
-    for (size_t row = 0; row < num_rows; ++row) {
-        double squares = 0.0;
-        for (size_t index = row * hidden; index < (row + 1) * hidden; ++index) {
-            float sum = at<T>(before[0].input, index);
-            for (int q = 1; q < W; ++q) sum += at<T>(before[q].input, index);
-            if (separate) sum = rounded<T>(sum);
-            const float expected = rounded<T>(sum + at<T>(before[0].residual, index));
-            if (!same(expected, at<T>(sums, index))) {
-                return "sum " + std::to_string(index) + ": " + std::to_string(at<T>(sums, index)) + " instead of " +
-                       std::to_string(expected);
-            }
-            squares += static_cast<double>(expected) * expected;
-        }
-        const double scale = 1.0 / std::sqrt(squares / hidden + kEps);
-        for (size_t column = 0; has_norm && column < hidden; ++column) {
-            const size_t index = row * hidden + column;
-            const float norm = at<T>(output, index);
-            if (first) norms.push_back(norm);
-            if (!same(norms[index], norm)) return "norm " + std::to_string(index) + ": other bits than before";
-            // Of what overflows fp32 there is nothing to be said but that all ranks have the same.
-            if (!(squares < 1e30)) continue;
-            const double expected = at<T>(sums, index) * scale * (at<T>(old.weight, column) + double{kOffset});
-            // Half of the dtype's step for the rounding, and some steps of fp32's.
-            const double step = T::count == 1 ? 0.0 : std::is_same_v<T, comm_core::BFloat16> ? 0x1p-8 : 0x1p-11;
-            const double tiny = T::count == 1 ? 1e-6 : 1e-7;
-            if (!(std::abs(norm - expected) <= std::abs(expected) * (step * 1.02 + 2e-6) + tiny)) {
-                return "norm " + std::to_string(index) + ": " + std::to_string(norm) + " instead of " +
-                       std::to_string(expected);
-            }
-        }
-    }
-    return "";
 }
 
 // A launch whose peers don't come ends, and says for whom it waited.
@@ -336,7 +156,7 @@ bool gives_up(std::vector<Rank>& ranks, const std::vector<Launch>& launches) {
     comm_core::SpinGuard::most_polls = 100;
     for (const Launch& launch : launches) {
         if (launch.separate) continue;
-        for (Rank& rank : ranks) std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
+        set_up_buffers(ranks, kLayout);
         error_word = 0;
         num_tokens = 2 * W + 1;
         padding = {&num_tokens, 2 * W + 1, W, 1, 0};
@@ -383,12 +203,7 @@ int check(int rounds, unsigned seed) {
         launches.insert(launches.end(), more.begin(), more.end());
     }
     std::vector<Rank> ranks(W);
-    for (Rank& rank : ranks) {
-        rank.buffer.assign(cells_at + 2 * (W - 1) * slot + 64, 0);
-        const unsigned long long first = comm_core::kOneEpoch;
-        std::memcpy(rank.buffer.data(), &first, 8);
-        std::memset(rank.buffer.data() + tails_at, 0xff, rank.buffer.size() - tails_at);
-    }
+    set_up_buffers(ranks, kLayout);
     std::mt19937 dice(seed);
     int done = 0;
     for (int round = 0; round < rounds; ++round) {
@@ -422,7 +237,7 @@ int check(int rounds, unsigned seed) {
             for (int rank = 0; rank < W; ++rank) ranks[rank].tensors = fresh[rank];
             if (dice() % 2 == 0) {
                 plain<T, W>(ranks, num_rows, row_vecs, false, dice() % 2 == 0);
-                if (!summed<T, W>(ranks, num_rows * row_vecs * 4 * T::count)) {
+                if (!summed<T>(ranks, num_rows * row_vecs * 4 * T::count)) {
                     std::printf("a plain sum before %s is wrong\n", launch.name.c_str());
                     return 1;
                 }
