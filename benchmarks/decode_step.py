@@ -27,14 +27,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime as dt
-import gc
 import io
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +40,7 @@ import torch
 import torch.distributed as dist
 from comm_core import fallback
 from torch.nn import functional
+from torchrun_job import describe, join, leave, max_over_ranks, time_us
 
 CACHE_TOKENS = 512
 EPS = 1e-5
@@ -203,31 +200,6 @@ def record(step: Callable[[], Input]) -> tuple[Callable[[], object], Input]:
     return graph.replay, outputs
 
 
-def max_over_ranks(number: float) -> float:
-    """Return the largest of the ranks' numbers. Collective; it runs on CPUs, so it is also a barrier between hosts."""
-    tensor = torch.tensor([number], dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.item()
-
-
-def time_us(run: Callable[[], object], replays: int, *, on_gpu: bool) -> float:
-    """Return microseconds per step on the slowest rank, as the mean of `replays` after an untimed one. Collective."""
-    max_over_ranks(0)
-    run()
-    if on_gpu:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-    begin = time.perf_counter()
-    for _ in range(replays):
-        run()
-    seconds = time.perf_counter() - begin
-    if on_gpu:
-        last.record()
-        last.synchronize()
-        seconds = first.elapsed_time(last) / 1e3
-    return max_over_ranks(seconds) / replays * 1e6
-
-
 def compare(outputs: Input, expected: Input, tolerance: float) -> tuple[float, int]:
     """Return the relative error's root mean square on the worst rank, and all ranks' wrong elements. Collective.
 
@@ -302,15 +274,9 @@ def measure(model: Model, batch: int, backend: comm.Backend, options: argparse.N
 def measure_all(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Measure all shapes and batches, print them on rank 0 and return the record. Collective."""
     backend = comm.get_backend()
-    ranks = backend.topology.ranks
     show = sys.stdout if dist.get_rank() == 0 else io.StringIO()
     document: dict[str, Any] = {
-        "schema": 1,
-        "program": "decode_step",
-        "started": dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([f"torchrun --nproc-per-node {len(ranks)} benchmarks/decode_step.py", *sys.argv[1:]]),
-        "machine": {"ranks": len(ranks), "devices": [info.device.name for info in ranks if info.device]}
-        | {"versions": dict(ranks[0].versions), "plugins": dict(ranks[0].plugins)},
+        **describe(backend.topology),
         "settings": {"dtype": "bfloat16", "cache_tokens": CACHE_TOKENS}
         | ({"tolerance": FP8_TOLERANCE, "quant": QUANT} if options.fp8 else {"tolerance": TOLERANCE})
         | {"graph": device.type == "cuda", "rounds": options.rounds, "replays": options.replays},
@@ -359,24 +325,15 @@ def main() -> int:
     if options.read:
         draw(json.loads(options.read.read_text()), options.plot)
         return 0
-    if "LOCAL_RANK" not in os.environ:
-        parser.error("this isn't a torchrun job: start torchrun --nproc-per-node N benchmarks/decode_step.py")
-    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device = join(parser)
+    if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # the default one can't be captured
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo")
     document = measure_all(device, options)
     if dist.get_rank() == 0 and options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if dist.get_rank() == 0 and options.plot:
         draw(document, options.plot)
-    gc.collect()  # graphs must be destroyed before the groups that their calls use
-    comm.close()
-    dist.destroy_process_group()
+    leave()
     return int(document["wrong"] > 0)
 
 

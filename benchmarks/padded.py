@@ -3,23 +3,19 @@
 
     torchrun --nproc-per-node 2 benchmarks/padded.py [--bucket 512] [--rows 1,8,32,128,512] [--json record.json]
 
-A graph holds 50 dependent calls of one operation in bfloat16, and all graphs take turns. A row has the slowest rank's
-medians, in microseconds a call: `exact_us` for the graph of so many rows, `padded_us` for that of the bucket, replayed
-with so many real rows, and `bucket_us` for that of the bucket without a number. Without GPUs calls are eager, which
-only shows that the program runs.
+A graph holds 50 dependent calls of one operation in bfloat16, and in each round all graphs are replayed in turn; a
+round's time is the slowest rank's. A row has the rounds' medians, in microseconds a call: `exact_us` for the graph of
+so many rows, `padded_us` for that of the bucket, replayed with so many real rows, and `bucket_us` for that of the
+bucket without a number. Without GPUs calls are eager, which only shows that the program runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime as dt
-import gc
 import itertools
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from typing import Any
 import comm_core as comm
 import torch
 import torch.distributed as dist
+from torchrun_job import describe, join, leave, time_us
 
 DTYPE = torch.bfloat16
 CALLS = 50
@@ -61,24 +58,6 @@ def chain(backend: comm.Backend, op: str, rows: int, hidden: int, counts: comm.T
     return graph.replay
 
 
-def time_us(run: Callable[[], Any], replays: int, *, on_gpu: bool) -> float:
-    """Return this rank's microseconds a call, after an untimed replay in which the ranks meet."""
-    dist.all_reduce(torch.zeros(1))  # on CPUs
-    run()
-    begin = time.perf_counter()
-    if on_gpu:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-    for _ in range(replays):
-        run()
-    seconds = time.perf_counter() - begin
-    if on_gpu:
-        last.record()
-        last.synchronize()
-        seconds = first.elapsed_time(last) / 1e3
-    return seconds * 1e6 / replays / CALLS
-
-
 def measure(backend: comm.Backend, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure all operations and numbers of rows; return the record's rows. Collective."""
     every = [int(rows) for rows in options.rows.split(",")]
@@ -93,13 +72,11 @@ def measure(backend: comm.Backend, options: argparse.Namespace) -> list[dict[str
     times: dict[tuple[str, int, bool], list[float]] = {key: [] for key in runs}
     for number, (key, run) in itertools.product(range(options.rounds + 3), runs.items()):
         counts.fill(key[1])
-        us = time_us(run, options.replays, on_gpu=backend.device.type == "cuda")
+        us = time_us(run, options.replays, on_gpu=backend.device.type == "cuda") / CALLS
         if number >= 3:
             times[key].append(us)
     backend.check()
-    medians = torch.tensor([statistics.median(each) for each in times.values()], dtype=torch.float64)
-    dist.all_reduce(medians, op=dist.ReduceOp.MAX)
-    us_of = dict(zip(times, (round(us, 3) for us in medians.tolist()), strict=True))
+    us_of = {key: round(statistics.median(each), 3) for key, each in times.items()}
     found = []
     for op, rows in itertools.product(OPS, every):
         exact, padded_us = us_of[op, rows, False], us_of[op, rows, True]
@@ -118,23 +95,10 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=20, help="replays timed together (default 20)")
     parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
-        parser.error("this isn't a torchrun job: start torchrun --nproc-per-node N benchmarks/padded.py")
-    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    join(parser)
     backend = comm.get_backend()
-    info = backend.topology.ranks[0]
     document = {
-        "schema": 1,
-        "program": "padded",
-        "started": dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds"),
-        "command": f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/padded.py " + " ".join(sys.argv[1:]),
-        "machine": {"devices": [each.device.name for each in backend.topology.ranks if each.device]}
-        | {"versions": dict(info.versions), "plugins": dict(info.plugins)},
+        **describe(backend.topology),
         "settings": {"bucket": options.bucket, "hidden": options.hidden, "dtype": "bfloat16", "calls": CALLS}
         | {"rounds": options.rounds, "replays": options.replays},
         "rows": measure(backend, options),
@@ -143,9 +107,7 @@ def main() -> int:
         sys.stdout.writelines(f"{json.dumps(row)}\n" for row in document["rows"])
         if options.json:
             options.json.write_text(json.dumps(document, indent=1) + "\n")
-    gc.collect()  # graphs must be destroyed before the groups that their calls use
-    comm.close()
-    dist.destroy_process_group()
+    leave()
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -58,6 +59,17 @@ def other_bits() -> int:
     return wrong
 
 
+def timed_us() -> float:
+    """Time four runs by a clock that shows one second on the first rank, and two on the second."""
+    readings = iter((10.0, 11.0 + dist.get_rank()))
+    with (
+        loaded("torchrun_job") as job,
+        mock.patch.object(job, "time", SimpleNamespace(perf_counter=lambda: next(readings))),
+    ):
+        us: float = job.time_us(lambda: None, 4, on_gpu=False)
+    return us
+
+
 def record_of_two_sizes() -> dict[str, Any]:
     """Measure as `comm-core bench` does; return the record."""
     cases = [BenchCase("all_reduce", "eager", "in", "bfloat16", "cpu", (nbytes // 2,)) for nbytes in (1024, 2048)]
@@ -99,6 +111,10 @@ def test_every_way_of_a_decode_step_in_fp8_is_timed_and_correct(ranks: Ranks, tm
 
 def test_other_bits_of_the_fused_quantisation_are_counted(ranks: Ranks) -> None:
     assert ranks.run(other_bits) == [2, 2]
+
+
+def test_a_time_is_the_slowest_ranks(ranks: Ranks) -> None:
+    assert ranks.run(timed_us) == [500_000.0, 500_000.0]
 
 
 def test_the_costs_of_core_are_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +168,9 @@ def test_padded_batches_are_timed(ranks: Ranks, tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     sizes = ("--bucket", 8, "--rows", "1,3", "--hidden", 16, "--rounds", 1, "--replays", 1)
     assert ranks.run(run_as_rank, "padded", *sizes, "--json", record, installed=True) == [0, 0]
-    rows = json.loads(record.read_text())["rows"]
+    document = json.loads(record.read_text())
+    assert (document["program"], document["machine"]["ranks"]) == ("padded", 2)
+    rows = document["rows"]
     ops = ("all_reduce", "all_reduce_add_rms_norm")
     assert [(row["op"], row["rows"]) for row in rows] == [(op, count) for op in ops for count in (1, 3)]
     assert all(row["ratio"] > 0 for row in rows)
