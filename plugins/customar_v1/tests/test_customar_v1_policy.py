@@ -117,7 +117,7 @@ def test_choices_take_the_place_of_rows() -> None:
 @pytest.mark.parametrize(
     ("op", "text", "words"),
     [
-        ("all_reduce", "ring", "isn't one_stage or two_stage"),
+        ("all_reduce", "ring", "isn't one of one_stage, two_stage"),
         ("all_reduce", "one_stage:vecs=4", "with 8 ranks there is no such kernel"),
         ("all_reduce_add_rms_norm", "one_stage", "with 8 ranks there is no such kernel"),
     ],

@@ -382,7 +382,7 @@ def test_chosen_variants_reach_the_native_code_and_leave_it(pair: tuple[list[Nat
     customar_v1.use_variants(own, choices)
     assert native.calls[-1] == ("set_shapes", policy.flat(policy.with_choices(policy.rows_for(2), 2, choices)))
     assert customar_v1.variants(own, "all_reduce", 8192, 0)[0] == before[1]
-    with pytest.raises(ValueError, match="isn't one_stage or two_stage"):
+    with pytest.raises(ValueError, match="isn't one of one_stage, two_stage"):
         customar_v1.use_variants(own, (VariantChoice("all_reduce", "ring"),))
     customar_v1.use_variants(own, ())
     assert native.calls[-1] == ("set_shapes", policy.flat(policy.rows_for(2)))

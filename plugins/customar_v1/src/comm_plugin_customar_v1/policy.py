@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import comm_core as comm
 from comm_core import eligibility
+from comm_core.launch_rows import LaunchRow, flat, read_option
 from comm_core.tuning import VariantChoice, overlay
 
 __all__ = [
@@ -52,12 +53,13 @@ _KIB, _MIB = 1 << 10, 1 << 20
 MAX_NBYTES = 8 * _MIB
 #: `kMaxThreads` and `kMaxBlocks` in csrc/params.cuh.
 MAX_THREADS, MAX_BLOCKS = 512, 512
-_SHAPE = ("vecs", "threads", "blocks")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Row(LaunchRow):
     """The algorithm and launch shape that serve messages up to a size.
+
+    The fields have the order of `Shape` in csrc/session.cuh.
 
     Attributes:
         up_to_nbytes: the largest message, in bytes.
@@ -67,15 +69,10 @@ class Row:
         blocks: the largest grid. A grid is never larger than the message needs, or than the device holds at once.
     """
 
-    up_to_nbytes: int
-    algorithm: str
+    codes = ALGORITHMS
     vecs: int = 1
     threads: int = 256
     blocks: int = 264
-
-    def numbers(self) -> tuple[int, ...]:
-        """Return the fields as `Shape` in csrc/session.cuh orders them."""
-        return (self.up_to_nbytes, ALGORITHMS[self.algorithm], self.vecs, self.threads, self.blocks)
 
 
 # Two and four ranks: the fastest shapes, or within 2 % of them, of benchmarks/2026-11-22-h200x2-customar_v1_tune.json,
@@ -146,10 +143,7 @@ def ranges(topology: comm.Topology) -> tuple[comm.Range, ...]:
 def forced_row(topology: comm.Topology) -> Row | None:
     """Return the row that the option forces, as rank 0's `probe` reported it; None: the table decides."""
     numbers = topology.ranks[0].facts[_NAME]["forced"]
-    if numbers is None:
-        return None
-    names = {code: name for name, code in ALGORITHMS.items()}
-    return Row(numbers[0], names[numbers[1]], *numbers[2:])
+    return None if numbers is None else Row.from_numbers(numbers)
 
 
 def rows_for(world_size: int, forced: Row | None = None) -> tuple[Row, ...]:
@@ -173,11 +167,7 @@ def parse(environ: Mapping[str, str] | None = None) -> Row | None:
     Raises:
         ValueError: it can't be parsed, or no kernel has that shape.
     """
-    text = (os.environ if environ is None else environ).get(OPTION, "").strip()
-    try:
-        return parse_row(text) if text else None
-    except ValueError as error:
-        raise ValueError(f"{OPTION}={error}") from None
+    return read_option(OPTION, os.environ if environ is None else environ, parse_row)
 
 
 def parse_row(text: str) -> Row:
@@ -186,12 +176,7 @@ def parse_row(text: str) -> Row:
     Raises:
         ValueError: it can't be parsed, or no kernel has that shape.
     """
-    algorithm, _, rest = text.partition(":")
-    pairs = [item.partition("=") for item in rest.split(",") if item]
-    if algorithm not in ALGORITHMS or not all(name in _SHAPE and number.isdecimal() for name, _, number in pairs):
-        known = ", ".join(f"{name}=" for name in _SHAPE)
-        raise ValueError(f"{text!r} isn't {' or '.join(ALGORITHMS)}, then after a colon numbers for {known}")
-    row = Row(MAX_NBYTES, algorithm, **{name: int(number) for name, _, number in pairs})
+    row = dataclasses.replace(Row.parse(text), up_to_nbytes=MAX_NBYTES)
     if row.vecs not in (1, 2, 4) or row.threads % 32 or not 32 <= row.threads <= MAX_THREADS:
         raise ValueError(f"{text!r}: vecs is 1, 2 or 4, and threads a multiple of 32 up to {MAX_THREADS}")
     if not 1 <= row.blocks <= MAX_BLOCKS:
@@ -229,11 +214,7 @@ def variants_of(rows: Sequence[Row], world_size: int, nbytes: int) -> list[str]:
                 grid = max(1, min(blocks, -(-num_vecs // (threads * vecs))))  # rows with the same grid launch the same
                 found.setdefault((algorithm, vecs, threads, grid), Row(0, algorithm, vecs, threads, blocks))
     present = next(row for row in rows if nbytes <= row.up_to_nbytes)
-    return list(dict.fromkeys(map(_text, [present, *found.values()])))
-
-
-def _text(row: Row) -> str:
-    return f"{row.algorithm}:vecs={row.vecs},threads={row.threads},blocks={row.blocks}"
+    return list(dict.fromkeys(map(str, [present, *found.values()])))
 
 
 def with_choices(rows: Sequence[Row], world_size: int, choices: Sequence[VariantChoice]) -> tuple[Row, ...]:
@@ -246,8 +227,3 @@ def with_choices(rows: Sequence[Row], world_size: int, choices: Sequence[Variant
         if choice.op != "all_reduce" or parse_row(choice.variant).vecs > max_vecs(world_size):
             raise ValueError(f"{choice}: with {world_size} ranks there is no such kernel")
     return overlay(rows, choices, parse_row)
-
-
-def flat(rows: Sequence[Row]) -> list[int]:
-    """Return the rows' numbers one after another, as the native code takes them."""
-    return [number for row in rows for number in row.numbers()]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from comm_core.launch_rows import LaunchRow, flat
+
 from comm_plugin_customar_v2 import policy
 
 __all__ = ["ALGORITHMS", "NormRow", "flat", "parse_row", "rows_for", "slot_rows"]
@@ -19,13 +21,14 @@ ALGORITHMS = {"oneshot_push_norm": 0, "twoshot_push_norm": 1, "separate": 2}
 # The plain algorithm that divides a buffer into the same slots.
 _SLOTS = {"oneshot_push_norm": "oneshot_push", "twoshot_push_norm": "twoshot_push"}
 
-_SHAPE = ("vecs", "cluster", "blocks", "pipeline_depth")
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class NormRow:
+class NormRow(LaunchRow):
     """The algorithm and launch shape that serve fused messages up to a size.
+
+    The fields have the order of `NormShape` in csrc/norm_session.cuh.
 
     Attributes:
         up_to_nbytes: the largest message, in bytes of the tensor that is reduced.
@@ -37,17 +40,11 @@ class NormRow:
         pipeline_depth: the number of rounds by which shares run ahead of sums, in two-shot.
     """
 
-    up_to_nbytes: int
-    algorithm: str
+    codes = ALGORITHMS
     vecs: int = 1
     cluster: int = 1
     blocks: int = 1056
     pipeline_depth: int = 0
-
-    def numbers(self) -> tuple[int, ...]:
-        """Return the fields as `NormShape` in csrc/norm_session.cuh orders them."""
-        code = ALGORITHMS[self.algorithm]
-        return (self.up_to_nbytes, code, self.vecs, self.cluster, self.blocks, self.pipeline_depth)
 
 
 # Two ranks on Hopper, measured on two H200 joined by 18 NVLinks (torch 2.11, CUDA 13.0, 2026-11-22; bfloat16, graphs of
@@ -108,9 +105,7 @@ def parse_row(text: str) -> NormRow:
     Raises:
         ValueError: it can't be parsed, or no cluster has that shape.
     """
-    # Not "separate", since that rounds once more.
-    algorithm, values = policy.parse_shape(text, _SLOTS, _SHAPE)
-    row = NormRow(0, algorithm, **values)
+    row = NormRow.parse(text, _SLOTS)  # not "separate", since that rounds once more
     if row.vecs not in (1, 2, 4) or row.cluster not in (1, 2, 4, 8) or row.blocks < row.cluster:
         raise ValueError(f"{text!r}: vecs is 1, 2 or 4, cluster 1, 2, 4 or 8, and blocks at least cluster")
     return row
@@ -119,8 +114,3 @@ def parse_row(text: str) -> NormRow:
 def slot_rows(rows: Sequence[NormRow]) -> list[policy.Row]:
     """Return plain rows with slots large enough for the fused rows' messages."""
     return [policy.Row(row.up_to_nbytes, _SLOTS[row.algorithm]) for row in rows if row.algorithm in _SLOTS]
-
-
-def flat(rows: Sequence[NormRow]) -> list[int]:
-    """Return the rows' numbers one after another, as the native code takes them."""
-    return [number for row in rows for number in row.numbers()]

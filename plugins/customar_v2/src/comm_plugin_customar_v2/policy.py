@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 
 import comm_core as comm
 from comm_core import eligibility
+from comm_core.launch_rows import LaunchRow, flat, read_option
 
 __all__ = [
     "ALGORITHMS",
@@ -26,7 +27,6 @@ __all__ = [
     "needs_fabric",
     "parse",
     "parse_row",
-    "parse_shape",
     "ranges",
     "rows_for",
     "unavailable_reason",
@@ -56,14 +56,13 @@ _OLDEST_WIRE = (8, 9)
 OPTION = "COMM_CORE_CUSTOMAR_V2_ALGORITHM"
 
 _KIB, _MIB = 1 << 10, 1 << 20
-# The largest number in the option, far above any launch shape.
-_MAX_NUMBER = 1 << 16
-_SHAPE = ("vecs", "threads", "blocks", "pipeline_depth")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Row(LaunchRow):
     """The algorithm and launch shape that serve messages up to a size.
+
+    The fields have the order of `Shape` in csrc/session.cuh.
 
     Attributes:
         up_to_nbytes: the largest message, in bytes.
@@ -75,17 +74,11 @@ class Row:
         pipeline_depth: the number of rounds by which pushes run ahead of sums, if the algorithm works in rounds.
     """
 
-    up_to_nbytes: int
-    algorithm: str
+    codes = ALGORITHMS | WIRE_ALGORITHMS
     vecs: int = 1
     threads: int = 256
     blocks: int = 264
     pipeline_depth: int = 0
-
-    def numbers(self) -> tuple[int, ...]:
-        """Return the fields as `Shape` in csrc/session.cuh orders them."""
-        code = (ALGORITHMS | WIRE_ALGORITHMS)[self.algorithm]
-        return (self.up_to_nbytes, code, self.vecs, self.threads, self.blocks, self.pipeline_depth)
 
 
 # Two ranks on Hopper, measured on two H200 joined by 18 NVLinks (torch 2.11, CUDA 13.0, 2026-11-22; bfloat16, graphs of
@@ -211,10 +204,7 @@ def _capability(topology: comm.Topology) -> tuple[int, int]:
 def forced_row(topology: comm.Topology) -> Row | None:
     """Return the row that the option forces, as rank 0's `probe` reported it; None: the table decides."""
     numbers = topology.ranks[0].facts[_NAME]["forced"]
-    if numbers is None:
-        return None
-    names = {code: name for name, code in ALGORITHMS.items()}
-    return Row(numbers[0], names[numbers[1]], *numbers[2:])
+    return None if numbers is None else Row.from_numbers(numbers)
 
 
 def rows_for(major: int, world_size: int, forced: Row | None = None) -> tuple[Row, ...]:
@@ -247,11 +237,7 @@ def parse(environ: Mapping[str, str] | None = None) -> Row | None:
     Raises:
         ValueError: it can't be parsed, or no block has that shape.
     """
-    text = (os.environ if environ is None else environ).get(OPTION, "").strip()
-    try:
-        return parse_row(text) if text else None
-    except ValueError as error:
-        raise ValueError(f"{OPTION}={error}") from None
+    return read_option(OPTION, os.environ if environ is None else environ, parse_row)
 
 
 def parse_row(text: str) -> Row:
@@ -260,32 +246,7 @@ def parse_row(text: str) -> Row:
     Raises:
         ValueError: it can't be parsed, or no block has that shape.
     """
-    algorithm, values = parse_shape(text, ALGORITHMS, _SHAPE)
-    row = Row(0, algorithm, **values)
+    row = Row.parse(text, ALGORITHMS)
     if row.threads % 32 or not 32 <= row.threads <= 1024 or row.blocks < 1 or row.vecs not in (1, 2, 4):
         raise ValueError(f"{text!r}: vecs is 1, 2 or 4, threads a multiple of 32 up to 1024, and blocks at least 1")
     return row
-
-
-def parse_shape(text: str, algorithms: Collection[str], names: Sequence[str]) -> tuple[str, dict[str, int]]:
-    """Parse "algorithm:name=number,..."; return the algorithm and the numbers by name.
-
-    Raises:
-        ValueError: the algorithm or a name isn't one of these, or a number can't be read.
-    """
-    algorithm, _, shape = text.partition(":")
-    if algorithm not in algorithms:
-        raise ValueError(f"{text!r}: {algorithm!r} isn't one of {', '.join(algorithms)}")
-    values: dict[str, int] = {}
-    for item in filter(None, shape.split(",")):
-        name, _, number = item.partition("=")
-        if name not in names or not number.isdecimal():
-            known = ", ".join(f"{name}=" for name in names)
-            raise ValueError(f"{text!r}: {item!r} isn't a number for one of {known}")
-        values[name] = min(int(number), _MAX_NUMBER)
-    return algorithm, values
-
-
-def flat(rows: Sequence[Row]) -> list[int]:
-    """Return the rows' numbers one after another, as the native code takes them."""
-    return [number for row in rows for number in row.numbers()]

@@ -123,14 +123,7 @@ def variants_of(tables: Tables, op: str, nbytes: int, num_tokens: int) -> list[s
         return []
     # The algorithms take turns: the first few shapes have some of each.
     turns = itertools.chain.from_iterable(itertools.zip_longest(*rounds))
-    return list(dict.fromkeys([_text(present), *(_text(row) for row in turns if row is not None)]))
-
-
-def _text(row: Row | NormRow) -> str:
-    """Return a row's text, as `parse_row` reads it."""
-    _, algorithm, *shape = dataclasses.astuple(row)
-    names = [field.name for field in dataclasses.fields(row)][2:]
-    return f"{algorithm}:" + ",".join(f"{name}={number}" for name, number in zip(names, shape, strict=True))
+    return list(dict.fromkeys([str(present), *(str(row) for row in turns if row is not None)]))
 
 
 def _plain(tables: Tables, algorithm: str, nbytes: int) -> list[Row]:
