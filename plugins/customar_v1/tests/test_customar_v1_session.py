@@ -14,6 +14,7 @@ import comm_core as comm
 import comm_plugin_customar_v1 as customar_v1
 import pytest
 import torch
+from comm_core import kernel_session
 from comm_core._memory.cpu import CpuMemory
 from comm_core.tuning import VariantChoice
 from comm_plugin_customar_v1 import policy, session
@@ -145,7 +146,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132 - device.index)
     )
     kept: list[Any] = []
-    monkeypatch.setattr(session, "_kept_until_exit", kept)
+    monkeypatch.setattr(kernel_session, "_kept_until_exit", kept)
     return kept
 
 
@@ -191,7 +192,7 @@ def pair() -> Iterator[tuple[list[Native], list[Any]]]:
     sessions = connect_all(natives)
     yield natives, sessions
     for each in sessions:
-        each._buffer.close()
+        each.buffer.close()
 
 
 def check_first_contents(native: Native, nbytes: int) -> None:
@@ -237,7 +238,7 @@ def test_a_suspended_session_comes_back_at_the_same_addresses(pair: tuple[list[N
     assert on_all(2, lambda rank: customar_v1.resume(sessions[rank])) == [None] * 2
     assert mapped() == before
     for native, own in zip(natives, sessions, strict=True):
-        assert list(own._buffer.addresses) == native.buffers
+        assert list(own.buffer.addresses) == native.buffers
         assert native.calls[-1] == ("read_test_pages",), "access was tested once"
         check_first_contents(native, 18 << 20)
 
@@ -354,7 +355,7 @@ def test_after_abort_check_reports_replays_alone(pair: tuple[list[Native], list[
     for _ in range(2):
         customar_v1.check(own)  # the time-out was reported before
     for launches in (1, 3):
-        own._buffer.tensor[:8].view(torch.int64).add_(launches << 20)  # as kernels do
+        own.buffer.tensor[:8].view(torch.int64).add_(launches << 20)  # as kernels do
         with pytest.raises(comm.CommError, match="in the replay of a graph"):
             customar_v1.check(own)
         customar_v1.check(own)

@@ -10,7 +10,7 @@ import comm_core as comm
 import comm_plugin_customar_v2 as customar_v2
 import pytest
 import torch
-from comm_core import fallback, memory
+from comm_core import fallback, kernel_session, memory
 from comm_core.tuning import VariantChoice
 from comm_core.types import QUANTS
 from comm_plugin_customar_v2 import norm_policy, policy, session, shapes
@@ -171,7 +171,7 @@ def test_connect_empties_the_cells(context: comm.GroupContext) -> None:
     assert (name, rank, world_size, timeout_s, len(layout)) == ("connect", 0, 2, 3.0, 3)
     assert shapes == policy.flat(policy.rows_for(9, 2))
     assert norm_shapes == norm_policy.flat(norm_policy.rows_for(9, 2))
-    buffer = own._buffer
+    buffer = own.buffer
     assert not buffer.fabric  # type: ignore[attr-defined]
     # The fewest multiprocessors of all ranks.
     assert attached == ("attach", [buffer.tensor.data_ptr(), 4096], 114)
@@ -335,7 +335,7 @@ def test_after_abort_check_reports_replays_alone(context: comm.GroupContext) -> 
     for _ in range(2):
         customar_v2.check(own)  # the time-out was reported before
     for launches in (1, 3):
-        own._buffer.tensor[:8].view(torch.int64).add_(launches << 20)  # as kernels do
+        own.buffer.tensor[:8].view(torch.int64).add_(launches << 20)  # as kernels do
         with pytest.raises(comm.CommError, match="in the replay of a graph"):
             customar_v2.check(own)
         customar_v2.check(own)
@@ -349,14 +349,14 @@ def test_close_is_idempotent_and_frees_nothing_under_running_kernels(
     context: comm.GroupContext, orderly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    monkeypatch.setattr(session, "_kept_until_exit", kept)
+    monkeypatch.setattr(kernel_session, "_kept_until_exit", kept)
     native = Native()
     own = connect(native, context)
     customar_v2.close(own, orderly)
     customar_v2.close(own, orderly)
     assert ("abort" in native.calls) is not orderly
     assert len(kept) == (0 if orderly else 1)
-    assert own._buffer.calls == ["close"] * orderly  # type: ignore[attr-defined]
+    assert own.buffer.calls == ["close"] * orderly  # type: ignore[attr-defined]
     customar_v2.check(own)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comm_core as comm
 import torch
-from comm_core import kernels, memory
+from comm_core import memory
+from comm_core.kernel_session import KernelSession
 from comm_core.types import rank_label
 
 from comm_plugin_customar_v1 import layout, policy
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from comm_core.tuning import VariantChoice
 
 __all__ = ["Native", "Session", "connect"]
-
-# Native functions and buffers of sessions that were closed after a failure. Their kernels may still run, so nothing is
-# freed until the process ends.
-_kept_until_exit: list[Any] = []
 
 
 class Native(NamedTuple):
@@ -39,36 +36,30 @@ class Native(NamedTuple):
     read_test_pages: Any
 
 
-class Session:
+class Session(KernelSession):
     """This rank's part of the group.
 
     Attributes:
         all_reduce: (tensor) -> the sum, in a tensor from torch's allocator.
         all_reduce_out: (tensor, out) sums into `out`, which may be `tensor`.
-        memory_nbytes: the size of this rank's buffer.
     """
 
     def __init__(
         self, native: Native, buffer: memory.SharedBuffer, context: comm.GroupContext, forced: policy.Row | None
     ) -> None:
+        super().__init__(native, buffer, context)
         self.all_reduce = native.all_reduce
         self.all_reduce_out = native.all_reduce_out
-        self.memory_nbytes = buffer.nbytes
-        self._native: Any = native  # a `Native`; None once the session is closed
-        self._buffer = buffer
-        self._context = context
         self._forced = forced
         self._rows = policy.rows_for(context.world_size, forced)
-        self._aborted = False
-        self._launches: int | None = None  # since `abort`, what the counter was in the last `check`
 
     def set_rows(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; they must be the same on every rank."""
-        self._native.set_shapes(policy.flat(rows))
+        self.native.set_shapes(policy.flat(rows))
 
     def variants(self, nbytes: int) -> list[str]:
         """Return the launch shapes that can serve a message; see `policy.variants_of`."""
-        return policy.variants_of(self._rows, self._context.world_size, nbytes) if self._forced is None else []
+        return policy.variants_of(self._rows, self.context.world_size, nbytes) if self._forced is None else []
 
     def use_variants(self, choices: Sequence[VariantChoice]) -> None:
         """Serve by these launch shapes, and by the group's own table elsewhere; by the forced row, if there is one.
@@ -76,7 +67,7 @@ class Session:
         Raises:
             ValueError: no kernel has such a shape.
         """
-        world_size = self._context.world_size
+        world_size = self.context.world_size
         rows = policy.with_choices(policy.rows_for(world_size, self._forced), world_size, choices)
         if self._forced is None:
             self.set_rows(rows)
@@ -84,26 +75,8 @@ class Session:
 
     def algorithm_of(self, nbytes: int) -> str:
         """Return the name of the algorithm that serves a message of `nbytes` bytes."""
-        code = self._native.algorithm_of(nbytes)
+        code = self.native.algorithm_of(nbytes)
         return next(name for name, number in policy.ALGORITHMS.items() if number == code)
-
-    def check(self) -> None:
-        """Raise if a kernel timed out; reads one word of host memory, or of device memory after `abort`.
-
-        Raises:
-            CommTimeoutError: a kernel timed out waiting for a peer, or the peer called with another size or dtype.
-            CommError: a kernel has run since the last check after `abort`.
-        """
-        if self._native is not None and self._aborted:
-            self._check_replays()
-            return
-        late = 0 if self._native is None else self._native.error()
-        if late:
-            rank = rank_label(late - 1, self._context.global_ranks[late - 1])
-            timeout_s = self._context.wait_timeout_s
-            raise comm.CommTimeoutError(
-                f"rank {rank} didn't come within {timeout_s:g} s, or called with another size or dtype", (late - 1,)
-            )
 
     def test_peer_access(self, seeds: Sequence[int]) -> None:
         """Test that data which the ranks write to each other's buffers, and read from them, is right. Collective.
@@ -115,7 +88,7 @@ class Session:
             RuntimeError: the driver refuses, or data is wrong, on some rank.
             CommError: a peer failed, or didn't come in time.
         """
-        native: Native = self._native
+        native: Native = self.native
 
         def read() -> None:
             wrong = native.read_test_pages(list(seeds))
@@ -123,7 +96,7 @@ class Session:
                 raise RuntimeError(f"the driver reports peer access, but {wrong}")
 
         # No rank reads before all have written.
-        self._run_and_vote(lambda: native.write_test_pages(seeds[self._context.rank]))
+        self._run_and_vote(lambda: native.write_test_pages(seeds[self.context.rank]))
         self._run_and_vote(read)
 
     def _run_and_vote(self, step: Callable[[], None]) -> None:
@@ -133,50 +106,15 @@ class Session:
             step()
         except (RuntimeError, ValueError) as error:
             reason = str(error) or repr(error)
-        agreement = self._context.control.agree(not reason, reason)
+        agreement = self.context.control.agree(not reason, reason)
         if not agreement.ok:
             rank, reason = next(iter(agreement.reasons.items()))
-            raise RuntimeError(f"rank {rank_label(rank, self._context.global_ranks[rank])}: {reason}")
-
-    def _check_replays(self) -> None:
-        """Raise if a kernel has counted its launch since the last call; the first call only reads the counter."""
-        before, self._launches = self._launches, int(self._buffer.tensor[:8].view(torch.int64))
-        if before not in (None, self._launches):
-            raise comm.CommError("its kernels ran in the replay of a graph, and their results are wrong")
-
-    def waits(self) -> dict[int, tuple[int, float, float]]:
-        """Return this rank's long waits for each peer: their number, total and longest time, in microseconds.
-
-        Reads host memory alone, so it waits for no kernel. A closed session has none.
-        """
-        native = self._native
-        return {} if native is None else kernels.waits_by_rank(native.waits())
-
-    def abort(self) -> None:
-        """End the waits of this rank's kernels, as a time-out would. Idempotent."""
-        if self._native is not None:
-            self._aborted = True
-            self._native.abort()  # they end within milliseconds
-
-    def suspend(self) -> None:
-        """Give the buffers' memory back; no kernel may use it until `resume`."""
-        self._buffer.suspend()
-
-    def resume(self) -> None:
-        """Take memory for the buffers again, at the same addresses, with no flag set. Collective."""
-        self._buffer.resume()
+            raise RuntimeError(f"rank {rank_label(rank, self.context.global_ranks[rank])}: {reason}")
 
     def close(self, orderly: bool) -> None:
-        """Free the buffers or, if not `orderly`, keep them until the process ends. Idempotent; waits for no peer."""
-        if self._native is None:
-            return
-        native, self._native = self._native, None
+        """Drop the calls, and end; see `KernelSession.close`."""
         self.all_reduce = self.all_reduce_out = None
-        if orderly:
-            self._buffer.close()
-        else:
-            native.abort()  # kernels that wait for a peer end within milliseconds
-            _kept_until_exit.append((native, self._buffer))
+        super().close(orderly)
 
 
 def connect(module: Any, forced: policy.Row | None, context: comm.GroupContext) -> Session:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comm_core as comm
 import torch
-from comm_core import kernels, memory
-from comm_core.types import rank_label
+from comm_core import memory
+from comm_core.kernel_session import KernelSession
 
 from comm_plugin_customar_v2 import layout, norm_policy, policy, shapes
 
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from comm_core.tuning import VariantChoice
 
 __all__ = ["Native", "PaddedSession", "Session", "connect"]
-
-# Native functions and buffers of sessions that were closed after a failure. Their kernels may still run and peers may
-# still write, so nothing is freed until the process ends.
-_kept_until_exit: list[Any] = []
 
 
 class Native(NamedTuple):
@@ -41,7 +37,7 @@ class Native(NamedTuple):
     padded: Any
 
 
-class Session:
+class Session(KernelSession):
     """This rank's part of the group.
 
     Attributes:
@@ -52,40 +48,34 @@ class Session:
             the operands break the hook's preconditions.
         all_reduce_add_rms_norm_quant: (tensor, residual, weight, values, scale, sum, norm, wants_norm, eps,
             weight_offset, form) likewise, and quantises; csrc/customar_v2.cu describes it.
-        memory_nbytes: the size of this rank's buffer.
     """
 
     def __init__(
         self, native: Native, buffer: memory.SharedBuffer, context: comm.GroupContext, tables: shapes.Tables
     ) -> None:
+        super().__init__(native, buffer, context)
         self.all_reduce = native.all_reduce
         self.all_reduce_out = native.all_reduce_out
         self.all_reduce_add_rms_norm_out = native.all_reduce_add_rms_norm_out
         self.all_reduce_add_rms_norm_quant = native.all_reduce_add_rms_norm_quant
-        self.memory_nbytes = buffer.nbytes
-        self._native: Any = native  # a `Native`; None once the session is closed
-        self._buffer = buffer
-        self._context = context
         self._own = self._tables = tables
-        self._aborted = False
-        self._launches: int | None = None  # since `abort`, what the counter was in the last `check`
 
     def padded(self, num_tokens: torch.Tensor) -> PaddedSession | None:
         """Return the session for padded batches; None if the group has no kernels for them."""
-        functions = self._native.padded(num_tokens.data_ptr())
+        functions = self.native.padded(num_tokens.data_ptr())
         return None if functions is None else PaddedSession(functions, self.check)
 
     def set_rows(self, rows: Sequence[policy.Row]) -> None:
         """Serve by these rows from now on; they must be the same on every rank."""
-        self._native.set_shapes(policy.flat(rows))
+        self.native.set_shapes(policy.flat(rows))
 
     def set_wire_rows(self, rows: Sequence[policy.Row]) -> None:
         """Serve plain half-precision sums from `WIRE_FROM_NBYTES` on by these rows; likewise."""
-        self._native.set_wire_shapes(policy.WIRE_FROM_NBYTES, policy.flat(rows))
+        self.native.set_wire_shapes(policy.WIRE_FROM_NBYTES, policy.flat(rows))
 
     def set_norm_rows(self, rows: Sequence[norm_policy.NormRow]) -> None:
         """Serve fused calls by these rows from now on; they must be the same on every rank."""
-        self._native.set_norm_shapes(norm_policy.flat(rows))
+        self.native.set_norm_shapes(norm_policy.flat(rows))
 
     def variants(self, op: str, nbytes: int, num_tokens: int) -> list[str]:
         """Return the launch shapes that can serve a message; see `shapes.variants_of`."""
@@ -104,67 +94,14 @@ class Session:
 
     def algorithm_of(self, nbytes: int) -> str:
         """Return the name of the algorithm that serves a message of `nbytes` bytes."""
-        code = self._native.algorithm_of(nbytes)
+        code = self.native.algorithm_of(nbytes)
         return next(name for name, number in policy.ALGORITHMS.items() if number == code)
 
-    def check(self) -> None:
-        """Raise if a kernel timed out; reads one word of host memory, or of device memory after `abort`.
-
-        Raises:
-            CommTimeoutError: a kernel timed out waiting for a peer.
-            CommError: a kernel has run since the last check after `abort`.
-        """
-        if self._native is not None and self._aborted:
-            self._check_replays()
-            return
-        late = 0 if self._native is None else self._native.error()
-        if late:
-            rank = rank_label(late - 1, self._context.global_ranks[late - 1])
-            timeout_s = self._context.wait_timeout_s
-            raise comm.CommTimeoutError(
-                f"rank {rank} didn't come within {timeout_s:g} s, or called with another size or dtype", (late - 1,)
-            )
-
-    def _check_replays(self) -> None:
-        """Raise if a kernel has counted its launch since the last call; the first call only reads the counter."""
-        before, self._launches = self._launches, int(self._buffer.tensor[:8].view(torch.int64))
-        if before not in (None, self._launches):
-            raise comm.CommError("its kernels ran in the replay of a graph, and their results are wrong")
-
-    def waits(self) -> dict[int, tuple[int, float, float]]:
-        """Return this rank's long waits for each peer: their number, total and longest time, in microseconds.
-
-        Reads host memory alone, so it waits for no kernel. A closed session has none.
-        """
-        native = self._native
-        return {} if native is None else kernels.waits_by_rank(native.waits())
-
-    def abort(self) -> None:
-        """End the waits of this rank's kernels, as a time-out would. Idempotent."""
-        if self._native is not None:
-            self._aborted = True
-            self._native.abort()  # they end within milliseconds
-
-    def suspend(self) -> None:
-        """Give the buffers' memory back; no kernel may use it until `resume`."""
-        self._buffer.suspend()
-
-    def resume(self) -> None:
-        """Take memory for the buffers again, at the same addresses, with all cells empty. Collective."""
-        self._buffer.resume()
-
     def close(self, orderly: bool) -> None:
-        """Free the buffers or, if not `orderly`, keep them until the process ends. Idempotent; waits for no peer."""
-        if self._native is None:
-            return
-        native, self._native = self._native, None
+        """Drop the calls, and end; see `KernelSession.close`."""
         self.all_reduce = self.all_reduce_out = None
         self.all_reduce_add_rms_norm_out = self.all_reduce_add_rms_norm_quant = None
-        if orderly:
-            self._buffer.close()
-        else:
-            native.abort()  # kernels that wait for a peer end within milliseconds
-            _kept_until_exit.append((native, self._buffer))
+        super().close(orderly)
 
 
 class PaddedSession:

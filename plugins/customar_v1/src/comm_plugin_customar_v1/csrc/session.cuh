@@ -61,7 +61,8 @@ class Session {
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
     // Runs after the last function that holds the session is gone, so nothing launches any more, and core has waited
-    // for the launches before. A session with kernels that may still run is kept until the process ends (session.py).
+    // for the launches before. A session with kernels that may still run is kept until the process ends
+    // (comm_core/kernel_session.py).
     ~Session() = default;
 
     // Takes the address of every rank's buffer as mapped on this device, and the fewest multiprocessors of any rank's

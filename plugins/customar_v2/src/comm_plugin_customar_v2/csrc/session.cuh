@@ -67,7 +67,7 @@ class Session {
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
     // Runs once the last function that holds the session is gone. By then core has waited for all launches. After a
-    // failure it never runs, because session.py keeps the functions until the process ends.
+    // failure it never runs, because comm_core/kernel_session.py keeps the functions until the process ends.
     ~Session() = default;
 
     // Takes the address of every rank's buffer as mapped on this device, and the fewest multiprocessors of any rank's
