@@ -16,19 +16,19 @@
 #include <type_traits>
 #include <vector>
 
-#include "emulate.h"
+#include "emulated_ranks.h"
 #include "oneshot_push.cuh"
 #include "oneshot_push_fp8.cuh"
 #include "twoshot_push.cuh"
 #include "twoshot_push_fp8.cuh"
 
-using namespace comm_customar_v2;
+using namespace emulated;
 
 namespace {
 
-constexpr size_t kLargest = 60000, kBehind = 32, kChunk = 128;
-constexpr char kCanary = 0x5a;
-constexpr uint64_t kTailsAt = 4096, kCellsAt = kTailsAt + 8192, kSlot = 2 * (kLargest + (kKinds - 1) * kKindNbytes);
+constexpr size_t kLargest = 60000, kChunk = 128;
+constexpr uint64_t kTailsAt = 4096;
+constexpr Layout kLayout{kTailsAt, kTailsAt + 8192, 2 * (kLargest + (kKinds - 1) * kKindNbytes)};
 
 struct Launch {
     std::string name;
@@ -40,8 +40,6 @@ struct Launch {
 struct Rank {
     std::vector<char> buffer, input, output;
 };
-
-uint32_t error_word = 0;
 
 // Well below a type's largest number.
 template <typename T>
@@ -85,10 +83,7 @@ bool judge(const char* result, const std::vector<std::vector<char>>& inputs, siz
         }
         const std::vector<float> due = one_shot ? total : arrived(total);
         for (size_t i = 0; i < count; ++i) {
-            float rounded[2] = {due[i], 0.0f};
-            const uint32_t word = T::pack(rounded);
-            const float expected = fake::at<T>(reinterpret_cast<const char*>(&word), 0);
-            const float is = fake::at<T>(result, first + i);
+            const float expected = fake::rounded<T>(due[i]), is = fake::at<T>(result, first + i);
             double exact = 0, bound = 0;
             for (const std::vector<float>& each : terms) {
                 const auto larger = [](float one, float other) { return std::fabs(one) < std::fabs(other); };
@@ -166,11 +161,8 @@ template <typename T, int W>
 int check(int rounds) {
     const std::vector<Launch> launches = make_launches<T, W>();
     std::vector<Rank> ranks(W);
-    for (Rank& rank : ranks) {
-        rank.buffer.assign(kCellsAt + 2 * (W - 1) * kSlot, 0);
-        std::memset(rank.buffer.data() + kTailsAt, 0xff, rank.buffer.size() - kTailsAt);
-        rank.input.resize(kLargest + kBehind);
-    }
+    set_up_buffers(ranks, kLayout);
+    for (Rank& rank : ranks) rank.input.resize(kLargest + kBehind);
     std::mt19937 dice(7);
     int done = 0;
     for (int round = 0; round < rounds; ++round) {
@@ -188,21 +180,16 @@ int check(int rounds) {
             }
             std::vector<std::vector<char>> inputs;
             for (const Rank& rank : ranks) inputs.push_back(rank.input);
-            std::vector<Params> params(W);
+            std::vector<Params> params;
             for (uint32_t rank = 0; rank < W; ++rank) {
-                Params& mine = params[rank];
-                for (size_t peer = 0; peer < W; ++peer) mine.buffers[peer] = ranks[peer].buffer.data();
+                Params mine = session_params(ranks, kLayout, rank);
                 mine.input = ranks[rank].input.data();
                 mine.output = in_place ? ranks[rank].input.data() : ranks[rank].output.data();
-                mine.bound = {&error_word, 60'000'000'000ull, nullptr};
-                mine.tails_at = kTailsAt;
-                mine.cells_at = kCellsAt;
-                mine.cells_nbytes = kSlot;
                 mine.num_vecs = num_vecs;
                 mine.tail_nbytes = tail_nbytes;
-                mine.rank = rank;
                 mine.pipeline_depth = launch.pipeline_depth;
                 choose_cells(mine, W, comm_core::Element::kBFloat16, false);
+                params.push_back(mine);
             }
             fake::launch(launch.kernel, params, launch.max_blocks, launch.threads);
             for (uint32_t rank = 0; rank < W; ++rank) {
