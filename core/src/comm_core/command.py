@@ -203,12 +203,13 @@ def _ask_store(operation: Callable[[Any], object]) -> object:
 
     Under `launch` and torchrun the launcher holds the store, and outlives the ranks.
     """
-    from torch.distributed import group
+    import torch.distributed as dist
 
     from comm_core._control.store import store_of
 
+    world: Any = dist.group.WORLD
     with contextlib.suppress(Exception):
-        store = store_of(group.WORLD)
+        store = store_of(world)
         return run_with_deadline(lambda: operation(store), _STORE_S, name="the job's store")
     return None
 
