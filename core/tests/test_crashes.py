@@ -17,14 +17,14 @@ from harness import install
 # Without torch: quick. Its arguments are the cache's folder and what happens within the hook.
 PROCESS = """
 import logging, os, signal, sys, threading, time
-from comm_core._control.unfinished import noted
+from comm_core._control.journal import journaled
 from comm_core._plugins import crashes
 
 logging.basicConfig()
 crashes.warn_of_crashes(sys.argv[1])
-noted("probe of other", lambda: None)()
-threading.Thread(target=noted("connect of late", lambda: time.sleep(3600)), daemon=True).start()
-noted("connect of acme", lambda: exec(sys.argv[2]))()
+journaled("probe of other", lambda: None)()
+threading.Thread(target=journaled("connect of late", lambda: time.sleep(3600)), daemon=True).start()
+journaled("connect of acme", lambda: exec(sys.argv[2]))()
 """
 CRASH = "signal.raise_signal(signal.SIGSEGV)"
 
@@ -56,7 +56,7 @@ def test_the_next_process_names_what_crashed_the_last_and_the_ones_after_it_are_
 
 
 @pytest.mark.parametrize(
-    "end", ["pass", "sys.exit(3)", "raise ValueError", "crashes.end_journal(); os._exit(3)", "crashes.watch_no_more()"]
+    "end", ["pass", "sys.exit(3)", "raise ValueError", "crashes.end_journal(); os._exit(3)", "crashes.stop_watching()"]
 )
 def test_a_process_that_ends_by_itself_leaves_no_file(folder: Path, end: str) -> None:
     process(folder, end)
@@ -76,7 +76,7 @@ def test_a_process_that_lives_is_no_crash(folder: Path) -> None:
 def test_a_forked_process_has_no_part_in_the_file(folder: Path) -> None:
     fork = "child = os.fork(); child or os.execv('/bin/true', ['true']); os.waitpid(child, 0); " + CRASH
     assert process(folder, fork).returncode == -signal.SIGSEGV
-    assert process(folder, "os.fork() or (noted('x of y', lambda: None)(), os._exit(0)); os.wait(); " + CRASH)
+    assert process(folder, "os.fork() or (journaled('x of y', lambda: None)(), os._exit(0)); os.wait(); " + CRASH)
     assert process(folder, "pass").stderr.count("connect of late, connect of acme") == 1
 
 

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 
 from comm_core._control.deadline import describe, run_with_deadline
-from comm_core._control.unfinished import noted
+from comm_core._control.journal import journaled
 
 __all__ = ["StandingWorker", "run_on_device"]
 
@@ -51,7 +51,7 @@ def run_on_device(
                 stream.synchronize()
             return value
 
-    return run_with_deadline(noted(name, work), timeout_s, name=name, on_late=on_late)
+    return run_with_deadline(journaled(name, work), timeout_s, name=name, on_late=on_late)
 
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream | None:

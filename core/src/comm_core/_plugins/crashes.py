@@ -1,7 +1,7 @@
-"""What crashed an earlier process: each process keeps, in the cache, a file with the hooks that it is in.
+"""Find what crashed earlier processes: each keeps, in the cache, a file with the hooks that it is in.
 
-A process holds a lock on its file until it ends, so a file that nobody has locked is of a process that has ended, even
-in another container. One that ends normally removes its file.
+A process holds a lock on its file until it ends, so an unlocked file is of a process that has ended, even in another
+container. One that ends normally removes its file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from comm_core._control.unfinished import Journal, keep_in
+from comm_core._control.journal import Journal, use_journal
 from comm_core._native import cache
 from comm_core._schema import MalformedError, integer, load_json, record, text, tuple_of
 from comm_core.errors import PluginLoadError
 
-__all__ = ["Crash", "earlier_crashes", "end_journal", "warn_of_crashes", "watch_no_more"]
+__all__ = ["Crash", "earlier_crashes", "end_journal", "stop_watching", "warn_of_crashes"]
 
 _log = logging.getLogger("comm_core")
 
@@ -71,8 +71,8 @@ class Crash:
 
 _read = record(Crash, process=integer(), program=text, started=text, running=tuple_of(text))
 
-# Whether this process takes part, and the file of each process that is this one or that it was forked from.
-_watching = [True]
+# Whether this process takes part; and the files of this process and of those that it was forked from, by process id.
+_watching = True
 _files: dict[int, Path] = {}
 
 
@@ -82,7 +82,7 @@ def warn_of_crashes(cache_dir: str | None) -> None:
     Args:
         cache_dir: the setting.
     """
-    if not _watching[0] or os.getpid() in _files:
+    if not _watching or os.getpid() in _files:
         return
     with contextlib.suppress(OSError, PluginLoadError):  # without a cache, nothing is remembered
         folder = cache.private_folder(cache.root(cache_dir), _FOLDER)
@@ -106,15 +106,16 @@ def earlier_crashes(cache_dir: str | None) -> list[Crash]:
 
 def end_journal() -> None:
     """Remove this process's file: it ends on purpose, whatever its threads are in."""
-    keep_in(None)
+    use_journal(None)
     file = _files.pop(os.getpid(), None)
     if file is not None:
         file.unlink(missing_ok=True)
 
 
-def watch_no_more() -> None:
+def stop_watching() -> None:
     """Keep no file in this process, and log no crash: a test kills it."""
-    _watching[0] = False
+    global _watching  # noqa: PLW0603 - one choice a process
+    _watching = False
 
 
 def _begin_file(folder: Path) -> None:
@@ -122,7 +123,7 @@ def _begin_file(folder: Path) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)  # for as long as this process lives
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     started = dt.datetime.now().astimezone().isoformat(" ", "seconds")
-    keep_in(Journal(descriptor, {"process": os.getpid(), "program": Path(sys.argv[0]).name, "started": started}))
+    use_journal(Journal(descriptor, {"process": os.getpid(), "program": Path(sys.argv[0]).name, "started": started}))
     _files[os.getpid()] = path.rename(path.with_suffix(_OWN))  # it is locked now
     atexit.register(end_journal)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from comm_core._control.deadline import describe, run_with_deadline
-from comm_core._control.unfinished import noted
+from comm_core._control.journal import journaled
 from comm_core._plugins import validation
 from comm_core._plugins.crashes import warn_of_crashes
 from comm_core._plugins.installed import (
@@ -177,7 +177,7 @@ def _load(entry: InstalledPlugin, timeout_s: float) -> Plugin | LoadFailure:
     try:
         check_requirements(entry, __version__)
         name = f"the import of {entry.name}"
-        return run_with_deadline(noted(name, functools.partial(_import_plugin, entry)), timeout_s, name=name)
+        return run_with_deadline(journaled(name, functools.partial(_import_plugin, entry)), timeout_s, name=name)
     except PluginRejectedError as rejection:
         failure = load_failure(entry, rejection)
         _log.debug("traceback of plugin '%s'", entry.name, exc_info=True)

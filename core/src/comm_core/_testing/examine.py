@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from comm_core._control.deadline import describe, run_with_deadline
-from comm_core._control.unfinished import noted
+from comm_core._control.journal import journaled
 from comm_core._group.local_inputs import read_facts
 from comm_core._plan.decide import encode_answer, with_explicit_ranges
 from comm_core._plugins import discovery
@@ -125,7 +125,7 @@ def _probe(plugin: discovery.Plugin, timeout_s: float) -> Any:
     probe = plugin.hooks["probe"]
     try:
         name = f"probe of {plugin.name}"
-        found = run_with_deadline(noted(name, probe), timeout_s, name=name)
+        found = run_with_deadline(journaled(name, probe), timeout_s, name=name)
     except Exception as error:  # plugin boundary, as in all functions here
         remedy = "Let it catch what can fail, and return the reason as a fact, on which is_available decides."
         raise _FaultError(f"probe raised {describe(error)}", remedy, probe) from error
@@ -170,7 +170,7 @@ def _answer(plugin: discovery.Plugin, topology: Topology, timeout_s: float) -> s
         # A copy for each call, as each rank has its own: what the hook changes in one isn't in the next.
         copy = Topology.from_json(topology.to_json())
         try:
-            answer = run_with_deadline(noted(name, lambda: hook(copy)), timeout_s, name=name)
+            answer = run_with_deadline(journaled(name, lambda: hook(copy)), timeout_s, name=name)
         except Exception as error:
             remedy = (
                 "Let it return comm_core.Unavailable with the reason where the backend can't serve, else Available "

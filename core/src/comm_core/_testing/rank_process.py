@@ -63,7 +63,7 @@ def side_store() -> Any:
 
 def work(descriptor: str) -> None:
     """Take jobs from the pipe with this descriptor until it closes."""
-    crashes.watch_no_more()
+    crashes.stop_watching()
     # What is imported by now stays for the process's life: collections of garbage needn't look at it again and again.
     gc.freeze()
     pipe: multiprocessing.connection.Connection[Any, Any] = multiprocessing.connection.Connection(int(descriptor))

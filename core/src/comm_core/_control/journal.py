@@ -1,4 +1,4 @@
-"""The plugins' hooks that this process is in, by name, in a file: it outlives a process that one of them crashes."""
+"""The journal of a process: a file with the names of the plugins' hooks that it is in; it outlives a crash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, final
 
-__all__ = ["Journal", "keep_in", "noted"]
+__all__ = ["Journal", "journaled", "use_journal"]
 
 T = TypeVar("T")
 
@@ -49,28 +49,29 @@ class Journal:
 
     def _write(self) -> None:
         data = json.dumps({**self._facts, "running": self._running}).encode()
-        with contextlib.suppress(OSError):  # a full disk: nobody learns which hook crashed this process
+        with contextlib.suppress(OSError):  # a full disk: then a crash goes unreported
             os.ftruncate(self._descriptor, os.pwrite(self._descriptor, data, 0))
 
 
-_journals: list[Journal] = []
+_journal: Journal | None = None
 
 
-def keep_in(journal: Journal | None) -> None:
-    """Write down the hooks in this journal from now on; None: nowhere."""
-    _journals[:] = [] if journal is None else [journal]
+def use_journal(journal: Journal | None) -> None:
+    """Record this process's hooks in `journal` from now on; None: nowhere."""
+    global _journal  # noqa: PLW0603 - one journal a process
+    _journal = journal
 
 
-def noted(name: str, call: Callable[[], T]) -> Callable[[], T]:
-    """Return a function that does what `call` does, and is in this process's journal, if it has one, until it returns.
+def journaled(name: str, call: Callable[[], T]) -> Callable[[], T]:
+    """Return `call` as a function that is in this process's journal, if there is one, until it returns.
 
     Args:
         name: the call's name, such as "connect of customar_v2".
-        call: a hook of a plugin's, or its import.
+        call: a plugin's hook, or its import.
     """
 
     def run() -> T:
-        journal = next(iter(_journals), None)
+        journal = _journal
         with contextlib.nullcontext() if journal is None else journal.running(name):
             return call()
 
