@@ -26,7 +26,7 @@ __all__ = ["Serving"]
 
 # The most groups that a time-out's text names.
 _OTHERS = 3
-# All groups' objects in this process.
+# Every group's `Serving` in this process.
 _servings: weakref.WeakSet[Serving] = weakref.WeakSet()
 # The shortest time between two looks for other ranks' failures, in seconds: a look takes a round trip to the store.
 _PEERS_CHECK_S = 1.0
@@ -48,7 +48,6 @@ class Serving:
         failure: the reason why every call raises for good; None while the handle is sound.
         fault: the report of that failure to the other ranks, if the handle can recover from it.
         suspended: whether calls raise until `resume`; False once the handle has failed.
-        refusal: the reason why every call raises now; None while the handle serves calls.
         terminal: the function of the terminal fallback, and its first argument.
         torch_device_types: other device types, which only torch.distributed serves.
         control: the group's control channel; None for one rank.
@@ -83,7 +82,6 @@ class Serving:
         self.failure: str | None = None
         self.fault: Fault | None = None
         self.suspended = False
-        self.refusal: str | None = None
         self.terminal = terminal
         self.torch_device_types = torch_device_types
         self.control = control
@@ -91,7 +89,7 @@ class Serving:
         self._profiled_title = title if profiles else ""
         self._peers_checked_s = 0.0
         _servings.add(self)
-        self._graphs = False
+        self._in_capture = False
         self.eager = self._graph = ModeRoutes.empty()
         # The calls and bytes by operation, mode and route, without those that the routes in use have counted.
         self._earlier: dict[tuple[str, str, RouteKey], tuple[int, int]] = {}
@@ -116,11 +114,11 @@ class Serving:
         self.decision = decision
         self.sessions = dict(sessions)
         self.all_sessions += [session for session in sessions.values() if session not in self.all_sessions]
-        self.use_graph_routes(self._graphs)
+        self.use_graph_routes(self._in_capture)
 
     def use_graph_routes(self, on: bool) -> None:
         """Set whether calls query their stream, and take the graph's routes while it captures."""
-        self._graphs = on
+        self._in_capture = on
         if self.refusal is not None:
             return
         eager, graph = self.eager, self._graph
@@ -137,7 +135,7 @@ class Serving:
     def bind_padded(self, op: str, key: CallKey, bound: BoundHook, count: torch.Tensor) -> BoundHook:
         """Return the hook that sums the first rows, `count` in number; `bound`, which sums all, if there is none.
 
-        A message that is taken in pieces is summed whole, since no piece has the batch's rows.
+        A message that is taken in pieces has all its rows summed, since no piece has the rows of the batch.
         """
         function, value, name, checks_operands, _ = bound
         session = self.sessions.get(name)
@@ -148,6 +146,13 @@ class Serving:
             return bound
         # Such a call is exact, also if the route has a wire.
         return function, padded, name, checks_operands, self.routes_of(op).counter(key, name)
+
+    @property
+    def refusal(self) -> str | None:
+        """The reason why every call raises now; None while the handle serves calls."""
+        if self.suspended:
+            return f"{self.title} is suspended. Call comm.resume(group) on all its ranks first"
+        return self.failure
 
     @property
     def label(self) -> str:
@@ -190,13 +195,12 @@ class Serving:
     def suspend(self) -> None:
         """Make every call raise `CommError` until `resume`."""
         self.suspended = True
-        self.refusal = f"{self.title} is suspended. Call comm.resume(group) on all its ranks first"
         self._use(ModeRoutes.empty())
 
     def resume(self) -> None:
         """Serve calls again, by the routes of before."""
-        self.suspended, self.refusal = False, self.failure
-        self.use_graph_routes(self._graphs)
+        self.suspended = False
+        self.use_graph_routes(self._in_capture)
 
     def warm_up(self, shapes: Shapes) -> None:
         """Run the steps that a capture can't contain: NCCL's first call and the norm's compilation. Collective."""
@@ -229,7 +233,7 @@ class Serving:
         if first.rank != self.control.rank:
             before = describe_stopped(self.control, first)
             if before not in why:
-                self.failure = self.refusal = f"{why}. Before that, {before}. {STOPPED}"
+                self.failure = f"{why}. Before that, {before}. {STOPPED}"
             return before
         self.fault = dataclasses.replace(self.fault, first=True)
         return ""
@@ -274,14 +278,14 @@ class Serving:
             control: the group's control channel, in a new incarnation.
             dropped: all sessions of before that stay open; `check` asks them for replays.
         """
-        self.failure = self.refusal = self.fault = None
+        self.failure = self.fault = None
         self.control = control
         self.dropped_sessions = list(dropped)
         self.adopt(decision, sessions)
 
     def retire(self, why: str) -> None:
         """Make every later call raise `CommError(why)`."""
-        self.failure = self.refusal = why
+        self.failure = why
         self.fault = None
         self.suspended = False
         self._earlier = self._counts()
