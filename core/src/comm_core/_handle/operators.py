@@ -188,7 +188,7 @@ def _quant_out(
         scale=scale if scale_out is None else scale_out,
         out=out,
         residual_out=residual_out if residual is None else _canonical_out(residual, residual_out),
-        norm_out=norm_out if norm_out is None else _canonical_out(tensor, norm_out),
+        norm_out=None if norm_out is None else _canonical_out(tensor, norm_out),
         num_tokens=num_tokens,
     )
 

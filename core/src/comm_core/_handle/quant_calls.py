@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from comm_core._handle import checks, quant, traced
 from comm_core._handle.checked_calls import CheckedCalls
 from comm_core._handle.lookup import composed
-from comm_core._handle.operands import copy_to_out, disjoint, to_kernel_ready, writable_or_none
+from comm_core._handle.operands import copy_to_out, disjoint, is_kernel_ready, to_kernel_ready, writable_or_none
 from comm_core.types import TERMINAL
 
 if TYPE_CHECKING:
@@ -130,18 +130,20 @@ class QuantCalls(CheckedCalls):
     ) -> QuantResults | None:
         """Call the hook with staged operands; return None if it declines the call."""
         x, r, w = map(to_kernel_ready, (tensor, residual, weight))
-        scales = scale.detach()
-        inputs = (x, r, w, scales) if quant.is_static(form) else (x, r, w)
+        scales, writes_scales = scale.detach(), not quant.is_static(form)
+        inputs = (x, r, w) if writes_scales else (x, r, w, scales)
         s = writable_or_none(residual_out, r, (x, w, *inputs[3:]))
         s = torch.empty_like(r) if s is None else s
         y = None
         if with_norm:
             y = writable_or_none(norm_out, x, (r, w, *inputs[3:]))
             y = torch.empty_like(x) if y is None else y
-        q = None if out is None or not all(disjoint(out, other) for other in inputs) else writable_or_none(out, out, ())
-        q = quant.empty_out(x) if q is None else q
-        if len(inputs) == 3 and not (
-            quant.is_writable_scale(scales) and all(_apart(scales, other) for other in inputs)
+        q = out
+        if q is None or not is_kernel_ready(q) or not all(disjoint(q, other) for other in inputs):
+            q = quant.empty_out(x)
+        # `disjoint` takes contiguous tensors, and scales may have room between their columns.
+        if writes_scales and (
+            not quant.is_writable_scale(scales) or any(checks.share_memory(scales, other) for other in inputs)
         ):
             scales = torch.empty_like(scales)
         function, session, name, _, counter = bound
@@ -159,7 +161,7 @@ class QuantCalls(CheckedCalls):
             return None
         for _counted in counter:
             break
-        if len(inputs) == 3 and scales.data_ptr() != scale.data_ptr():
+        if writes_scales and scales.data_ptr() != scale.data_ptr():
             copy_to_out(scales, scale)
         return (
             copy_to_out(q, out),
@@ -222,18 +224,10 @@ class QuantCalls(CheckedCalls):
 
 def _check_disjoint(written: dict[str, torch.Tensor | None]) -> None:
     """Raise `ValueError` if two outputs share memory."""
-    given: Iterator[tuple[str, torch.Tensor]] = ((name, item) for name, item in written.items() if item is not None)
-    seen: list[tuple[str, torch.Tensor]] = []
-    for name, item in given:
-        for other_name, other in seen:
-            if item is other or checks.share_memory(item, other):
-                raise ValueError(
-                    f"{other_name} and {name} share memory, but the call writes a different result to each; pass "
-                    "disjoint tensors"
-                )
-        seen.append((name, item))
-
-
-def _apart(scales: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether scales, maybe with room between their columns, share no memory with a contiguous tensor."""
-    return not checks.share_memory(scales, other)
+    given = [(name, item) for name, item in written.items() if item is not None]
+    for (one_name, one), (name, other) in itertools.combinations(given, 2):
+        if one is other or checks.share_memory(one, other):
+            raise ValueError(
+                f"{one_name} and {name} share memory, but the call writes a different result to each; pass disjoint "
+                "tensors"
+            )

@@ -34,7 +34,7 @@ def empty_contiguous(tensor: torch.Tensor, *_rest: Any, **_named: Any) -> torch.
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _counted(num_tokens: NumTokens) -> dict[str, torch.Tensor]:
+def _count_argument(num_tokens: NumTokens) -> dict[str, torch.Tensor]:
     """Return the operators' argument for `num_tokens`, if it is given.
 
     The bucket isn't compared with the tensor's rows, since that would make a dynamic size a constant.
@@ -49,12 +49,12 @@ def all_reduce(
 ) -> torch.Tensor:
     """Call `Backend.all_reduce` as an operator."""
     if out is None:
-        result: torch.Tensor = torch.ops.comm_core.all_reduce(tensor, self.group_name, **_counted(num_tokens))
+        result: torch.Tensor = torch.ops.comm_core.all_reduce(tensor, self.group_name, **_count_argument(num_tokens))
         return result
     if out is tensor:
-        torch.ops.comm_core.all_reduce_(tensor, self.group_name, **_counted(num_tokens))
+        torch.ops.comm_core.all_reduce_(tensor, self.group_name, **_count_argument(num_tokens))
     else:
-        torch.ops.comm_core.all_reduce_out(tensor, out, self.group_name, **_counted(num_tokens))
+        torch.ops.comm_core.all_reduce_out(tensor, out, self.group_name, **_count_argument(num_tokens))
     return out
 
 
@@ -73,13 +73,13 @@ def all_reduce_add_rms_norm(
     """Call `Backend.all_reduce_add_rms_norm` as an operator."""
     if out is None and residual_out is None:
         pair: tuple[torch.Tensor, torch.Tensor] = torch.ops.comm_core.all_reduce_add_rms_norm(
-            tensor, residual, weight, self.group_name, eps, weight_offset, **_counted(num_tokens)
+            tensor, residual, weight, self.group_name, eps, weight_offset, **_count_argument(num_tokens)
         )
         return pair
     out = empty_contiguous(tensor) if out is None else out
     residual_out = empty_contiguous(tensor if residual is None else residual) if residual_out is None else residual_out
     torch.ops.comm_core.all_reduce_add_rms_norm_out(
-        tensor, residual, weight, out, residual_out, self.group_name, eps, weight_offset, **_counted(num_tokens)
+        tensor, residual, weight, out, residual_out, self.group_name, eps, weight_offset, **_count_argument(num_tokens)
     )
     return out, residual_out
 
@@ -108,7 +108,7 @@ def all_reduce_add_rms_norm_quant(
             *(tensor, residual, weight, quant, given, self.group_name, eps, weight_offset),
             with_norm=with_norm,
             column_major_scales=column_major_scales,
-            **_counted(num_tokens),
+            **_count_argument(num_tokens),
         )
         return q, scales if given is None else given, s, y if with_norm else None
     if scale is None:
@@ -121,6 +121,6 @@ def all_reduce_add_rms_norm_quant(
     torch.ops.comm_core.all_reduce_add_rms_norm_quant_out(
         *(tensor, residual, weight, quant, given, out, None if forms.is_static(quant) else scale, residual_out),
         *(norm_out, self.group_name, eps, weight_offset),
-        **_counted(num_tokens),
+        **_count_argument(num_tokens),
     )
     return out, scale, residual_out, norm_out
