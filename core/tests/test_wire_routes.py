@@ -77,7 +77,13 @@ def test_ranges_with_and_without_the_wire_have_no_message_in_common() -> None:
     assert initial_slate({"a": "1"}, answers[:1] * 2).offer("a").ranges == (EXACT, WIRE)
 
 
-@pytest.mark.parametrize(("op", "wire"), [(PLAIN, "fp4"), ("all_reduce_add_rms_norm", "fp8")])
-def test_only_plain_sums_have_a_wire(op: str, wire: str) -> None:
-    with pytest.raises(ValueError, match="only all_reduce has wires, fp8"):
+@pytest.mark.parametrize(
+    ("op", "wire", "text"),
+    [
+        (PLAIN, "fp4", "wire='fp4': all_reduce takes '' or 'fp8'"),
+        ("all_reduce_add_rms_norm", "fp8", "wire='fp8': all_reduce_add_rms_norm takes ''"),
+    ],
+)
+def test_only_plain_sums_have_a_wire(op: str, wire: str, text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}$"):
         Range(op, wire=wire)

@@ -123,8 +123,9 @@ class Range:
         if self.max_tokens is not None:
             _schema.check_int("max_tokens", self.max_tokens, 1)
         _schema.check_bool("prepared", self.prepared)
-        if self.wire not in (("", *WIRES) if self.op == "all_reduce" else ("",)):
-            raise ValueError(f"wire={self.wire!r} of {self.op}: only all_reduce has wires, {', '.join(WIRES)}")
+        wires = ("", *WIRES) if self.op == "all_reduce" else ("",)
+        if self.wire not in wires:
+            raise ValueError(f"wire={self.wire!r}: {self.op} takes {' or '.join(map(repr, wires))}")
 
     def serves(self, mode: str, device_type: str, dtype: str) -> bool:
         """Return whether the range takes this mode, device type and dtype at some size."""
@@ -289,8 +290,9 @@ class Rule:
 
     Attributes:
         tuned: the rule of `Decision.tuning` that gave it its place; "": none.
-        piece_nbytes: larger messages go to the backend in pieces of at most so many bytes: of the fused operation in
-            whole rows, and a longer row isn't taken. None: every message goes as a whole. Only in deterministic groups.
+        piece_nbytes: larger messages go to the backend in pieces of at most this size, in bytes. The pieces of a fused
+            message are whole rows; the rule takes no message with a longer row. None: every message goes as a whole.
+            Only deterministic groups have pieces.
         wire: one of `WIRES` if the messages travel quantised, else "".
     """
 

@@ -232,7 +232,8 @@ class Stage:
         if len(set(kinds)) == 1:
             return {"values": values}
         outlier = min(range(len(kinds)), key=lambda rank: kinds.count(kinds[rank]))
-        return {"abort": _abort(f"exchanges don't match: {kinds[outlier]} here, not as elsewhere", outlier)}
+        others = ", ".join(sorted(set(kinds) - {kinds[outlier]}))
+        return {"abort": _abort(f"exchanges don't match: {kinds[outlier]} here, {others} on other ranks", outlier)}
 
     def _await_verdict(self, key: str, messages: list[str], timeout_s: float, store: Store) -> dict[str, Any]:
         for number, _ in enumerate(polls(timeout_s)):
