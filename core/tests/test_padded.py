@@ -171,6 +171,6 @@ def test_a_closed_session_keeps_no_count() -> None:
         backend.all_reduce(rows(ROWS, HIDDEN), num_tokens=total)
         del total  # its address isn't given to another tensor
     assert len({each.num_tokens.data_ptr() for each in made}) == len(made) == 2
-    assert len(session._padded) == 2
+    assert len(session._padded_values) == 2
     session.close(orderly=True)
-    assert not session._padded
+    assert not session._padded_values

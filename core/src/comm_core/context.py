@@ -75,9 +75,9 @@ class GroupContext:
         control: the channel to the other ranks, for Collective hooks.
         memory_budget_nbytes: device memory that this session may take for its buffers, in bytes.
         wait_timeout_s: the longest that a hot-path call may wait for a peer, in seconds; also the deadline of the hooks
-            `check` and `close`.
-        wire: the quantised wire that the group asks for, one of `comm_core.types.WIRES`; "": none. Plain sums of the
-            backend's ranges with this wire travel by it, and all others are exact.
+            `check` and `close`, and in `comm-core tune` of `variants` and `use_variants`.
+        wire: the quantised wire that the group asks for, one of `comm_core.types.WIRES`; "": none. Plain sums within
+            the backend's ranges of this wire travel quantised; all other sums are exact.
     """
 
     group: torch.distributed.ProcessGroup = dataclasses.field(repr=False, compare=False)

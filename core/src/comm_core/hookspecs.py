@@ -154,7 +154,7 @@ def all_reduce(session: Any, tensor: torch.Tensor, out: torch.Tensor | None) -> 
     current stream. May run while a graph is captured, if its ranges name the mode "graph".
 
     Args:
-        session: what `connect` returned, else the `GroupContext`; or what `padded_session` returned.
+        session: the result of `connect`, else the `GroupContext`; on padded batches, of `padded_session`.
         tensor: any shape, at least one element, contiguous, aligned to 16 bytes, within the ranges.
         out: receives the sum: a tensor of the same shape, dtype and device, contiguous, aligned to 16 bytes; `tensor`
             itself or disjoint from it. None: allocate it, and leave `tensor` unchanged.
@@ -249,14 +249,14 @@ def all_reduce_add_rms_norm_quant(
 
 @hookspec(firstresult=True)
 def padded_session(session: Any, num_tokens: torch.Tensor) -> Any:
-    """Return what takes the session's place in the hot path of calls on padded batches.
+    """Return the object that takes the session's place in hot-path calls on padded batches.
 
     Local, optional: without it, all rows are summed. Called by the first call with this `num_tokens`, on the caller's
-    thread, maybe while a graph is captured: launch nothing. Kernels of these calls read `num_tokens` when they run,
-    after the stream's earlier work: so many of the rows of `[..., hidden_size]` are real, the first ones, and their
-    results are those of a call on these alone, by no quantised wire. Other rows of outputs are unspecified.
-    `num_tokens` is int32, one element, on the group's device, equal on all ranks; below 0 means 0, above the rows all
-    of them. Core keeps the tensor and the result until the session is closed.
+    thread, maybe while a graph is captured: launch nothing. `num_tokens` is int32, one element, on the group's device,
+    equal on all ranks. Kernels of these calls read it when they run, after the stream's earlier work: the first
+    `num_tokens` rows of `[..., hidden_size]` are real (below 0 means none, above the rows all of them), and have the
+    results of a call on them alone, over no quantised wire. The other rows of outputs are unspecified. Core keeps the
+    tensor and the result until the session is closed.
 
     Returns:
         Any object but None; or `NotImplemented`, on all ranks: all rows are summed.

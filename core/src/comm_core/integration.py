@@ -74,7 +74,6 @@ def get_handle(
         leave(str(error))
         return None
     if dist.get_rank(cpu_group) == 0:
-        # Of the smallest message; `explain` has the others.
         log.info("group %r: all-reduces by comm-core %s, the smallest by %s", name, comm_core.__version__, handle.name)
         log.debug("%s", handle.explain())
     return handle
@@ -88,14 +87,14 @@ def _is_known(*groups: dist.ProcessGroup) -> bool:
         return False
 
 
-def _vote(group: dist.ProcessGroup, package: str, vote: str, patience_s: float) -> dict[int, str]:
+def _vote(group: dist.ProcessGroup, package: str, vote: str, timeout_s: float) -> dict[int, str]:
     """Post this rank's vote and return the objections, by rank; empty if all ranks want a handle."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     store = store_of(group)
     store.set(f"{package}/{rank}", vote)
     missing = set(range(world_size)) - {rank}
     objections = {} if vote == _YES else {rank: vote}
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + timeout_s
     while missing:
         for peer in [peer for peer in sorted(missing) if store.check([f"{package}/{peer}"])]:
             missing.remove(peer)
@@ -105,9 +104,9 @@ def _vote(group: dist.ProcessGroup, package: str, vote: str, patience_s: float) 
         if not missing or objections:
             break  # one objection decides
         if time.monotonic() > deadline:
-            reason = f"no vote within {patience_s:g} s: {package} isn't installed or isn't loaded there"
+            reason = f"no vote within {timeout_s:g} s: {package} isn't installed or isn't loaded there"
             # For a rank that votes after all.
-            store.set(f"{package}/{rank}", f"it had no vote of rank {min(missing)} within {patience_s:g} s")
+            store.set(f"{package}/{rank}", f"it had no vote of rank {min(missing)} within {timeout_s:g} s")
             return dict.fromkeys(sorted(missing), reason)
         time.sleep(_POLL_S)
     return dict(sorted(objections.items()))

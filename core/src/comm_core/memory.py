@@ -177,7 +177,7 @@ class SharedBuffer:
             shared = memory.export(handle)
             if isinstance(shared, int):
                 stack.callback(os.close, shared)
-            # What can fail on this rank alone has happened; peers that wait for this rank hear of a failure.
+            # From here on peers wait for this rank, so all that can fail on it alone comes before.
             fabric = shared.hex() if isinstance(shared, bytes) else None
             exported = control.all_gather([self.nbytes, fabric])
             sizes = [size for size, _ in exported]

@@ -133,7 +133,7 @@ class VariantChoice:
         max_nbytes: the largest message, in bytes; None: any.
 
     Raises:
-        TypeError, ValueError: a field has the wrong type or no sense.
+        TypeError, ValueError: a field has the wrong type or an impossible value.
     """
 
     op: str

@@ -136,21 +136,21 @@ class CommProcessGroup(dist.ProcessGroup):
             forget_group(self.plain, self._plain_name)
 
     def _start(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> dist.Work:
-        """Begin a sum that the caller waits for later. Which backend serves it doesn't depend on that.
+        """Begin a sum that the caller waits for later. It takes the same route as one that ends before the call does.
 
-        On CPUs a thread makes it, since it waits for the peers. On GPUs it is queued on a stream.
+        On CPUs a thread makes the sum, since it waits for the peers. On GPUs it is queued on a stream.
         """
         tensor = tensors[0]
         if not _is_served(tensor, opts.reduceOp):
             return self.plain.allreduce(tensors, opts)
         if not tensor.is_cuda:
-            return QueuedWork(self._queue.put(lambda: self._sum_or_plainly(handle, tensors, opts)))
+            return QueuedWork(self._queue.put(lambda: self._sum_or_delegate(handle, tensors, opts)))
         if tensor.nbytes <= _OVERLAPPED_NBYTES:
-            return CudaWork(self._sum_or_plainly(handle, tensors, opts))
+            return CudaWork(self._sum_or_delegate(handle, tensors, opts))
         stream = self._stream(tensor.device)
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
-            work = CudaWork(self._sum_or_plainly(handle, tensors, opts))
+            work = CudaWork(self._sum_or_delegate(handle, tensors, opts))
         tensor.record_stream(stream)  # its memory isn't reused before the sum is finished
         return work
 
@@ -161,7 +161,8 @@ class CommProcessGroup(dist.ProcessGroup):
             stream = self._streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         return stream
 
-    def _sum_or_plainly(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> list[torch.Tensor]:
+    def _sum_or_delegate(self, handle: Backend, tensors: list[torch.Tensor], opts: Any) -> list[torch.Tensor]:
+        """Reduce a tensor in place, by the plain group if the handle can't; return the list of it."""
         if not self._sum(handle, tensors[0], opts.reduceOp):
             self.plain.allreduce(tensors, opts).wait()
         return tensors

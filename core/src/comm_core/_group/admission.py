@@ -29,7 +29,8 @@ __all__ = ["WIRE_FLOOR", "WIRE_RELATIVE", "run_cases"]
 _MAX_EXACT_INT = {"bfloat16": 256, "float16": 2048, "int8": 127, "uint8": 255}
 # Period of the test pattern in elements: a prime, so that no chunk, vector or block of a kernel lines up with it.
 _PERIOD = 1021
-#: The error bound of the wire "fp8", in units of the exact sum and of the chunks' largest magnitudes.
+#: The error bound of the wire "fp8": a part of the terms' magnitudes, and one of the largest in each term's chunk; see
+#: `comm_core.get_backend`.
 WIRE_RELATIVE, WIRE_FLOOR = 0.14, 2.0**-15
 # A rank sends this instead of the numbers of its recorded cases if `capture_ctx` raised on exit.
 _CAPTURE_FAILED = -1

@@ -99,7 +99,7 @@ def _get_or_create_backend(state: GroupState, request: Request) -> Backend:
         )
     else:
         backend = state.backend
-    # A cached handle too: "" finds the world's handle while there is a world, else the one of this process alone.
+    # An existing handle, too: the name "" means the world or, as long as there is none, this process alone.
     state.register(backend)
     return backend
 

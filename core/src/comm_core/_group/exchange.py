@@ -1,4 +1,4 @@
-"""Exchange a rank's evidence and its plugins' answers with the group: made to fit, and read as data of others."""
+"""Exchange a rank's evidence and its plugins' answers with the group: fitted into a message, and checked when read."""
 
 from __future__ import annotations
 

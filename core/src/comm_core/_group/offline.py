@@ -36,8 +36,8 @@ class WhatIf:
 def decide_offline(topology: Topology) -> WhatIf:
     """Decide for `topology`, from the answers of the backends installed here. Local; connects and tests nothing.
 
-    Of a backend that no rank of the topology reported facts of, the facts of this process are assumed, without the fact
-    "missing": a dependency that this host lacks, such as a compiler, says nothing about another one.
+    If no rank of the topology reported facts of a backend, those of this process are assumed, without the fact
+    "missing": a dependency that this host lacks, such as a compiler, says nothing about another host.
 
     Raises:
         ValueError: an environment variable is invalid.

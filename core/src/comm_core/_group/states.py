@@ -102,7 +102,7 @@ class GroupState:
                 self.sessions.append(session)
 
     def change_incarnation(self, control: Control) -> None:
-        """Exchange over `control` from now on, and count the exchanged calls anew: all ranks do so together."""
+        """Exchange over `control` from now on, and count the exchanged calls from 0, as all ranks do together."""
         self.control = control
         self.preparations = self.suspensions = self.recoveries = 0
 

@@ -1,4 +1,6 @@
-"""The Triton kernel behind `comm_core.fallback.add_rms_norm`: compiled once a process, launched on CUDA tensors.
+"""The Triton kernels behind `comm_core.fallback`: compiled once a process, launched on CUDA tensors.
+
+`add_rms_norm` launches its kernel here; `quant.py` gets the one of `quantize` from `quant_kernel`.
 
 FlashInfer's `fused_add_rmsnorm` rounds alike, but works only in place, in half precisions, and with a weight offset of
 0 or 1; every other call would need copies. `benchmarks/add_rms_norm.py` times both.

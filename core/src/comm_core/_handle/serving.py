@@ -141,7 +141,7 @@ class Serving:
         session = self.sessions.get(name)
         if session is None or session.value is not value:
             return bound
-        padded = session.padded(count)
+        padded = session.padded_value(count)
         if padded is NotImplemented:
             return bound
         # Such a call is exact, also if the route has a wire.

@@ -49,7 +49,7 @@ class Session:
         aborted: whether the hook `abort` was called.
         own_group: the session's `context.group`.
         device: the group's device, on which its hooks run.
-        timeout_s: the deadline of the hooks `check` and `close`, in seconds.
+        timeout_s: the deadline of the hooks `check`, `close`, `variants` and `use_variants`, in seconds.
     """
 
     plugin: Plugin
@@ -66,9 +66,9 @@ class Session:
     own_group: OwnGroup | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 300.0
-    # What `padded_session` returned, by the address of the count, which is kept: graphs read it, and no other tensor
-    # may get its address meanwhile.
-    _padded: dict[int, tuple[Any, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    # The results of `padded_session`, by the count's address. The count is kept beside: graphs read it, and no other
+    # tensor may get its address meanwhile.
+    _padded_values: dict[int, tuple[Any, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     @property
     def reported_memory_nbytes(self) -> int:
@@ -100,17 +100,17 @@ class Session:
         """Advance the number of the next capture."""
         self.capture_number += 1
 
-    def padded(self, count: torch.Tensor) -> Any:
-        """Return what takes the place of `value` in calls that read the number of real rows from `count`.
+    def padded_value(self, count: torch.Tensor) -> Any:
+        """Return the object that takes the place of `value` in calls on batches of `count` real rows.
 
-        NotImplemented if the backend has none; asked for once for each count.
+        NotImplemented if the backend has none. The plugin is asked once for each tensor.
         """
         hook = self.plugin.hooks.get("padded_session")
         if hook is None:
             return NotImplemented
-        known = self._padded.get(count.data_ptr())
+        known = self._padded_values.get(count.data_ptr())
         if known is None:
-            known = self._padded[count.data_ptr()] = hook(self.value, count), count
+            known = self._padded_values[count.data_ptr()] = hook(self.value, count), count
         return known[0]
 
     def needs(self, hook: Literal["suspend", "resume"]) -> bool:
@@ -149,7 +149,7 @@ class Session:
         Raises:
             KeyboardInterrupt: it interrupted the wait, or the hook raised it.
         """
-        self._padded.clear()
+        self._padded_values.clear()
         try:
             if self.plugin.has("close") and self.plugin.has("connect"):
                 self._close_value(orderly=orderly, timeout_s=self.timeout_s if timeout_s is None else timeout_s)

@@ -20,16 +20,7 @@ from comm_core._plan.pieces import in_pieces
 from comm_core._plan.routes import Cell, Offer, exclude_cells, owners, plan_routes
 from comm_core.topology import RankInfo
 from comm_core.tuning import NO_TUNING, Tuning
-from comm_core.types import (
-    OPS,
-    RANK_ORDER_FP32,
-    TERMINAL,
-    Available,
-    Candidate,
-    Decision,
-    Range,
-    Route,
-)
+from comm_core.types import RANK_ORDER_FP32, TERMINAL, Available, Candidate, Decision, Range, Route
 
 __all__ = [
     "Evidence",
@@ -137,8 +128,8 @@ class Slate:
             device_types: the device types of the group's tensors.
         """
         ranges = exclude_cells(self.offer(name).ranges, set(failed), device_types)
-        # In a deterministic group a backend quantises only what it norms.
-        serving = (item for item in ranges if not (self.deterministic and item.op == OPS[-1]))
+        # In a deterministic group a backend quantises only what it norms: such a range alone serves nothing.
+        serving = (item for item in ranges if not (self.deterministic and item.op == "all_reduce_add_rms_norm_quant"))
         if any(not item.prepared for item in serving):
             return self.with_ranges(name, ranges)
         reason, rank = next(iter(failed.values()))
@@ -313,7 +304,7 @@ def initial_slate(
 ) -> Slate:
     """Return the slate before any backend is connected: the available backends by priority, then name.
 
-    A backend must be available on every rank; see `merge`.
+    A backend must be available on every rank; see `merge_answers`.
 
     Args:
         asked: the versions of the backends that were asked, by name.

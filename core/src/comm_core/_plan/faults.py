@@ -70,7 +70,7 @@ def failed_backends(faults: Sequence[Fault | None]) -> dict[str, tuple[str, int]
     """Return the backends to drop, each with the reason and the group rank that gave it.
 
     Once a handle stops, its peers' calls fail, too, maybe in other backends. So a backend is dropped if it raised an
-    error of its own on some rank. If none did, because all ranks waited for one or were told of a failure, it is the
+    error of its own on some rank. If none did, because all ranks waited for one or learned of a failure, it is the
     one in which the first handle stopped.
 
     Args:

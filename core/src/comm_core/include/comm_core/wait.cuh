@@ -48,7 +48,8 @@ class SpinGuard {
         if (polls != 0 && is_counter && bound.counts != nullptr) count(bound.counts[rank], globaltimer() - since);
     }
 
-    // Ends this and every later wait of the thread, as a timeout does: `rank` came with another message.
+    // Ends this and every later wait of the thread, and reports `rank`: it didn't come in time, or came with another
+    // message.
     __device__ __forceinline__ void give_up(const Bound& bound, uint32_t rank) {
         store_relaxed_sys(bound.error, rank + 1);
         over_ = true;
