@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 
 from comm_core._control.stage import StageAbortedError
 from comm_core._control.steps import Steps
@@ -23,8 +24,8 @@ def admit(
     """Test the cases on every rank; `ordered`: see `run_cases`. Collective.
 
     Returns:
-        For each kind of message that failed on any rank, the reason and the rank, rather of a rank where it failed
-        before any time-out; the error if a rank aborted the test.
+        For each kind of message that failed on any rank, the reason and the rank: the first where it failed before any
+        time-out, else the first of all. The error if a rank aborted the test.
     """
     member = step.member
     tested_before = len(session.tested)
@@ -34,8 +35,8 @@ def admit(
     failures = Failures()
     unreadable: list[NegotiationError] = []
 
-    def gather(numbers: list[int]) -> list[tuple[int, ...]]:
-        values = stage.all_gather(numbers)
+    def gather(recorded: list[int]) -> list[tuple[int, ...]]:
+        values = stage.all_gather(recorded)
         try:
             return member.read_recorded(values)
         except NegotiationError as error:
@@ -77,10 +78,16 @@ def admit(
                 raise step.abort(stage, error) from error
     except StageAbortedError as error:
         return error
+    return _first_failures(member.read_failures(votes), numbers)
+
+
+def _first_failures(
+    votes: Sequence[Mapping[str, tuple[bool, str]]], numbers: Mapping[Cell, int]
+) -> dict[Cell, tuple[str, int | None]]:
+    """Return for each kind of message that failed on any rank the reason and the rank; see `admit`."""
     failed: dict[Cell, tuple[str, int | None]] = {}
-    read = member.read_failures(votes)
     for cell, number in numbers.items():
-        found = [(*vote[str(number)], rank) for rank, vote in enumerate(read) if str(number) in vote]
+        found = [(*vote[str(number)], rank) for rank, vote in enumerate(votes) if str(number) in vote]
         if found:
             _, reason, rank = min(found, key=lambda item: (item[0], item[2]))
             failed[cell] = (reason, rank)

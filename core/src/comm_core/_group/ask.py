@@ -36,22 +36,25 @@ def ask_backends(
     settings = local.settings
     asked, dropped = decide.screen_candidates(evidence, named, settings.disable, source, settings.plugins)
     if not asked:
-        slate = decide.Slate((), dropped, local.settings.tuning, wire=local.wire)
+        slate = decide.Slate((), dropped, settings.tuning, wire=local.wire)
         return slate.as_deterministic() if local.deterministic else slate
     answers = answers_of([local.plugins[name] for name in asked], topology, local.device, control.timeout_s)
     encoded = {name: decide.encode_answer(answer) for name, answer in answers.items()}
-    table, reason = None, ""
-    # A table is measured in groups that aren't deterministic, with other backends and another fallback.
-    looks = local.settings.tune is None and local.request.backends is None and not local.deterministic
-    if looks:
-        try:
-            table = tuned.find_table(topology, local.settings.cache_dir)
-        except ValueError as error:
-            reason = shorten(printable(str(error)), _REASON_NBYTES)
-    gathered, votes = exchange_answers(control, encoded, ("" if table is None else table.digest, reason))
-    tuning = agree_on_table(table, votes, control.label) if looks else local.settings.tuning
+    # A deterministic group has other backends, and another fallback, than the groups in which tables are measured.
+    may_use_table = settings.tune is None and local.request.backends is None and not local.deterministic
+    table, objection = _find_table(topology, settings.cache_dir) if may_use_table else (None, "")
+    gathered, votes = exchange_answers(control, encoded, ("" if table is None else table.digest, objection))
+    tuning = agree_on_table(table, votes, control.label) if may_use_table else settings.tuning
     slate = dataclasses.replace(decide.initial_slate(asked, gathered, dropped), tuning=tuning, wire=local.wire)
     return slate.as_deterministic() if local.deterministic else slate
+
+
+def _find_table(topology: Topology, cache_dir: str | None) -> tuple[tuned.TunedTable | None, str]:
+    """Return the group's tuned table, if there is one; and why the one that was found can't be used, "" if it can."""
+    try:
+        return tuned.find_table(topology, cache_dir), ""
+    except ValueError as error:
+        return None, shorten(printable(str(error)), _REASON_NBYTES)
 
 
 def agree_on_table(

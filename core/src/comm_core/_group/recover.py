@@ -58,8 +58,8 @@ def _recover_group(state: GroupState, timeout_s: float | None) -> None:
     faults = _meet(state, state.negotiated, timeout_s)
     if any(faults):
         failed = failed_backends(faults)
-        _refuse(state, state.negotiated, faults, failed)
-        _go_on(state, state.negotiated, failed, timeout_s)
+        _check_replaceable(state, state.negotiated, faults, failed)
+        _replace_sessions(state, state.negotiated, failed, timeout_s)
 
 
 def _recover_alone(state: GroupState) -> None:
@@ -140,13 +140,13 @@ def _finish_work(state: GroupState, negotiated: NegotiatedGroup, timeout_s: floa
     return serving.fault
 
 
-def _refuse(
+def _check_replaceable(
     state: GroupState,
     negotiated: NegotiatedGroup,
     faults: Sequence[Fault | None],
     failed: Mapping[str, tuple[str, int]],
 ) -> None:
-    """Raise if the group can't go on without what failed; on all ranks alike, and nothing has changed.
+    """Check that others can take the place of what failed; else raise, on all ranks alike, with nothing changed.
 
     Raises:
         CommError: torch.distributed failed, which serves what no other backend does.
@@ -169,7 +169,7 @@ def _refuse(
             )
 
 
-def _go_on(
+def _replace_sessions(
     state: GroupState, negotiated: NegotiatedGroup, failed: Mapping[str, tuple[str, int]], timeout_s: float | None
 ) -> None:
     """Replace the group's sessions, and serve by the new plan. Collective.
