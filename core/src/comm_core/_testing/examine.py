@@ -21,14 +21,14 @@ from comm_core.env import PREFIX, Settings
 from comm_core.topology import Topology
 from comm_core.types import Available, Unavailable
 
-__all__ = ["Examination", "Fault", "describe_faults", "examine", "examine_plugin"]
+__all__ = ["Examination", "PluginFault", "describe_faults", "examine", "examine_plugin"]
 
 # The most topologies that a fault's text names.
 _SHOWN = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class PluginFault:
     """A fault of a plugin.
 
     Attributes:
@@ -54,7 +54,7 @@ class Examination:
     """
 
     source: str = ""
-    faults: list[Fault] = dataclasses.field(default_factory=list)
+    faults: list[PluginFault] = dataclasses.field(default_factory=list)
     facts: Any = None
     answers: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -77,10 +77,10 @@ def examine(name: str, settings: Settings) -> Examination:
         return Examination(faults=[_absent(name, found.listed)])
     if not settings.may_import(name):
         variable = f"{PREFIX}DISABLE" if name in settings.disable else f"{PREFIX}PLUGINS"
-        return Examination(faults=[Fault(f"{variable} forbids the import of '{name}'", "Change the variable.")])
+        return Examination(faults=[PluginFault(f"{variable} forbids the import of '{name}'", "Change the variable.")])
     if failure := found.failures.get(name):
         source = " ".join(filter(None, (failure.distribution, failure.version)))
-        return Examination(source, [Fault(failure.reason, failure.remedy, _place_of_load_failure(failure))])
+        return Examination(source, [PluginFault(failure.reason, failure.remedy, _place_of_load_failure(failure))])
     # Half of an exchange's deadline is the most that a Local hook gets in a job.
     return examine_plugin(found.plugins[name], settings.control_timeout_s / 2)
 
@@ -91,7 +91,7 @@ def examine_plugin(plugin: discovery.Plugin, timeout_s: float) -> Examination:
     if plugin.has("probe"):
         try:
             result.facts = _probe(plugin, timeout_s)
-        except _FaultError as error:
+        except _PluginFaultError as error:
             # A rank whose probe fails isn't asked about a topology, so neither is this one.
             result.faults.append(error.fault)
             return result
@@ -100,16 +100,16 @@ def examine_plugin(plugin: discovery.Plugin, timeout_s: float) -> Examination:
     return result
 
 
-class _FaultError(Exception):
+class _PluginFaultError(Exception):
     def __init__(self, what: str, remedy: str, function: Callable[..., Any]) -> None:
         super().__init__(what)
-        self.fault = Fault(what, remedy, _place(function))
+        self.fault = PluginFault(what, remedy, _place(function))
 
 
-def _absent(name: str, listed: Mapping[str, str]) -> Fault:
+def _absent(name: str, listed: Mapping[str, str]) -> PluginFault:
     near = difflib.get_close_matches(name, listed, n=1)
     installed = ", ".join(listed) or "none"
-    return Fault(
+    return PluginFault(
         f"no installed distribution has a backend '{name}' in the entry-point group {discovery.GROUP}; installed are: "
         + installed,
         f"Did you mean {near[0]}?" if near else "Install it in this environment: pip install -e FOLDER",
@@ -120,7 +120,7 @@ def _probe(plugin: discovery.Plugin, timeout_s: float) -> Any:
     """Return the facts of the plugin's `probe`.
 
     Raises:
-        _FaultError: there are none, or they can't be sent.
+        _PluginFaultError: there are none, or they can't be sent.
     """
     probe = plugin.hooks["probe"]
     try:
@@ -128,26 +128,26 @@ def _probe(plugin: discovery.Plugin, timeout_s: float) -> Any:
         found = run_with_deadline(journaled(name, probe), timeout_s, name=name)
     except Exception as error:  # plugin boundary, as in all functions here
         remedy = "Let it catch what can fail, and return the reason as a fact, on which is_available decides."
-        raise _FaultError(f"probe raised {describe(error)}", remedy, probe) from error
+        raise _PluginFaultError(f"probe raised {describe(error)}", remedy, probe) from error
     try:
         return read_facts(found)
     except Exception as error:
         remedy = "Return few and short facts, as a dict of strings, numbers, booleans, None, lists and dicts."
-        raise _FaultError(f"the facts of probe can't be sent: {describe(error)}", remedy, probe) from error
+        raise _PluginFaultError(f"the facts of probe can't be sent: {describe(error)}", remedy, probe) from error
 
 
 def _ask_about_each(plugin: discovery.Plugin, timeout_s: float, result: Examination) -> None:
     """Ask about each topology that core has; add the answers and the faults to the result."""
     plugins = {plugin.name: plugin.version or ""}
     facts = {plugin.name: result.facts} if plugin.has("probe") else {}
-    topologies: dict[Fault, list[str]] = {}
+    topologies: dict[PluginFault, list[str]] = {}
     known = load_topologies()
     for name, topology in known.items():
         ranks = (dataclasses.replace(info, plugins=plugins, facts=facts) for info in topology.ranks)
         asked = Topology.of(ranks, topology.device_types)
         try:
             result.answers[name] = _answer(plugin, asked, timeout_s)
-        except _FaultError as error:
+        except _PluginFaultError as error:
             topologies.setdefault(error.fault, []).append(name)
             if isinstance(error.__cause__, TimeoutError):
                 break  # the others would take as long
@@ -162,7 +162,7 @@ def _answer(plugin: discovery.Plugin, topology: Topology, timeout_s: float) -> s
     """Return the plugin's answer as text.
 
     Raises:
-        _FaultError: the hook gave no valid answer, or two that differ.
+        _PluginFaultError: the hook gave no valid answer, or two that differ.
     """
     hook, name = plugin.hooks["is_available"], f"is_available of {plugin.name}"
 
@@ -176,13 +176,15 @@ def _answer(plugin: discovery.Plugin, topology: Topology, timeout_s: float) -> s
                 "Let it return comm_core.Unavailable with the reason where the backend can't serve, else Available "
                 "with ranges that some message meets."
             )
-            raise _FaultError(f"is_available raised {describe(error)}", remedy, hook) from error
+            raise _PluginFaultError(f"is_available raised {describe(error)}", remedy, hook) from error
         if not isinstance(answer, (Available, Unavailable)):
             what = f"is_available returned {type(answer).__name__}, neither Available nor Unavailable"
-            raise _FaultError(what, "Return comm_core.Available or comm_core.Unavailable.", hook)
+            raise _PluginFaultError(what, "Return comm_core.Available or comm_core.Unavailable.", hook)
         checked = with_explicit_ranges(answer, tuple(plugin.hooks)) if isinstance(answer, Available) else answer
         if checked is not answer and isinstance(checked, Unavailable):
-            raise _FaultError(checked.reason, "Return only ranges that the plugin's hooks can serve, and few.", hook)
+            raise _PluginFaultError(
+                checked.reason, "Return only ranges that the plugin's hooks can serve, and few.", hook
+            )
         return checked
 
     first, second = ask(), ask()
@@ -191,7 +193,7 @@ def _answer(plugin: discovery.Plugin, topology: Topology, timeout_s: float) -> s
             "Decide from the argument `topology` alone: ranks that answer differently have only the ranges in common. "
             "A fact of one rank belongs into probe()."
         )
-        raise _FaultError("is_available gave two answers about one topology", remedy, hook)
+        raise _PluginFaultError("is_available gave two answers about one topology", remedy, hook)
     return f"no: {first.reason}" if isinstance(first, Unavailable) else f"yes, priority {first.priority}"
 
 

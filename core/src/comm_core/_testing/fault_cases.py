@@ -55,7 +55,7 @@ _LOADED_MIB = 8
 _HANG_S = 60.0
 
 
-class _Control:
+class _NumberedChannel:
     """A channel that calls a function before each exchange (each use of the channel), numbered from 1."""
 
     def __init__(self, control: comm.ControlChannel, before: Callable[[int], None]) -> None:
@@ -80,31 +80,31 @@ def _raise_on_last(original: Callable[..., Any], *arguments: Any) -> Any:
 
 def _warm_up(name: str) -> dict[str, int]:
     for _ in range(WARM_HANDLES):
-        _works(name)
-    _works(name, fallback=True)
+        _check_new_handle(name)
+    _check_new_handle(name, fallback=True)
     return count_held()
 
 
-def _works(name: str, *, fallback: bool = False) -> str:
+def _check_new_handle(name: str, *, fallback: bool = False) -> str:
     """Get a new handle of the backend, and check one call; return its hook.
 
     With `fallback`, call that, too, which keeps its buffers.
     """
     with open_handle(name) as backend:
-        hook = _call_once(name, backend, "after a fault")
+        hook = _check_call(name, backend, "after a fault")
         if fallback:
             dist.all_reduce(torch.ones(1000, device=backend.device))
     return hook
 
 
-def _call_once(name: str, backend: comm.Backend, what: str) -> str:
+def _check_call(name: str, backend: comm.Backend, what: str) -> str:
     """Check a call that the backend serves; return its hook."""
     call = first_call(name, backend)
     call.check_results(call(), what)
     return call.hook
 
 
-def _nothing_is_left(before: dict[str, int], what: str, release_s: float, *, in_use: bool = False) -> None:
+def _check_nothing_left(before: dict[str, int], what: str, release_s: float, *, in_use: bool = False) -> None:
     """Compare what the process holds with `before`, for as long as threads of the fault may take to end.
 
     Args:
@@ -127,7 +127,7 @@ def _nothing_is_left(before: dict[str, int], what: str, release_s: float, *, in_
     assert not left, f"{what} left on rank {dist.get_rank()}: {left}"
 
 
-def _refused(name: str, what: str, reason: str, timeout_s: float | None = None) -> None:
+def _check_dropped(name: str, what: str, reason: str, timeout_s: float | None = None) -> None:
     """Get a handle that the backend can't serve, on all ranks for the same reason; its sums are right all the same."""
     backend = comm.get_backend(timeout_s=timeout_s)
     prepare_if_needed(backend, name)
@@ -165,26 +165,26 @@ def connect_fails(name: str, release_s: float) -> None:
         return original(topology, context)
 
     with replaced_hook(name, "connect", counted):
-        _works(name)
+        _check_new_handle(name)
     for at in range(exchanges[0] + 1):
         where = f"connect that raised on one rank in exchange {at}" if at else "connect that raised on one rank"
         with replaced_hook(name, "connect", functools.partial(failing, at=at)):
             for _ in range(2):
-                _refused(name, where, FAULT)
-        _nothing_is_left(before, where, release_s)
+                _check_dropped(name, where, FAULT)
+        _check_nothing_left(before, where, release_s)
     where = "connect that hung on one rank"
     with replaced_hook(name, "connect", hang):
-        _refused(name, where, "", _HANG_TIMEOUT_S)
+        _check_dropped(name, where, "", _HANG_TIMEOUT_S)
     hanging.set()  # it goes on, too late
     dist.barrier()
-    _nothing_is_left(before, where, release_s)
-    _works(name)
+    _check_nothing_left(before, where, release_s)
+    _check_new_handle(name)
 
 
 def _with_control(context: comm.GroupContext, before: Callable[[int], None]) -> comm.GroupContext:
     """Return the context with another channel."""
     changed = copy.copy(context)  # unlike `dataclasses.replace`, it doesn't read `group`, which makes one
-    vars(changed)["control"] = _Control(context.control, before)
+    vars(changed)["control"] = _NumberedChannel(context.control, before)
     return changed
 
 
@@ -200,7 +200,7 @@ def connect_is_slow(name: str, delay_s: float) -> None:
         return original(topology, _with_control(context, wait))
 
     with replaced_hook(name, "connect", slow):
-        _works(name)
+        _check_new_handle(name)
 
 
 def a_rank_is_killed_in_connect(name: str, release_s: float) -> None:
@@ -223,7 +223,7 @@ def a_rank_is_killed_in_connect(name: str, release_s: float) -> None:
             pass
         else:
             raise AssertionError("get_backend returned without the killed rank")
-    _nothing_is_left(before, "connect, during which a rank was killed,", release_s)
+    _check_nothing_left(before, "connect, during which a rank was killed,", release_s)
 
 
 def a_call_fails(name: str, absent: bool, release_s: float) -> None:
@@ -237,11 +237,11 @@ def a_call_fails(name: str, absent: bool, release_s: float) -> None:
         return original(*arguments)
 
     what = "a call without one rank" if absent else "a call that raised on one rank"
-    with replaced_hook(name, _works(name), failing):
+    with replaced_hook(name, _check_new_handle(name), failing):
         # Calls in `context.group` over Gloo wait as long as `connect` may take.
         backend = comm.get_backend(backends=(name,), timeout_s=_CALL_TIMEOUT_S)
         prepare_if_needed(backend, name)
-        _call_once(name, backend, "before the fault")
+        _check_call(name, backend, "before the fault")
         synchronize(backend)
         if not absent:
             fails.set()
@@ -255,9 +255,9 @@ def a_call_fails(name: str, absent: bool, release_s: float) -> None:
         assert again, "a later call must raise, too"
         comm.close()
     del backend
-    _nothing_is_left(before, what, release_s, in_use=True)
+    _check_nothing_left(before, what, release_s, in_use=True)
     dist.barrier()
-    _works(name)
+    _check_new_handle(name)
 
 
 def a_group_recovers(name: str, release_s: float) -> None:
@@ -270,16 +270,16 @@ def a_group_recovers(name: str, release_s: float) -> None:
             raise RuntimeError(FAULT)
         return original(*arguments)
 
-    with replaced_hook(name, _works(name), failing):
+    with replaced_hook(name, _check_new_handle(name), failing):
         backend = comm.get_backend(timeout_s=_CALL_TIMEOUT_S)
         prepare_if_needed(backend, name)
-        _call_once(name, backend, "before comm.recover")
+        _check_call(name, backend, "before comm.recover")
         synchronize(backend)
         if last:
             backend._serving.fail("a misuse made by the conformance kit")
         comm.recover()
         prepare_if_needed(backend, name)
-        _call_once(name, backend, "after comm.recover")
+        _check_call(name, backend, "after comm.recover")
         synchronize(backend)
         fails.set()
         _error_of_calls(name, backend, "a call that raised on one rank")
@@ -292,9 +292,9 @@ def a_group_recovers(name: str, release_s: float) -> None:
         synchronize(backend)
         comm.close()
     del backend
-    _nothing_is_left(before, "comm.recover", release_s, in_use=True)
+    _check_nothing_left(before, "comm.recover", release_s, in_use=True)
     dist.barrier()
-    _works(name)
+    _check_new_handle(name)
 
 
 def _error_of_calls(name: str, backend: comm.Backend, what: str) -> str:
@@ -323,8 +323,8 @@ def preparing_fails(name: str, release_s: float) -> None:
         synchronize(backend)
         comm.close()
     del backend  # it holds a connection to the store
-    _nothing_is_left(before, what, release_s)
-    _works(name)
+    _check_nothing_left(before, what, release_s)
+    _check_new_handle(name)
 
 
 def suspending_fails(name: str, release_s: float) -> None:
@@ -344,5 +344,5 @@ def suspending_fails(name: str, release_s: float) -> None:
             _error_of_calls(name, backend, f"a call after {what}")
             comm.close()
         del backend
-        _nothing_is_left(before, what, release_s, in_use=True)
-    _works(name)
+        _check_nothing_left(before, what, release_s, in_use=True)
+    _check_new_handle(name)

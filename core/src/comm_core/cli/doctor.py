@@ -22,7 +22,7 @@ from comm_core.env import PREFIX, Settings
 
 if TYPE_CHECKING:
     from comm_core._plugins.discovery import Plugin
-    from comm_core._testing.examine import Fault
+    from comm_core._testing.examine import PluginFault
 
 __all__ = ["add_parser", "collect", "run"]
 
@@ -145,6 +145,6 @@ def _examined_line(plugin: Plugin, timeout_s: float) -> PluginLine:
     )
 
 
-def _remedy(fault: Fault, plugin: Plugin) -> str:
+def _remedy(fault: PluginFault, plugin: Plugin) -> str:
     place = f" It is at {fault.place}." if fault.place else ""
     return f"{fault.remedy}{place} Or disable the plugin: COMM_CORE_DISABLE={plugin.name}."
