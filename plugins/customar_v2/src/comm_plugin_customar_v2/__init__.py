@@ -75,7 +75,7 @@ def connect(topology: comm.Topology, context: comm.GroupContext) -> Session:
 
 @comm.hookimpl
 def padded_session(session: Session, num_tokens: torch.Tensor) -> Any:
-    """Return what takes the session's place on padded batches, in groups of 2, 4 and 8 ranks."""
+    """Return the object that takes the session's place on padded batches, in groups of 2, 4 and 8 ranks."""
     return session.padded(num_tokens) or NotImplemented
 
 

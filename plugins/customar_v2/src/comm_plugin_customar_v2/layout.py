@@ -13,8 +13,8 @@ __all__ = ["Layout", "plan"]
 _ALIGN = 4096
 # A buffer's size is a multiple of it, in bytes: the granularity of the driver's virtual memory.
 _PAGE = 2 << 20
-#: The largest slot, in bytes. A larger message takes several launches, and going from one to
-#: the next costs some 2 µs of a launch's 90.
+#: The largest slot, in bytes. A larger message takes several launches, and going from one to the next costs some 2 µs
+#: of a launch's 90.
 SLOT_NBYTES = 32 << 20
 # The size of the launch counter at the beginning of a buffer, in bytes.
 _COUNTER_NBYTES = 8

@@ -45,11 +45,11 @@ MAX_RANKS = 8
 OLDEST = (8, 0)
 #: `Algorithm` in csrc/params.cuh.
 ALGORITHMS = {"oneshot_push": 0, "oneshot_stream": 1, "twoshot_push": 2}
-#: Likewise those that send FP8, for groups with that wire: the first for more than two ranks, the second for two.
+#: Those that send FP8, for groups with that wire: the first for more than two ranks, the second for two.
 WIRE_ALGORITHMS = {"twoshot_push_fp8": 3, "oneshot_push_fp8": 4}
-#: The smallest message that is sent so, in bytes. Below, latency counts more than bytes do.
+#: The smallest message that travels over the FP8 wire, in bytes. Below, latency counts more than bytes do.
 WIRE_FROM_NBYTES = 1 << 20
-#: The oldest compute capability that converts from and to FP8.
+# The oldest compute capability that converts from and to FP8.
 _OLDEST_WIRE = (8, 9)
 #: The environment variable that forces one algorithm for all sizes and, after a colon, its launch shape:
 #: "twoshot_push:vecs=4,threads=256,blocks=264,pipeline_depth=1".

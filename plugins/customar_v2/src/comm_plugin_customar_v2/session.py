@@ -58,7 +58,7 @@ class Session(KernelSession):
         self.all_reduce_out = native.all_reduce_out
         self.all_reduce_add_rms_norm_out = native.all_reduce_add_rms_norm_out
         self.all_reduce_add_rms_norm_quant = native.all_reduce_add_rms_norm_quant
-        self._own = self._tables = tables
+        self._own_tables = self._tables = tables  # the policy's, and those in use
 
     def padded(self, num_tokens: torch.Tensor) -> PaddedSession | None:
         """Return the session for padded batches; None if the group has no kernels for them."""
@@ -70,7 +70,7 @@ class Session(KernelSession):
         self.native.set_shapes(policy.flat(rows))
 
     def set_wire_rows(self, rows: Sequence[policy.Row]) -> None:
-        """Serve plain half-precision sums from `WIRE_FROM_NBYTES` on by these rows; likewise."""
+        """Serve plain half-precision sums from `WIRE_FROM_NBYTES` on by these rows, the same on every rank."""
         self.native.set_wire_shapes(policy.WIRE_FROM_NBYTES, policy.flat(rows))
 
     def set_norm_rows(self, rows: Sequence[norm_policy.NormRow]) -> None:
@@ -87,7 +87,7 @@ class Session(KernelSession):
         Raises:
             ValueError: no kernel has such a shape.
         """
-        tables = shapes.with_choices(self._own, choices)
+        tables = shapes.with_choices(self._own_tables, choices)
         self.set_rows(tables.rows)
         self.set_norm_rows(tables.norm_rows)
         self._tables = tables
@@ -105,7 +105,7 @@ class Session(KernelSession):
 
 
 class PaddedSession:
-    """What takes a session's place in calls on padded batches, whose kernels read the number of real rows.
+    """Takes a session's place in calls on padded batches; its kernels read the number of real rows on the device.
 
     Attributes:
         all_reduce: as of `Session`.

@@ -112,18 +112,18 @@ def variants_of(tables: Tables, op: str, nbytes: int, num_tokens: int) -> list[s
     if nbytes > tables.rows[-1].up_to_nbytes:
         return []
     if op == "all_reduce":
-        present: Row | NormRow = next(row for row in tables.rows if nbytes <= row.up_to_nbytes)
-        rounds: list[Sequence[Row | NormRow]] = (
+        in_use: Row | NormRow = next(row for row in tables.rows if nbytes <= row.up_to_nbytes)
+        by_algorithm: list[Sequence[Row | NormRow]] = (
             [] if tables.is_forced else [_plain(tables, name, nbytes) for name in _GRIDS]
         )
     elif op == _FUSED:
-        present = next(row for row in tables.norm_rows if nbytes <= row.up_to_nbytes)
-        rounds = [_fused(tables, name, nbytes, num_tokens) for name in _NORM_GRIDS]
+        in_use = next(row for row in tables.norm_rows if nbytes <= row.up_to_nbytes)
+        by_algorithm = [_fused(tables, name, nbytes, num_tokens) for name in _NORM_GRIDS]
     else:
         return []
     # The algorithms take turns: the first few shapes have some of each.
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*rounds))
-    return list(dict.fromkeys([str(present), *(str(row) for row in turns if row is not None)]))
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_algorithm))
+    return list(dict.fromkeys([str(in_use), *(str(row) for row in turns if row is not None)]))
 
 
 def _plain(tables: Tables, algorithm: str, nbytes: int) -> list[Row]:

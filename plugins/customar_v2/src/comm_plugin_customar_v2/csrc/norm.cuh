@@ -158,9 +158,10 @@ __device__ __forceinline__ void quantize_rows(const QuantParams& quant,
                                               const Vec (&normed)[N][V],
                                               const uint32_t (&rows)[N],
                                               const bool (&present)[N]) {
-    constexpr uint32_t kVecNbytes = 4 * T::count, kGroupVecs = kGroupElements / kVecNbytes;
+    // A quantised element is a byte.
+    constexpr uint32_t kVecElements = 4 * T::count, kGroupVecs = kGroupElements / kVecElements;
     const auto values_of = [&](int n, int j) {
-        return quant.values + (static_cast<size_t>(rows[n]) * place.row_vecs + place.vec(j)) * kVecNbytes;
+        return quant.values + (static_cast<size_t>(rows[n]) * place.row_vecs + place.vec(j)) * kVecElements;
     };
     if (quant.form == QuantForm::kStatic) {
 #pragma unroll

@@ -169,7 +169,7 @@ class Norms {
         return std::nullopt;
     }
 
-    // As `launch`, for a padded batch of `num_rows` rows, of which `call` has the last.
+    // As `launch`, for a padded batch of `num_rows` rows, of which `call` has those that no launch has taken yet.
     int64_t launch_padded(const Fit& fit, const NormCall& call, int64_t num_rows) {
         const int64_t world_size = session_.world_size_, half = rows_of_half(call);
         const int64_t rows = std::min(call.num_rows, half * world_size);
@@ -203,12 +203,12 @@ class Norms {
             // Half of a slot holds a peer's rows. Every rank owns at least one row, as params.cuh requires.
             const int64_t most = session_.usable_cells(cells / 2) / call.row_nbytes * world_size;
             const std::optional<Fit> fit = most > 0 ? fit_of(shape, shape.algorithm, call) : std::nullopt;
-            if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), world_size);
+            if (fit) return launch_fused(*fit, shape, call, std::min(call.num_rows, most), world_size);
         }
         if (shape.algorithm != NormAlgorithm::kSeparate) {
             const int64_t most = session_.usable_cells(cells) / call.row_nbytes;
             const std::optional<Fit> fit = most > 0 ? fit_of(shape, NormAlgorithm::kOneShotPush, call) : std::nullopt;
-            if (fit) return fused(*fit, shape, call, std::min(call.num_rows, most), 1);
+            if (fit) return launch_fused(*fit, shape, call, std::min(call.num_rows, most), 1);
         }
         const int64_t nbytes = call.num_rows * call.row_nbytes;
         session_.sum(call.input, call.output, nbytes, call.element, session_.shape_of(nbytes), call.stream);
@@ -219,7 +219,8 @@ class Norms {
     }
 
     // Launches a fused kernel. `together` is the number of rows that a cluster takes at a time.
-    int64_t fused(const Fit& fit, const NormShape& shape, const NormCall& call, int64_t num_rows, int64_t together) {
+    int64_t launch_fused(
+        const Fit& fit, const NormShape& shape, const NormCall& call, int64_t num_rows, int64_t together) {
         NormParams params = params_of(call, num_rows);
         const auto groups = static_cast<uint32_t>((num_rows + together - 1) / together);
         // Clusters wait for peers' pushes, and blocks may start in any order, so the device must hold the whole grid at

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(max_threads(W, 2 * V), 1) oneshot_push_fp8(con
         for (int j = 0; j < V; ++j) {
             float values[kLaneElements];
             unpack<T>(vecs[j], values);
-            packets[j] = quantized(values);
+            packets[j] = to_packet(values);
         }
     };
     comm_core::SpinGuard guard;

@@ -56,7 +56,7 @@ __device__ __forceinline__ void unpack(const Vec (&vecs)[2], float (&values)[kLa
 }
 
 // Quantises a chunk, of which each lane has a share. All lanes of a warp call it.
-__device__ __forceinline__ Packet quantized(const float (&values)[kLaneElements]) {
+__device__ __forceinline__ Packet to_packet(const float (&values)[kLaneElements]) {
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLaneElements; ++i) largest = fmaxf(largest, fabsf(values[i]));
@@ -90,34 +90,34 @@ __device__ __forceinline__ void add(const Packet& packet, float (&values)[kLaneE
     }
 }
 
-// A thread's place in the halves of slots: cell number `cell` of a part.
+// A thread's place in slots, or in halves of slots, which begin at `base`: cell number `cell` of a part of the message.
 struct CellOfPart {
     uint32_t cell;
-    uint32_t scales;  // where they begin
+    uint32_t scales;  // where they begin after `base`
 
-    __device__ __forceinline__ uint32_t* scale_in(const char* half) const {
-        return reinterpret_cast<uint32_t*>(const_cast<char*>(half) + scales) + cell / kChunkLanes;
+    __device__ __forceinline__ uint32_t* scale_in(const char* base) const {
+        return reinterpret_cast<uint32_t*>(const_cast<char*>(base) + scales) + cell / kChunkLanes;
     }
     __device__ __forceinline__ bool leads() const { return cell % kChunkLanes == 0; }
 
-    __device__ __forceinline__ Packet look(const char* half) const {
-        return {comm_core::load_relaxed_sys(half + cell * 16), comm_core::load_relaxed_sys(scale_in(half))};
+    __device__ __forceinline__ Packet look(const char* base) const {
+        return {comm_core::load_relaxed_sys(base + cell * 16), comm_core::load_relaxed_sys(scale_in(base))};
     }
-    __device__ __forceinline__ void send_values(char* half, const Packet& packet) const {
-        fill(half + cell * 16, packet.values);
+    __device__ __forceinline__ void send_values(char* base, const Packet& packet) const {
+        fill(base + cell * 16, packet.values);
     }
-    __device__ __forceinline__ void send_scale(char* half, const Packet& packet) const {
-        if (leads()) comm_core::store_relaxed_sys(scale_in(half), packet.scale);
+    __device__ __forceinline__ void send_scale(char* base, const Packet& packet) const {
+        if (leads()) comm_core::store_relaxed_sys(scale_in(base), packet.scale);
     }
     // Likewise for this chunk and the three after it; its number is a multiple of four.
-    __device__ __forceinline__ void send_scales(char* half, const Packet (&packets)[4]) const {
+    __device__ __forceinline__ void send_scales(char* base, const Packet (&packets)[4]) const {
         const Vec bits{packets[0].scale, packets[1].scale, packets[2].scale, packets[3].scale};
-        if (leads()) comm_core::store_relaxed_sys(reinterpret_cast<char*>(scale_in(half)), bits);
+        if (leads()) comm_core::store_relaxed_sys(reinterpret_cast<char*>(scale_in(base)), bits);
     }
     // Only once all lanes of the warp have read the scale.
-    __device__ __forceinline__ void clear(char* half) const {
-        empty(half + cell * 16);
-        if (leads()) comm_core::store_relaxed_sys(scale_in(half), kEmpty);
+    __device__ __forceinline__ void clear(char* base) const {
+        empty(base + cell * 16);
+        if (leads()) comm_core::store_relaxed_sys(scale_in(base), kEmpty);
     }
     // The lane's vectors in the message: number `v` of two, of the part that begins with chunk `begin`.
     __device__ __forceinline__ uint32_t vec(uint32_t begin, int v) const {

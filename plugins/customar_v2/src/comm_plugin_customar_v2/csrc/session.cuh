@@ -35,13 +35,13 @@ struct Shape {
     uint32_t threads;         // threads of a block
     uint32_t max_blocks;      // the largest grid; it is never larger than the message needs
     uint32_t pipeline_depth;  // rounds by which pushes run ahead of sums, if the algorithm works in rounds
-    uint32_t resident = 0;    // blocks that a multiprocessor holds at once, of any dtype; `set_shapes` sets it
+    uint32_t resident = 0;    // blocks that a multiprocessor holds at once, of any dtype; `load_all` sets it
 };
 
 class Session {
   public:
     // `layout` is tails_at, cells_at and cells_nbytes, as layout.py computes them. Everything that can fail on one rank
-    // alone is here and in the first `set_shapes`, before ranks exchange their buffers.
+    // alone is here and in the functions that set the tables, before ranks exchange their buffers.
     Session(int64_t rank, int64_t world_size, const std::vector<int64_t>& layout, double timeout_s, int64_t device)
         : world_size_(static_cast<int>(world_size)), device_(static_cast<int>(device)) {
         if (world_size < 2 || world_size > kMaxRanks || rank < 0 || rank >= world_size || layout.size() != 3) {
@@ -108,8 +108,8 @@ class Session {
     // Ends every wait of kernels in flight, as a timeout would.
     void abort() { error_->abort(params_.rank); }
 
-    // Serves a message of `num_rows` rows, of which `num_tokens`, on the device, are real; null: all of them. Padded
-    // ones are exact.
+    // Serves a message of `num_rows` rows, of which `num_tokens`, on the device, are real; null: all of them. Kernels
+    // for padded batches don't quantise.
     void run(const void* input,
              void* output,
              int64_t nbytes,
@@ -117,12 +117,12 @@ class Session {
              cudaStream_t stream,
              const int32_t* num_tokens,
              int64_t num_rows) {
-        const bool by_wire = !wire_shapes_.empty() && element != Element::kFloat32 && nbytes >= wire_from_nbytes_;
         order_->begin(stream);
-        if (num_tokens == nullptr || padded_kernel(element) == nullptr) {
-            sum(input, output, nbytes, element, by_wire ? find(wire_shapes_, nbytes) : shape_of(nbytes), stream);
-        } else {
+        if (num_tokens != nullptr && padded_kernel(element) != nullptr) {
             sum_padded(input, output, nbytes, element, stream, num_tokens, num_rows);
+        } else {
+            const bool by_wire = !wire_shapes_.empty() && element != Element::kFloat32 && nbytes >= wire_from_nbytes_;
+            sum(input, output, nbytes, element, by_wire ? find(wire_shapes_, nbytes) : shape_of(nbytes), stream);
         }
         order_->end(stream);
     }
@@ -152,7 +152,7 @@ class Session {
         return shape.algorithm == Algorithm::kTwoShotPushFp8 || shape.algorithm == Algorithm::kOneShotPushFp8;
     }
 
-    // Loads the kernels of a table's rows for some elements.
+    // Loads the kernels of a table's rows for some elements, and sets the rows' `resident`.
     void load_all(std::vector<Shape>& shapes, std::initializer_list<Element> elements) {
         const OnDevice here(device_);
         for (Shape& shape : shapes) {
@@ -227,7 +227,7 @@ class Session {
                                   : nullptr;
     }
 
-    // As `sum`, of the real rows.
+    // Sums the real rows of a message, in several launches if a slot doesn't hold them.
     void sum_padded(const void* input,
                     void* output,
                     int64_t nbytes,
@@ -261,7 +261,8 @@ class Session {
         }
     }
 
-    // One block a multiprocessor at most, so that the next launch's blocks fit beside it.
+    // Launches the kernel for a padded batch: one block a multiprocessor at most, so that the next launch's blocks fit
+    // beside it.
     void launch_padded(PaddedParams params, Element element, cudaStream_t stream) const {
         const auto world_size = static_cast<uint32_t>(world_size_), vecs = params.plain.num_vecs;
         const auto most = static_cast<uint32_t>(max_padded_threads(world_size_));

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(max_threads(W, 2), 1) twoshot_push_fp8(const _
             for (int d = 0; d < W - 1; ++d) {
                 float values[kLaneElements];
                 unpack<T>(shares[d], values);
-                const Packet packet = quantized(values);
+                const Packet packet = to_packet(values);
                 if (place.cell >= end_of(Slots<W>::after(rank, d))) continue;
                 place.send_values(slots.theirs(d), packet);
                 place.send_scale(slots.theirs(d), packet);
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(max_threads(W, 2), 1) twoshot_push_fp8(const _
             unpack<T>(own, values);
 #pragma unroll
             for (int s = 0; s < W - 1; ++s) add(arrived[s], values);
-            const Packet sum = quantized(values);  // the lanes meet here: all have read their scales
+            const Packet sum = to_packet(values);  // the lanes meet here: all have read their scales
             if (place.cell < end) {
 #pragma unroll
                 for (int d = 0; d < W - 1; ++d) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(max_threads(W, 2), 1) twoshot_push_fp8(const _
             if (place.cell < end_of(owner_of(s))) sums[s] = look_at(s);
         }
         poll_packets(sums, look_at, owner_of, params, guard);
-        __syncwarp();
+        __syncwarp();  // all lanes have read the scales
 #pragma unroll
         for (int s = 0; s < W - 1; ++s) {
             if (place.cell >= end_of(owner_of(s))) continue;
