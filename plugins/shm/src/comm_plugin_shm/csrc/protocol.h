@@ -71,7 +71,7 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t
 // Why calls fail. The same numbers as in session.py.
 enum class Cause : uint32_t {
     kLate,     // the rank didn't come in time, or its process has ended
-    kStopped,  // the rank goes on no more, after a failure
+    kStopped,  // the rank makes no further calls, after a failure
     kDiffers,  // the rank found a message unlike its own
 };
 
@@ -120,7 +120,7 @@ class AllReduce {
           slots_(static_cast<char*>(segment) + sizeof(Header)),
           config_(std::move(config)) {}
 
-    // The sum over the ranks, elementwise. `out` may be `input`; both are aligned to the element's size.
+    // Sums over the ranks, elementwise. `out` may be `input`; both are aligned to the element's size.
     int operator()(const void* input, void* out, size_t numel, int64_t dtype) {
         if (const uint32_t word = header_->abort.load(std::memory_order_relaxed)) return static_cast<int>(word);
         const DefaultFloatMode mode;
@@ -132,9 +132,9 @@ class AllReduce {
             const char* from = static_cast<const char*>(input) + start;
             char* to = static_cast<char*>(out) + start;
             const bool two_shot = config_.world_size > 2 && length >= config_.two_shot_nbytes;
-            const int ended = two_shot ? two_shot_chunk(from, to, length, item, dtype)
-                                       : one_shot_chunk(from, to, length, item, dtype);
-            if (ended != kDone) return ended;
+            const int result = two_shot ? two_shot_chunk(from, to, length, item, dtype)
+                                        : one_shot_chunk(from, to, length, item, dtype);
+            if (result != kDone) return result;
             parity_ ^= 1;
         }
         return kDone;
@@ -177,7 +177,7 @@ class AllReduce {
         for (int rank = 0; rank < config_.world_size; ++rank) {
             // This rank's input is still in its cache, so it is read there instead of from the slot.
             inputs[rank] = rank == config_.rank ? input : slot(rank);
-            if (const int ended = await(rank)) return ended;
+            if (const int result = await(rank)) return result;
         }
         sum(out, inputs, config_.world_size, length / item, dtype);
         return kDone;
@@ -196,7 +196,7 @@ class AllReduce {
         const void* inputs[kMaxRanks];
         for (int rank = 0; rank < config_.world_size; ++rank) {
             inputs[rank] = (rank == config_.rank ? input : slot(rank)) + mine;
-            if (const int ended = await(rank)) return ended;
+            if (const int result = await(rank)) return result;
         }
         if (mine < mine_end) {
             sum(my_slot + mine, inputs, config_.world_size, (mine_end - mine) / item, dtype);
@@ -206,7 +206,7 @@ class AllReduce {
         // Each rank begins with a different peer's part, so that not all of them read from one rank at once.
         for (int offset = 1; offset < config_.world_size; ++offset) {
             const int rank = (config_.rank + offset) % config_.world_size;
-            if (const int ended = await(rank)) return ended;
+            if (const int result = await(rank)) return result;
             std::memcpy(out + begin(rank), slot(rank) + begin(rank), begin(rank + 1) - begin(rank));
         }
         return kDone;
@@ -227,7 +227,7 @@ class AllReduce {
     // Waits until `rank` has come as far as this rank, and compares its message. Returns the result of a call.
     int await(int rank) {
         if (rank == config_.rank) return kDone;
-        if (const int ended = await_step(rank)) return ended;
+        if (const int result = await_step(rank)) return result;
         if (message(rank) == message_) return kDone;
         publish(Cause::kDiffers, config_.rank);
         return kDiffers - rank;
@@ -244,9 +244,9 @@ class AllReduce {
             pause();
         }
         const double begin = now_s();
-        const int ended = await_timed(rank);
+        const int result = await_timed(rank);
         waits_[rank].add(static_cast<int64_t>((now_s() - begin) * 1e9));
-        return ended;
+        return result;
     }
 
     int await_timed(int rank) {
@@ -283,7 +283,7 @@ class AllReduce {
             peer.sleepers.fetch_sub(1, std::memory_order_relaxed);
             if (reached(peer.step.load(std::memory_order_acquire))) return kDone;
             if (const uint32_t word = header_->abort.load(std::memory_order_relaxed)) return static_cast<int>(word);
-            const bool is_late = ended(rank) || now_s() >= deadline;
+            const bool is_late = has_ended(rank) || now_s() >= deadline;
             if (is_late && !reached(peer.step.load(std::memory_order_acquire))) return publish(Cause::kLate, rank);
             if (!config_.keep_waiting()) {
                 // This rank leaves the sequence of calls.
@@ -308,7 +308,8 @@ class AllReduce {
         syscall(SYS_futex, &word, FUTEX_WAIT, seen, &slice, nullptr, 0);
     }
 
-    bool ended(int rank) const {
+    // Returns whether a rank's process has ended; false if it isn't watched.
+    bool has_ended(int rank) const {
         const int descriptor = config_.pidfds[static_cast<size_t>(rank)];
         if (descriptor < 0) return false;
         pollfd watched = {descriptor, POLLIN, 0};
