@@ -23,11 +23,11 @@ def load() -> Any:
     Raises:
         ImportError: the reason why it can't be used, one sentence without a full stop.
     """
-    torchs = _version_function(_TORCH)
-    if torchs is None:
+    in_torch = _version_function(_TORCH)
+    if in_torch is None:
         raise ImportError("torch has no NCCL: it was built without CUDA, or without NCCL")
     # nccl4py binds the loaded library of this name. If there were none, it would load a second NCCL.
-    if _version_function(_NCCL) != torchs:
+    if _version_function(_NCCL) != in_torch:
         raise ImportError(f"torch's NCCL isn't this process's {_NCCL}, which nccl4py would bind")
     try:
         binding: Any = importlib.import_module(_BINDING)
@@ -35,7 +35,7 @@ def load() -> Any:
         raise ImportError(f"nccl4py can't be imported: {error}") from error
     # Other code may have made it bind another library before.
     path = binding.get_library_path()
-    if _version_function(path) != torchs:
+    if _version_function(path) != in_torch:
         raise ImportError(f"nccl4py has bound another NCCL than torch's: {path}")
     return binding
 

@@ -136,7 +136,7 @@ class Session:
             self._fail(functools.partial(comm.CommError, text))
 
     def _details(self) -> str:
-        """Return NCCL's last error text of the process, in parentheses; "" if there is none."""
+        """Return NCCL's last error text of the process, in parentheses; "" if there is none, or no communicator."""
         with self._lock:
             return "" if self._released else _last_error(self._binding, self.communicator)
 
@@ -190,12 +190,12 @@ def connect(
                 _release_unused(binding, bytearray(unique_id), context.device)
             raise
         stack.callback(processes.close)
-        communicator = _communicator(binding, bytearray.fromhex(exchanged[0]["id"]), context, processes)
+        communicator = _create_communicator(binding, bytearray.fromhex(exchanged[0]["id"]), context, processes)
         stack.pop_all()
     return Session(binding, communicator, context.device, current_stream, process, processes, context.control)
 
 
-def _communicator(
+def _create_communicator(
     binding: Any, unique_id: bytearray, context: comm.GroupContext, processes: peers.PeerProcesses
 ) -> Any:
     """Create a blocking communicator in a thread, since NCCL waits forever for a peer that ends meanwhile.
@@ -244,6 +244,7 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _last_error(binding: Any, communicator: Any) -> str:
+    """Return NCCL's last error text of the process, in parentheses; "" if there is none."""
     text = str(binding.get_last_error(communicator)).strip()
     return f" ({text})" if text else ""
 
@@ -253,6 +254,7 @@ def _raise(make_failure: Callable[[], comm.CommError], *_: object) -> NoReturn:
 
 
 def _end(end: Callable[[Any], object], communicator: Any, delay_s: float) -> None:
+    """End a communicator by one of the binding's functions, after a delay in seconds; log any error."""
     time.sleep(delay_s)
     try:
         end(communicator)
