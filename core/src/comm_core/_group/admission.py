@@ -18,7 +18,7 @@ import torch
 
 from comm_core._group.failures import Failures
 from comm_core._group.ordered_values import mixed_bits, ordered_values
-from comm_core._group.quant_forms import QuantCall, call_every_form, check_bits
+from comm_core._group.quant_forms import EPS, QuantCall, call_every_form, check_bits
 from comm_core._handle.rank_order import sum_in_rank_order
 from comm_core._plan.cases import AdmissionCase
 from comm_core.errors import CaptureError
@@ -199,8 +199,7 @@ class _Tester:
         if case.cell[0] == "all_reduce":
             return (tensor,)
         residual = self._pattern(case, self._values(case.cell[3], self.world_size, salt))
-        weight = (torch.arange(case.shape[1]) % 3 + 1).to(tensor.device, tensor.dtype)
-        return tensor, residual, weight
+        return tensor, residual, _weight(case).to(tensor.device, tensor.dtype)
 
     def _values(self, dtype: str, rank: int, salt: int) -> torch.Tensor:
         """Return one period of the values of a rank, which differ between ranks; the residual counts as one more rank.
@@ -233,7 +232,7 @@ class _Tester:
                 fused = dataclasses.replace(case, cell=("all_reduce_add_rms_norm", *case.cell[1:]))
                 reference, _ = self._call(fused, inputs, in_place=False)
             return call_every_form(hook, self.session, inputs, in_place=in_place, reference=reference)
-        results = hook(self.session, *inputs, 1e-6, 0.0, out, inputs[1] if in_place else None)
+        results = hook(self.session, *inputs, EPS, 0.0, out, inputs[1] if in_place else None)
         if results is NotImplemented:
             raise NotImplementedError(f"{_label(case)}: it returned NotImplemented")
         normed, summed = results
@@ -259,12 +258,16 @@ class _Tester:
         if len(results) == 1:
             return
         sums = expected.double()
-        weight = (torch.arange(case.shape[1], device=sums.device) % 3 + 1).double()
-        norm = sums * torch.rsqrt(sums.square().mean(-1, keepdim=True) + 1e-6) * weight
+        norm = sums * torch.rsqrt(sums.square().mean(-1, keepdim=True) + EPS) * _weight(case).to(sums.device)
         # Two roundings to the dtype, plus the error of fp32 arithmetic for every dtype.
         tolerance = max(4 * torch.finfo(expected.dtype).eps, 1e-5)
         if not torch.allclose(results[0].double(), norm, rtol=tolerance, atol=tolerance):
             raise ArithmeticError(f"{_label(case)}: the norm is wrong")
+
+
+def _weight(case: AdmissionCase) -> torch.Tensor:
+    """Return the weight of a fused case's norm: small integers, on the CPU."""
+    return torch.arange(case.shape[1]) % 3 + 1
 
 
 def _label(case: AdmissionCase) -> str:

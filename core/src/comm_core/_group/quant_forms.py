@@ -11,8 +11,10 @@ import torch
 from comm_core._handle import quant
 from comm_core.types import QUANTS
 
-__all__ = ["QuantCall", "call_every_form", "check_bits"]
+__all__ = ["EPS", "QuantCall", "call_every_form", "check_bits"]
 
+#: The test's norms add it to the mean square.
+EPS = 1e-6
 # Saturates the larger ones of the test's norms, and isn't a power of two.
 _STATIC_SCALE = 0.01
 
@@ -90,7 +92,7 @@ def _call(
         scale = quant.empty_scale(tensor, form, not with_norm)
     out, summed = quant.empty_out(tensor), residual if in_place else torch.empty_like(residual)
     normed = (tensor if in_place else torch.empty_like(tensor)) if with_norm else None
-    answer = hook(session, tensor, residual, weight, 1e-6, 0.0, form, scale, out, summed, normed)
+    answer = hook(session, tensor, residual, weight, EPS, 0.0, form, scale, out, summed, normed)
     return None if answer is NotImplemented else QuantCall(form, scale, out, summed, normed)
 
 
