@@ -28,7 +28,7 @@ __all__ = [
     "GroupState",
     "all_states",
     "change_all",
-    "closing",
+    "close_listeners",
     "get_or_create_state",
     "is_alive",
     "is_current",
@@ -107,9 +107,9 @@ class GroupState:
         self.preparations = self.suspensions = self.recoveries = 0
 
     def announce_end(self) -> None:
-        """Call the functions in `closing` if the group has a handle."""
+        """Call the `close_listeners` if the group has a handle."""
         if self.backend is not None:
-            for listener in closing:
+            for listener in close_listeners:
                 listener(self)
 
     def close_without_peers(self) -> None:
@@ -133,7 +133,7 @@ class GroupState:
 
 
 #: Called with the state of each group whose handle is about to close, before its sessions do. They may not raise.
-closing: list[Callable[[GroupState], object]] = []
+close_listeners: list[Callable[[GroupState], object]] = []
 
 _states: dict[str, GroupState] = {}
 _lock = threading.Lock()

@@ -106,14 +106,14 @@ def _rules(offers: Sequence[Offer], cell: Cell, tuning: Sequence[TuningRule], wi
     op, mode, device_type, dtype = cell
     scored: list[tuple[float, Rule]] = []
     for offer in (*offers, _TERMINAL_OFFER):
-        concerned = [each for each in tuning if each.matches(offer.name, op, mode, device_type)]
+        matching = [each for each in tuning if each.matches(offer.name, op, mode, device_type)]
         for item in offer.ranges:
-            concerns = item.op == op and item.wire in ("", wire)
-            if concerns and not item.prepared and item.serves(mode, device_type, dtype):
-                scored += _scored_rules(offer, item, concerned)
+            is_served = item.op == op and not item.prepared and item.serves(mode, device_type, dtype)
+            if is_served and item.wire in ("", wire):
+                scored += _scored_rules(offer, item, matching)
     if tuning:  # a stable sort: equal scores keep the offers' order
         scored.sort(key=lambda each: -each[0])
-    if wire:  # the group asks for it, so no exact range comes before
+    if wire:  # the group asks for it, so all ranges with it come before the exact ones
         scored.sort(key=lambda each: not each[1].wire)
     rules: list[Rule] = []
     for score, rule in scored:

@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     check_program(args)
     from comm_core._group import states
 
-    states.closing.append(_print)
+    states.close_listeners.append(_print)
     try:
         return run_program(args)
     finally:
         for state in states.all_states():
             state.announce_end()
-        states.closing.remove(_print)
+        states.close_listeners.remove(_print)
 
 
 def _print(state: GroupState) -> None:
