@@ -35,7 +35,7 @@ from comm_core._schema import MAX_DEPTH, MalformedError, load_json, printable, s
 from comm_core.context import Agreement
 from comm_core.errors import CommError, CommTimeoutError
 
-__all__ = ["Stage", "StageAbortedError", "StageTimeoutError", "end_incarnation"]
+__all__ = ["MESSAGE_NBYTES", "Stage", "StageAbortedError", "StageTimeoutError", "end_incarnation"]
 
 #: The longest message of one rank, as JSON text in bytes.
 MESSAGE_NBYTES = 64 * 1024

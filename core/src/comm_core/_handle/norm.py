@@ -18,7 +18,7 @@ from comm_core._control.deadline import describe
 from comm_core._control.guard import raise_if_capturing
 from comm_core._handle.operands import copy_to_out, disjoint, is_kernel_ready, to_kernel_ready
 
-__all__ = ["add_rms_norm", "prepare", "quant_kernel"]
+__all__ = ["add_rms_norm", "prepare", "prepare_for", "quant_kernel"]
 
 _log = logging.getLogger("comm_core")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

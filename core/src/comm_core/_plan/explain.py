@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from comm_core.topology import Topology
 from comm_core.types import DTYPES, TERMINAL, Candidate, Decision, Route, RouteStats, Rule, WaitStats, rank_label
 
-__all__ = ["explain", "explain_message", "rules_by_size", "size", "table"]
+__all__ = ["explain", "explain_calls", "explain_message", "explain_waits", "rules_by_size", "size", "table"]
 
 # The most peers that the table of waits shows.
 _SHOWN_WAITS = 8

@@ -33,6 +33,25 @@ from comm_core._testing.handles import (
 )
 from comm_core._testing.inputs import largest_error, make_inputs, make_integers, sum_exactly
 
+__all__ = [
+    "a_huge_message_is_summed",
+    "a_peer_is_killed",
+    "a_rank_is_slow",
+    "any_layout_is_summed",
+    "closed_groups_leave_nothing",
+    "count_held",
+    "groups_dont_mix",
+    "integers_are_exact",
+    "many_calls",
+    "outputs_go_where_they_should",
+    "preparing_is_repeatable",
+    "results",
+    "sub_groups_are_served",
+    "sums_are_in_rank_order",
+    "sums_are_near_the_reference",
+    "suspended_and_resumed",
+]
+
 
 def sums_are_near_the_reference(name: str) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -18,6 +18,7 @@ __all__ = [
     "DTYPES",
     "OPTION",
     "PRIORITY",
+    "VEC_NBYTES",
     "WIRE_ALGORITHMS",
     "WIRE_FROM_NBYTES",
     "Row",
