@@ -33,7 +33,7 @@ class Journal:
 
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Have `name` in the file until the end of the block."""
+        """Keep `name` in the file until the end of the block."""
         if self._pid != os.getpid():
             yield
             return

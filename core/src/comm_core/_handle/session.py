@@ -137,7 +137,7 @@ class Session:
         run_on_device(call, self.device, self.timeout_s, f"use_variants of {self.plugin.name}")
 
     def describe_failed_cells(self) -> str:
-        """Return the text that reports the kinds of message without this session, and the reason."""
+        """Describe the kinds of message that this session doesn't serve, and why."""
         (cell, (reason, rank)) = next(iter(self.failed_cells.items()))
         kinds = ", ".join(dict.fromkeys(f"{mode} {dtype}" for _, mode, _, dtype in self.failed_cells))
         where = "" if rank is None else f" on rank {rank}"

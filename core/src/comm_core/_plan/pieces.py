@@ -73,9 +73,9 @@ def _fused(route: Route, routes: Sequence[Route]) -> Route:
 
 
 def _quantized(route: Route, fused: Route) -> Route:
-    """Keep what a backend takes whole and the route of the fused call gives to it as well: it has the same norm there.
+    """Keep the messages that a backend takes whole, if the fused call's route gives them to it: the norm is the same.
 
-    Of that route's first backend alone, since others norm only what it leaves. The rest is composed.
+    Only the first backend of that route has such messages, since others norm only what it leaves. The rest is composed.
     """
     name = fused.rules[0].backend
     norms = itertools.takewhile(lambda rule: rule.backend == name != TERMINAL, fused.rules)
