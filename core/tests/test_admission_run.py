@@ -200,10 +200,11 @@ def is_stale(hook: Hook) -> Hook:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (overwrites, "an input was overwritten"),
+        (overwrites, "`tensor` was overwritten"),
         (ignores_out, "`out` wasn't returned"),
-        (widens, "isn't a tensor of that shape and dtype"),
-        (flattens, "isn't a tensor of that shape and dtype"),
+        (widens, "the result is float32 [3000], not a tensor of that dtype and shape"),
+        (flattens, "the result is bfloat16 [2999], not a tensor of that dtype and shape"),
+        (lambda _hook: lambda *_: None, "the result is a NoneType, not a tensor of that dtype and shape"),
         (is_stale, "wrong sums"),
     ],
 )
@@ -246,11 +247,11 @@ def swaps(hook: Hook, *arguments: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (keeps_the_weight_out, "the norm is wrong"),
+        (keeps_the_weight_out, "wrong norms, the first at element 1: "),
         (keeps_the_residual_out, "wrong sums"),
-        (ignores_residual_out, "`out` wasn't returned"),
-        (overwrites_the_residual, "an input was overwritten"),
-        (widens_the_norm, "isn't a tensor of that shape and dtype"),
+        (ignores_residual_out, "`residual_out` wasn't returned"),
+        (overwrites_the_residual, "`residual` was overwritten"),
+        (widens_the_norm, "the result is float64 [5, 1024], not a tensor of that dtype and shape"),
         (swaps, "wrong sums"),
     ],
 )

@@ -61,7 +61,7 @@ def test_a_form_that_a_hook_declines_is_composed(ranks: Ranks, tmp_path: Path, f
     ("fault", "reason"),
     [
         ("value", "fp8_static: 1 values aren't those of the norm"),
-        ("scale", "fp8_per_group: the scales aren't those of the norm"),
+        ("scale", "fp8_per_group: 1 scales aren't those of the norm, the first at element "),
         ("sum", "1 wrong sums"),
         ("declines all", "it returned NotImplemented in every form"),
         ("declines without the norm", "fp8_static: it returned NotImplemented in one of two calls"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from comm_core._group.failures import Failures
+from comm_core._group.failures import Failures, describe_wrong
 from comm_core._group.ordered_values import mixed_bits, ordered_values
 from comm_core._group.quant_forms import EPS, QuantCall, call_every_form, check_bits
 from comm_core._handle.rank_order import sum_in_rank_order
@@ -32,6 +32,8 @@ _PERIOD = 1021
 #: The error bound of the wire "fp8": a part of the terms' magnitudes, and one of the largest in each term's chunk; see
 #: `comm_core.get_backend`.
 WIRE_RELATIVE, WIRE_FLOOR = 0.14, 2.0**-15
+# The inputs' names in the hooks.
+_INPUTS = ("tensor", "residual", "weight")
 # A rank sends this instead of the numbers of its recorded cases if `capture_ctx` raised on exit.
 _CAPTURE_FAILED = -1
 
@@ -164,17 +166,18 @@ class _Tester:
         inputs = self._inputs(case, salt)
         copies = [tensor.clone() for tensor in inputs]
         self._compare(case, salt, self._call(case, inputs, in_place=False))
-        if not all(map(torch.equal, inputs, copies)):
-            raise ArithmeticError(f"{_label(case)}: an input was overwritten")
+        for name, tensor, copy in zip(_INPUTS, inputs, copies, strict=False):
+            if not torch.equal(tensor, copy):
+                raise ArithmeticError(f"{_label(case)}: `{name}` was overwritten")
 
     def in_place(self, case: AdmissionCase, salt: int) -> None:
         """Test a call whose output is its input."""
         inputs = self._inputs(case, salt)
         results = self._call(case, inputs, in_place=True)
-        if not isinstance(results[0], QuantCall) and any(
-            result is not out for result, out in zip(results, inputs, strict=False)
-        ):
-            raise ArithmeticError(f"{_label(case)}: `out` wasn't returned")
+        if not isinstance(results[0], QuantCall):
+            for name, result, out in zip(("out", "residual_out"), results, inputs, strict=False):
+                if result is not out:
+                    raise ArithmeticError(f"{_label(case)}: `{name}` wasn't returned")
         self._compare(case, salt, results)
 
     def record(self, case: AdmissionCase) -> Callable[[int], None]:
@@ -257,12 +260,7 @@ class _Tester:
             _check_equal(case, results[-1], expected)
         if len(results) == 1:
             return
-        sums = expected.double()
-        norm = sums * torch.rsqrt(sums.square().mean(-1, keepdim=True) + EPS) * _weight(case).to(sums.device)
-        # Two roundings to the dtype, plus the error of fp32 arithmetic for every dtype.
-        tolerance = max(4 * torch.finfo(expected.dtype).eps, 1e-5)
-        if not torch.allclose(results[0].double(), norm, rtol=tolerance, atol=tolerance):
-            raise ArithmeticError(f"{_label(case)}: the norm is wrong")
+        _check_norm(case, results[0], expected.double())
 
 
 def _weight(case: AdmissionCase) -> torch.Tensor:
@@ -275,8 +273,13 @@ def _label(case: AdmissionCase) -> str:
 
 
 def _check_shape_and_dtype(case: AdmissionCase, result: object, expected: torch.Tensor) -> None:
-    if not isinstance(result, torch.Tensor) or result.dtype != expected.dtype or result.shape != expected.shape:
-        raise ArithmeticError(f"{_label(case)}: the result isn't a tensor of that shape and dtype")
+    if isinstance(result, torch.Tensor):
+        came = f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}"
+        is_right = result.dtype == expected.dtype and result.shape == expected.shape
+    else:
+        came, is_right = f"a {type(result).__name__}", False
+    if not is_right:
+        raise ArithmeticError(f"{_label(case)}: the result is {came}, not a tensor of that dtype and shape")
 
 
 def _check_close(case: AdmissionCase, result: torch.Tensor, expected: torch.Tensor, terms: int) -> None:
@@ -284,19 +287,22 @@ def _check_close(case: AdmissionCase, result: torch.Tensor, expected: torch.Tens
     sums = expected.double()
     # No rank's term is larger than the largest sum.
     excess = (result.double() - sums).abs() - WIRE_RELATIVE * sums - WIRE_FLOOR * terms * sums.amax()
-    if not bool((excess <= 0).all()):
-        first = int((~(excess <= 0)).flatten().nonzero()[0])
-        raise ArithmeticError(
-            f"{_label(case)}: the sum at element {first} is beyond the error bound of the {case.wire} wire: "
-            f"{result.flatten()[first].item()} instead of {expected.flatten()[first].item()}"
-        )
+    wrong = ~(excess <= 0)
+    if bool(wrong.any()):
+        text = describe_wrong(f"sums beyond the error bound of the {case.wire} wire", wrong, result, expected)
+        raise ArithmeticError(f"{_label(case)}: {text}")
 
 
 def _check_equal(case: AdmissionCase, result: torch.Tensor, expected: torch.Tensor) -> None:
     if not torch.equal(result, expected):
-        wrong = (result != expected).flatten()
-        first = int(wrong.nonzero()[0])
-        raise ArithmeticError(
-            f"{_label(case)}: {int(wrong.sum())} wrong sums, the first at element {first}: "
-            f"{result.flatten()[first].item()} instead of {expected.flatten()[first].item()}"
-        )
+        raise ArithmeticError(f"{_label(case)}: {describe_wrong('wrong sums', result != expected, result, expected)}")
+
+
+def _check_norm(case: AdmissionCase, result: torch.Tensor, sums: torch.Tensor) -> None:
+    """Check the norm of a fused case's sums, which are in float64."""
+    norm = sums * torch.rsqrt(sums.square().mean(-1, keepdim=True) + EPS) * _weight(case).to(sums.device)
+    # Two roundings to the dtype, plus the error of fp32 arithmetic for every dtype.
+    tolerance = max(4 * torch.finfo(result.dtype).eps, 1e-5)
+    wrong = ~torch.isclose(result.double(), norm, rtol=tolerance, atol=tolerance)
+    if bool(wrong.any()):
+        raise ArithmeticError(f"{_label(case)}: {describe_wrong('wrong norms', wrong, result, norm)}")

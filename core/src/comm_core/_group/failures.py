@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from comm_core._control.deadline import describe, is_timeout
 from comm_core._plan.routes import Cell
 from comm_core._schema import shorten
 
-__all__ = ["Failures"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Failures", "describe_wrong"]
 
 # The longest reason of one kind of message, as JSON in bytes: a vote has up to 51 of them.
 _REASON_NBYTES = 300
@@ -38,3 +43,17 @@ class Failures(dict[Cell, str]):
                 self.after_timeout.add(cell)
             self[cell] = reason
         return reason
+
+
+def describe_wrong(what: str, wrong: torch.Tensor, result: torch.Tensor, expected: torch.Tensor) -> str:
+    """Describe wrong elements: how many there are, and the first with both values.
+
+    Args:
+        what: their name, in the plural.
+        wrong: where they are, at least one.
+        result: what came.
+        expected: what was due.
+    """
+    first = int(wrong.flatten().nonzero()[0])
+    came, due = result.flatten()[first].item(), expected.flatten()[first].item()
+    return f"{int(wrong.sum())} {what}, the first at element {first}: {came} instead of {due}"

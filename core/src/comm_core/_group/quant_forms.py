@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from comm_core._group.failures import describe_wrong
 from comm_core._handle import quant
 from comm_core.types import QUANTS
 
@@ -112,12 +113,11 @@ def check_bits(calls: Sequence[QuantCall]) -> None:
                 )
         scale = call.scale if quant.is_static(call.form) else torch.empty_like(call.scale)
         expected, scale = quant.quantize_by_torch(norms[call.form], call.form, scale)
-        if not torch.equal(call.scale, scale):
-            raise ArithmeticError(f"{call.form}: the scales aren't those of the norm")
-        wrong = (call.quantized.view(torch.uint8) != expected.view(torch.uint8)).flatten()
+        wrong = call.scale != scale
         if bool(wrong.any()):
-            first = int(wrong.nonzero()[0])
-            raise ArithmeticError(
-                f"{call.form}: {int(wrong.sum())} values aren't those of the norm, the first at element {first}: "
-                f"{call.quantized.flatten()[first].item()} instead of {expected.flatten()[first].item()}"
-            )
+            text = describe_wrong("scales aren't those of the norm", wrong, call.scale, scale)
+            raise ArithmeticError(f"{call.form}: {text}")
+        wrong = call.quantized.view(torch.uint8) != expected.view(torch.uint8)
+        if bool(wrong.any()):
+            text = describe_wrong("values aren't those of the norm", wrong, call.quantized, expected)
+            raise ArithmeticError(f"{call.form}: {text}")
