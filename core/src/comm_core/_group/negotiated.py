@@ -21,7 +21,6 @@ class NegotiatedGroup:
     """The outcome of a group's negotiation.
 
     Attributes:
-        topology: the group's topology.
         decision: the candidates and routes, equal on every rank.
         sessions: this rank's connected backends, by name.
         slate: the candidates' offers and verdicts, from which `decision` follows.
@@ -32,7 +31,6 @@ class NegotiatedGroup:
         kept_nbytes: the part of the memory budget that dropped sessions hold, because they were in use.
     """
 
-    topology: Topology
     decision: Decision
     sessions: dict[str, Session]
     slate: Slate
@@ -41,6 +39,11 @@ class NegotiatedGroup:
     member: Membership
     prepared: tuple[Shapes, ...] = ()
     kept_nbytes: int = 0
+
+    @property
+    def topology(self) -> Topology:
+        """The group's topology."""
+        return self.member.topology
 
     @classmethod
     def of(
@@ -54,4 +57,4 @@ class NegotiatedGroup:
         """Create the outcome that follows from a slate and its sessions."""
         notes = {name: session.describe_failed_cells() for name, session in sessions.items() if session.failed_cells}
         decision = slate.decision(member.topology.device_types, notes)
-        return cls(member.topology, decision, sessions, slate, asked_slate, plugins, member)
+        return cls(decision, sessions, slate, asked_slate, plugins, member)
