@@ -78,6 +78,11 @@ def _raise_on_last(original: Callable[..., Any], *arguments: Any) -> Any:
     return original(*arguments)
 
 
+def _raise_on_last_if(fails: threading.Event, original: Callable[..., Any], *arguments: Any) -> Any:
+    """Replace a hook that raises on the last rank once `fails` is set."""
+    return _raise_on_last(original, *arguments) if fails.is_set() else original(*arguments)
+
+
 def _warm_up(name: str) -> dict[str, int]:
     for _ in range(WARM_HANDLES):
         _check_new_handle(name)
@@ -228,16 +233,9 @@ def a_rank_is_killed_in_connect(name: str, release_s: float) -> None:
 
 def a_call_fails(name: str, absent: bool, release_s: float) -> None:
     """The last rank's call raises, or is missing: every rank's calls end in an error, and keep to it."""
-    last, before = _is_last(), _warm_up(name)
-    fails = threading.Event()
-
-    def failing(original: Callable[..., Any], *arguments: Any) -> Any:
-        if last and fails.is_set():
-            raise RuntimeError(FAULT)
-        return original(*arguments)
-
+    last, before, fails = _is_last(), _warm_up(name), threading.Event()
     what = "a call without one rank" if absent else "a call that raised on one rank"
-    with replaced_hook(name, _check_new_handle(name), failing):
+    with replaced_hook(name, _check_new_handle(name), functools.partial(_raise_on_last_if, fails)):
         # Calls in `context.group` over Gloo wait as long as `connect` may take.
         backend = comm.get_backend(backends=(name,), timeout_s=_CALL_TIMEOUT_S)
         prepare_if_needed(backend, name)
@@ -262,15 +260,8 @@ def a_call_fails(name: str, absent: bool, release_s: float) -> None:
 
 def a_group_recovers(name: str, release_s: float) -> None:
     """All ranks recover after a misuse, with the backend, and after its call raised on the last rank, without it."""
-    last, before = _is_last(), _warm_up(name)
-    fails = threading.Event()
-
-    def failing(original: Callable[..., Any], *arguments: Any) -> Any:
-        if last and fails.is_set():
-            raise RuntimeError(FAULT)
-        return original(*arguments)
-
-    with replaced_hook(name, _check_new_handle(name), failing):
+    last, before, fails = _is_last(), _warm_up(name), threading.Event()
+    with replaced_hook(name, _check_new_handle(name), functools.partial(_raise_on_last_if, fails)):
         backend = comm.get_backend(timeout_s=_CALL_TIMEOUT_S)
         prepare_if_needed(backend, name)
         _check_call(name, backend, "before comm.recover")
