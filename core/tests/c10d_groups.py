@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from unittest import mock
 import comm_core as comm
 import torch
 import torch.distributed as dist
-from c10d_ranks import Counting, mine, place, world
+from c10d_ranks import Counting, holds, mine, other_collectives, place, world
 from comm_core._c10d import create
 from comm_core._group.states import GroupState, all_states
 from comm_core._handle.operators import find_handle
@@ -188,6 +189,48 @@ def a_wait_with_a_timeout() -> tuple[str, bool, float, bool]:
     side_store().set("ended", "")
     work.wait(timedelta(seconds=100))
     return error, early, x[0].item(), work.is_completed() and work.is_success() and work.exception() is None
+
+
+def collectives_beside_late_sums() -> dict[str, bool]:
+    """Asynchronous sums that the first rank's thread begins late, each before another collective."""
+    rank, size, total = place()
+
+    def asynchronous_maximum() -> bool:
+        x = mine()
+        work: Any = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
+        work.wait()
+        return holds(x, size)
+
+    def a_message_after_both() -> bool:
+        """The other ranks join the sum and the broadcast after a message."""
+        x, y = mine(), mine()
+        if rank == 1:
+            dist.recv(y, 0)
+        work: Any = dist.all_reduce(x, async_op=True)
+        broadcast: Any = dist.broadcast(z := mine(), 0, async_op=True)
+        if rank == 0:
+            dist.send(y, 1)
+        work.wait()
+        broadcast.wait()
+        return holds(x, total) and holds(z, 1) and (rank > 1 or holds(y, 1))
+
+    def late() -> list[torch.Tensor]:
+        time.sleep(0.2)
+        return []
+
+    found = {}
+    cases = {"asynchronous maximum": asynchronous_maximum, "a message after both": a_message_after_both}
+    for name, case in (cases | other_collectives()).items():
+        x = mine()
+        if rank == 0:
+            world()._queue.put(late)
+        work: Any = dist.all_reduce(x, async_op=True)
+        if rank > 0:
+            time.sleep(0.1)  # its thread begins the sum meanwhile
+        right = case()
+        work.wait()
+        found[name] = right and holds(x, total)
+    return found
 
 
 def two_threads() -> tuple[list[bool], str | None]:

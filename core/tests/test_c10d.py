@@ -144,6 +144,14 @@ def test_averages_are_rounded_as_gloos(ranks: Ranks) -> None:
             assert ours == gloos
 
 
+@pytest.mark.parametrize("deterministic", ["0", "1"])
+def test_sums_by_torch_and_other_collectives_begin_in_one_order_on_all_ranks(ranks: Ranks, deterministic: str) -> None:
+    env = {"COMM_CORE_DISABLE": "shm", "COMM_CORE_DETERMINISTIC": deterministic}
+    for found in ranks.run(c10d_groups.collectives_beside_late_sums, backend="comm", env=env, installed=True):
+        assert len(found) == 11
+        assert all(found.values()), found
+
+
 # Prints what torch has registered and imported of core. Then four processes sum and end, all forked by one, as torch's
 # import takes longest.
 SUMS_AND_END = """
@@ -213,3 +221,18 @@ def test_every_method_of_a_process_group_is_delegated_or_its_own() -> None:
             own = name in process_group._OWN
             delegated = getattr(process_group.CommProcessGroup, name).__module__ == process_group.__name__
             assert own or delegated, name
+
+
+def test_every_delegated_method_is_a_collective_a_message_or_local() -> None:
+    messages = {"send", "recv", "recv_anysource"}
+    local = {
+        *("_device_types", "_enable_collectives_timing", "_get_sequence_number_for_group", "get_group_store"),
+        *("_register_on_completion_hook", "_set_sequence_number_for_group", "_wait_for_pending_works"),
+        *("_start_coalescing", "_end_coalescing", "set_timeout", "use_pg_for_symm_mem_rendezvous"),
+    }
+    groups = {"split_group", "merge_remote_group"}  # torch refuses both on this backend
+    known = process_group.COLLECTIVES | messages | local | groups | process_group._OWN
+    for name in dir(dist.ProcessGroup):
+        method = getattr(dist.ProcessGroup, name)
+        if not name.startswith("__") and callable(method) and not isinstance(method, type):
+            assert name in known, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,9 +58,11 @@ class CommProcessGroup(dist.ProcessGroup):
         self._acquire, self._release = self._lock.acquire, self._lock.release
         self._queue = SumQueue()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._has_nccl = False
         for device in plain._device_types:  # noqa: SLF001 - torch has no public name
             backend: Any = plain._get_backend(device)  # noqa: SLF001
             kind = getattr(dist.ProcessGroup.BackendType, backend.name().upper(), dist.ProcessGroup.BackendType.CUSTOM)
+            self._has_nccl = self._has_nccl or backend.name() == "nccl"
             self._register_backend(device, kind, backend)
             self._set_default_backend(kind)
 
@@ -78,7 +81,7 @@ class CommProcessGroup(dist.ProcessGroup):
             return self._allreduce_by_arguments(tensors, *arguments, **named)
         handle = find_handle(self._name)
         if handle is None or len(tensors) != 1:
-            return self.plain.allreduce(tensors, opts)
+            return self._after_queued(functools.partial(self.plain.allreduce, tensors, opts))
         reduce_op, tensor = opts.reduceOp, tensors[0]
         if opts.asyncOp:
             return self._start(handle, tensors, opts)
@@ -103,7 +106,7 @@ class CommProcessGroup(dist.ProcessGroup):
         handle, tensors = find_handle(self._name), list(tensors)
         opts = _dist.AllreduceCoalescedOptions() if opts is None else opts
         if handle is None or not tensors:
-            return self.plain.allreduce_coalesced(tensors, opts)
+            return self._after_queued(functools.partial(self.plain.allreduce_coalesced, tensors, opts))
         self._queue.finish()
         rest = [tensor for tensor in tensors if not self._sum(handle, tensor, opts.reduceOp)]
         if rest:
@@ -142,7 +145,7 @@ class CommProcessGroup(dist.ProcessGroup):
         """
         tensor = tensors[0]
         if not _is_served(tensor, opts.reduceOp):
-            return self.plain.allreduce(tensors, opts)
+            return self._after_queued(functools.partial(self.plain.allreduce, tensors, opts))
         if not tensor.is_cuda:
             return QueuedWork(self._queue.put(lambda: self._sum_or_delegate(handle, tensors, opts)))
         if tensor.nbytes <= _OVERLAPPED_NBYTES:
@@ -153,6 +156,20 @@ class CommProcessGroup(dist.ProcessGroup):
             work = CudaWork(self._sum_or_delegate(handle, tensors, opts))
         tensor.record_stream(stream)  # its memory isn't reused before the sum is finished
         return work
+
+    def _after_queued(self, call: Callable[[], dist.Work]) -> dist.Work:
+        """Make a collective call of the plain group after all sums that were queued before.
+
+        Torch may serve those by collectives of the plain group, and all ranks must begin these in one order. So the
+        call joins the queue. The caller goes on, as other calls of its program may let the queued sums' peers come.
+        """
+        last = self._queue.last
+        if last is None or last.done():
+            return call()
+        if self._has_nccl:  # it would be queued on the current stream of the thread
+            self._queue.finish()
+            return call()
+        return QueuedWork(self._queue.put(functools.partial(_finish, call)))
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         """Return the stream of the large asynchronous sums. Its priority is high: other kernels needn't end first."""
@@ -209,15 +226,36 @@ def _is_served(tensor: torch.Tensor, reduce_op: Any) -> bool:
     return bool(reduce_op == _SUM or (reduce_op == _AVG and tensor.is_floating_point()))
 
 
+def _finish(call: Callable[[], Any]) -> list[torch.Tensor]:
+    """Make a collective call, and wait for it; return the tensors that it has written."""
+    work: Any = call()
+    if work is None:
+        return []
+    work.wait()
+    try:
+        return work.get_future().value()  # type: ignore[no-any-return]
+    except RuntimeError:  # some works of Gloo have no future
+        return []
+
+
 def _delegated(name: str) -> Callable[..., Any]:
     def method(self: CommProcessGroup, *arguments: Any, **keywords: Any) -> Any:
-        return getattr(self.plain, name)(*arguments, **keywords)
+        call = functools.partial(getattr(self.plain, name), *arguments, **keywords)
+        return self._after_queued(call) if name in COLLECTIVES else call()
 
     method.__name__ = name
     method.__doc__ = f"See `torch.distributed.ProcessGroup.{name}`; served by the plain group."
     return method
 
 
+#: The delegated methods that every rank calls, in one order. A message (`send`, `recv`) waits for no sum: the peer may
+#: join the sum after it.
+COLLECTIVES = {
+    *("broadcast", "reduce", "scatter", "gather", "barrier", "monitored_barrier", "alltoall", "alltoall_base"),
+    *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced"),
+    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "all_to_all_single"),
+    *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
+}
 # Not delegated: the group's rank, size and names, its registered backends, and the methods defined above.
 _OWN = {
     *("rank", "size", "name", "boxed", "unbox", "shutdown", "abort", "allreduce", "allreduce_coalesced"),
