@@ -21,8 +21,8 @@ TITLE = "group 'tp' (ranks 0-1)"
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """What hooks may rely on: contiguous, aligned to 16 bytes, not empty."""
-    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+    """What hooks may rely on: contiguous, aligned to 16 bytes, not empty, not a negated view."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0 and not tensor.is_neg()
 
 
 def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -112,7 +112,8 @@ class Fake:
         if norm_out is not None:
             assert norm_out.shape == tensor.shape
             written.append(norm_out)
-        assert all(item.is_contiguous() and item.data_ptr() % 16 == 0 for item in written)
+        assert all(item.is_contiguous() and item.data_ptr() % 16 == 0 and not item.is_neg() for item in written)
+        assert not scale.is_neg()
         for index, target in enumerate(written):
             own = {id(residual_out): residual, id(norm_out): tensor}.get(id(target))
             assert all(disjoint(target, other) for other in written[index + 1 :])

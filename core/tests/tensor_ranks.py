@@ -24,6 +24,11 @@ def _expanded(value: int) -> torch.Tensor:
     return torch.tensor(float(value)).expand(4, 4)
 
 
+def _inference_copy(x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
 SUMMED: dict[str, Make] = {
     **{name: _full(getattr(torch, name)) for name in comm.types.DTYPES},
     "large": _full(torch.float32, 5000),
@@ -65,6 +70,9 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "with a gradient": lambda x: torch.zeros(x.shape, requires_grad=True),
     "strided": lambda x: torch.zeros(2 * x.numel())[::2],
     "a negative view": lambda x: torch.zeros(x.numel(), dtype=torch.complex64).conj().imag,
+    "a contiguous negative view": lambda x: torch._neg_view(torch.zeros_like(x)),
+    "made in inference mode": _inference_copy,
+    "made in inference mode, strided": lambda x: _inference_copy(x.repeat(2))[::2],
 }
 #: Elements of the tensors that are given outputs.
 SIZES = (1, 16, 5000)
@@ -81,6 +89,51 @@ def _call(call: Callable[[], bool]) -> str:
         return str(call())
     except Exception as error:  # noqa: BLE001 - the test looks at whatever it is
         return f"{type(error).__name__}: {error}"
+
+
+def reduce_often() -> dict[str, str]:
+    """ "True" for each kind of call with an output that was right each time, also once its route is kept."""
+    backend = comm.get_backend()
+    size, mine = dist.get_world_size(), dist.get_rank() + 1
+    total = torch.full((4, 8), float(size * (size + 1) // 2))
+
+    def leaf(value: float = mine) -> torch.Tensor:
+        return torch.full((4, 8), float(value), requires_grad=True)
+
+    def negated(value: float = mine) -> torch.Tensor:
+        return torch._neg_view(torch.full((4, 8), -float(value)))
+
+    def into(make: Callable[[], torch.Tensor], out: torch.Tensor) -> bool:
+        required = out.requires_grad
+        y = backend.all_reduce(make(), out=out)
+        return y is out and torch.equal(y, total) and y.requires_grad is required and y.grad_fn is None
+
+    def in_place(x: torch.Tensor) -> bool:
+        return backend.all_reduce(x, out=x) is x and torch.equal(x, total)
+
+    def fused_into(out: torch.Tensor) -> bool:
+        x, weight = torch.full((4, 8), float(mine)), torch.ones(8)
+        _, s = backend.all_reduce_add_rms_norm(x, None, weight, out=x, residual_out=out)
+        return s is out and torch.equal(s, total)
+
+    calls: dict[str, Callable[[], bool]] = {
+        "a leaf, into another": lambda: into(leaf, torch.zeros(4, 8)),
+        "no leaf, into another": lambda: into(lambda: leaf() * 1, torch.zeros(4, 8)),
+        "a leaf, in place": lambda: in_place(leaf()),
+        "an inference tensor, in place": lambda: in_place(_inference_copy(torch.full((4, 8), float(mine)))),
+        "a negated view, out of place": lambda: torch.equal(backend.all_reduce(negated()), total),
+        "a negated view, in place": lambda: in_place(negated()),
+        "into a negated view": lambda: into(lambda: torch.full((4, 8), float(mine)), negated(0)),
+        "fused, into an inference tensor": lambda: fused_into(_inference_copy(total)),
+        "fused, into a negated view": lambda: fused_into(negated(0)),
+    }
+    found = {}
+    for name, call in calls.items():
+        outcomes = [_call(call) for _ in range(20)]
+        found[name] = next((text for text in outcomes if text != "True"), "True")
+        comm.close()
+        backend = comm.get_backend()
+    return found
 
 
 def reduce_everything() -> dict[str, str]:

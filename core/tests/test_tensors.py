@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from harness import Ranks
 
 
+@pytest.mark.parametrize("disabled", ["", "shm"], ids=["shm", "torch.distributed"])
+@pytest.mark.parametrize("deterministic", ["0", "1"])
+def test_outputs_of_many_equal_calls(ranks: Ranks, disabled: str, deterministic: str) -> None:
+    env = {"COMM_CORE_DISABLE": disabled, "COMM_CORE_DETERMINISTIC": deterministic}
+    for found in ranks.run(tensor_ranks.reduce_often, env=env, installed=True):
+        assert found == dict.fromkeys(found, "True")
+        assert len(found) == 9
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("installed", [True, False], ids=["a backend", "torch.distributed"])
 def test_every_tensor(ranks: Ranks, tmp_path: Path, installed: bool, world_size: int) -> None:

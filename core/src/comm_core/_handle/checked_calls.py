@@ -14,8 +14,10 @@ from comm_core._handle.lookup import BoundHook, CallKey, composed, new_counter
 from comm_core._handle.operands import (
     copy_to_out,
     is_writable,
+    may_write,
     stage_operands,
     to_kernel_ready,
+    writable_by_hooks,
 )
 from comm_core.errors import CaptureError, CommError, CommTimeoutError
 from comm_core.types import TERMINAL
@@ -73,13 +75,15 @@ class CheckedCalls:
         # An empty tensor takes its turn as one zero, so that ranks with other sizes notice.
         operand = to_kernel_ready(tensor) if tensor.numel() else tensor.new_zeros(1)
         direct = None
-        if out is tensor and operand.data_ptr() == tensor.data_ptr():
+        refused = out is not None and not may_write(out)
+        if out is tensor and not refused and operand.data_ptr() == tensor.data_ptr():
             direct = operand
-        elif out is not None and is_writable(operand.get_device(), operand, out):
+        elif out is not None and not refused and is_writable(operand.get_device(), operand, out):
             direct = out
         if has_route:
             key = (operand.get_device(), operand.dtype, operand.numel())
-            bound = self._find("all_reduce", key, count if tensor.numel() else None)
+            always_checked = refused or tensor.is_neg()
+            bound = self._find("all_reduce", key, count if tensor.numel() else None, always_checked=always_checked)
             result = self._run(bound, "all_reduce", operand, direct)
         else:
             result = self._all_reduce_by_torch(operand)
@@ -140,9 +144,13 @@ class CheckedCalls:
             self._check_operands(tensor, residual, weight, out, residual_out)
             key = (tensor.get_device(), tensor.dtype, tensor.shape)
             count = None if num_tokens is None else checks.check_num_tokens(num_tokens, tensor)
-            bound = self._find("all_reduce_add_rms_norm", key, count)
+            outs = writable_by_hooks(out), writable_by_hooks(residual_out)
+            negated = tensor.is_neg() or like.is_neg() or weight.is_neg()
+            always_checked = negated or outs[0] is not out or outs[1] is not residual_out
+            bound = self._find("all_reduce_add_rms_norm", key, count, always_checked=always_checked)
             if bound[0] is not composed and residual is not None and not checks.is_mixed(tensor, residual, weight):
-                operands = stage_operands(tensor, residual, weight, out, residual_out)
+                inputs = tensor.resolve_neg(), residual.resolve_neg(), weight.resolve_neg()
+                operands = stage_operands(*inputs, *outs)
         elif (out is not None and operands[3] is not tensor) or (
             residual_out is not None and operands[4] is not residual
         ):
@@ -214,9 +222,11 @@ class CheckedCalls:
             else copy_to_out(s.view(shape), residual_out),
         )
 
-    def _find(self, op: str, key: CallKey, count: torch.Tensor | None = None) -> BoundHook:
+    def _find(
+        self, op: str, key: CallKey, count: torch.Tensor | None = None, *, always_checked: bool = False
+    ) -> BoundHook:
         """Return the hook that serves `op` for this key, after the checks; `count`: of a padded batch's real rows."""
-        bound = self._serving.routes_of(op).find(key)
+        bound = self._serving.routes_of(op).find(key, always_checked=always_checked)
         if bound is None:
             self._require_open()  # another thread closed or suspended the handle meanwhile
             raise AssertionError(f"no route for {key}")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from comm_core._control.guard import raise_if_capturing
 from comm_core._handle import norm
+from comm_core._handle.operands import copy_to_out
 
 __all__ = [
     "TerminalFallback",
@@ -65,7 +66,7 @@ def torch_distributed(group: dist.ProcessGroup, tensor: torch.Tensor, out: torch
     if tensor.dtype is torch.int16:
         wide = tensor.to(torch.int32)
         dist.all_reduce(wide, group=group)
-        return wide.to(torch.int16) if out is None else out.copy_(wide)
+        return wide.to(torch.int16) if out is None else copy_to_out(wide, out)
     result = single_rank_all_reduce(group, tensor, out)
     dist.all_reduce(result, group=group)
     return result
@@ -91,7 +92,7 @@ def single_rank_all_reduce(_group: object, tensor: torch.Tensor, out: torch.Tens
     if out is None:
         # Detached: autograd can't differentiate a sum over ranks.
         return tensor.detach().clone()
-    return out if out is tensor else out.copy_(tensor)
+    return copy_to_out(tensor, out)
 
 
 def add_rms_norm(
@@ -163,6 +164,6 @@ def _torch_add_rms_norm(
     normed = (sums * scale * (weight.to(wide) + weight_offset)).to(dtype)
     summed = sums.to(dtype if residual is None else residual.dtype, copy=residual is None)
     return (
-        normed if out is None else out.copy_(normed),
-        summed if residual_out is None else residual_out.copy_(summed),
+        copy_to_out(normed, out),
+        copy_to_out(summed, residual_out),
     )

@@ -80,7 +80,7 @@ _COMPOSED: RuleHook = (composed, None, TERMINAL, False)
 # Far more than the distinct calls of one model.
 _MAX_CALL_KEYS = 4096
 # Calls with one key that are checked in full before the hot path serves it. The hot path can't afford to look for
-# gradients and negated views, which take 100 ns; a program that passes them does so from the start.
+# negated views and the like, which takes 100 ns; a program that passes them does so from the start.
 _CHECKED_CALLS = 16
 
 
@@ -105,8 +105,17 @@ class Routes(dict[CallKey, BoundHook]):
     def __missing__(self, key: CallKey) -> None:
         """Return None: the first calls with a key are checked in full."""
 
-    def find(self, key: CallKey) -> BoundHook | None:
-        """Return the hook for a key that `get` doesn't hold, or None if it has no route; keep it after some calls."""
+    def find(self, key: CallKey, *, always_checked: bool = False) -> BoundHook | None:
+        """Return the hook for a key that `get` doesn't hold, or None if it has no route; keep it after some calls.
+
+        Args:
+            key: the key.
+            always_checked: whether `get` mustn't hold the key any more, so that every call with it is checked in full:
+                hooks can't get this call's tensors as they are.
+        """
+        if always_checked:
+            self._calls[key] = -sys.maxsize
+            self.pop(key, None)
         bound = super().get(key)
         if bound is not None:
             return bound
@@ -181,9 +190,9 @@ class CaptureRoutes:
         """Return the same as `get`."""
         return self._routes(key).get(key)
 
-    def find(self, key: CallKey) -> BoundHook | None:
+    def find(self, key: CallKey, *, always_checked: bool = False) -> BoundHook | None:
         """Call `Routes.find` in the current stream's mode."""
-        return self._routes(key).find(key)
+        return self._routes(key).find(key, always_checked=always_checked)
 
     def counter(self, key: CallKey, backend: str) -> CallCounter:
         """Call `Routes.counter` in the current stream's mode, for no wire; also for a key without a route."""

@@ -16,8 +16,10 @@ __all__ = [
     "has_memory",
     "is_kernel_ready",
     "is_writable",
+    "may_write",
     "stage_operands",
     "to_kernel_ready",
+    "writable_by_hooks",
     "writable_or_none",
 ]
 
@@ -35,7 +37,12 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 def is_kernel_ready(tensor: torch.Tensor) -> bool:
-    """Return whether kernels can take the tensor: contiguous, aligned to 16 bytes, with memory."""
+    """Return whether kernels can take the tensor: contiguous, aligned to 16 bytes, with memory, not a negated view."""
+    return _has_room(tensor) and not tensor.is_neg()
+
+
+def _has_room(tensor: torch.Tensor) -> bool:
+    """Return what `is_kernel_ready` does, but for negated views."""
     address = tensor.data_ptr()
     if address & 15 or not address or not tensor.is_contiguous():
         return False
@@ -68,6 +75,20 @@ def to_kernel_ready(tensor: torch.Tensor) -> torch.Tensor:
     return copy
 
 
+def may_write(out: torch.Tensor) -> bool:
+    """Return whether a hook may write to a tensor, if its memory is fit for kernels.
+
+    Not to a negated view, whose memory holds the negative of each element; nor, outside inference mode, to a tensor
+    that was made in it, since torch's operators refuse to write to it.
+    """
+    return not out.is_neg() and (not out.is_inference() or torch.is_inference_mode_enabled())
+
+
+def writable_by_hooks(out: torch.Tensor | None) -> torch.Tensor | None:
+    """Return an output if hooks may write to it, by `may_write`, else None."""
+    return None if out is None or not may_write(out) else out
+
+
 def disjoint(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two contiguous tensors share no memory."""
     first, second = one.data_ptr(), other.data_ptr()
@@ -78,12 +99,15 @@ def copy_to_out(result: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """Copy the result to `out` and return `out`; return the result if it is `out`, or `out` is None."""
     if out is None or result is out:
         return result
-    with torch.no_grad():  # `out` may be a parameter
+    # `out` may be a parameter, or have been made in inference mode.
+    with torch.inference_mode() if out.is_inference() else torch.no_grad():
         return out.copy_(result)
 
 
 def is_writable(index: int, tensor: torch.Tensor, out: torch.Tensor) -> bool:
     """Return whether a hook may write to `out` directly: it matches `tensor`, and shares no memory with it.
+
+    Leaves out `may_write`, which takes as long as all the rest: see `Routes.find`.
 
     Args:
         index: the device index of `tensor`.
@@ -98,7 +122,7 @@ def is_writable(index: int, tensor: torch.Tensor, out: torch.Tensor) -> bool:
             and out.shape == tensor.shape
             and not out.requires_grad
             and (index >= 0 or out.is_cpu)
-            and is_kernel_ready(out)
+            and _has_room(out)
             and disjoint(tensor, out)
         )
     except RuntimeError:  # a sparse tensor has no address

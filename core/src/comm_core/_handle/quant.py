@@ -17,7 +17,7 @@ import math
 import torch
 
 from comm_core._handle import checks, norm
-from comm_core._handle.operands import copy_to_out, is_kernel_ready, to_kernel_ready
+from comm_core._handle.operands import copy_to_out, is_kernel_ready, may_write, to_kernel_ready
 from comm_core.types import QUANTS
 
 __all__ = [
@@ -108,6 +108,8 @@ def is_writable_scale(scale: torch.Tensor) -> bool:
     """
     if scale.__class__ is not torch.Tensor or scale.requires_grad or scale.data_ptr() & 15 or not scale.data_ptr():
         return False
+    if not may_write(scale):
+        return False
     return scale.is_contiguous() or (scale.stride(0) == 1 and scale.stride(1) >= scale.shape[0])
 
 
@@ -151,10 +153,10 @@ def quantize_by_torch(
             scales = (maxima / largest).clamp_min(_LEAST_TOKEN_SCALE)
         else:
             scales = maxima.clamp_min(_LEAST_GROUP_MAXIMUM) / largest
-        scale.copy_(scales)
+        copy_to_out(scales, scale)
         scaled = (groups / scales.unsqueeze(-1)).flatten(-2)
     result = scaled.clamp(-_LARGEST, _LARGEST).to(FP8)
-    return (result if out is None else out.copy_(result)), scale
+    return copy_to_out(result, out), scale
 
 
 def _triton_quantize(

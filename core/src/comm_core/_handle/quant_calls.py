@@ -11,7 +11,14 @@ import torch
 from comm_core._handle import checks, quant, traced
 from comm_core._handle.checked_calls import CheckedCalls
 from comm_core._handle.lookup import composed
-from comm_core._handle.operands import copy_to_out, disjoint, is_kernel_ready, to_kernel_ready, writable_or_none
+from comm_core._handle.operands import (
+    copy_to_out,
+    disjoint,
+    is_kernel_ready,
+    to_kernel_ready,
+    writable_by_hooks,
+    writable_or_none,
+)
 from comm_core.types import TERMINAL
 
 if TYPE_CHECKING:
@@ -130,15 +137,15 @@ class QuantCalls(CheckedCalls):
     ) -> QuantResults | None:
         """Call the hook with staged operands; return None if it declines the call."""
         x, r, w = map(to_kernel_ready, (tensor, residual, weight))
-        scales, writes_scales = scale.detach(), not quant.is_static(form)
+        scales, writes_scales = scale.detach().resolve_neg(), not quant.is_static(form)
         inputs = (x, r, w) if writes_scales else (x, r, w, scales)
-        s = writable_or_none(residual_out, r, (x, w, *inputs[3:]))
+        s = writable_or_none(writable_by_hooks(residual_out), r, (x, w, *inputs[3:]))
         s = torch.empty_like(r) if s is None else s
         y = None
         if with_norm:
-            y = writable_or_none(norm_out, x, (r, w, *inputs[3:]))
+            y = writable_or_none(writable_by_hooks(norm_out), x, (r, w, *inputs[3:]))
             y = torch.empty_like(x) if y is None else y
-        q = out
+        q = writable_by_hooks(out)
         if q is None or not is_kernel_ready(q) or not all(disjoint(q, other) for other in inputs):
             q = quant.empty_out(x)
         # `disjoint` takes contiguous tensors, and scales may have room between their columns.

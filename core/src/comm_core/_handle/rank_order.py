@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from comm_core._handle import fallback, norm
+from comm_core._handle.operands import copy_to_out
 from comm_core.types import DTYPES
 
 __all__ = ["add_rms_norm", "all_reduce", "norm_for", "sum_in_rank_order", "terminal_fallback"]
@@ -55,7 +56,7 @@ def all_reduce(group: dist.ProcessGroup, tensor: torch.Tensor, out: torch.Tensor
         gathered = torch.empty(world_size * part.numel(), dtype=dtype, device=tensor.device)
         # As bytes, which every library moves.
         dist.all_gather_into_tensor(gathered.view(torch.uint8), part.view(torch.uint8), group=group)
-        target[start : start + step].copy_(sum_in_rank_order(gathered.chunk(world_size)))
+        copy_to_out(sum_in_rank_order(gathered.chunk(world_size)), target[start : start + step])
     return result
 
 
