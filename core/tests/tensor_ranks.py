@@ -54,6 +54,7 @@ SUMMED: dict[str, Make] = {
 REFUSED: dict[str, tuple[Make, type[Exception]]] = {
     "uint16": (_full(torch.uint16), TypeError),
     "float8": (_full(torch.float8_e4m3fn), TypeError),
+    "quantised": (lambda value: torch.quantize_per_tensor(torch.full((16,), 1.0), value, 0, torch.qint8), TypeError),
     "sparse": (lambda value: torch.eye(4).to_sparse() * value, TypeError),
     "compressed": (lambda value: (torch.eye(4) * value).to_sparse_csr(), TypeError),
     "on another device": (lambda value: torch.full((16,), value, device="meta"), ValueError),

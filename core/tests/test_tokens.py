@@ -29,7 +29,7 @@ def test_every_small_batch_is_shared_from_the_front() -> None:
 def test_tensors_have_the_same_arithmetic() -> None:
     for world_size, chunk in itertools.product(range(1, 6), range(5)):
         bucket = world_size * chunk
-        for rank, dtype in itertools.product(range(world_size), (torch.int32, torch.int64)):
+        for rank, dtype in itertools.product(range(world_size), (torch.int32, torch.int64, torch.int8, torch.uint8)):
             numbers = list(range(bucket + 1))
             found = share(torch.tensor(numbers, dtype=dtype), bucket, rank, world_size)
             assert found.dtype is dtype
@@ -91,6 +91,35 @@ def test_a_refused_count_leaves_the_last_one() -> None:
     assert (counts.total.item(), counts.local.item()) == (3, 3)
     with pytest.raises(ValueError, match="doesn't divide"):
         comm.TokenCounts(9, 0, 2, "cpu")
+
+
+def test_a_small_dtype_holds_the_shares_of_a_large_bucket() -> None:
+    for dtype in (torch.int8, torch.uint8, torch.uint16):
+        assert share(torch.tensor([100], dtype=dtype), 4096, 0, 4).tolist() == [100]
+        assert share(torch.tensor([100], dtype=dtype), 4096, 3, 4).tolist() == [0]
+
+
+class Index:
+    """An integer of another library."""
+
+    def __index__(self) -> int:
+        return 3
+
+
+def test_other_integers_are_counts_and_everything_else_is_refused() -> None:
+    counts = comm.TokenCounts(8, 0, 2, "cpu")
+    counts.fill(Index())  # type: ignore[arg-type]
+    assert (counts.total.item(), counts.local.item()) == (3, 3)
+    assert share(Index(), 8, 1, 2) == 0  # type: ignore[type-var]
+    wrong: list[object] = [2.5, None, "3", torch.tensor(2.5), torch.tensor(3j)]
+    for number in wrong:
+        with pytest.raises(TypeError, match=r"integer"):
+            counts.fill(number)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"integer"):
+            share(number, 8, 0, 2)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match=r"one number of tokens; got a tensor \[2\]"):
+        counts.fill(torch.tensor([1, 2]))
+    assert (counts.total.item(), counts.local.item()) == (3, 3)
 
 
 def test_a_number_isnt_filled_in_while_a_stream_captures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ share, kernels take padding for tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+import operator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from comm_core._control.guard import raise_if_capturing
 
@@ -36,6 +37,7 @@ def local_num_tokens_non_padded(num_tokens: Count, bucket: int, rank: int, world
         A number; for a tensor, a tensor of the same shape, dtype and device. A captured graph may compute it.
 
     Raises:
+        TypeError: `num_tokens` is neither an integer nor a tensor of integers.
         ValueError: the bucket doesn't divide among the ranks, or a number is out of its range.
     """
     if world_size < 1 or not 0 <= rank < world_size:
@@ -43,11 +45,25 @@ def local_num_tokens_non_padded(num_tokens: Count, bucket: int, rank: int, world
     chunk, left = divmod(bucket, world_size)
     if bucket < 0 or left:
         raise ValueError(f"a bucket of {bucket} rows doesn't divide among {world_size} ranks")
-    if isinstance(num_tokens, int):
-        if not 0 <= num_tokens <= bucket:
-            raise ValueError(f"{num_tokens} tokens don't fit into a bucket of {bucket}")
-        return min(max(num_tokens - rank * chunk, 0), chunk)
-    return (num_tokens - rank * chunk).clamp(0, chunk)
+    given: Any = num_tokens
+    result: Any
+    if not hasattr(given, "clamp"):  # no tensor
+        number = operator.index(given)
+        if not 0 <= number <= bucket:
+            raise ValueError(f"{number} tokens don't fit into a bucket of {bucket}")
+        result = min(max(number - rank * chunk, 0), chunk)
+    else:
+        _check_integers(given)
+        is_wide = given.dtype.is_signed and given.dtype.itemsize >= 4
+        # A narrow integer may not hold the rows of the ranks before, and without a sign the difference wraps around.
+        wide = given if is_wide else given.long()
+        result = (wide - rank * chunk).clamp(0, chunk).to(given.dtype)
+    return result  # type: ignore[no-any-return]
+
+
+def _check_integers(num_tokens: Any) -> None:
+    if num_tokens.is_floating_point() or num_tokens.is_complex():
+        raise TypeError(f"expected a tensor of integers as num_tokens; got {num_tokens.dtype}")
 
 
 class TokenCounts:
@@ -83,16 +99,21 @@ class TokenCounts:
         Raises:
             CaptureError: `num_tokens` is a number and a stream is capturing: every replay would use that number. A
                 tensor on the device is read again at each replay.
-            ValueError: as in `local_num_tokens_non_padded`.
+            TypeError, ValueError: as in `local_num_tokens_non_padded`, or a tensor has several elements.
         """
-        if isinstance(num_tokens, int):
+        given: Any = num_tokens
+        if not hasattr(given, "clamp"):
             raise_if_capturing(
                 "a number of tokens, which every replay would use again, can't be filled in",
                 "Call fill before the capture, or pass a tensor on the device",
             )
-            local = local_num_tokens_non_padded(num_tokens, self.bucket, self._rank, self._world_size)
-            self.total.fill_(num_tokens)
+            number = operator.index(given)
+            local = local_num_tokens_non_padded(number, self.bucket, self._rank, self._world_size)
+            self.total.fill_(number)
             self.local.fill_(local)
         else:
-            self.total.copy_(num_tokens.reshape(1))
+            _check_integers(given)
+            if given.numel() != 1:
+                raise ValueError(f"expected one number of tokens; got a tensor {list(given.shape)}")
+            self.total.copy_(given.reshape(1))
             self.local.copy_(local_num_tokens_non_padded(self.total, self.bucket, self._rank, self._world_size))

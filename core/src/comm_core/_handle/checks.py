@@ -18,6 +18,7 @@ __all__ = [
     "check_num_tokens",
     "check_out",
     "check_tensors",
+    "count_of",
     "is_mixed",
     "refuse_jit_trace",
     "share_memory",
@@ -215,6 +216,22 @@ def _element_offsets(tensor: torch.Tensor) -> torch.Tensor:
     return offsets.flatten()
 
 
+def count_of(num_tokens: TokenCounts | torch.Tensor) -> torch.Tensor:
+    """Return the count that kernels read.
+
+    Raises:
+        TypeError: `num_tokens` is something else.
+    """
+    if isinstance(num_tokens, torch.Tensor):
+        return num_tokens
+    if isinstance(num_tokens, TokenCounts):
+        return num_tokens.total
+    raise TypeError(
+        f"num_tokens is of type {type(num_tokens).__name__}, but kernels read the number on the device: pass a "
+        "comm_core.TokenCounts, and set its number by fill"
+    )
+
+
 def check_num_tokens(num_tokens: TokenCounts | torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Return the count that kernels read, once it has passed the checks.
 
@@ -226,20 +243,12 @@ def check_num_tokens(num_tokens: TokenCounts | torch.Tensor, tensor: torch.Tenso
         TypeError: `num_tokens` is something else, or not int32.
         ValueError: its bucket isn't the tensor's rows, or it has another device or several elements.
     """
-    if isinstance(num_tokens, torch.Tensor):
-        count = num_tokens
-    elif isinstance(num_tokens, TokenCounts):
-        rows = math.prod(tensor.shape[:-1])
-        if num_tokens.bucket != rows:
-            raise ValueError(
-                f"num_tokens counts the rows of a bucket of {num_tokens.bucket}, but the tensor has {rows}: expected "
-                f"comm_core.TokenCounts(bucket={rows}, ...), or a tensor of {num_tokens.bucket} rows"
-            )
-        count = num_tokens.total
-    else:
-        raise TypeError(
-            f"num_tokens is of type {type(num_tokens).__name__}, but kernels read the number on the device: pass a "
-            "comm_core.TokenCounts, and set its number by fill"
+    count = count_of(num_tokens)
+    rows = math.prod(tensor.shape[:-1])
+    if isinstance(num_tokens, TokenCounts) and num_tokens.bucket != rows:
+        raise ValueError(
+            f"num_tokens counts the rows of a bucket of {num_tokens.bucket}, but the tensor has {rows}: expected "
+            f"comm_core.TokenCounts(bucket={rows}, ...), or a tensor of {num_tokens.bucket} rows"
         )
     if count.dtype is not torch.int32:
         raise TypeError(f"num_tokens is {count.dtype}; kernels read int32. comm_core.TokenCounts has it")

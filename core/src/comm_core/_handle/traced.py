@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comm_core._handle import quant as forms
+from comm_core._handle.checks import count_of
 
 if TYPE_CHECKING:
     from comm_core._handle.checked_calls import CheckedCalls
@@ -41,7 +42,7 @@ def _count_argument(num_tokens: NumTokens) -> dict[str, torch.Tensor]:
     """
     if num_tokens is None:
         return {}
-    return {"num_tokens": num_tokens if isinstance(num_tokens, torch.Tensor) else num_tokens.total}
+    return {"num_tokens": count_of(num_tokens)}
 
 
 def all_reduce(
