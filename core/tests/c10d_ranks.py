@@ -107,7 +107,7 @@ def asynchronous_sums() -> dict[str, Case]:
     }
 
 
-def reductions() -> dict[str, Case]:
+def reductions() -> dict[str, Case]:  # noqa: C901 - a function for each make of tensor
     _, size, total = place()
     ops = dist.ReduceOp
 
@@ -138,6 +138,19 @@ def reductions() -> dict[str, Case]:
         dist.all_reduce(x)
         return holds(x.to_dense(), 1)
 
+    def refuses(x: torch.Tensor, *, asynchronous: bool) -> bool:
+        try:
+            work = dist.all_reduce(x, async_op=asynchronous)
+            if work is not None:
+                work.wait()
+        except ValueError as error:
+            return "several elements at one address" in str(error)
+        return False
+
+    def overlapping() -> bool:
+        xs = (mine(1).expand(4), torch.as_strided(mine(6), (3, 3), (1, 1)))
+        return all(refuses(x, asynchronous=asynchronous) for x in xs for asynchronous in (False, True))
+
     def coalesced() -> bool:
         xs = [mine(), mine(3)]
         dist.all_reduce_coalesced(xs)
@@ -167,6 +180,7 @@ def reductions() -> dict[str, Case]:
         "empty": empty,
         "parameter": parameter,
         "sparse": sparse,
+        "overlapping": overlapping,
         "coalesced": coalesced,
         "by the group's method": by_the_groups_method,
     }

@@ -36,6 +36,7 @@ SERVED = {
     "empty": 1,
     "parameter": 1,
     "sparse": 0,
+    "overlapping": 0,
     "coalesced": 2,
     "by the group's method": 4,
     "broadcast": 0,

@@ -14,6 +14,7 @@ from comm_core._c10d.work import CudaWork, QueuedWork, SumQueue, finished_work
 from comm_core._control.unlisted_group import forget_group
 from comm_core._group.api import close
 from comm_core._group.close import abort_handle
+from comm_core._handle.checks import check_out
 from comm_core._handle.operators import find_handle
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class CommProcessGroup(dist.ProcessGroup):
             try:
                 handle.all_reduce(tensor, tensor)
             except (TypeError, ValueError):
-                self._raise_if_stopped(handle)
+                self._raise_unless_torch_can(handle, tensor)
             else:
                 return None
             finally:
@@ -197,17 +198,23 @@ class CommProcessGroup(dist.ProcessGroup):
             with self._lock:
                 handle.all_reduce(operand, tensor)
         except (TypeError, ValueError):  # its dtype, layout or device, before anything is sent
-            self._raise_if_stopped(handle)
+            self._raise_unless_torch_can(handle, tensor)
             return False
         if average and not tensor.is_cuda:
             tensor.div_(self.size())
         return True
 
     @staticmethod
-    def _raise_if_stopped(handle: Backend) -> None:
-        """Raise the error that is being handled, if the handle has stopped: its peers may wait."""
+    def _raise_unless_torch_can(handle: Backend, tensor: torch.Tensor) -> None:
+        """Raise the error that is being handled, if the handle has stopped: its peers may wait.
+
+        Raises:
+            TypeError, ValueError: the tensor has no memory, or several elements at one address; Gloo would write to
+                memory that isn't the tensor's.
+        """
         if handle.failure is not None:
             raise  # noqa: PLE0704 - see above
+        check_out(tensor, tensor, "tensor")
 
     def _allreduce_by_arguments(
         self, tensors: Any, op: Any = None, timeout: timedelta | None = None, opts: Any = None
