@@ -24,6 +24,7 @@ class Native:
         self.calls: list[Any] = []
         self.missing = 0
         self.has_padded = True
+        self.refuses_norm_shapes = False
         self.hot_path: dict[str, Any] = {}
 
     def constants(self) -> list[int]:
@@ -96,13 +97,18 @@ class Native:
             "padded": self.padded,
             "set_shapes": lambda numbers: self.calls.append(("shapes", numbers)),
             "set_wire_shapes": lambda *numbers: self.calls.append(("wire shapes", *numbers)),
-            "set_norm_shapes": lambda numbers: self.calls.append(("norm shapes", numbers)),
+            "set_norm_shapes": self.set_norm_shapes,
             "error": lambda: self.missing,
             "waits": lambda: [0, 0, 0, 3, 4500, 2500],
             "algorithm_of": lambda _: 2,
             "abort": lambda: self.calls.append("abort"),
             "attach": lambda addresses, count: self.calls.append(("attach", addresses, count)),
         }
+
+    def set_norm_shapes(self, numbers: list[int]) -> None:
+        if self.refuses_norm_shapes:
+            raise ValueError("row 0 can't be launched")
+        self.calls.append(("norm shapes", numbers))
 
 
 class FakeBuffer:
@@ -226,6 +232,12 @@ def test_chosen_variants_reach_the_native_code_and_leave_it(context: comm.GroupC
     with pytest.raises(ValueError, match="'ring' isn't one of"):
         customar_v2.use_variants(own, (VariantChoice("all_reduce", "ring"),))
     assert len(native.calls) == known
+    native.refuses_norm_shapes = True
+    with pytest.raises(ValueError, match="can't be launched"):
+        customar_v2.use_variants(own, ())
+    native.refuses_norm_shapes = False
+    assert native.calls[-1] == ("shapes", policy.flat(tables.rows))
+    assert customar_v2.variants(own, "all_reduce", 1 << 20, 0)[0] == text
     customar_v2.use_variants(own, ())
     assert native.calls[-2] == ("shapes", policy.flat(policy.rows_for(9, 2)))
     assert customar_v2.variants(own, "all_reduce", 1 << 20, 0) == before

@@ -85,11 +85,15 @@ class Session(KernelSession):
         """Serve by these launch shapes, and by the group's own tables elsewhere.
 
         Raises:
-            ValueError: no kernel has such a shape.
+            ValueError: no kernel has such a shape; the session serves as before.
         """
         tables = shapes.with_choices(self._own_tables, choices)
         self.set_rows(tables.rows)
-        self.set_norm_rows(tables.norm_rows)
+        try:
+            self.set_norm_rows(tables.norm_rows)
+        except ValueError:
+            self.set_rows(self._tables.rows)
+            raise
         self._tables = tables
 
     def algorithm_of(self, nbytes: int) -> str:
