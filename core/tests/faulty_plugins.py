@@ -35,6 +35,35 @@ RELEASE = threading.Event()
 _LONG_S = 60
 
 
+class Textless(Exception):  # noqa: N818 - its name is part of what is checked
+    """Can't be turned into a text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+class Noteless(Exception):  # noqa: N818 - as above
+    """Has notes that `traceback` can't read."""
+
+    @property
+    def __notes__(self) -> list[str]:
+        raise ValueError("no notes")
+
+
+class Rankless(comm.CommTimeoutError):
+    """Doesn't call the constructor of its base."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def own_cause() -> RuntimeError:
+    """Make an error that is its own cause, as `raise error from error` does."""
+    error = RuntimeError("no symbol")
+    error.__cause__ = error
+    return error
+
+
 @dataclasses.dataclass
 class Session:
     """One group's sums over the side store."""
@@ -153,6 +182,13 @@ class AskExits(Good):
         return super().ask(topology)
 
 
+class AskRaisesNoteless(Good):
+    def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
+        if self.faulty:
+            raise Noteless
+        return super().ask(topology)
+
+
 class AskRaisesALongText(Good):
     def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
         if self.faulty:
@@ -190,6 +226,13 @@ class ConnectRaisesAfter(Good):
         if self.faulty:
             raise ConnectionError("no route to the peer")
         return session
+
+
+class ConnectRaisesTextless(Good):
+    def open(self, context: comm.GroupContext) -> Session | None:
+        if self.faulty:
+            raise Textless
+        return super().open(context)
 
 
 class ConnectExits(Good):
@@ -307,6 +350,14 @@ class SumRaises(Good):
         total = super().sum(session, tensor)
         if self.faulty:
             raise ArithmeticError("an illegal access")
+        return total
+
+
+class SumRaisesItsOwnCause(Good):
+    def sum(self, session: Session, tensor: torch.Tensor) -> torch.Tensor:
+        total = super().sum(session, tensor)
+        if self.faulty:
+            raise own_cause()
         return total
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comm_core as comm
+import faulty_plugins as faulty
 import pytest
 import torch
 from comm_core._handle import checks
@@ -93,6 +94,19 @@ def test_errors_that_callers_handle_pass_unchanged_and_stop_the_handle(error: Ba
     assert raised.value is error
     fast.error = None
     assert_stopped(backend, str(error) or "KeyboardInterrupt")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("error", [faulty.Textless(), faulty.Noteless("lost"), faulty.own_cause(), faulty.Rankless()])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_error_with_odd_methods_stops_the_handle(error: Exception, *, fused: bool) -> None:
+    backend, fast, _ = one_backend(error=error)
+    x = aligned(16).view(2, 8)
+    with pytest.raises(comm.CommError, match=r"'fast' of .* failed in all_reduce.*: ") as raised:
+        backend.all_reduce_add_rms_norm(x, x.clone(), aligned(8)) if fused else backend.all_reduce(x)
+    assert raised.value.__cause__ is error
+    fast.error = None
+    assert_stopped(backend, "'fast' of .* failed in all_reduce")
 
 
 def test_a_refused_capture_leaves_the_handle_usable() -> None:

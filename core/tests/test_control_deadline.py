@@ -12,7 +12,8 @@ import weakref
 from typing import NoReturn
 
 import pytest
-from comm_core._control.deadline import describe, run_with_deadline
+from comm_core._control.deadline import describe, is_timeout, run_with_deadline, text_of
+from faulty_plugins import Noteless, Textless
 
 PATIENCE_S = 60.0
 SHORT_S = 0.05
@@ -147,9 +148,23 @@ def test_an_endless_deadline_is_one() -> None:
 
 
 def test_describe_keeps_to_one_line_and_survives_a_broken_str() -> None:
-    class Rude(Exception):  # noqa: N818 - its name is part of what is checked
-        def __str__(self) -> str:
-            raise ValueError
-
     assert describe(ImportError("first\n  second")) == "ImportError: first second"
-    assert "Rude" in describe(Rude())
+    assert describe(Textless()) == "faulty_plugins.Textless: <exception str() failed>"
+    assert describe(Noteless()) == "Noteless"
+
+
+def test_the_text_of_an_error_is_never_an_error() -> None:
+    assert text_of(ValueError("first\n  second")) == "first\n  second"
+    assert text_of(Textless()) == "faulty_plugins.Textless: <exception str() failed>"
+
+
+@pytest.mark.timeout(20)
+def test_an_error_that_is_its_own_cause_is_looked_at_once() -> None:
+    alone, first, second = RuntimeError("no"), RuntimeError("no"), RuntimeError("no")
+    alone.__cause__ = alone
+    first.__cause__, second.__cause__ = second, first
+    assert not is_timeout(alone)
+    assert not is_timeout(first)
+    last = TimeoutError()
+    second.__cause__, last.__cause__ = last, first
+    assert is_timeout(first)

@@ -180,12 +180,14 @@ FAULTS = [
     (faulty.SaysNo, "unavailable", "its card is unplugged"),
     (faulty.AskRaises, "unavailable", "OSError: the driver went away"),
     (faulty.AskExits, "unavailable", "SystemExit: no licence"),
+    (faulty.AskRaisesNoteless, "unavailable", "is_available raised Noteless"),
     (faulty.AskRaisesALongText, "unavailable", "RuntimeError: the build failed: undefined symbol"),
     (faulty.AskReturnsNone, "unavailable", "neither Available nor Unavailable"),
     (faulty.ConnectRaisesBefore, "failed", "ConnectionError: no route to the peer"),
     (faulty.ConnectRaisesBetween, "failed", "ConnectionError: no route to the peer"),
     (faulty.ConnectRaisesAfter, "failed", "ConnectionError: no route to the peer"),
     (faulty.ConnectIgnoresErrors, "failed", "ConnectionError: no route to the peer"),
+    (faulty.ConnectRaisesTextless, "failed", "Textless: <exception str() failed>"),
     (faulty.ConnectExits, "failed", "SystemExit: no licence"),
     (faulty.ConnectReturnsNone, "failed", "returned None"),
     (
@@ -196,6 +198,7 @@ FAULTS = [
     (faulty.ConnectCountsBadly, "failed", "plenty"),
     (faulty.SumsWrong, "failed", "wrong sums"),
     (faulty.SumRaises, "failed", "ArithmeticError: an illegal access"),
+    (faulty.SumRaisesItsOwnCause, "failed", "RuntimeError: no symbol"),
     (faulty.SumExits, "failed", "SystemExit: out of licences"),
 ]
 

@@ -74,6 +74,8 @@ class CommTimeoutError(CommError, TimeoutError):
         ranks: the group ranks that didn't answer, ascending; empty if unknown.
     """
 
+    ranks: tuple[int, ...] = ()  # also of a plugin's subclass whose `__init__` doesn't call this one's
+
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from comm_core._schema import printable
 
-__all__ = ["describe", "is_timeout", "polls", "run_with_deadline"]
+__all__ = ["describe", "is_timeout", "polls", "run_with_deadline", "text_of"]
 
 
 T = TypeVar("T")
@@ -40,8 +40,20 @@ _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def describe(error: BaseException) -> str:
-    """Return the type and the text of an exception on one printable line, even if its `__str__` raises."""
-    return printable(" ".join(" ".join(traceback.format_exception_only(type(error), error)).split()))
+    """Return the type and the text of an exception on one printable line, even if its own methods raise."""
+    try:
+        lines = traceback.format_exception_only(type(error), error)
+    except Exception:  # noqa: BLE001 - foreign code: the exception may override each attribute that `traceback` reads
+        lines = [type(error).__name__]
+    return printable(" ".join(" ".join(lines).split()))
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception; if its `__str__` raises, what `describe` returns."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - foreign code, as above
+        return describe(error)
 
 
 def is_timeout(error: BaseException | None) -> bool:
@@ -49,9 +61,11 @@ def is_timeout(error: BaseException | None) -> bool:
 
     Gloo and NCCL report time-outs, and peers that went away after one, by the text of a `RuntimeError` alone.
     """
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # `raise error from error` makes an error its own cause
         if isinstance(error, TimeoutError) or _TIMEOUT_TEXT.search(describe(error)):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from comm_core._control.deadline import describe
+from comm_core._control.deadline import describe, text_of
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError, end_incarnation
 from comm_core._group.negotiated import NegotiatedGroup
 from comm_core._group.prepare_groups import report_dropped
@@ -92,7 +92,7 @@ def _meet(state: GroupState, negotiated: NegotiatedGroup, timeout_s: float | Non
             try:
                 fault = _finish_work(state, negotiated, limit_s / 2)
             except Exception as error:  # the device, or a rank that can't recover: all ranks raise it
-                reason = str(error) if isinstance(error, (CommError, TimeoutError)) else describe(error)
+                reason = text_of(error) if isinstance(error, (CommError, TimeoutError)) else describe(error)
                 raise stage.abort(reason) from error
             reports = stage.all_gather(None if fault is None else fault.to_json())
         return negotiated.member.read_faults(reports)

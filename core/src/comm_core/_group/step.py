@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from comm_core._control.deadline import describe, is_timeout
+from comm_core._control.deadline import describe, is_timeout, text_of
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
 from comm_core._control.worker import run_on_device
 from comm_core._group.membership import Membership
@@ -66,11 +66,11 @@ class Step:
 
     def abort(self, stage: Stage, error: Exception) -> StageAbortedError:
         """Abort a stage in which the plugin failed; if its hook timed out on other ranks, the reason names them."""
-        reason = str(error) if isinstance(error, TimeoutError) else describe(error)
+        reason = text_of(error) if isinstance(error, TimeoutError) else describe(error)
         late = is_timeout(error)
         if stage.aborted is None and not late and self.failure is None:
             self.failure = reason[:_REASON_CHARS]
-        lines = str(error).strip().splitlines()
+        lines = text_of(error).strip().splitlines()
         if len(lines) > 1:  # as of a compiler; the reason that the ranks share is one line
             for line in lines[:_LOGGED_LINES]:  # each with the prefix, so that none can pass for another program's
                 _log.warning("comm_core: %s: %s", type(error).__name__, printable(line)[:_REASON_CHARS])

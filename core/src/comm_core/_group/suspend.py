@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from comm_core._control.deadline import describe
+from comm_core._control.deadline import describe, text_of
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError, end_incarnation
 from comm_core._group.states import GroupState, change_all
 from comm_core._group.step import Step, run_in_worker
@@ -106,7 +106,7 @@ def _meet(state: GroupState, serving: Serving, member: Membership, hook: Hook) -
         try:
             _finish_work(state, serving, member)
         except Exception as error:  # the plugins' `check` or the device: all ranks raise it
-            reason = str(error) if isinstance(error, (CommError, TimeoutError)) else describe(error)
+            reason = text_of(error) if isinstance(error, (CommError, TimeoutError)) else describe(error)
             raise stage.abort(reason) from error
         stage.barrier()
     return stage_name

@@ -293,11 +293,7 @@ class Backend(QuantCalls):
             self._stop(error, name, "check")
         found = self._checker.find_failure(serving.dropped_sessions)
         if found is not None:
-            name, error = found
-            raise CommError(
-                f"backend {name!r} of {serving.title}, in a session that comm.recover has replaced: {error}. Graphs "
-                "that were captured before comm.recover must not be replayed: capture them again"
-            ) from error
+            raise CommError(serving.describe_replay(*found)) from found[1]
 
     def limits(self) -> dict[str, dict[str, float]]:
         """Measure the lower bounds on each backend's time on this machine, in some tenths of a second. Collective.

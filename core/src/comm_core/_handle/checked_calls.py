@@ -350,7 +350,7 @@ class CheckedCalls:
         The call may have begun, so this rank's count of calls may differ from its peers', and every later sum could be
         wrong. Only a `CaptureError` is raised before anything is sent, on all ranks alike.
         """
-        text = f"backend {name!r} of {self._serving.title} failed in {hook}: {str(error) or type(error).__name__}"
+        text = self._serving.describe_failure(name, hook, error)
         if isinstance(error, CaptureError):
             raise CaptureError(text) from error
         if isinstance(error, CommTimeoutError):

@@ -12,7 +12,7 @@ import torch
 
 from comm_core._handle import norm
 from comm_core._handle.lookup import BoundHook, CallKey, CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
-from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers
+from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers, text_of
 from comm_core._plan.faults import Fault
 from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats, WaitStats
 
@@ -261,6 +261,17 @@ class Serving:
             f". Calls of {', '.join(others[:_OTHERS])} use {self.device}, too: calls of two groups on two streams must "
             "be launched in the same order on all ranks, or else each rank may wait for the call that its peer hasn't "
             "room for"
+        )
+
+    def describe_failure(self, name: str, hook: str, error: BaseException) -> str:
+        """Describe what a hook of the backend `name` raised."""
+        return f"backend {name!r} of {self.title} failed in {hook}: {text_of(error) or type(error).__name__}"
+
+    def describe_replay(self, name: str, error: BaseException) -> str:
+        """Describe what `check` of the backend `name` raised in one of the `dropped_sessions`."""
+        return (
+            f"backend {name!r} of {self.title}, in a session that comm.recover has replaced: {text_of(error)}. Graphs "
+            "that were captured before comm.recover must not be replayed: capture them again"
         )
 
     def recover(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from comm_core import _schema
-from comm_core._control.deadline import describe, is_timeout
+from comm_core._control.deadline import describe, is_timeout, text_of
 from comm_core.errors import CommError
 from comm_core.types import TERMINAL
 
@@ -41,7 +41,7 @@ class Fault:
         """Return the report of an error that a backend's hook raised."""
         own, reported, late = _KINDS
         kind = late if is_timeout(error) else reported if isinstance(error, CommError) else own
-        text = str(error) if isinstance(error, (CommError, TimeoutError)) else describe(error)
+        text = text_of(error) if isinstance(error, (CommError, TimeoutError)) else describe(error)
         return cls(backend, f"{hook}: {text}", kind)
 
     def to_json(self) -> list[Any]:
