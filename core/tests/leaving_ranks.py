@@ -33,11 +33,35 @@ def _raise_interrupt() -> None:
     raise KeyboardInterrupt
 
 
+class AlarmError(TimeoutError):
+    """The handler of the program's own signal raises it."""
+
+
+def _signal_the_program() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(_AHEAD_S)  # until the main thread has handled it
+
+
+@contextlib.contextmanager
+def alarms() -> Iterator[None]:
+    """Let this process's signal handler raise `AlarmError`."""
+
+    def raise_alarm(*_: object) -> None:
+        raise AlarmError("the program's own")
+
+    before = signal.signal(signal.SIGUSR1, raise_alarm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 #: What happens at the point where the faulty rank fails.
 WAYS: dict[str, Callable[[], object]] = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "interrupted": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "signals the program": _signal_the_program,
     "raises KeyboardInterrupt": _raise_interrupt,
     "exits": lambda: sys.exit("no licence"),
     "hangs": lambda: RELEASE.wait(60),
@@ -144,7 +168,7 @@ def get(leaver: int, again: bool) -> dict[str, Any]:
     """Get a handle while one rank fails; then, if nobody was killed, get one once more."""
     faulty.LOG.clear()
     RELEASE.clear()
-    with resumed(leaver):
+    with resumed(leaver), alarms():
         found: dict[str, Any] = {"ending": ending(comm.get_backend)}
     found["connected"] = sorted({name for name, _, event in faulty.LOG if event == "connect"})
     found["groups"] = len(states.all_states())

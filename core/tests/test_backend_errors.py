@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import io
 import pickle
+import signal
 import threading
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import comm_core as comm
 import faulty_plugins as faulty
+import leaving_ranks as leaving
 import pytest
 import torch
 from comm_core._handle import checks
@@ -107,6 +109,21 @@ def test_an_error_with_odd_methods_stops_the_handle(error: Exception, *, fused: 
     assert raised.value.__cause__ is error
     fast.error = None
     assert_stopped(backend, "'fast' of .* failed in all_reduce")
+
+
+def test_an_exception_of_the_programs_signal_handler_stops_no_handle() -> None:
+    returns = threading.Event()
+
+    def check(_session: object) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        returns.wait(60)
+
+    backend, _, _ = one_backend(check=check)
+    with leaving.alarms(), pytest.raises(leaving.AlarmError):
+        backend.check()
+    returns.set()
+    assert backend.failure is None
+    assert torch.equal(backend.all_reduce(aligned(8)), 2 * aligned(8))
 
 
 def test_a_refused_capture_leaves_the_handle_usable() -> None:

@@ -12,7 +12,14 @@ import weakref
 from typing import NoReturn
 
 import pytest
-from comm_core._control.deadline import describe, is_timeout, run_with_deadline, text_of
+from comm_core._control.deadline import (
+    WaitInterruptedError,
+    describe,
+    is_timeout,
+    raises_interrupts,
+    run_with_deadline,
+    text_of,
+)
 from faulty_plugins import Noteless, Textless
 
 PATIENCE_S = 60.0
@@ -67,6 +74,27 @@ def test_an_interrupted_wait_leaves_the_value_to_on_late(monkeypatch: pytest.Mon
     monkeypatch.setattr(concurrent.futures, "wait", lambda *_: raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run_with_deadline(lambda: gate.wait(PATIENCE_S), PATIENCE_S, name="waiting", on_late=arrived.set_result)
+    gate.set()
+    assert arrived.result(PATIENCE_S) is True
+
+
+def test_what_a_signal_handler_raises_in_the_wait_is_told_from_what_the_function_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, error = threading.Event(), TimeoutError("the program's own")
+    arrived: concurrent.futures.Future[bool] = concurrent.futures.Future()
+    monkeypatch.setattr(concurrent.futures, "wait", lambda *_: raising(error))
+
+    @raises_interrupts
+    def call() -> bool:
+        with pytest.raises(WaitInterruptedError) as caught:
+            run_with_deadline(lambda: gate.wait(PATIENCE_S), PATIENCE_S, name="waiting", on_late=arrived.set_result)
+        assert describe(caught.value) == "TimeoutError: the program's own"
+        raise caught.value
+
+    with pytest.raises(TimeoutError, match="own") as caught:
+        call()
+    assert caught.value is error
     gate.set()
     assert arrived.result(PATIENCE_S) is True
 

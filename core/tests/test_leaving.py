@@ -96,6 +96,22 @@ def test_a_rank_that_leaves_takes_the_others_with_it(
     check_alike(results, "NegotiationError", "rank 1 failed: KeyboardInterrupt")
 
 
+@pytest.mark.parametrize(
+    ("point", "world_size"),
+    [("probe", 2), ("is_available", 2), ("connect", 3), ("vote", 2), ("admission", 2)],
+)
+def test_an_exception_of_the_programs_signal_handler_is_nobody_elses_failure(
+    ranks: Ranks, path: Any, point: str, world_size: int
+) -> None:
+    folders = [path(point, "signals the program")] * world_size
+    results = ranks.run(leaving_ranks.get, LEAVER, True, world_size=world_size, path=folders, env=LONG)
+    for found in results:
+        assert found["again"] == ("first", [world_size, world_size])
+    left = results.pop(LEAVER)
+    assert left["ending"] == ("AlarmError", "the program's own", ())
+    check_alike(results, "NegotiationError", "rank 1 failed: leaving_ranks.AlarmError: the program's own")
+
+
 @pytest.mark.parametrize("point", ["probe", "is_available", "connect", "memory", "admission"])
 def test_a_plugin_that_exits_is_only_dropped(ranks: Ranks, path: Any, point: str) -> None:
     env = LONG | ({"COMM_CORE_CONNECT_TIMEOUT_S": "4"} if point == "admission" else {})

@@ -13,13 +13,22 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from comm_core._schema import printable
 
-__all__ = ["describe", "is_timeout", "polls", "run_with_deadline", "text_of"]
+__all__ = [
+    "WaitInterruptedError",
+    "describe",
+    "is_timeout",
+    "polls",
+    "raises_interrupts",
+    "run_with_deadline",
+    "text_of",
+]
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -32,6 +41,8 @@ _EXIT_S = 1.0
 _TIMEOUT_TEXT = re.compile("timed out|time-?out|connection (closed|reset) by peer", re.IGNORECASE)
 
 _PROCESS_ENDS = "this process ends"
+# The errors by which no thread is started: CPython's "can't start new thread", and the one above.
+_NO_THREAD = re.compile(f"new thread|{_PROCESS_ENDS}")
 
 _exiting = threading.Event()
 _starting = threading.Lock()
@@ -39,8 +50,31 @@ _refusing = False  # whether threads other than the main one may start no more t
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
+class WaitInterruptedError(BaseException):
+    """A signal handler of the program raised an exception, the cause of this one, while its thread waited.
+
+    No failure of a plugin or of the store, so no `except Exception` may take it, as with `KeyboardInterrupt`.
+    """
+
+
+def raises_interrupts(function: Callable[P, T]) -> Callable[P, T]:
+    """Let a function that programs call raise what their signal handler raised, not a `WaitInterruptedError`."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except WaitInterruptedError as interrupt:
+            error = interrupt.__cause__ or interrupt
+        raise error
+
+    return run
+
+
 def describe(error: BaseException) -> str:
     """Return the type and the text of an exception on one printable line, even if its own methods raise."""
+    if isinstance(error, WaitInterruptedError):
+        error = error.__cause__ or error
     try:
         lines = traceback.format_exception_only(type(error), error)
     except Exception:  # noqa: BLE001 - foreign code: the exception may override each attribute that `traceback` reads
@@ -93,19 +127,24 @@ def run_with_deadline(
         RuntimeError: `function` raised a `BaseException` such as `SystemExit`, which is the cause; or no thread can be
             started, as in a thread of a process that ends.
         Exception, KeyboardInterrupt: `function` raised it.
+        WaitInterruptedError: a signal handler raised its cause meanwhile.
     """
     _end_threads_at_exit()
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     thread = threading.Thread(
         target=_run, args=(future, function, name, on_late), name=f"comm-core {name}", daemon=True
     )
-    with _starting:
-        if _refusing and threading.current_thread() is not threading.main_thread():
-            raise RuntimeError(_PROCESS_ENDS)
-        thread.start()
-        _threads.add(thread)
     try:
+        with _starting:
+            if _refusing and threading.current_thread() is not threading.main_thread():
+                raise RuntimeError(_PROCESS_ENDS)
+            thread.start()
+            _threads.add(thread)
         concurrent.futures.wait([future], min(timeout_s, threading.TIMEOUT_MAX))
+    except Exception as error:
+        if type(error) is RuntimeError and _NO_THREAD.search(str(error)):
+            raise
+        raise WaitInterruptedError from error
     finally:
         # The future's lock decides between cancelling here and setting the result in the thread: the first one wins. An
         # interrupted wait cancels too, since this caller won't take the result.

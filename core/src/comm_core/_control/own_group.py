@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from comm_core._control.deadline import describe, run_with_deadline
+from comm_core._control.deadline import describe, raises_interrupts, run_with_deadline
 from comm_core._control.guard import raise_if_capturing
 from comm_core._control.stage import Stage
 from comm_core._control.store import Control, can_clone, store_of
@@ -52,6 +52,7 @@ class OwnGroup:
         self._stage: Stage | None = None  # in which the ranks meet before they make the group
         self._failure = ""  # the reason why there is no group any more
 
+    @raises_interrupts
     def get(self) -> dist.ProcessGroup:
         """Return the group. Collective at the first call: every rank asks at the same point of its program.
 

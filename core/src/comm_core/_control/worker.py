@@ -11,7 +11,7 @@ from typing import Any, final
 
 import torch
 
-from comm_core._control.deadline import describe, run_with_deadline
+from comm_core._control.deadline import WaitInterruptedError, describe, run_with_deadline
 from comm_core._control.journal import journaled
 
 __all__ = ["StandingWorker", "run_on_device"]
@@ -110,6 +110,7 @@ class StandingWorker:
             TimeoutError: `call` hasn't returned within `timeout_s`, or an earlier call still hasn't returned.
             RuntimeError: `call` raised a `BaseException` such as `SystemExit`, which is the cause.
             Exception, KeyboardInterrupt: `call` raised it.
+            WaitInterruptedError: a signal handler raised its cause meanwhile.
         """
         if self._pid != os.getpid():  # since a fork, which left the thread behind
             self._pid, self._lock, self._jobs, self._late = os.getpid(), threading.Lock(), None, None
@@ -119,8 +120,13 @@ class StandingWorker:
                     raise TimeoutError(f"{name}: an earlier call hasn't returned yet")
                 self._late = None
             job = self._late = _Job(call, _current_stream(self._device))
-            self._start_thread().put(job)
-            if not job.finished.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
+            jobs = self._start_thread()
+            try:
+                jobs.put(job)
+                finished = job.finished.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
+            except Exception as error:
+                raise WaitInterruptedError from error
+            if not finished:
                 raise TimeoutError(f"{name} hasn't returned after {timeout_s:g} s")
             self._late = None
         try:

@@ -6,7 +6,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from comm_core._group.capture import capture_sessions, join_or_open, refuse_in_capture
+from comm_core._group.capture import (
+    WaitInterruptedError,
+    capture_sessions,
+    join_or_open,
+    raises_interrupts,
+    refuse_in_capture,
+)
 from comm_core._group.close import close_group
 from comm_core._group.create import create_serving
 from comm_core._group.local_inputs import Request
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["capture", "close", "get_backend", "pre_capture_init", "recover", "resume", "suspend"]
 
 
+@raises_interrupts
 def get_backend(
     group: Group | None = None,
     *,
@@ -104,6 +111,7 @@ def _get_or_create_backend(state: GroupState, request: Request) -> Backend:
     return backend
 
 
+@raises_interrupts
 def close(group: Group | None = None) -> None:
     """Free the resources of a group's handle: buffers, threads, keys in the store.
 
@@ -128,6 +136,7 @@ def close(group: Group | None = None) -> None:
             close_group(state)
 
 
+@raises_interrupts
 def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -> None:
     """Prepare every group's backends for captures of calls up to a shape: build, allocate, exchange.
 
@@ -162,6 +171,7 @@ def pre_capture_init(*, max_tokens: int, hidden_size: int, dtype: torch.dtype) -
     prepare_groups(all_states(), shapes)
 
 
+@raises_interrupts
 def suspend(group: Group | None = None) -> None:
     """Give the device memory of a group's backends back, until `resume`.
 
@@ -187,6 +197,7 @@ def suspend(group: Group | None = None) -> None:
     change_groups(_states_of(group), "suspend")
 
 
+@raises_interrupts
 def resume(group: Group | None = None) -> None:
     """Take the device memory of a suspended group's backends again, at the same addresses.
 
@@ -207,6 +218,7 @@ def resume(group: Group | None = None) -> None:
     change_groups(_states_of(group), "resume")
 
 
+@raises_interrupts
 def recover(group: Group | None = None, *, timeout_s: float | None = None) -> None:
     """Drop the backends that failed, on all ranks, and serve calls by the others from now on, with the same handle.
 
@@ -271,10 +283,15 @@ def capture() -> Iterator[None]:
             Graphs captured inside must not be replayed. The next capture works.
         CommTimeoutError: a peer captured nothing, or hangs, and didn't reach the end in time.
     """
-    with join_or_open() as outermost:
-        if outermost is None:
-            yield
+    try:
+        with join_or_open() as outermost:
+            if outermost is None:
+                yield
+                return
+            remove_destroyed()
+            with capture_sessions(all_states(), outermost):
+                yield
             return
-        remove_destroyed()
-        with capture_sessions(all_states(), outermost):
-            yield
+    except WaitInterruptedError as interrupt:
+        error = interrupt.__cause__ or interrupt
+    raise error

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from comm_core._control.deadline import describe
+from comm_core._control.deadline import WaitInterruptedError, describe, raises_interrupts
 from comm_core._control.guard import raise_if_capturing
 from comm_core._control.stage import Stage, StageTimeoutError
 from comm_core._control.store import Control
@@ -32,7 +32,14 @@ from comm_core._handle.serving import Serving
 from comm_core._handle.session import Session
 from comm_core.errors import CaptureError, CommTimeoutError
 
-__all__ = ["OutermostCapture", "capture_sessions", "join_or_open", "refuse_in_capture"]
+__all__ = [
+    "OutermostCapture",
+    "WaitInterruptedError",
+    "capture_sessions",
+    "join_or_open",
+    "raises_interrupts",
+    "refuse_in_capture",
+]
 
 _log = logging.getLogger("comm_core")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch.utils import _python_dispatch
 
+from comm_core._control.deadline import raises_interrupts
 from comm_core._handle.operands import TENSOR_TYPES, is_writable
 from comm_core._handle.quant_calls import QuantCalls
 from comm_core.errors import CommError
@@ -270,6 +271,7 @@ class Backend(QuantCalls):
             *(out, residual_out, norm_out, num_tokens),
         )
 
+    @raises_interrupts
     def check(self) -> None:
         """Raise the errors that kernels have reported since the last call, such as a peer that timed out in a replay.
 
@@ -313,6 +315,7 @@ class Backend(QuantCalls):
             if session.plugin.has("limits")
         }
 
+    @raises_interrupts
     def variants(self, op: str, nbytes: int, num_tokens: int = 0) -> dict[str, tuple[str, ...]]:
         """Return the variants by which each backend can serve a message, the one in use first. Local.
 
@@ -328,6 +331,7 @@ class Backend(QuantCalls):
         found = {name: session.variants(op, nbytes, num_tokens) for name, session in self._serving.sessions.items()}
         return {name: texts for name, texts in found.items() if texts}
 
+    @raises_interrupts
     def use_variants(self, choices: Mapping[str, Sequence[VariantChoice]]) -> None:
         """Let backends serve by these choices among their variants, in place of earlier choices.
 

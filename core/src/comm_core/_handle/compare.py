@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from comm_core._control.deadline import raises_interrupts
 from comm_core._control.stage import Stage, StageAbortedError
 from comm_core._handle import traced
 from comm_core._handle.backend import Backend
@@ -98,6 +99,7 @@ class ComparingBackend(Backend):
         finally:
             self._is_inside = False
 
+    @raises_interrupts
     def _compare(self, op: str, **operands: object) -> None:
         """Compare a call with the other ranks' calls.
 

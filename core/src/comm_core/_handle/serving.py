@@ -12,7 +12,7 @@ import torch
 
 from comm_core._handle import norm
 from comm_core._handle.lookup import BoundHook, CallKey, CaptureRoutes, ModeRoutes, RouteKey, Routes, bind
-from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, tell_peers, text_of
+from comm_core._handle.stopping import STOPPED, describe_stopped, find_stopped, raises_interrupts, tell_peers, text_of
 from comm_core._plan.faults import Fault
 from comm_core.types import DTYPES, MODES, OPS, Decision, RouteStats, WaitStats
 
@@ -209,6 +209,7 @@ class Serving:
             function, session = self.terminal
             function(session, torch.zeros(1, device=self.device), None)
 
+    @raises_interrupts
     def fail(self, why: str, cause: tuple[str, str, BaseException] | None = None) -> str:
         """Refuse every later call, since this rank's calls no longer match its peers', and tell the peers. Local.
 
@@ -225,9 +226,11 @@ class Serving:
         self.retire(f"{why}. {STOPPED}")
         self.fault = Fault("", why) if cause is None else Fault.of(*cause)
         # First of all, so that a peer whose wait ends by `abort` isn't the first to say why the handles stop.
-        first = None if self.control is None else tell_peers(self.control, why)
-        for session in sessions:
-            session.abort()
+        try:
+            first = None if self.control is None else tell_peers(self.control, why)
+        finally:
+            for session in sessions:
+                session.abort()
         if first is None or self.control is None:
             return ""
         if first.rank != self.control.rank:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from comm_core._control.channel import SessionChannel
+from comm_core._control.deadline import WaitInterruptedError
 from comm_core._control.own_group import OwnGroup
 from comm_core._control.worker import run_on_device
 from comm_core._plan.cases import AdmissionCase
@@ -196,11 +197,11 @@ def close_all(sessions: Iterable[Session], *, orderly: bool = False, timeout_s: 
         KeyboardInterrupt: a session's `close` was interrupted; after all are closed.
     """
     end = None if timeout_s is None else time.monotonic() + timeout_s
-    interrupt: KeyboardInterrupt | None = None
+    interrupt: BaseException | None = None
     for session in sessions:
         try:
             session.close(orderly=orderly, timeout_s=None if end is None else max(end - time.monotonic(), 0.0))
-        except KeyboardInterrupt as error:  # noqa: PERF203 - the others must be closed all the same
+        except (KeyboardInterrupt, WaitInterruptedError) as error:  # noqa: PERF203 - the others must be closed all the same
             interrupt = error
     if interrupt is not None:
         raise interrupt

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from comm_core._control.deadline import run_with_deadline, text_of
+from comm_core._control.deadline import raises_interrupts, run_with_deadline, text_of
 from comm_core._control.stage import Stage, StageAbortedError
 
 if TYPE_CHECKING:
     from comm_core._control.store import Control
 
-__all__ = ["STOPPED", "describe_stopped", "find_stopped", "tell_peers", "text_of"]
+__all__ = ["STOPPED", "describe_stopped", "find_stopped", "raises_interrupts", "tell_peers", "text_of"]
 
 #: The consequence of a failure that `comm.recover` may mend, and the remedies, for texts.
 STOPPED = (
