@@ -22,6 +22,7 @@ import comm_core as comm
 import torch
 import torch.distributed as dist
 from harness import install, side_store
+from odd_errors import Noteless, Textless, own_cause
 
 #: The most that a backend here serves, in bytes.
 MAX_NBYTES = 256
@@ -33,35 +34,6 @@ LOG: list[tuple[str, str, str]] = []
 RELEASE = threading.Event()
 # Longer than every deadline of the tests, so that only these or `RELEASE` end a wait; in seconds.
 _LONG_S = 60
-
-
-class Textless(Exception):  # noqa: N818 - its name is part of what is checked
-    """Can't be turned into a text."""
-
-    def __str__(self) -> str:
-        raise ValueError("no text")
-
-
-class Noteless(Exception):  # noqa: N818 - as above
-    """Has notes that `traceback` can't read."""
-
-    @property
-    def __notes__(self) -> list[str]:
-        raise ValueError("no notes")
-
-
-class Rankless(comm.CommTimeoutError):
-    """Doesn't call the constructor of its base."""
-
-    def __init__(self) -> None:
-        pass
-
-
-def own_cause() -> RuntimeError:
-    """Make an error that is its own cause, as `raise error from error` does."""
-    error = RuntimeError("no symbol")
-    error.__cause__ = error
-    return error
 
 
 @dataclasses.dataclass
@@ -232,6 +204,16 @@ class ConnectRaisesTextless(Good):
     def open(self, context: comm.GroupContext) -> Session | None:
         if self.faulty:
             raise Textless
+        return super().open(context)
+
+
+class ConnectTimesOutAlone(Good):
+    """The others wait for it in `context.group`."""
+
+    def open(self, context: comm.GroupContext) -> Session | None:
+        if self.faulty:
+            raise TimeoutError("no answer from the licence server")
+        assert context.group.size() == context.world_size
         return super().open(context)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import comm_core as comm
-import faulty_plugins as faulty
 import leaving_ranks as leaving
+import odd_errors as odd
 import pytest
 import torch
 from comm_core._handle import checks
@@ -99,7 +99,7 @@ def test_errors_that_callers_handle_pass_unchanged_and_stop_the_handle(error: Ba
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("error", [faulty.Textless(), faulty.Noteless("lost"), faulty.own_cause(), faulty.Rankless()])
+@pytest.mark.parametrize("error", [odd.Textless(), odd.Noteless("lost"), odd.own_cause(), odd.Rankless()])
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_error_with_odd_methods_stops_the_handle(error: Exception, *, fused: bool) -> None:
     backend, fast, _ = one_backend(error=error)

@@ -20,7 +20,7 @@ from comm_core._control.deadline import (
     run_with_deadline,
     text_of,
 )
-from faulty_plugins import Noteless, Textless
+from odd_errors import Noteless, Textless
 
 PATIENCE_S = 60.0
 SHORT_S = 0.05
@@ -177,13 +177,13 @@ def test_an_endless_deadline_is_one() -> None:
 
 def test_describe_keeps_to_one_line_and_survives_a_broken_str() -> None:
     assert describe(ImportError("first\n  second")) == "ImportError: first second"
-    assert describe(Textless()) == "faulty_plugins.Textless: <exception str() failed>"
+    assert describe(Textless()) == "odd_errors.Textless: <exception str() failed>"
     assert describe(Noteless()) == "Noteless"
 
 
 def test_the_text_of_an_error_is_never_an_error() -> None:
     assert text_of(ValueError("first\n  second")) == "first\n  second"
-    assert text_of(Textless()) == "faulty_plugins.Textless: <exception str() failed>"
+    assert text_of(Textless()) == "odd_errors.Textless: <exception str() failed>"
 
 
 @pytest.mark.timeout(20)

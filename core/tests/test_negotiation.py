@@ -188,6 +188,7 @@ FAULTS = [
     (faulty.ConnectRaisesAfter, "failed", "ConnectionError: no route to the peer"),
     (faulty.ConnectIgnoresErrors, "failed", "ConnectionError: no route to the peer"),
     (faulty.ConnectRaisesTextless, "failed", "Textless: <exception str() failed>"),
+    (faulty.ConnectTimesOutAlone, "failed", "no answer from the licence server"),
     (faulty.ConnectExits, "failed", "SystemExit: no licence"),
     (faulty.ConnectReturnsNone, "failed", "returned None"),
     (

@@ -19,6 +19,7 @@ from comm_core._schema import printable
 
 __all__ = [
     "WaitInterruptedError",
+    "causes",
     "describe",
     "is_timeout",
     "polls",
@@ -95,13 +96,16 @@ def is_timeout(error: BaseException | None) -> bool:
 
     Gloo and NCCL report time-outs, and peers that went away after one, by the text of a `RuntimeError` alone.
     """
+    return any(isinstance(cause, TimeoutError) or _TIMEOUT_TEXT.search(describe(cause)) for cause in causes(error))
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception, its cause, that one's cause and so on, each once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:  # `raise error from error` makes an error its own cause
-        if isinstance(error, TimeoutError) or _TIMEOUT_TEXT.search(describe(error)):
-            return True
+        yield error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return False
 
 
 def run_with_deadline(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from comm_core._control.deadline import describe, is_timeout, text_of
+from comm_core._control.deadline import causes, describe, is_timeout, text_of
 from comm_core._control.stage import Stage, StageAbortedError, StageTimeoutError
 from comm_core._control.worker import run_on_device
 from comm_core._group.membership import Membership
@@ -68,7 +68,9 @@ class Step:
         """Abort a stage in which the plugin failed; if its hook timed out on other ranks, the reason names them."""
         reason = text_of(error) if isinstance(error, TimeoutError) else describe(error)
         late = is_timeout(error)
-        if stage.aborted is None and not late and self.failure is None:
+        # Another rank's abort, such as that of `context.group`, which the hook waited for.
+        learnt = any(isinstance(cause, StageAbortedError) for cause in causes(error))
+        if stage.aborted is None and not (late or learnt) and self.failure is None:
             self.failure = reason[:_REASON_CHARS]
         lines = text_of(error).strip().splitlines()
         if len(lines) > 1:  # as of a compiler; the reason that the ranks share is one line
