@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -60,6 +62,24 @@ def test_the_next_process_names_what_crashed_the_last_and_the_ones_after_it_are_
 )
 def test_a_process_that_ends_by_itself_leaves_no_file(folder: Path, end: str) -> None:
     process(folder, end)
+    assert files(folder) == []
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_file_system_without_locks_is_left_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(crashes, "_watching", True)
+    monkeypatch.setattr(crashes, "_files", {})
+    before = descriptors()
+    for _ in range(3):
+        crashes.warn_of_crashes(str(folder))
+    assert descriptors() == before
     assert files(folder) == []
 
 

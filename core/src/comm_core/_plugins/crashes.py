@@ -121,7 +121,12 @@ def stop_watching() -> None:
 def _begin_file(folder: Path) -> None:
     path = folder / uuid.uuid4().hex
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)  # for as long as this process lives
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # a file system without locks: each call comes here
+        os.close(descriptor)
+        path.unlink()
+        raise
     started = dt.datetime.now().astimezone().isoformat(" ", "seconds")
     use_journal(Journal(descriptor, {"process": os.getpid(), "program": Path(sys.argv[0]).name, "started": started}))
     _files[os.getpid()] = path.rename(path.with_suffix(_OWN))  # it is locked now
