@@ -9,10 +9,32 @@ import pytest
 import torch
 import torch.distributed as dist
 from comm_core import integration
-from harness import side_store
+from harness import install, side_store
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from harness import Ranks
+
+ADDING = """
+import comm_core
+import torch.distributed as dist
+
+class plugin:
+    COMM_HOOK_API = (1, 0)
+
+    @staticmethod
+    @comm_core.hookimpl
+    def is_available(topology):
+        return comm_core.Available(500, (comm_core.Range("all_reduce", dtypes=("float32",), max_nbytes=1 << 10),))
+
+    @staticmethod
+    @comm_core.hookimpl
+    def all_reduce(session, tensor, out):
+        result = tensor.clone() if out is None else out.copy_(tensor)
+        dist.all_reduce(result, group=session.group)
+        return result
+"""
 
 
 def vote(
@@ -46,11 +68,30 @@ def vote(
     return handle is not None, lines, tensor.tolist()
 
 
-def test_all_ranks_want_a_handle(ranks: Ranks) -> None:
-    (first, lines, _), (second, silence, _) = ranks.run(vote, [None, None], None, 60.0)
+def test_all_ranks_want_a_handle(ranks: Ranks, tmp_path: Path) -> None:
+    path = [[install(tmp_path, "adding", ADDING)]] * 2
+    (first, lines, _), (second, silence, _) = ranks.run(vote, [None, None], None, 60.0, path=path)
     assert (first, second, silence) == (True, True, [])
     (line,) = lines
     assert line.startswith("INFO: group 'tp:0': all-reduces by comm-core ")
+    assert line.endswith(", the smallest by adding")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_group_without_a_backend_gets_a_warning_with_the_reasons(
+    ranks: Ranks, tmp_path: Path, installed: bool
+) -> None:
+    path = [[install(tmp_path, "adding", ADDING)]] * 2 if installed else []
+    env = {"COMM_CORE_DISABLE": "adding"}
+    (first, lines, _), (second, silence, _) = ranks.run(vote, [None, None], None, 60.0, path=path, env=env)
+    assert (first, second, silence) == (True, True, [])
+    (line,) = lines
+    assert line.startswith(
+        "WARNING: group 'tp:0': no backend of comm-core serves all-reduces, so they go to torch.distributed, not to "
+        "Engine's own: " + ("adding: " if installed else "no plugin is installed")
+    )
+    assert ("COMM_CORE_DISABLE" in line) is installed
+    assert line.endswith("or set COMM_ENGINE=0 to keep Engine's own")
 
 
 def test_one_objection_decides_for_all(ranks: Ranks) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import comm_core
 from comm_core._control.store import store_of
 from comm_core.errors import CommError
+from comm_core.types import TERMINAL, Decision
 
 if TYPE_CHECKING:
     from comm_core._handle.backend import Backend
@@ -50,10 +51,12 @@ def get_handle(
         name: the engine's name of the group, for messages.
         cpu_group: the group's process group on CPUs, in the store of which the ranks vote.
         device_group: the group's process group on its devices, which gets the handle.
-        package: the integration's distribution, for messages and for the keys of the votes.
+        package: the integration's distribution, for messages and for the keys of the votes; the variable that turns it
+            off has the same name, as `COMM_VLLM` for "comm-vllm".
         engine: the engine's name, for messages.
         log: gets a warning with the reason if the ranks get no handle; else, on the first rank, a line at INFO that
-            says which backend serves the smallest message, and the whole report at DEBUG.
+            says which backend serves the smallest message, or a warning if none serves any, and the whole report at
+            DEBUG.
         objection: this rank's reason against a handle.
         vote_s: how long this rank waits for the votes of the others, in seconds.
         deterministic: whether the engine needs one reduction order; see `comm_core.get_backend`.
@@ -74,9 +77,29 @@ def get_handle(
         leave(str(error))
         return None
     if dist.get_rank(cpu_group) == 0:
-        log.info("group %r: all-reduces by comm-core %s, the smallest by %s", name, comm_core.__version__, handle.name)
+        if _has_backend(handle.decision):
+            version = comm_core.__version__
+            log.info("group %r: all-reduces by comm-core %s, the smallest by %s", name, version, handle.name)
+        else:
+            log.warning(
+                "group %r: no backend of comm-core serves all-reduces, so they go to torch.distributed, not to %s's "
+                "own: %s. Install a plugin that serves this group, or set %s=0 to keep %s's own",
+                *(name, engine, _describe_absence(handle.decision), package.replace("-", "_").upper(), engine),
+            )
         log.debug("%s", handle.explain())
     return handle
+
+
+def _has_backend(decision: Decision) -> bool:
+    """Return whether a backend beside the terminal fallback serves some all-reduce."""
+    rules = (rule for route in decision.routes if route.op == "all_reduce" for rule in route.rules)
+    return any(rule.backend != TERMINAL for rule in rules)
+
+
+def _describe_absence(decision: Decision) -> str:
+    """Return each backend's reason for not serving."""
+    reasons = [f"{one.name}: {one.reason}" for one in decision.candidates if one.name != TERMINAL]
+    return "; ".join(reasons) or "no plugin is installed"
 
 
 def _is_known(*groups: dist.ProcessGroup) -> bool:
