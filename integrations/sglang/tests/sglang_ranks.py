@@ -134,14 +134,17 @@ def serve_without_plugin_on(rank: int, vote_s: float) -> tuple[str, list[str]]:
 
 
 def serve_without_core_on(rank: int) -> tuple[str, list[str]]:
-    """All-reduce in a group in which comm_core can't be imported on one rank."""
+    """All-reduce, and prepare a capture, where comm_core can't be imported on one rank."""
     load()
     hidden = sys.modules["comm_core"]
     if dist.get_rank() == rank:
         sys.modules["comm_core"] = None  # type: ignore[assignment]
     try:
         with logged() as lines:
+            make_group("attention_tp", [[rank] for rank in range(dist.get_world_size())])
             group = make_group()
+        run_cuda_hooks(group)
+        prepare(64)
     finally:
         sys.modules["comm_core"] = hidden
     check_sums(group)

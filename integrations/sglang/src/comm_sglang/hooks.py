@@ -26,6 +26,8 @@ class Hook(NamedTuple):
 
 # The groups that are being created, the innermost last.
 _creations: list[_Creation] = []
+# Whether a group of this process has got a handle. Without one comm_core isn't imported: it may be broken here.
+_has_handles = False
 
 
 class _Creation:
@@ -36,6 +38,8 @@ class _Creation:
 
     @functools.cached_property
     def handle(self) -> Any:
+        if self.coordinator.world_size == 1:
+            return None
         hooks = [*GROUPS]
         if self.coordinator.device.type == "cuda":
             hooks += workers()
@@ -56,6 +60,8 @@ class _Creation:
 
     def finish(self) -> None:
         """Give the group its object if SGLang didn't ask for one, as for groups of experts and on CPUs."""
+        global _has_handles  # noqa: PLW0603 - a fact about the process
+        _has_handles = _has_handles or self.handle is not None
         if self.handle is not None and not isinstance(self.coordinator.ca_comm, CommAllReduce):
             self.coordinator.ca_comm = subclass_of(None)(self.coordinator, self.handle)
 
@@ -105,7 +111,8 @@ def _prepare(original: Callable[..., Any], runner: Any) -> Any:
     """Prepare the backends where SGLang prepares its own: before it captures graphs, on all ranks."""
     from comm_sglang import fused
 
-    fused.prepare(getattr(runner, "model_runner", runner))
+    if _has_handles:
+        fused.prepare(getattr(runner, "model_runner", runner))
     return original(runner)
 
 
