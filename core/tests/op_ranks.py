@@ -155,6 +155,24 @@ def every_form(compiler: str | None, sizes: list[int]) -> dict[str, list[bool]]:
     return found
 
 
+def defaults() -> dict[str, Any]:
+    """Compare compiled calls that leave every option out with eager ones, for each of a handle's calls."""
+    backend = comm.get_backend()
+    x, residual = batch(4)
+    weight = torch.arange(1.0, HIDDEN + 1)
+    calls: dict[str, Callable[[], Any]] = {
+        "sum": lambda: (backend.all_reduce(x),),
+        "norm": lambda: backend.all_reduce_add_rms_norm(x, residual, weight),
+        "quantised": lambda: backend.all_reduce_add_rms_norm_quant(x, residual, weight, quant="fp8_per_token")[:3],
+    }
+    found: dict[str, Any] = {"handle": type(backend).__name__}
+    for name, call in calls.items():
+        eager = call()
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)()
+        found[name] = all(torch.equal(one.float(), other.float()) for one, other in zip(eager, compiled, strict=True))
+    return found
+
+
 def groups_by_name(compiler: str) -> dict[str, Any]:
     """Three ranks in overlapping groups of two: which ranks a name sums over."""
     torch._dynamo.reset()

@@ -30,6 +30,13 @@ def test_every_form_is_right_in_one_graph(ranks: Ranks, compiler: str | None) ->
         assert len(found) == FORMS[compiler]
 
 
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_calls_without_options_are_traced_on_every_kind_of_handle(ranks: Ranks, debug: str) -> None:
+    kind = "ComparingBackend" if debug == "1" else "Backend"
+    for found in ranks.run(op_ranks.defaults, env={"COMM_CORE_DEBUG": debug}):
+        assert found == {"handle": kind, "sum": True, "norm": True, "quantised": True}
+
+
 def test_a_name_means_its_group(ranks: Ranks) -> None:
     all_of_them = {"": 111.0, "world": 111.0}
     first, second = {"0": 11.0, "handle 0": 11.0}, {"1": 110.0, "handle 1": 110.0}

@@ -76,14 +76,23 @@ class ComparingBackend(Backend):
         weight_offset: float = 0.0,
         *,
         quant: str,
-        **named: Any,
+        scale: torch.Tensor | None = None,
+        column_major_scales: bool = False,
+        with_norm: bool = False,
+        out: torch.Tensor | None = None,
+        residual_out: torch.Tensor | None = None,
+        norm_out: torch.Tensor | None = None,
+        num_tokens: TokenCounts | torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """See `Backend.all_reduce_add_rms_norm_quant`."""
-        tensors = {"scale", "out", "residual_out", "norm_out", "num_tokens"}.intersection(named)
-        operands = {"tensor": tensor, "residual": residual, "weight": weight} | {name: named[name] for name in tensors}
+        # With every default: torch.compile reads them here for the function that it traces instead.
+        named: dict[str, Any] = {"scale": scale, "out": out, "residual_out": residual_out, "norm_out": norm_out}
+        named["num_tokens"] = num_tokens
+        operands = {"tensor": tensor, "residual": residual, "weight": weight} | named
+        options: dict[str, Any] = {"column_major_scales": column_major_scales, "with_norm": with_norm}
         with self._compared(f"all_reduce_add_rms_norm_quant to {quant}", **operands):
             return super().all_reduce_add_rms_norm_quant(
-                tensor, residual, weight, eps, weight_offset, quant=quant, **named
+                tensor, residual, weight, eps, weight_offset, quant=quant, **options, **named
             )
 
     @contextlib.contextmanager

@@ -289,4 +289,4 @@ _define(
 for _class in (Backend, ComparingBackend):
     _class.all_reduce._torchdynamo_inline = traced.all_reduce  # type: ignore[attr-defined]  # noqa: SLF001
     _class.all_reduce_add_rms_norm._torchdynamo_inline = traced.all_reduce_add_rms_norm  # type: ignore[attr-defined]  # noqa: SLF001
-    _class.all_reduce_add_rms_norm_quant._torchdynamo_inline = traced.all_reduce_add_rms_norm_quant  # type: ignore[union-attr]  # noqa: SLF001
+    _class.all_reduce_add_rms_norm_quant._torchdynamo_inline = traced.all_reduce_add_rms_norm_quant  # type: ignore[attr-defined]  # noqa: SLF001
