@@ -2,27 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+from collections import Counter
 from typing import Any
-
-import comm_core
-
-_calls: list[str] = []
-
-
-def _counted(name: str) -> Any:
-    function = getattr(comm_core.Backend, name)
-
-    @functools.wraps(function)  # with the attribute by which torch.compile traces the call
-    def call(*args: Any, **kwargs: Any) -> Any:
-        _calls.append(name)
-        return function(*args, **kwargs)
-
-    return call
-
-
-for _name in ("all_reduce", "all_reduce_add_rms_norm"):
-    setattr(comm_core.Backend, _name, _counted(_name))
 
 
 class Counts:
@@ -33,8 +14,11 @@ class Counts:
 
         communicator = get_tp_group().device_communicator
         handle = getattr(communicator, "handle", None)
+        calls = Counter[str]()
+        for route in handle.stats() if handle is not None else ():
+            calls[route.op] += route.calls
         return {
             "communicator": type(communicator).__name__,
             "backend": handle and handle.name,
-            "calls": {name: _calls.count(name) for name in sorted(set(_calls))},
+            "calls": dict(calls),
         }
