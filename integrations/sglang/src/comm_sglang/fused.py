@@ -52,14 +52,11 @@ def all_reduce_residual_rmsnorm(
 
     Returns:
         The normalised sum and the new residual; `(None, None)` or tensors of `original` where the group has no handle.
+        With a handle, `original` isn't asked: it would create its workspaces, together with the other ranks, perhaps
+        while a stream captures.
     """
     ours = _group(use_attn_tp_group=use_attn_tp_group).ca_comm
-    if (
-        not isinstance(ours, CommAllReduce)
-        or args  # SGLang passes none by position
-        or input_tensor.dim() != 2
-        or not input_tensor.dtype == residual.dtype == weight.dtype
-    ):
+    if not isinstance(ours, CommAllReduce) or args:  # SGLang passes none by position
         return original(input_tensor, residual, weight, eps, *args, use_attn_tp_group=use_attn_tp_group, **options)
     return ours.handle.all_reduce_add_rms_norm(input_tensor, residual, weight, eps)
 
