@@ -66,6 +66,8 @@ def test_the_object_in_ca_comm_has_what_sglang_reads() -> None:
     assert len(used) > len(FOR_AMD)
     assert {name for name in used - FOR_AMD if not hasattr(ours, name)} == set()
     assert {name for name in FOR_AMD if hasattr(ours, name)} == set()
+    # SGLang compares the size of a gathered batch with it.
+    assert ours.max_size == 16 * 1024**2
 
 
 class FakeHandle:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,9 @@ class CommAllReduce:
         disabled: whether SGLang is to sum by other means; its graph runners set it for a while.
     """
 
-    max_size = sys.maxsize
+    # Bytes, SGLang's default limit. Up to it, SGLang gathers decode batches of DP attention by an all-reduce of all
+    # ranks' rows; above, by an all-gather, which sends less.
+    max_size = 16 << 20
     max_pull_size = max_push_size = 0
     has_multicast = False
 
