@@ -74,25 +74,36 @@ def test_fused_norms_can_be_left_to_sglang(version: str, runner: str, monkeypatc
 @pytest.mark.parametrize(
     ("installed", "environ", "replaces", "missing"),
     [
-        ({}, "1", 3, None),
-        ({"sglang": "0.5.20"}, "1", 3, None),
-        ({"sglang": "0.5.20"}, "0", 0, None),
-        ({"sglang": "0.5.24"}, "1", 0, "it is written for SGLang 0.5.12 to 0.5.23, and sglang 0.5.24 is installed"),
+        ({}, {}, 0, None),
+        ({}, {"SGLANG_PLUGINS": "other"}, 0, None),
+        ({"sglang": "0.5.20"}, {}, 3, None),
+        ({"sglang": "0.5.20"}, {"SGLANG_PLUGINS": ""}, 3, None),
+        ({"sglang": "0.5.20"}, {"SGLANG_PLUGINS": "other, comm"}, 3, None),
+        ({"sglang": "0.5.20"}, {"SGLANG_PLUGINS": "other"}, 0, "SGLANG_PLUGINS='other' doesn't name its plugin 'comm'"),
+        ({"sglang": "0.5.20"}, {"COMM_SGLANG": "0", "SGLANG_PLUGINS": "other"}, 0, None),
+        ({"sglang": "0.5.24"}, {}, 0, "it is written for SGLang 0.5.12 to 0.5.23, and sglang 0.5.24 is installed"),
     ],
 )
 def test_doctor_hears_whether_the_package_has_an_effect(
-    installed: dict[str, str], environ: str, replaces: int, missing: str | None, monkeypatch: pytest.MonkeyPatch
+    installed: dict[str, str],
+    environ: dict[str, str],
+    replaces: int,
+    missing: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def version(name: str) -> str:
         if name not in installed:
             raise importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setenv("COMM_SGLANG", environ)
+    for name in ("COMM_SGLANG", "SGLANG_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = door.describe()
     assert len(found.pop("replaces")) == replaces
-    assert found == {"installed": installed, "off": environ == "0", "missing": missing}
+    assert found == {"installed": installed, "off": "COMM_SGLANG" in environ, "missing": missing}
 
 
 def test_registering_imports_nothing_of_core(tmp_path: Path) -> None:

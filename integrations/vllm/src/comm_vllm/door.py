@@ -54,12 +54,18 @@ def describe() -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[distribution] = metadata.version(distribution)
     unknown = [f"{name} {version}" for name, version in found.items() if not _is_supported(version)]
+    missing = None
+    if unknown:
+        missing = f"it is written for vLLM {_range()}, and {' and '.join(unknown)} is installed"
+    elif found and not _is_off() and (allowed := os.environ.get("VLLM_PLUGINS")) is not None:
+        # vLLM's own way to read it: an empty value names no plugin.
+        missing = None if "comm" in allowed.split(",") else f"VLLM_PLUGINS={allowed!r} doesn't name its plugin 'comm'"
     names = [*(stock for stock, _ in COMMUNICATORS.values()), _STOCK_PASSES]
     return {
         "installed": found,
-        "replaces": [] if unknown or _is_off() else [name.rpartition(".")[2] for name in names],
+        "replaces": [name.rpartition(".")[2] for name in names] if found and not missing and not _is_off() else [],
         "off": _is_off(),
-        "missing": f"it is written for vLLM {_range()}, and {' and '.join(unknown)} is installed" if unknown else None,
+        "missing": missing,
     }
 
 
