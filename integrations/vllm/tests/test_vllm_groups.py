@@ -155,15 +155,18 @@ def test_sleep_suspends_the_handle(run: Run, platform: str) -> None:
 
 
 def test_compiled_graphs_with_cores_operators_have_a_key_of_their_own(run: Run) -> None:
-    for added, name in run(vllm_ranks.compile_keys, False):
-        assert added == {("COMM_VLLM", f"tp:0 all_reduce {name}")}
-    for added, name in run(vllm_ranks.compile_keys, True, platform="cuda"):
-        assert added == {("COMM_VLLM", f"tp:0 all_reduce_add_rms_norm {name}")}
+    for *engines, (left, _) in run(vllm_ranks.compile_keys, False):
+        assert [added for added, _ in engines] == [{("COMM_VLLM", f"tp all_reduce {name}")} for _, name in engines]
+        assert left == set()
+    for *engines, (left, _) in run(vllm_ranks.compile_keys, True, platform="cuda"):
+        key = "tp all_reduce_add_rms_norm"
+        assert [added for added, _ in engines] == [{("COMM_VLLM", f"{key} {name}")} for _, name in engines]
+        assert left == set()
     unchanged = [
         *run(vllm_ranks.compile_keys, False, platform="cuda"),
         *run(vllm_ranks.compile_keys, True, platform="cuda", env={"COMM_VLLM_FUSED": "0"}),
     ]
-    assert [added for added, _ in unchanged] == [set()] * 4
+    assert [added for found in unchanged for added, _ in found] == [set()] * 12
 
 
 def test_compiled_calls_become_one_operator(run: Run) -> None:

@@ -196,8 +196,12 @@ def sleep() -> list[str]:
     return [*group.device_communicator.events, "suspended" if "suspended" in refused else refused]
 
 
-def compile_keys(fuse: bool) -> tuple[set[tuple[str, object]], str]:
-    """Return what a group adds to the key of vLLM's compiled graphs, and torch's name of the group."""
+def compile_keys(fuse: bool) -> list[tuple[set[tuple[str, object]], str]]:
+    """Return what groups of two engines, one after the other, add to the key of vLLM's compiled graphs.
+
+    Returns:
+        For each engine: the addition, and torch's name of the group. At last: the addition after both, and "".
+    """
     forget()
     envs = importlib.import_module("vllm.envs")
     before = envs.compile_factors()
@@ -205,9 +209,17 @@ def compile_keys(fuse: bool) -> tuple[set[tuple[str, object]], str]:
     config = importlib.import_module("vllm.config")
     settings = config.VllmConfig()
     settings.compilation_config.pass_config.fuse_allreduce_rms = fuse
-    with config.set_current_vllm_config(settings):
-        group = importlib.import_module("vllm.distributed.parallel_state").GroupCoordinator("tp")
-    return set(envs.compile_factors().items()) - set(before.items()), group.device_group.group_name
+
+    def added() -> set[tuple[str, object]]:
+        return set(envs.compile_factors().items()) - set(before.items())
+
+    found = []
+    for _ in range(2):
+        with config.set_current_vllm_config(settings):
+            group = importlib.import_module("vllm.distributed.parallel_state").GroupCoordinator("tp")
+        found.append((added(), group.device_group.group_name))
+        group.destroy()
+    return [*found, (added(), "")]
 
 
 def compile_call() -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from comm_vllm import compiled
+
 if TYPE_CHECKING:
     import comm_core as comm
     import torch.distributed as dist
@@ -25,6 +27,7 @@ class CommCommunicator(_Stock):  # type: ignore[misc]
 
     handle: comm.Backend | None = None
     device_group: dist.ProcessGroup
+    unique_name: str
 
     def suspend(self) -> None:
         """Give memory back while the engine sleeps. vLLM 0.30 and newer call it, on all ranks."""
@@ -48,5 +51,6 @@ class CommCommunicator(_Stock):  # type: ignore[misc]
         if handle is not None:
             import comm_core as comm
 
+            compiled.forget(self.unique_name)
             comm.close(self.device_group)
         super().destroy()

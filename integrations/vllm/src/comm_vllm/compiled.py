@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm import envs
 
-__all__ = ["distinguish", "fuses"]
+__all__ = ["distinguish", "forget", "fuses"]
 
 _VARIABLE = "COMM_VLLM"
 _operators: dict[str, str] = {}
@@ -24,8 +24,16 @@ def distinguish(group: str, operator: str, group_name: str) -> None:
         operator: the operator's name in `torch.ops.comm_core`.
         group_name: torch's name of the group, which the graphs pass to the operator.
     """
-    _operators[group] = f"{operator} {group_name}"
+    # Without the number in vLLM's name, which counts up with every engine of the process.
+    _operators[group] = f"{group.partition(':')[0]} {operator} {group_name}"
     envs.environment_variables[_VARIABLE] = _describe
+
+
+def forget(group: str) -> None:
+    """Take a group's operator out of the key again; later engines of this process may load its graphs."""
+    _operators.pop(group, None)
+    if not _operators:
+        envs.environment_variables.pop(_VARIABLE, None)
 
 
 def fuses(config: Any) -> bool:
@@ -36,4 +44,4 @@ def fuses(config: Any) -> bool:
 
 
 def _describe() -> str:
-    return ", ".join(f"{group} {operator}" for group, operator in sorted(_operators.items()))
+    return ", ".join(sorted(_operators.values()))
