@@ -337,6 +337,15 @@ def test_versions_that_differ(ranks: Ranks, tmp_path: Path, members: tuple[int, 
         assert served_by(life) == ["second", "torch_distributed"]
 
 
+def test_a_plugin_that_changes_its_topology_harms_no_other(ranks: Ranks, tmp_path: Path) -> None:
+    first = faulty.install_kind(tmp_path / "first", faulty.ClearsFacts, "first", 300, on=[1])
+    second = faulty.install_kind(tmp_path / "second", faulty.NeedsFacts, "second", 200)
+    for life in run_lives(ranks, (0, 1), [[first, second]] * 2):
+        verdicts = {item["name"]: (item["verdict"], item["reason"]) for item in life.decisions[0]["candidates"]}
+        assert verdicts["first"][0] == "serves"
+        assert verdicts["second"][0] == "standby", verdicts
+
+
 def test_without_another_backend_torch_distributed_serves(ranks: Ranks, tmp_path: Path) -> None:
     first = faulty.install_kind(tmp_path, faulty.ConnectRaisesBetween, "first", 300, on=[1])
     for life in run_lives(ranks, (0, 1), [[first]] * 2):

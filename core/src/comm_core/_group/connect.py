@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
@@ -154,7 +155,8 @@ def _connect(plugin: Plugin, slate: Slate, step: Step, budget: int) -> Session |
             try:
                 value: Any = context
                 if hook is not None:
-                    call = functools.partial(hook, member.topology, context)
+                    # A copy of its own, as for `is_available`.
+                    call = functools.partial(hook, copy.deepcopy(member.topology), context)
                     on_late = functools.partial(close_value, plugin, orderly=False)
                     value = step.run(call, f"connect of {plugin.name}", synchronize=False, on_late=on_late)
                 if value is None:

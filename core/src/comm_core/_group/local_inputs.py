@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -298,7 +299,8 @@ def _answer_of(plugin: discovery.Plugin, topology: Topology, timer: HookTimer) -
     answer: object = _DEFAULT_ANSWER
     try:
         if plugin.has("is_available"):
-            call = functools.partial(plugin.hooks["is_available"], topology)
+            # A copy: facts are dicts, and other plugins read them after this one.
+            call = functools.partial(plugin.hooks["is_available"], copy.deepcopy(topology))
             answer = timer.run(call, f"is_available of {plugin.name}")
         if isinstance(answer, Available):
             return decide.with_explicit_ranges(answer, tuple(plugin.hooks))
