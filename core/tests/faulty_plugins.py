@@ -135,36 +135,6 @@ class ProbeIsLong(Good):
         return {"path": "x" * (1000 if self.faulty else 1)}
 
 
-class NeedsFacts(Good):
-    """Reads in each hook what its `probe` reported on each rank."""
-
-    @comm.hookimpl
-    def probe(self) -> dict[str, Any]:
-        return {"name": self.name}
-
-    @comm.hookimpl
-    def connect(self, topology: comm.Topology, context: comm.GroupContext) -> Any:
-        self.read_facts(topology)
-        return super().connect(topology, context)
-
-    def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
-        self.read_facts(topology)
-        return super().ask(topology)
-
-    def read_facts(self, topology: comm.Topology) -> None:
-        assert [info.facts[self.name] for info in topology.ranks] == [{"name": self.name}] * topology.world_size
-
-
-class ClearsFacts(NeedsFacts):
-    def read_facts(self, topology: comm.Topology) -> None:
-        super().read_facts(topology)
-        if self.faulty:
-            for info in topology.ranks:
-                facts: Any = info.facts
-                for of_plugin in facts.values():
-                    of_plugin.clear()
-
-
 class SaysNo(Good):
     def ask(self, topology: comm.Topology) -> comm.Available | comm.Unavailable:
         return comm.Unavailable("its card is unplugged") if self.faulty else super().ask(topology)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import comm_core as comm
 import faulty_plugins as faulty
 import pytest
+import topology_plugins
 import torch
 import torch.distributed as dist
 from comm_core._control.store import store_of
@@ -338,8 +339,8 @@ def test_versions_that_differ(ranks: Ranks, tmp_path: Path, members: tuple[int, 
 
 
 def test_a_plugin_that_changes_its_topology_harms_no_other(ranks: Ranks, tmp_path: Path) -> None:
-    first = faulty.install_kind(tmp_path / "first", faulty.ClearsFacts, "first", 300, on=[1])
-    second = faulty.install_kind(tmp_path / "second", faulty.NeedsFacts, "second", 200)
+    first = faulty.install_kind(tmp_path / "first", topology_plugins.ClearsFacts, "first", 300, on=[1])
+    second = faulty.install_kind(tmp_path / "second", topology_plugins.NeedsFacts, "second", 200)
     for life in run_lives(ranks, (0, 1), [[first, second]] * 2):
         verdicts = {item["name"]: (item["verdict"], item["reason"]) for item in life.decisions[0]["candidates"]}
         assert verdicts["first"][0] == "serves"

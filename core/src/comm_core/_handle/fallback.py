@@ -163,7 +163,4 @@ def _torch_add_rms_norm(
     scale = torch.rsqrt(mean_of_rows(sums.square()) + eps)
     normed = (sums * scale * (weight.to(wide) + weight_offset)).to(dtype)
     summed = sums.to(dtype if residual is None else residual.dtype, copy=residual is None)
-    return (
-        copy_to_out(normed, out),
-        copy_to_out(summed, residual_out),
-    )
+    return copy_to_out(normed, out), copy_to_out(summed, residual_out)

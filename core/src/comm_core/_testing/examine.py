@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -168,9 +169,9 @@ def _answer(plugin: discovery.Plugin, topology: Topology, timeout_s: float) -> s
 
     def ask() -> Available | Unavailable:
         # A copy for each call, as each rank has its own: what the hook changes in one isn't in the next.
-        copy = Topology.from_json(topology.to_json())
+        own = copy.deepcopy(topology)
         try:
-            answer = run_with_deadline(journaled(name, lambda: hook(copy)), timeout_s, name=name)
+            answer = run_with_deadline(journaled(name, lambda: hook(own)), timeout_s, name=name)
         except Exception as error:
             remedy = (
                 "Let it return comm_core.Unavailable with the reason where the backend can't serve, else Available "
