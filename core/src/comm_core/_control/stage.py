@@ -253,8 +253,10 @@ class Stage:
 
     def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
         # The exchange of another thread may have succeeded meanwhile. Then the other ranks go on to the next one, which
-        # can't succeed without this rank, and read the abort there.
-        for sequence in range(max(self._next - 1, 0), self._next + 1):
+        # can't succeed without this rank, and read the abort there. An exchange that this rank has left isn't asked:
+        # one of an inner stage may have deleted its verdict.
+        first = self._next if self._current is None else self._next - 1
+        for sequence in range(first, self._next + 1):
             key = self._key(sequence)
             self._control.note_abort(key)
             try:
