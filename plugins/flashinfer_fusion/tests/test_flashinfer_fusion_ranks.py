@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,7 +97,7 @@ def test_a_sub_group_that_doesnt_start_at_rank_0(ranks: Ranks) -> None:
     assert others == [None, None]
     assert one == two
     # Each rank has received every rank's data, by group rank; a root is a group rank.
-    exchange = [(b"\0\xff\2", b"\1\xff\3"), ("rank 0/fd.sock", "rank 1/fd.sock"), ("root", 2), ("root", 3)]
+    exchange = [("rank 0/fd.sock", "rank 1/fd.sock"), (b"\0\xff\2", b"\1\xff\3"), ("root", 2), ("root", 3)]
     assert one["found"] == exchange * 3
     # The second shape has as many elements: it fits into the first one's workspace.
     assert one["calls"][0] == "create"
@@ -110,14 +111,20 @@ def test_a_sub_group_that_doesnt_start_at_rank_0(ranks: Ranks) -> None:
     assert one["memory"] == policy.workspace_nbytes(2, 8 * 2048)
 
 
+def handles() -> int:
+    """Return how many descriptors of the file that stands for a memory handle are open."""
+    return sum(link.resolve() == Path(os.devnull) for link in Path("/proc/self/fd").iterdir())
+
+
 def starved() -> Any:
     member = member_of([1, 2])
     if member is None:
         return None
     with cuda():
         member.connect()
+        before = handles()
         outcome = member.prepare(8, 2048)
-        live = fake_state()["live"]
+        live = fake_state()["live"], handles() - before
         plugin.close(member.session, False)
         # Another session works.
         with mock.patch.dict("os.environ", {"FAKE_MEMORY": ""}):
@@ -140,7 +147,7 @@ def test_if_one_rank_has_too_little_memory_all_fall_back_and_free_theirs(ranks: 
         assert (failed, rank) == ("failed", 1)
         assert "FlashInfer couldn't create a workspace for messages of [8, 2048]: RuntimeError: CUDA_ERROR" in reason
         # On the other rank, too: it has no workspace that one rank lacks.
-        assert (live, ranges, left) == (0, 1, 0)
+        assert (live, ranges, left) == ((0, 0), 1, 0)
 
 
 def full() -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -70,7 +72,7 @@ class Library:
 
         Raises:
             CommError: another rank failed.
-            RuntimeError: this rank failed; its memory is freed.
+            RuntimeError: this rank failed. In both cases its memory is freed.
         """
         before = set(self._references)
         try:
@@ -85,6 +87,7 @@ class Library:
                 group=context.group,
             )
         except Exception as error:
+            _close_descriptors(error)
             for key in set(self._references) - before:
                 del self._references[key]
             # The error's frames hold buffers for as long as the error is referenced.
@@ -149,6 +152,18 @@ def load() -> Library:
     if build is not None:
         build()
     return library
+
+
+def _close_descriptors(error: Exception) -> None:
+    """Close the memory handle of this rank with which FlashInfer's exchange of handles failed.
+
+    `flashinfer.comm.fd_exchange.exchange_fds` leaves it to its caller, which in 0.7.2 forgets it; it holds the memory.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # Of no other frame: a copy of its variables would keep the buffers among them.
+        if frame.f_code.co_name == "exchange_fds" and isinstance(handle := frame.f_locals.get("local_fd"), int):
+            with contextlib.suppress(OSError):  # a later release may close it
+                os.close(handle)
 
 
 def _function(module: Any, name: str, arguments: set[str]) -> Callable[..., Any]:

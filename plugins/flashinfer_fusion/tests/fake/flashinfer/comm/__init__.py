@@ -32,6 +32,12 @@ class _Buffer:
         state["live"] -= self.nbytes
 
 
+def exchange_fds(comm: Any, local_fd: int) -> list[str]:
+    """As in flashinfer.comm.fd_exchange: if it fails, the caller still owns the descriptor, and doesn't close it."""
+    assert local_fd
+    return comm.allgather(f"rank {comm.Get_rank()}/fd.sock")
+
+
 class _Workspace:
     backend = "trtllm"
 
@@ -43,10 +49,12 @@ class _Workspace:
         self.found: list[Any] = []
         buffers = []
         for nbytes in (size * numel * 2, size * 1024, 3 * size * numel * 2):
-            # FlashInfer exchanges handles on an NVLink fabric, and else the paths of sockets.
+            # FlashInfer exchanges the paths of sockets, and on an NVLink fabric handles.
             buffers.append(_Buffer(nbytes))
+            handle = os.open(os.devnull, os.O_RDONLY)
+            self.found.append(exchange_fds(comm, handle))
+            os.close(handle)
             self.found.append(comm.allgather(bytes([rank, 255, dist.get_rank()])))
-            self.found.append(comm.allgather(f"rank {rank}/fd.sock"))
             self.found.extend(comm.bcast(("root", dist.get_rank()), root=root) for root in range(size))
         self.ipc_handles = [[id(buffer)] for buffer in buffers]
         trtllm_ar._symm_workspace_refs[id(self.ipc_handles)] = buffers
