@@ -7,6 +7,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "vec.cuh"
@@ -33,11 +36,50 @@ class OnDevice {
     int before_ = 0;
 };
 
+// Gives what destructors leave back to CUDA, in a thread in which the device that it belongs to is current.
+//
+// The last reference to a session may be dropped in any thread, such as one in which Python's garbage collector happens
+// to run. If that thread has chosen no device, CUDA would first create a context on device 0, which takes 500 MB there.
+// So what is left elsewhere waits until the next of its kind is taken.
+class Leftovers {
+  public:
+    // Returns the current device, and gives back what waits.
+    static int take_device() {
+        int device = 0;
+        check(cudaGetDevice(&device), "cudaGetDevice");
+        for (const auto& give_back : taken()) give_back();
+        return device;
+    }
+
+    // Calls `give_back` now if `device` is current, else in the next `take_device`.
+    static void leave(int device, std::function<void()> give_back) {
+        int current = -1;
+        if (cudaGetDevice(&current) == cudaSuccess && current == device) return give_back();
+        const std::lock_guard lock(shared().mutex);
+        shared().waiting.push_back(std::move(give_back));
+    }
+
+  private:
+    struct Shared {
+        std::mutex mutex;
+        std::vector<std::function<void()>> waiting;
+    };
+
+    static Shared& shared() {
+        static Shared& never_destroyed = *new Shared;  // a destructor may run while the process ends
+        return never_destroyed;
+    }
+    static std::vector<std::function<void()>> taken() {
+        const std::lock_guard lock(shared().mutex);
+        return std::exchange(shared().waiting, {});
+    }
+};
+
 // An array of zeros in host memory that is mapped on devices: kernels write it, and the host reads it meanwhile.
 template <typename T>
 class MappedArray {
   public:
-    explicit MappedArray(size_t length) {
+    explicit MappedArray(size_t length) : device_(Leftovers::take_device()) {
         const size_t nbytes = length * sizeof(T);
         check(cudaHostAlloc(&values_, nbytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
         std::memset(values_, 0, nbytes);
@@ -48,7 +90,9 @@ class MappedArray {
         on_device_ = static_cast<T*>(mapped);
     }
     // Destroy it only once no kernel can write it any more.
-    ~MappedArray() { cudaFreeHost(values_); }
+    ~MappedArray() {
+        Leftovers::leave(device_, [values = values_] { cudaFreeHost(values); });
+    }
     MappedArray(const MappedArray&) = delete;
     MappedArray& operator=(const MappedArray&) = delete;
 
@@ -58,6 +102,7 @@ class MappedArray {
     volatile T* on_host() const { return values_; }
 
   private:
+    int device_;
     T* values_ = nullptr;
     T* on_device_ = nullptr;
 };
@@ -117,15 +162,17 @@ class WaitCounters {
 // device. Its event is recorded once it is needed, since a record takes 0.3 µs of the host's time.
 class StreamOrder {
   public:
-    StreamOrder() {
+    StreamOrder() : device_(Leftovers::take_device()) {
         check(cudaEventCreateWithFlags(&called_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
         const cudaError_t status = cudaEventCreateWithFlags(&captured_, cudaEventDisableTiming);
         if (status != cudaSuccess) cudaEventDestroy(called_);
         check(status, "cudaEventCreateWithFlags");
     }
     ~StreamOrder() {
-        cudaEventDestroy(called_);
-        cudaEventDestroy(captured_);
+        Leftovers::leave(device_, [called = called_, captured = captured_] {
+            cudaEventDestroy(called);
+            cudaEventDestroy(captured);
+        });
     }
     StreamOrder(const StreamOrder&) = delete;
     StreamOrder& operator=(const StreamOrder&) = delete;
@@ -178,6 +225,7 @@ class StreamOrder {
 
     static bool is_default(cudaStream_t stream) { return stream == nullptr || stream == cudaStreamLegacy; }
 
+    int device_;
     cudaEvent_t called_ = nullptr, captured_ = nullptr;
     Place now_, last_called_, last_captured_;
     bool used_ = false;
