@@ -74,7 +74,7 @@ class Varied(_Terminal):
 
     def variants(self, case: BenchCase) -> tuple[str, ...]:
         # With rows of 5000 elements, another one is in use.
-        return ("later", "late") if case.shape[1] == 5000 else ("late", "later", "prompt")
+        return ("later", "late", "prompt") if case.shape[1] == 5000 else ("late", "later", "prompt")
 
     def use_variants(self, choices: Sequence[VariantChoice]) -> None:
         self.choices = choices

@@ -33,7 +33,7 @@ _LIMIT_S, _QUICK_LIMIT_S = 540.0, 50.0
 _LARGEST_NBYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 _SMALLEST_NBYTES = 1 << 10
 _HIDDEN_SIZE = 4096
-# A second hidden size for the variants of fused calls, which have to serve all; without --quick.
+# A second hidden size for the variants of fused calls, which have to suit all; without --quick.
 _OTHER_HIDDEN_SIZE = 7168
 _DTYPE = "bfloat16"
 _WARMUP, _REPETITIONS = 3, 9
@@ -152,32 +152,34 @@ def _ops(decision: Decision, device_type: str) -> tuple[str, ...]:
 def cases(device_type: str, *, ops: Sequence[str], quick: bool) -> list[BenchCase]:
     """Return the cases to measure: sizes far apart first, so that a run that ends early has covered the range."""
     modes = ("eager", "graph") if device_type == "cuda" else ("eager",)
-    return [
+    found = (
         BenchCase(op, mode, "out", _DTYPE, device_type, shape)
         for nbytes, op, mode in itertools.product(_ordered_sizes(device_type, quick=quick), ops, modes)
         for shape in shapes(op, _DTYPE, [nbytes], (), (_HIDDEN_SIZE,))
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def messages(device_type: str, *, ops: Sequence[str], quick: bool) -> list[list[BenchCase]]:
     """Return the messages of which variants are measured, in the order of `cases`."""
     # A backend has one choice for both modes; in graphs, times vary less.
     mode = "graph" if device_type == "cuda" else "eager"
-    hidden_sizes = (_HIDDEN_SIZE,) if quick else (_HIDDEN_SIZE, _OTHER_HIDDEN_SIZE)
-    found = (
-        [
-            BenchCase(op, mode, "out", _DTYPE, device_type, shape)
-            for shape in shapes(op, _DTYPE, [nbytes], (), hidden_sizes)
-        ]
-        for nbytes, op in itertools.product(_ordered_sizes(device_type, quick=quick), ops)
-    )
-    return [each for each in found if each]
+    found = []
+    for case in cases(device_type, ops=ops, quick=quick):
+        if case.mode == mode:
+            of_message = [case]
+            # A little less than as many bytes, and a number of rows that serving engines capture, too.
+            if case.fused and case.shape[0] % 2 == 0 and not quick:
+                of_message.append(dataclasses.replace(case, shape=(case.shape[0] // 2, _OTHER_HIDDEN_SIZE)))
+            found.append(of_message)
+    return found
 
 
 def _ordered_sizes(device_type: str, *, quick: bool) -> list[int]:
     """Return the sizes in bytes, those far apart first."""
     sweep = list(sizes(_SMALLEST_NBYTES, _LARGEST_NBYTES[device_type], _QUICK_FACTOR if quick else 2, 0))
-    return list(dict.fromkeys([*sweep[::4], sweep[-1], *sweep[2::4], *sweep[1::2]]))
+    between = [] if quick else [nbytes * 3 // 2 for nbytes in sweep[:-1]]
+    return list(dict.fromkeys([*sweep[::4], sweep[-1], *sweep[2::4], *sweep[1::2], *between]))
 
 
 def _first_ranks(hosts: Sequence[str]) -> set[int]:

@@ -1,7 +1,8 @@
 """The search among the backends' variants: which one serves which size the fastest, on this very group.
 
 For each message all variants are timed a few times, and then the best of them beside the one in use, with as many
-repetitions as backends have, and with their results compared.
+repetitions as backends have, and with their results compared. A message may have several shapes, since a choice holds
+for all messages of its sizes.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from comm_core.tuning import VariantChoice
 
-from comm_bench import stats
 from comm_bench.cases import OPS, BenchCase
 from comm_bench.contenders import Absent, Contender, Job, State
 from comm_bench.measure import Procedure, measure
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Search", "Tried", "search"]
 
 # Variants that are timed properly, beside the one in use.
-_BEST = 3
+_BEST = 5
 # Calls before the first timing of each variant, and its repetitions.
 _FIRST_WARMUP, _FIRST_REPETITIONS = 1, 3
 
@@ -39,8 +38,8 @@ class Search:
     """Settings of a search.
 
     Attributes:
-        messages: the sizes of each operation, in the order in which they are measured: for each size, cases of about
-            as many bytes. Their shapes share one choice, by the geometric mean of their times.
+        messages: the messages, in the order in which they are measured: each is cases of one operation, of unlike
+            shapes and about as many bytes, of which the same variants are timed.
         procedure: the settings of the proper measurement.
         most: the most variants of a message to try; None: all of them.
         limit_s: the time in seconds in which the search has to end, estimated as for a run's cases.
@@ -57,7 +56,7 @@ class Tried:
     """What a search found; equal on every rank.
 
     Attributes:
-        compared: by backend, the measured messages, each with the variants that were timed properly.
+        compared: by backend, the measured cases, each with the variants that were timed properly.
         choices: by backend, the variants that pay off.
         wrong: the number of wrong elements.
         unmeasured: the number of messages for which there was no time.
@@ -118,20 +117,18 @@ def search(
     todo = list(_offered(job, contenders, settings, drop))
     failed: set[Contender] = set()
     begun, longest_s = time.monotonic(), 0.0
-    for number, (contender, cases, texts) in enumerate(todo, 1):
+    for number, (contender, in_use, texts) in enumerate(todo, 1):
         started_s = time.monotonic()
         # The first rank decides: the ranks' clocks differ.
         if job.all_gather(started_s - begun + longest_s)[0] > settings.limit_s:
             tried.unmeasured = len(todo) - number + 1
             break
-        case = cases[0]
+        case = next(iter(in_use))
         on_case(number, len(todo), case)
         variants = [_Variant(contender, text, case.op) for text in texts]
-        times_us, wrong = _measure_best(job, cases, variants, settings.procedure, drop)
+        comparisons, wrong = _measure_best(job, in_use, variants, settings.procedure, drop)
         tried.wrong += wrong
-        if texts[0] in times_us:
-            comparison = Comparison(case.op, case.mode, case.nbytes, texts[0], times_us)
-            tried.compared.setdefault(contender.name, []).append(comparison)
+        tried.compared.setdefault(contender.name, []).extend(comparisons)
         if contender.supports(case):
             contender.use_variants(())
         else:  # it failed
@@ -157,14 +154,18 @@ def _offered(
     contenders: Sequence[Contender],
     settings: Search,
     drop: Callable[[BenchCase, str, str], None],
-) -> Iterator[tuple[Contender, list[BenchCase], tuple[str, ...]]]:
-    """Yield the messages for which contenders have variants, as cases, with the variants to try. Collective."""
+) -> Iterator[tuple[Contender, dict[BenchCase, str], tuple[str, ...]]]:
+    """Yield the messages for which contenders have variants: the variant in use by case, and those to try. Collective.
+
+    The latter begin with those in use; the others are offered for every case.
+    """
     for cases, contender in itertools.product(settings.messages, contenders):
-        texts, *others = (_variants(job, contender, case, drop) for case in cases)
-        if len(texts) > 1:
-            # Where the backend's own table changes between the cases, the first one stands for all.
-            alike = [case for case, other in zip(cases[1:], others, strict=True) if other[:1] == texts[:1]]
-            yield contender, [cases[0], *alike], texts[: settings.most]
+        offers = {case: _variants(job, contender, case, drop) for case in cases}
+        offers = {case: texts for case, texts in offers.items() if len(texts) > 1}
+        if offers:
+            in_use = {case: texts[0] for case, texts in offers.items()}
+            common = (text for text in next(iter(offers.values())) if all(text in texts for texts in offers.values()))
+            yield contender, in_use, tuple(dict.fromkeys([*in_use.values(), *common]))[: settings.most]
 
 
 def _variants(
@@ -184,42 +185,40 @@ def _variants(
 
 def _measure_best(
     job: Job,
-    cases: Sequence[BenchCase],
+    in_use: Mapping[BenchCase, str],
     variants: Sequence[_Variant],
     procedure: Procedure,
     drop: Callable[[BenchCase, str, str], None],
-) -> tuple[dict[str, tuple[float, ...]], int]:
-    """Time all variants a few times, then the first one and the best of the others properly.
+) -> tuple[list[Comparison], int]:
+    """Time all variants a few times, then those in use and the best of the others properly.
 
     Returns:
-        The times of the latter, by text, and the number of wrong elements.
+        A comparison of the latter for each case, and the number of wrong elements.
     """
     quick = dataclasses.replace(procedure, warmup=_FIRST_WARMUP, repetitions=_FIRST_REPETITIONS, checks=False)
-    first, _ = _measure(job, cases, variants, quick, drop)
-    in_use, *others = variants
-    ranked = sorted(
-        (variant for variant in others if variant.name in first),
-        key=lambda variant: statistics.median(first[variant.name]),
-    )
-    return _measure(job, cases, [in_use, *ranked[:_BEST]], procedure, drop)
+    first, _ = _measure(job, in_use, variants, quick, drop)
+
+    def worst(variant: _Variant) -> float:
+        """Return the variant's time in the case that suits it least, in times of the one in use."""
+        return max(comparison.slowdown(variant.name) for comparison in first)
+
+    current = [variant for variant in variants if variant.name in in_use.values()]
+    others = sorted((variant for variant in variants if variant not in current), key=worst)
+    return _measure(job, in_use, [*current, *others[:_BEST]], procedure, drop)
 
 
 def _measure(
     job: Job,
-    cases: Sequence[BenchCase],
+    in_use: Mapping[BenchCase, str],
     variants: Sequence[_Variant],
     procedure: Procedure,
     drop: Callable[[BenchCase, str, str], None],
-) -> tuple[dict[str, tuple[float, ...]], int]:
-    """Time variants in all cases; return the mean times of those that serve all, and the number of wrong elements."""
-    found = [
-        measured
-        for case in cases
-        for measured in measure(job, case, variants, procedure, functools.partial(drop, case))
-    ]
-    times_us: dict[str, tuple[float, ...]] = {}
-    for variant in variants:
-        of_cases = [measured.times_us for measured in found if measured.contender is variant]
-        if len(of_cases) == len(cases):
-            times_us[variant.name] = tuple(map(stats.geometric_mean, zip(*of_cases, strict=True)))
-    return times_us, sum(measured.wrong or 0 for measured in found)
+) -> tuple[list[Comparison], int]:
+    """Time variants in all cases; return a comparison for each case, and the number of wrong elements."""
+    comparisons, wrong = [], 0
+    for case, text in in_use.items():
+        found = measure(job, case, variants, procedure, functools.partial(drop, case))
+        times_us = {measured.contender.name: measured.times_us for measured in found}
+        comparisons.append(Comparison(case.op, case.mode, case.nbytes, text, times_us))
+        wrong += sum(measured.wrong or 0 for measured in found)
+    return comparisons, wrong
