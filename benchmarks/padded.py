@@ -23,7 +23,7 @@ from typing import Any
 import comm_core as comm
 import torch
 import torch.distributed as dist
-from torchrun_job import describe, join, leave, time_us
+from torchrun_job import describe, join, leave, replay_of, time_us
 
 DTYPE = torch.bfloat16
 CALLS = 50
@@ -31,7 +31,7 @@ OPS = ("all_reduce", "all_reduce_add_rms_norm")
 
 
 def chain(backend: comm.Backend, op: str, rows: int, hidden: int, counts: comm.TokenCounts | None) -> Callable[[], Any]:
-    """Return dependent calls: their graph's replay or, without GPUs, a function that makes them."""
+    """Return a function that makes dependent calls."""
     x = torch.zeros(rows, hidden, device=backend.device, dtype=DTYPE)
     other, residual = torch.empty_like(x), torch.randn_like(x)
     weight = torch.full((hidden,), 0.01, device=backend.device, dtype=DTYPE)
@@ -47,15 +47,7 @@ def chain(backend: comm.Backend, op: str, rows: int, hidden: int, counts: comm.T
                     source, residual, weight, out=target, residual_out=residual, num_tokens=counts
                 )
 
-    call()
-    if backend.device.type != "cuda":
-        return call
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with comm.capture(), torch.cuda.graph(graph):
-        call()
-    graph.tensors = (x, other, residual, weight)  # type: ignore[attr-defined]  # whose memory it uses
-    return graph.replay
+    return replay_of(call, backend.device)
 
 
 def measure(backend: comm.Backend, options: argparse.Namespace) -> list[dict[str, Any]]:

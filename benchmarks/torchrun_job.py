@@ -51,6 +51,19 @@ def describe(topology: comm.Topology) -> dict[str, Any]:
     }
 
 
+def replay_of(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Make the calls, capture them and return their graph's replay; without a GPU, return `call`. Collective."""
+    call()
+    if device.type != "cuda":
+        return call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with comm.capture(), torch.cuda.graph(graph):
+        call()
+    graph.calls = call  # type: ignore[attr-defined]  # whose tensors it uses
+    return graph.replay
+
+
 def max_over_ranks(number: float) -> float:
     """Return the largest of the ranks' numbers. Collective; it runs on CPUs, so it is also a barrier between hosts."""
     tensor = torch.tensor([number], dtype=torch.float64)

@@ -174,3 +174,13 @@ def test_padded_batches_are_timed(ranks: Ranks, tmp_path: Path) -> None:
     ops = ("all_reduce", "all_reduce_add_rms_norm")
     assert [(row["op"], row["rows"]) for row in rows] == [(op, count) for op in ops for count in (1, 3)]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_sums_over_the_wire_are_timed(ranks: Ranks, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    arguments = ("--mib", "0.01,1", "--rounds", 1, "--replays", 1, "--json", record)
+    assert ranks.run(run_as_rank, "wire", *arguments, installed=True) == [0, 0]
+    document = json.loads(record.read_text())
+    assert (document["program"], document["machine"]["ranks"]) == ("wire", 2)
+    assert [row["nbytes"] for row in document["rows"]] == [10485, 1 << 20]
+    assert all(row["times_as_fast"] > 0 for row in document["rows"])

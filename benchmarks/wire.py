@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Time sums over the FP8 wire beside exact ones, in CUDA graphs.
+
+    torchrun --nproc-per-node 2 benchmarks/wire.py [--mib 1,1.5,2,3,4,6,8,12,16,24,32,48,64] [--json record.json]
+
+A graph holds 20 dependent calls in bfloat16, and in each round all graphs are replayed in turn; a round's time is the
+slowest rank's. A row has the rounds' medians, in microseconds a call: `exact_us` and `wire_us`, and how many times as
+fast the wire is. Without GPUs calls are eager, and no backend has the wire, which only shows that the program runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comm_core as comm
+import torch
+import torch.distributed as dist
+from torchrun_job import describe, join, leave, replay_of, time_us
+
+DTYPE = torch.bfloat16
+CALLS = 20
+DEFAULT_MIB = "1,1.5,2,3,4,6,8,12,16,24,32,48,64"
+
+
+def chain(backend: comm.Backend, nbytes: int) -> Callable[[], Any]:
+    """Return a function that makes dependent calls: of one rank's random numbers, then each of the last one's sums."""
+    source = torch.randn(nbytes // DTYPE.itemsize, device=backend.device).to(DTYPE)
+    if dist.get_rank() != 0:
+        source.zero_()
+    targets = (torch.empty_like(source), torch.empty_like(source))
+
+    def call() -> None:
+        tensor = source
+        for target in itertools.islice(itertools.cycle(targets), CALLS):
+            tensor = backend.all_reduce(tensor, target)
+
+    return replay_of(call, backend.device)
+
+
+def measure(exact: comm.Backend, wire: comm.Backend, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all sizes; return the record's rows. Collective."""
+    found = []
+    for mib in options.mib.split(","):
+        nbytes = int(float(mib) * (1 << 20))
+        runs = {"exact": chain(exact, nbytes), "wire": chain(wire, nbytes)}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for number, (name, run) in itertools.product(range(options.rounds + 3), runs.items()):
+            us = time_us(run, options.replays, on_gpu=exact.device.type == "cuda") / CALLS
+            if number >= 3:
+                times[name].append(us)
+        us_of = {name: round(statistics.median(each), 3) for name, each in times.items()}
+        ratio = round(us_of["exact"] / us_of["wire"], 3)
+        found.append({"nbytes": nbytes, "exact_us": us_of["exact"], "wire_us": us_of["wire"], "times_as_fast": ratio})
+    exact.check()
+    wire.check()
+    return found
+
+
+def main() -> int:
+    """Measure, print and write the record."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--mib", default=DEFAULT_MIB, help=f"sizes of a message in MiB (default {DEFAULT_MIB})")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds in which all graphs take turns (default 30)")
+    parser.add_argument("--replays", type=int, default=5, help="replays timed together (default 5)")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    options = parser.parse_args()
+    join(parser)
+    exact = comm.get_backend(wire="")
+    wire = comm.get_backend(dist.new_group(), wire="fp8")
+    document = {
+        **describe(exact.topology),
+        "settings": {"dtype": "bfloat16", "calls": CALLS, "rounds": options.rounds, "replays": options.replays},
+        "rows": measure(exact, wire, options),
+    }
+    if dist.get_rank() == 0:
+        sys.stdout.writelines(f"{json.dumps(row)}\n" for row in document["rows"])
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
