@@ -143,11 +143,11 @@ std::vector<Launch> make_launches() {
     const Launch one_shot{"oneshot_push", oneshot_push<T, W, 1>, 32, 2, 0, false};
     const Launch two_shot{"twoshot_push", twoshot_push<T, W, 1>, 32, 3, 1, false};
     if constexpr (W == 2) {
-        return {{"oneshot_push_fp8 1", oneshot_push_fp8<T, W, 1>, 64, 2, 0, true},
+        return {{"oneshot_push_fp8", oneshot_push_fp8<T, W>, 64, 2, 0, true},
                 one_shot,
-                {"oneshot_push_fp8 2, pipeline_depth 2", oneshot_push_fp8<T, W, 2>, 32, 2, 2, true},
+                {"oneshot_push_fp8, a block of one warp", oneshot_push_fp8<T, W>, 32, 1, 0, true},
                 two_shot,
-                {"oneshot_push_fp8 4", oneshot_push_fp8<T, W, 4>, 32, 1, 0, true}};
+                {"oneshot_push_fp8, three blocks", oneshot_push_fp8<T, W>, 32, 3, 0, true}};
     } else {
         return {{"twoshot_push_fp8", twoshot_push_fp8<T, W>, 32, 3, 0, true},
                 one_shot,

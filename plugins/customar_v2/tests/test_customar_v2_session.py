@@ -193,8 +193,8 @@ def test_a_group_with_the_wire_has_a_table_for_it(context: comm.GroupContext) ->
     own = connect(native, dataclasses.replace(context, wire="fp8"))
     table = policy.flat(policy.wire_rows_for(9, 2))
     assert ("wire shapes", policy.WIRE_FROM_NBYTES, table) in native.calls
-    own.set_wire_rows([policy.Row(16, "oneshot_push_fp8", 2, 64, 8, 1)])
-    assert native.calls[-1] == ("wire shapes", policy.WIRE_FROM_NBYTES, [16, 4, 2, 64, 8, 1])
+    own.set_wire_rows([policy.Row(16, "oneshot_push_fp8", 1, 64, 8)])
+    assert native.calls[-1] == ("wire shapes", policy.WIRE_FROM_NBYTES, [16, 4, 1, 64, 8, 0])
     plain = Native()
     assert connect(plain, context).memory_nbytes <= own.memory_nbytes
     assert not any(call[0] == "wire shapes" for call in plain.calls)

@@ -68,8 +68,7 @@ class Row(LaunchRow):
     Attributes:
         up_to_nbytes: the largest message, in bytes.
         algorithm: one of `ALGORITHMS`, or of `WIRE_ALGORITHMS`.
-        vecs: the vectors of 16 bytes that a thread has in flight: 1, 2 or 4 for two ranks, 1 for more. With FP8, these
-            are vectors as sent.
+        vecs: the vectors of 16 bytes that a thread has in flight: 1, 2 or 4 for two ranks, 1 for more and with FP8.
         threads: the threads of a block, a multiple of 32.
         blocks: the largest grid. A grid is never larger than the message needs, or than the device holds at once.
         pipeline_depth: the number of rounds by which pushes run ahead of sums, if the algorithm works in rounds.
@@ -117,12 +116,16 @@ _HOPPER_4 = (
 # it shrinks, as one-shot sends more bytes than two-shot by (W - 1) - 2 (W - 1) / W of the message.
 _ONE_SHOT_NBYTES = {2: _MIB, 3: 384 * _KIB, 4: 256 * _KIB, 5: 192 * _KIB}
 
-# Sums over an FP8 wire; unmeasured.
+# Sums over an FP8 wire. Two ranks on Hopper, measured likewise on 2026-11-30: 144 shapes, of which the ten best again
+# at more sizes; benchmarks/2026-11-30-h200x2-wire.json has the table's times. A round of 528 blocks of 256 threads
+# takes 4.125 MiB, and two rounds of 264 blocks of 384 threads take 6.1875 MiB.
 _WIRE_HOPPER_2 = (
-    Row(2 * _MIB, "oneshot_push_fp8", threads=256),
-    Row(4 * _MIB, "oneshot_push_fp8", threads=512),
-    Row(64 * _MIB, "oneshot_push_fp8", vecs=4, threads=512, blocks=132),
+    Row(2 * _MIB, "oneshot_push_fp8", threads=128, blocks=528),  # 1 to 2 MiB: 0.1 %
+    Row(528 * 256 * 32, "oneshot_push_fp8", threads=256, blocks=528),  # 2.5 to 4 MiB: 0.0 %
+    Row(2 * 264 * 384 * 32, "oneshot_push_fp8", threads=384),  # 5 MiB: 3.0 %; 6 MiB: 0.0 %
+    Row(64 * _MIB, "oneshot_push_fp8", threads=1024),  # 7 to 64 MiB: 1.2 %
 )
+# All others are unmeasured.
 _WIRE_2 = (Row(8 * _MIB, "oneshot_push_fp8", threads=256, blocks=128),)
 _WIRE_OTHERS = (Row(8 * _MIB, "twoshot_push_fp8", threads=256, blocks=128, pipeline_depth=1),)
 

@@ -30,7 +30,8 @@ const void* kernel_of(Algorithm algorithm) {
             if constexpr (T::count == 2 && W > 2) return reinterpret_cast<const void*>(&twoshot_push_fp8<T, W>);
             return nullptr;
         case Algorithm::kOneShotPushFp8:
-            if constexpr (T::count == 2 && W == 2) return reinterpret_cast<const void*>(&oneshot_push_fp8<T, W, V>);
+            if constexpr (T::count == 2 && W == 2 && V == 1)
+                return reinterpret_cast<const void*>(&oneshot_push_fp8<T, W>);
             return nullptr;
         default:
             return nullptr;

@@ -77,7 +77,8 @@ __device__ __forceinline__ Packet to_packet(const float (&values)[kLaneElements]
     return {{words[0], words[1], words[2], words[3]}, exponent << 23};
 }
 
-// Adds a packet's elements to `values`.
+// Adds a packet's elements to `values`. A product that is too large is an infinity before it is added: if the compiler
+// made a multiplication and an addition one, opposite infinities would give either of them instead of a NaN.
 __device__ __forceinline__ void add(const Packet& packet, float (&values)[kLaneElements]) {
     const uint32_t words[4] = {packet.values.x, packet.values.y, packet.values.z, packet.values.w};
     const float scale = __uint_as_float(packet.scale);
@@ -85,8 +86,8 @@ __device__ __forceinline__ void add(const Packet& packet, float (&values)[kLaneE
     for (int i = 0; i < 2 * 4; ++i) {
         const auto pair = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16));
         const float2 both = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
-        values[2 * i] += both.x * scale;
-        values[2 * i + 1] += both.y * scale;
+        values[2 * i] += __fmul_rn(both.x, scale);
+        values[2 * i + 1] += __fmul_rn(both.y, scale);
     }
 }
 
@@ -108,11 +109,6 @@ struct CellOfPart {
     }
     __device__ __forceinline__ void send_scale(char* base, const Packet& packet) const {
         if (leads()) comm_core::store_relaxed_sys(scale_in(base), packet.scale);
-    }
-    // Likewise for this chunk and the three after it; its number is a multiple of four.
-    __device__ __forceinline__ void send_scales(char* base, const Packet (&packets)[4]) const {
-        const Vec bits{packets[0].scale, packets[1].scale, packets[2].scale, packets[3].scale};
-        if (leads()) comm_core::store_relaxed_sys(reinterpret_cast<char*>(scale_in(base)), bits);
     }
     // Only once all lanes of the warp have read the scale.
     __device__ __forceinline__ void clear(char* base) const {
