@@ -49,12 +49,15 @@ class NormRow(LaunchRow):
 
 # Two ranks on Hopper, measured on two H200 joined by 18 NVLinks (torch 2.11, CUDA 13.0, 2026-11-22; bfloat16, graphs of
 # dependent calls, benchmarks/2026-11-22-h200x2-customar_v2_tune_norm.json) for 1 to 2048 tokens of 2880, 4096, 5120 and
-# 7168. Beside each row stands how much slower it was than the fastest of all fused shapes: in the mean, and at most.
-# Blocks share a row as long as the clusters of all rows fit the device at once.
+# 7168, and from 592 KiB on by comm-core tune on 2026-11-30, for rows of 4096 and 7168
+# (benchmarks/2026-11-30-h200x2-tune.json). Beside each row stands how much slower it was than the fastest of all fused
+# shapes: in the mean, and at most. Blocks share a row as long as the clusters of all rows fit the device at once.
 _HOPPER_2 = (
-    NormRow(512 * _KIB, "oneshot_push_norm", cluster=8),  # 0.4 % in the mean, 3 % at 8 x 2880
-    NormRow(2 * _MIB, "oneshot_push_norm", cluster=2),  # 0.6 % in the mean, 2 % at 128 x 2880
-    NormRow(64 * _MIB, "twoshot_push_norm", vecs=2, blocks=528),  # 1.6 % in the mean, 5 % at 512 x 5120
+    NormRow(592 * _KIB, "oneshot_push_norm", cluster=8),  # 0.4 % in the mean, 3 % at 8 x 2880
+    NormRow(1664 * _KIB, "oneshot_push_norm", cluster=4),  # 0.0 %
+    NormRow(4736 * _KIB, "oneshot_push_norm", cluster=2),  # 0.9 % in the mean, 4 % at 192 x 7168
+    NormRow(9472 * _KIB, "oneshot_push_norm", vecs=2, cluster=2),  # 0.0 % in the mean, 0.2 % at 768 x 4096
+    NormRow(64 * _MIB, "twoshot_push_norm", vecs=2, blocks=528),  # 0.5 % in the mean, 0.9 % at 1536 x 7168
 )
 
 # Three and four ranks likewise, on four H200, up to 8 MiB as the plain tables. For one message, 64 x 5120 on four

@@ -82,17 +82,20 @@ class Row(LaunchRow):
 
 
 # Two ranks on Hopper, measured on two H200 joined by 18 NVLinks (torch 2.11, CUDA 13.0, 2026-11-22; bfloat16, graphs of
-# dependent calls, benchmarks/2026-11-22-h200x2-customar_v2_tune.json). Beside each row stand the measured sizes and how
-# much slower the row was, at most, than the fastest of all shapes. One-shot rows end at the size that fills the grid,
-# because one-shot is fastest in a single round.
+# dependent calls, benchmarks/2026-11-22-h200x2-customar_v2_tune.json), and again with comm-core tune on 2026-11-30
+# (benchmarks/2026-11-30-h200x2-tune.json). Beside each row stand the sizes measured last and how much slower the row
+# was, at most, than the fastest of all shapes. One-shot rows end at the size that fills the grid, because one-shot is
+# fastest in a single round.
 _HOPPER_2 = (
-    Row(4 * _KIB, "oneshot_push", threads=256),  # 1 to 4 KiB: 0.6 %
-    Row(64 * _KIB, "oneshot_push", threads=64),  # 8 to 64 KiB: 0.6 %
-    Row(264 * 128 * 16, "oneshot_push", threads=128),  # 128 to 512 KiB: 0.0 %
-    Row(264 * 256 * 16, "oneshot_push", threads=256),  # 1 MiB: 0.0 %
-    Row(264 * 512 * 16, "oneshot_push", threads=512),  # 2 MiB: 0.0 %
-    Row(24 * _MIB, "twoshot_push", threads=512, pipeline_depth=2),  # 4 to 16 MiB: 1.1 %
-    Row(64 * _MIB, "oneshot_stream", vecs=2, threads=512, pipeline_depth=2),  # 32 and 64 MiB: 0.0 %
+    Row(4 * _KIB, "oneshot_push", threads=256),  # 1 to 4 KiB: 0.5 %
+    Row(264 * 64 * 16, "oneshot_push", threads=64),  # 6 to 256 KiB: 2.0 %
+    Row(264 * 128 * 16, "oneshot_push", threads=128),  # 384 and 512 KiB: 0.0 %
+    Row(264 * 256 * 16, "oneshot_push", threads=256),  # 768 KiB and 1 MiB: 3.1 %
+    Row(264 * 512 * 16, "oneshot_push", threads=512),  # 1.5 and 2 MiB: 0.0 %
+    Row(5 * _MIB, "twoshot_push", threads=512, pipeline_depth=2),  # 3 and 4 MiB: 1.9 %
+    Row(10 * _MIB, "twoshot_push", vecs=2, threads=512, pipeline_depth=2),  # 6 and 8 MiB: 0.0 %
+    Row(24 * _MIB, "twoshot_push", threads=512, pipeline_depth=2),  # 12 to 24 MiB: 0.4 %
+    Row(64 * _MIB, "oneshot_stream", vecs=2, threads=512, pipeline_depth=2),  # 32 to 64 MiB: 1.0 %
 )
 # Three and four ranks likewise, on four H200 joined to a switch by 18 NVLinks each, up to 8 MiB. NCCL serves larger
 # messages: it may let the switch sum (NVLS), which wasn't measured.
