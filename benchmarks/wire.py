@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 benchmarks/wire.py [--mib 1,1.5,2,3,4,6,8,12,16,24,32,48,64] [--json record.json]
 
 A graph holds 20 dependent calls in bfloat16, and in each round all graphs are replayed in turn; a round's time is the
-slowest rank's. A row has the rounds' medians, in microseconds a call: `exact_us` and `wire_us`, and how many times as
-fast the wire is. Without GPUs calls are eager, and no backend has the wire, which only shows that the program runs.
+slowest rank's. A row has the rounds' medians, in microseconds a call: `exact_us` and `wire_us`, how many times as fast
+the latter is, and whether these calls take the wire, which depends on the machine and the size. Without GPUs calls are
+eager, and no backend has the wire, which only shows that the program runs.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from torchrun_job import describe, join, leave, replay_of, time_us
 
 DTYPE = torch.bfloat16
 CALLS = 20
+WARMUP = 3  # rounds that don't count
 DEFAULT_MIB = "1,1.5,2,3,4,6,8,12,16,24,32,48,64"
 
 
-def chain(backend: comm.Backend, nbytes: int) -> Callable[[], Any]:
-    """Return a function that makes dependent calls: of one rank's random numbers, then each of the last one's sums."""
-    source = torch.randn(nbytes // DTYPE.itemsize, device=backend.device).to(DTYPE)
+def chain(backend: comm.Backend, numel: int) -> Callable[[], Any]:
+    """Return a function that makes dependent calls: the first sums rank 0's random numbers, the others the last sum."""
+    source = torch.randn(numel, device=backend.device).to(DTYPE)
     if dist.get_rank() != 0:
         source.zero_()
     targets = (torch.empty_like(source), torch.empty_like(source))
@@ -44,20 +46,28 @@ def chain(backend: comm.Backend, nbytes: int) -> Callable[[], Any]:
     return replay_of(call, backend.device)
 
 
+def takes_wire(backend: comm.Backend, nbytes: int) -> bool:
+    """Return whether sums of this size are quantised on their way."""
+    mode = "graph" if backend.device.type == "cuda" else "eager"
+    route = backend.decision.route("all_reduce", mode, backend.device.type, "bfloat16")
+    return next(bool(rule.wire) for rule in route.rules if rule.takes(nbytes))
+
+
 def measure(exact: comm.Backend, wire: comm.Backend, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure all sizes; return the record's rows. Collective."""
     found = []
     for mib in options.mib.split(","):
-        nbytes = int(float(mib) * (1 << 20))
-        runs = {"exact": chain(exact, nbytes), "wire": chain(wire, nbytes)}
+        numel = int(float(mib) * (1 << 20)) // DTYPE.itemsize
+        runs = {"exact": chain(exact, numel), "wire": chain(wire, numel)}
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for number, (name, run) in itertools.product(range(options.rounds + 3), runs.items()):
+        for number, (name, run) in itertools.product(range(options.rounds + WARMUP), runs.items()):
             us = time_us(run, options.replays, on_gpu=exact.device.type == "cuda") / CALLS
-            if number >= 3:
+            if number >= WARMUP:
                 times[name].append(us)
         us_of = {name: round(statistics.median(each), 3) for name, each in times.items()}
-        ratio = round(us_of["exact"] / us_of["wire"], 3)
-        found.append({"nbytes": nbytes, "exact_us": us_of["exact"], "wire_us": us_of["wire"], "times_as_fast": ratio})
+        nbytes, ratio = numel * DTYPE.itemsize, round(us_of["exact"] / us_of["wire"], 3)
+        row = {"nbytes": nbytes, "exact_us": us_of["exact"], "wire_us": us_of["wire"], "times_as_fast": ratio}
+        found.append(row | {"takes_wire": takes_wire(wire, nbytes)})
     exact.check()
     wire.check()
     return found

@@ -23,4 +23,4 @@ def test_calls_follow_each_other_on_streams_that_come_and_go(tmp_path: Path) -> 
 
 
 def test_a_session_that_ends_in_a_foreign_thread_creates_no_context_there(tmp_path: Path) -> None:
-    check("leftovers.cpp", tmp_path)
+    check("deferred_frees.cpp", tmp_path)

@@ -57,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
         "COMM_CORE_TUNE is set.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="every second size, few variants; about a minute instead of up to ten"
+        "--quick", action="store_true", help="every fourth size, few variants; about a minute instead of up to ten"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the choices and rules; write no table")
     parser.add_argument("--json", action="store_true", help="print the table's JSON instead of text")
@@ -168,7 +168,7 @@ def messages(device_type: str, *, ops: Sequence[str], quick: bool) -> list[list[
     for case in cases(device_type, ops=ops, quick=quick):
         if case.mode == mode:
             of_message = [case]
-            # A little less than as many bytes, and a number of rows that serving engines capture, too.
+            # Of 7/8 as many bytes, and of a number of rows that serving engines capture.
             if case.fused and case.shape[0] % 2 == 0 and not quick:
                 of_message.append(dataclasses.replace(case, shape=(case.shape[0] // 2, _OTHER_HIDDEN_SIZE)))
             found.append(of_message)

@@ -1,6 +1,6 @@
 """The search among the backends' variants: which one serves which size the fastest, on this very group.
 
-For each message all variants are timed a few times, and then the best of them beside the one in use, with as many
+For each message all variants are timed a few times, and then the best of them beside those in use, with as many
 repetitions as backends have, and with their results compared. A message may have several shapes, since a choice holds
 for all messages of its sizes.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Search", "Tried", "search"]
 
-# Variants that are timed properly, beside the one in use.
+# Variants that are timed properly, beside those in use.
 _BEST = 5
 # Calls before the first timing of each variant, and its repetitions.
 _FIRST_WARMUP, _FIRST_REPETITIONS = 1, 3
@@ -38,8 +39,8 @@ class Search:
     """Settings of a search.
 
     Attributes:
-        messages: the messages, in the order in which they are measured: each is cases of one operation, of unlike
-            shapes and about as many bytes, of which the same variants are timed.
+        messages: the messages, in the order in which they are measured. Each is a list of cases of one operation, with
+            different shapes and similar sizes, in which the same variants are timed.
         procedure: the settings of the proper measurement.
         most: the most variants of a message to try; None: all of them.
         limit_s: the time in seconds in which the search has to end, estimated as for a run's cases.
@@ -128,7 +129,8 @@ def search(
         variants = [_Variant(contender, text, case.op) for text in texts]
         comparisons, wrong = _measure_best(job, in_use, variants, settings.procedure, drop)
         tried.wrong += wrong
-        tried.compared.setdefault(contender.name, []).extend(comparisons)
+        if comparisons:
+            tried.compared.setdefault(contender.name, []).extend(comparisons)
         if contender.supports(case):
             contender.use_variants(())
         else:  # it failed
@@ -157,7 +159,7 @@ def _offered(
 ) -> Iterator[tuple[Contender, dict[BenchCase, str], tuple[str, ...]]]:
     """Yield the messages for which contenders have variants: the variant in use by case, and those to try. Collective.
 
-    The latter begin with those in use; the others are offered for every case.
+    The variants in use come first; then those that are offered for every case.
     """
     for cases, contender in itertools.product(settings.messages, contenders):
         offers = {case: _variants(job, contender, case, drop) for case in cases}
@@ -165,7 +167,9 @@ def _offered(
         if offers:
             in_use = {case: texts[0] for case, texts in offers.items()}
             common = (text for text in next(iter(offers.values())) if all(text in texts for texts in offers.values()))
-            yield contender, in_use, tuple(dict.fromkeys([*in_use.values(), *common]))[: settings.most]
+            variants = tuple(dict.fromkeys([*in_use.values(), *common]))[: settings.most]
+            if len(variants) > 1:
+                yield contender, in_use, variants
 
 
 def _variants(
@@ -199,11 +203,12 @@ def _measure_best(
     first, _ = _measure(job, in_use, variants, quick, drop)
 
     def worst(variant: _Variant) -> float:
-        """Return the variant's time in the case that suits it least, in times of the one in use."""
-        return max(comparison.slowdown(variant.name) for comparison in first)
+        """Return the ratio of the variant's time to that of the one in use, in the case in which it is greatest."""
+        return max((comparison.slowdown(variant.name) for comparison in first), default=math.inf)
 
     current = [variant for variant in variants if variant.name in in_use.values()]
-    others = sorted((variant for variant in variants if variant not in current), key=worst)
+    others = [variant for variant in variants if variant not in current and worst(variant) < math.inf]
+    others.sort(key=worst)
     return _measure(job, in_use, [*current, *others[:_BEST]], procedure, drop)
 
 
@@ -214,11 +219,12 @@ def _measure(
     procedure: Procedure,
     drop: Callable[[BenchCase, str, str], None],
 ) -> tuple[list[Comparison], int]:
-    """Time variants in all cases; return a comparison for each case, and the number of wrong elements."""
+    """Time variants in all cases; return a comparison for each that has one, and the number of wrong elements."""
     comparisons, wrong = [], 0
     for case, text in in_use.items():
         found = measure(job, case, variants, procedure, functools.partial(drop, case))
         times_us = {measured.contender.name: measured.times_us for measured in found}
-        comparisons.append(Comparison(case.op, case.mode, case.nbytes, text, times_us))
+        if text in times_us:
+            comparisons.append(Comparison(case.op, case.mode, case.nbytes, text, times_us))
         wrong += sum(measured.wrong or 0 for measured in found)
     return comparisons, wrong

@@ -1,7 +1,7 @@
 """From measured times to rules and variants: few, and none that the measurement doesn't support. Pure, without torch.
 
 A rule puts one backend first for a range of sizes. It is worth its place if the gains over the plan without rules add
-up to more than `RULE_COST`, and if it is nowhere slower by more than `MOST_LOSS`. Sizes where the confidence interval
+up to more than `RULE_COST`, and if it is nowhere slower by more than `MAX_LOSS`. Sizes where the confidence interval
 has both a gain and a loss count nothing. The same holds for a choice of a variant, against the one that the backend
 uses by itself.
 """
@@ -19,13 +19,13 @@ from comm_bench import stats
 from comm_bench.cases import OPS
 from comm_bench.results import Row
 
-__all__ = ["MOST_LOSS", "RULE_COST", "Comparison", "choose", "choose_variants", "comparisons_of", "rules_of"]
+__all__ = ["MAX_LOSS", "RULE_COST", "Comparison", "choose", "choose_variants", "comparisons_of", "rules_of"]
 
 RULE_COST = math.log(1.05)
 """The least gain of a rule: the sum over its sizes of the logarithm of how many times as fast they become."""
 
-MOST_LOSS = math.log(1.01)
-"""The greatest loss of a rule at any measured size, as such a logarithm."""
+MAX_LOSS = math.log(1.01)
+"""The greatest loss of a rule at any measured size, as the logarithm of how many times as long it takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Comparison:
         """Return the logarithm of how many times as fast as planned a way is; 0 if undecided.
 
         A gain counts with the lower end of its confidence interval, a loss with its median. The result is -inf for an
-        unknown way, and for a loss of more than `MOST_LOSS`.
+        unknown way, and for a loss of more than `MAX_LOSS`.
         """
         if name == self.planned:
             return 0.0
@@ -58,10 +58,10 @@ class Comparison:
             return -math.inf
         ratio = stats.ratio(self.times_us[name], self.times_us[self.planned])
         gain = math.log(ratio.low if ratio.low > 1 else ratio.median if ratio.high < 1 else 1.0)
-        return gain if gain >= -MOST_LOSS else -math.inf
+        return gain if gain >= -MAX_LOSS else -math.inf
 
     def slowdown(self, name: str) -> float:
-        """Return the median time of a way in times of the planned one's; inf if unknown."""
+        """Return the median ratio of a way's time to the planned one's; inf if unknown."""
         if name not in self.times_us or self.planned not in self.times_us:
             return math.inf
         return 1 / stats.ratio(self.times_us[name], self.times_us[self.planned]).median

@@ -105,7 +105,7 @@ inline uint32_t max(uint32_t one, uint32_t other) {
     return one > other ? one : other;
 }
 
-// Without optimisation, no compiler makes it part of a fused multiply-add.
+// Without optimisation, no compiler makes the product part of a fused multiply-add.
 inline float __fmul_rn(float one, float other) {
     return one * other;
 }

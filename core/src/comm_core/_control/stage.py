@@ -253,8 +253,8 @@ class Stage:
 
     def _post_abort(self, abort: dict[str, Any]) -> StageAbortedError:
         # The exchange of another thread may have succeeded meanwhile. Then the other ranks go on to the next one, which
-        # can't succeed without this rank, and read the abort there. An exchange that this rank has left isn't asked:
-        # one of an inner stage may have deleted its verdict.
+        # can't succeed without this rank, and read the abort there. One that this rank has left is skipped: a nested
+        # stage's exchange may have deleted its verdict, so that no rank would read the abort there.
         first = self._next if self._current is None else self._next - 1
         for sequence in range(first, self._next + 1):
             key = self._key(sequence)

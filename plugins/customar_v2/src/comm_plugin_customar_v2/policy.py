@@ -71,7 +71,7 @@ class Row(LaunchRow):
         vecs: the vectors of 16 bytes that a thread has in flight: 1, 2 or 4 for two ranks, 1 for more and with FP8.
         threads: the threads of a block, a multiple of 32.
         blocks: the largest grid. A grid is never larger than the message needs, or than the device holds at once.
-        pipeline_depth: the number of rounds by which pushes run ahead of sums, if the algorithm works in rounds.
+        pipeline_depth: the number of rounds by which pushes run ahead of sums, in algorithms that let them.
     """
 
     codes = ALGORITHMS | WIRE_ALGORITHMS

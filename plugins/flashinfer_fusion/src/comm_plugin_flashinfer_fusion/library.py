@@ -71,8 +71,8 @@ class Library:
         """Create a workspace for messages with as many elements as `[tokens, hidden_size]`. Collective.
 
         Raises:
-            CommError: another rank failed.
-            RuntimeError: this rank failed. In both cases its memory is freed.
+            CommError: another rank failed; this rank's memory is freed.
+            RuntimeError: this rank failed; its memory is freed if an allocation or an exchange failed.
         """
         before = set(self._references)
         try:
@@ -155,14 +155,17 @@ def load() -> Library:
 
 
 def _close_descriptors(error: Exception) -> None:
-    """Close the memory handle of this rank with which FlashInfer's exchange of handles failed.
+    """Close this rank's memory handle if FlashInfer's exchange of handles failed: it holds the memory.
 
-    `flashinfer.comm.fd_exchange.exchange_fds` leaves it to its caller, which in 0.7.2 forgets it; it holds the memory.
+    `flashinfer.comm.fd_exchange.exchange_fds` leaves that to its caller, which in releases 0.7 doesn't do it.
     """
+    version = installed_version()
+    if version is not None and Version(version).release[:2] != (0, 7):
+        return
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        # Of no other frame: a copy of its variables would keep the buffers among them.
+        # The variables of this frame alone: to read them copies them, and other frames' would keep buffers.
         if frame.f_code.co_name == "exchange_fds" and isinstance(handle := frame.f_locals.get("local_fd"), int):
-            with contextlib.suppress(OSError):  # a later release may close it
+            with contextlib.suppress(OSError):
                 os.close(handle)
 
 

@@ -154,7 +154,7 @@ class Session:
                 f"a workspace for messages of {numel * policy.ITEMSIZE} bytes needs {nbytes}, and the device has "
                 f"{free} free"
             )
-        # A rank with too little memory has raised by now, and with it all ranks: before FlashInfer's own exchange.
+        # If a rank has too little memory, all ranks raise here, before FlashInfer's own exchange.
         context.control.barrier()
         self._workspace = _Workspace(self._library.create(context, tokens, hidden_size, dtype), numel, nbytes)
         self.memory_nbytes = kept_nbytes + nbytes

@@ -36,27 +36,34 @@ class OnDevice {
     int before_ = 0;
 };
 
-// Gives what destructors leave back to CUDA, in a thread in which the device that it belongs to is current.
+inline int current_device() {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    return device;
+}
+
+// Frees resources of CUDA, but not in a thread in which their device isn't current.
 //
 // The last reference to a session may be dropped in any thread, such as one in which Python's garbage collector happens
 // to run. If that thread has chosen no device, CUDA would first create a context on device 0, which takes 500 MB there.
-// So what is left elsewhere waits until the next of its kind is taken.
-class Leftovers {
+// So what is destroyed in such a thread waits until this library takes its next resource, on whichever device.
+class DeferredFrees {
   public:
-    // Returns the current device, and gives back what waits.
-    static int take_device() {
-        int device = 0;
-        check(cudaGetDevice(&device), "cudaGetDevice");
-        for (const auto& give_back : taken()) give_back();
-        return device;
+    static void free_or_defer(int device, std::function<void()> free) {
+        int current = -1;
+        if (cudaGetDevice(&current) == cudaSuccess && current == device) return free();
+        const std::lock_guard lock(shared().mutex);
+        shared().waiting.push_back(std::move(free));
     }
 
-    // Calls `give_back` now if `device` is current, else in the next `take_device`.
-    static void leave(int device, std::function<void()> give_back) {
-        int current = -1;
-        if (cudaGetDevice(&current) == cudaSuccess && current == device) return give_back();
-        const std::lock_guard lock(shared().mutex);
-        shared().waiting.push_back(std::move(give_back));
+    // Frees what waits. The thread has chosen a device.
+    static void run() {
+        std::vector<std::function<void()>> waiting;
+        {
+            const std::lock_guard lock(shared().mutex);
+            waiting.swap(shared().waiting);
+        }
+        for (const auto& free : waiting) free();
     }
 
   private:
@@ -69,17 +76,14 @@ class Leftovers {
         static Shared& never_destroyed = *new Shared;  // a destructor may run while the process ends
         return never_destroyed;
     }
-    static std::vector<std::function<void()>> taken() {
-        const std::lock_guard lock(shared().mutex);
-        return std::exchange(shared().waiting, {});
-    }
 };
 
 // An array of zeros in host memory that is mapped on devices: kernels write it, and the host reads it meanwhile.
 template <typename T>
 class MappedArray {
   public:
-    explicit MappedArray(size_t length) : device_(Leftovers::take_device()) {
+    explicit MappedArray(size_t length) : device_(current_device()) {
+        DeferredFrees::run();
         const size_t nbytes = length * sizeof(T);
         check(cudaHostAlloc(&values_, nbytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
         std::memset(values_, 0, nbytes);
@@ -91,7 +95,7 @@ class MappedArray {
     }
     // Destroy it only once no kernel can write it any more.
     ~MappedArray() {
-        Leftovers::leave(device_, [values = values_] { cudaFreeHost(values); });
+        DeferredFrees::free_or_defer(device_, [values = values_] { cudaFreeHost(values); });
     }
     MappedArray(const MappedArray&) = delete;
     MappedArray& operator=(const MappedArray&) = delete;
@@ -162,14 +166,15 @@ class WaitCounters {
 // device. Its event is recorded once it is needed, since a record takes 0.3 µs of the host's time.
 class StreamOrder {
   public:
-    StreamOrder() : device_(Leftovers::take_device()) {
+    StreamOrder() : device_(current_device()) {
+        DeferredFrees::run();
         check(cudaEventCreateWithFlags(&called_, cudaEventDisableTiming), "cudaEventCreateWithFlags");
         const cudaError_t status = cudaEventCreateWithFlags(&captured_, cudaEventDisableTiming);
         if (status != cudaSuccess) cudaEventDestroy(called_);
         check(status, "cudaEventCreateWithFlags");
     }
     ~StreamOrder() {
-        Leftovers::leave(device_, [called = called_, captured = captured_] {
+        DeferredFrees::free_or_defer(device_, [called = called_, captured = captured_] {
             cudaEventDestroy(called);
             cudaEventDestroy(captured);
         });

@@ -77,8 +77,8 @@ __device__ __forceinline__ Packet to_packet(const float (&values)[kLaneElements]
     return {{words[0], words[1], words[2], words[3]}, exponent << 23};
 }
 
-// Adds a packet's elements to `values`. A product that is too large is an infinity before it is added: if the compiler
-// made a multiplication and an addition one, opposite infinities would give either of them instead of a NaN.
+// Adds a packet's elements to `values`. `__fmul_rn` keeps the compiler from a fused multiply-add, by which infinities
+// of both signs would give one of them instead of a NaN.
 __device__ __forceinline__ void add(const Packet& packet, float (&values)[kLaneElements]) {
     const uint32_t words[4] = {packet.values.x, packet.values.y, packet.values.z, packet.values.w};
     const float scale = __uint_as_float(packet.scale);

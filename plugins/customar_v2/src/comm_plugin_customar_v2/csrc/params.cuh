@@ -86,7 +86,7 @@ struct Params {
     uint32_t num_vecs;                // whole vectors of the message
     uint32_t tail_nbytes;             // bytes after them, 0 to 14
     uint32_t rank;
-    uint32_t pipeline_depth;  // rounds by which pushes run ahead of sums, in kernels that work in rounds
+    uint32_t pipeline_depth;  // rounds by which pushes run ahead of sums, in kernels that let them
 };
 
 // Chooses the cells of a call's kind. `params` has the offsets of the regions, and the tail's length.

@@ -1,7 +1,7 @@
 // comm_core/host.h's resources against a stand-in for the CUDA runtime, which counts the contexts that it has to create
 // in threads without one. Exits with the number of failures, each printed to stdout.
 #include "emulate.h"
-// What it stands for comes after it.
+// The stand-in must come before what uses it.
 #include <comm_core/host.h>
 
 #include <cstdio>
@@ -15,7 +15,7 @@ thread_local int current = 0;
 thread_local bool has_context = false;
 int created = 0, live = 0, failures = 0;
 
-// What every call of CUDA does that needs a context, in a thread that has none.
+// Every stand-in that needs a context calls this. The first call in a thread without one would create it.
 void need_context() {
     if (!has_context) ++created;
     has_context = true;
@@ -91,7 +91,10 @@ int main() {
     expect(live, kResources, "resources that wait");
     session = std::make_unique<Session>();
     expect(live, kResources, "resources of the next session");
+    cudaSetDevice(2);
     session.reset();
+    expect(live, kResources, "resources that wait while another device is current");
+    comm_core::DeferredFrees::run();
     expect(live, 0, "resources after all");
     std::printf("%d failures\n", failures);
     return failures;
