@@ -7,21 +7,20 @@ import contextlib
 import io
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import comm_core as comm
 import comm_core.cli
 import pytest
-import torch
 import torch.distributed as dist
 from comm_bench import cli, tune
 from comm_bench.backends import _Terminal
 from comm_bench.cases import OPS, BenchCase
-from comm_bench.contenders import Job, State
+from comm_bench.contenders import Job
 from comm_bench.measure import Procedure
 from comm_bench.variants import Search, Tried, search
 
@@ -67,22 +66,37 @@ def tuned(largest_nbytes: int, calls: int = 20) -> tuple[Any, str, str]:
         return printed("comm_bench.tune", ["tune", "--quick", "--json"])
 
 
+# The times of variants in microseconds, by the length of a row; "broken" fails.
+TIMES_US = {
+    "late": {4096: 10, 5000: 10, 7168: 10},
+    "later": {4096: 20, 5000: 20, 7168: 20},
+    "prompt": {4096: 5, 5000: 5, 7168: 5},
+    "uneven": {4096: 1, 5000: 21, 7168: 4},
+}
+
+
 class Varied(_Terminal):
-    """torch.distributed, some milliseconds late in all its variants but one."""
+    """torch.distributed, with variants that are never called."""
 
     choices: Sequence[VariantChoice] = ()
 
     def variants(self, case: BenchCase) -> tuple[str, ...]:
         # With rows of 5000 elements, another one is in use.
-        return ("later", "late", "prompt") if case.shape[1] == 5000 else ("late", "later", "prompt")
+        first = ("later", "late") if case.shape[1] == 5000 else ("late", "later")
+        return (*first, "broken", "prompt", "uneven")
 
     def use_variants(self, choices: Sequence[VariantChoice]) -> None:
         self.choices = choices
 
-    def call(self, state: State, weight: torch.Tensor | None, *, in_place: bool) -> State:
-        variant = self.choices[0].variant if self.choices else "late"
-        time.sleep({"late": 0.01, "later": 0.02, "prompt": 0.0}[variant])
-        return super().call(state, weight, in_place=in_place)
+
+def times_of(_job: Any, case: BenchCase, variants: Sequence[Any], procedure: Procedure, _absent: Any) -> list[Any]:
+    """Stand for `comm_bench.measure.measure`."""
+    works = [variant for variant in variants if variant.name in TIMES_US]
+    times_us = [(TIMES_US[variant.name][case.shape[1]],) * procedure.repetitions for variant in works]
+    return [
+        SimpleNamespace(contender=variant, times_us=times, wrong=0)
+        for variant, times in zip(works, times_us, strict=True)
+    ]
 
 
 def searched(shapes: Sequence[tuple[int, int]], limit_s: float) -> tuple[Tried, Any, list[int]]:
@@ -92,7 +106,8 @@ def searched(shapes: Sequence[tuple[int, int]], limit_s: float) -> tuple[Tried, 
     contender = Varied(job)
     cases = [BenchCase(OPS[1], "eager", "out", "float32", "cpu", shape) for shape in shapes]
     settings = Search([cases], Procedure(3, 1, 1, 7, checks=True), None, limit_s)
-    tried = search(job, [contender], settings, lambda *shown_case: shown.append(shown_case[2].nbytes), pytest.fail)
+    with mock.patch("comm_bench.variants.measure", times_of):
+        tried = search(job, [contender], settings, lambda *shown_case: shown.append(shown_case[2].nbytes), pytest.fail)
     job.close()
     comm.close()
     return tried, contender.choices, shown

@@ -286,7 +286,8 @@ def all_reduce(session, tensor, out):
 
 def test_a_variant_is_chosen_by_all_shapes_of_a_message(ranks: Ranks) -> None:
     shapes = ((2, 4096), (1, 7168), (1, 5000))
-    choice = (VariantChoice(OPS[1], "prompt"),)
+    # The fastest on average is slower than the one in use in the shortest message.
+    choice = (VariantChoice(OPS[1], "prompt", 0, 24336), VariantChoice(OPS[1], "uneven", 24337))
     for tried, choices, shown in ranks.run(searched, shapes, 1000.0):
         assert tried.choices == {TERMINAL: choice}
         assert choices == choice
@@ -295,7 +296,7 @@ def test_a_variant_is_chosen_by_all_shapes_of_a_message(ranks: Ranks) -> None:
         for each in tried.compared[TERMINAL]:
             assert each.op == OPS[1]
             repetitions = {name: len(times) for name, times in each.times_us.items()}
-            assert repetitions == dict.fromkeys(("late", "later", "prompt"), 7)
+            assert repetitions == dict.fromkeys(("late", "later", "prompt", "uneven"), 7)
         assert (tried.wrong, tried.unmeasured, shown) == (0, 0, [32768])
     for tried, choices, shown in ranks.run(searched, shapes, 0.0):
         assert (tried.choices, tried.compared, tried.unmeasured) == ({}, {}, 1)
