@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +20,7 @@ from typing import Any
 
 import comm_core as comm
 import torch
-import torch.distributed as dist
-from torchrun_job import describe, join, leave, replay_of, time_us
+from torchrun_job import describe, join, leave, medians_us, replay_of, write
 
 DTYPE = torch.bfloat16
 CALLS = 50
@@ -61,14 +58,9 @@ def measure(backend: comm.Backend, options: argparse.Namespace) -> list[dict[str
         for rows in {*every, options.bucket}:
             runs[op, rows, False] = chain(backend, op, rows, options.hidden, None)
             runs[op, rows, True] = padded
-    times: dict[tuple[str, int, bool], list[float]] = {key: [] for key in runs}
-    for number, (key, run) in itertools.product(range(options.rounds + 3), runs.items()):
-        counts.fill(key[1])
-        us = time_us(run, options.replays, on_gpu=backend.device.type == "cuda") / CALLS
-        if number >= 3:
-            times[key].append(us)
+    medians = medians_us(runs, options, on_gpu=backend.device.type == "cuda", before=lambda key: counts.fill(key[1]))
     backend.check()
-    us_of = {key: round(statistics.median(each), 3) for key, each in times.items()}
+    us_of = {key: round(us / CALLS, 3) for key, us in medians.items()}
     found = []
     for op, rows in itertools.product(OPS, every):
         exact, padded_us = us_of[op, rows, False], us_of[op, rows, True]
@@ -95,10 +87,7 @@ def main() -> int:
         | {"rounds": options.rounds, "replays": options.replays},
         "rows": measure(backend, options),
     }
-    if dist.get_rank() == 0:
-        sys.stdout.writelines(f"{json.dumps(row)}\n" for row in document["rows"])
-        if options.json:
-            options.json.write_text(json.dumps(document, indent=1) + "\n")
+    write(document, options.json)
     leave()
     return 0
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import gc
+import itertools
+import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import comm_core as comm
 import torch
 import torch.distributed as dist
+
+Key = TypeVar("Key")
+# The rounds that don't count.
+WARMUP = 3
 
 
 def join(parser: argparse.ArgumentParser) -> torch.device:
@@ -87,3 +94,35 @@ def time_us(run: Callable[[], object], replays: int, *, on_gpu: bool) -> float:
         last.synchronize()
         seconds = first.elapsed_time(last) / 1e3
     return max_over_ranks(seconds) / replays * 1e6
+
+
+def medians_us(
+    runs: Mapping[Key, Callable[[], object]],
+    options: argparse.Namespace,
+    *,
+    on_gpu: bool,
+    before: Callable[[Key], object] = lambda _: None,
+) -> dict[Key, float]:
+    """Time runs in turns, and return the medians over the rounds in microseconds. Collective.
+
+    Args:
+        runs: by key, the functions to time.
+        options: the command's, with `rounds` and `replays`.
+        on_gpu: as in `time_us`.
+        before: called with the key before each run is timed.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in runs}
+    for number, (key, run) in itertools.product(range(options.rounds + WARMUP), runs.items()):
+        before(key)
+        us = time_us(run, options.replays, on_gpu=on_gpu)
+        if number >= WARMUP:
+            times[key].append(us)
+    return {key: statistics.median(each) for key, each in times.items()}
+
+
+def write(document: dict[str, Any], path: Path | None) -> None:
+    """Print the rows of a record on rank 0, and write the record to `path`, if there is one."""
+    if dist.get_rank() == 0:
+        sys.stdout.writelines(f"{json.dumps(row)}\n" for row in document["rows"])
+        if path:
+            path.write_text(json.dumps(document, indent=1) + "\n")

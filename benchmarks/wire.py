@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +21,10 @@ from typing import Any
 import comm_core as comm
 import torch
 import torch.distributed as dist
-from torchrun_job import describe, join, leave, replay_of, time_us
+from torchrun_job import describe, join, leave, medians_us, replay_of, write
 
 DTYPE = torch.bfloat16
 CALLS = 20
-WARMUP = 3  # rounds that don't count
 DEFAULT_MIB = "1,1.5,2,3,4,6,8,12,16,24,32,48,64"
 
 
@@ -59,12 +56,8 @@ def measure(exact: comm.Backend, wire: comm.Backend, options: argparse.Namespace
     for mib in options.mib.split(","):
         numel = int(float(mib) * (1 << 20)) // DTYPE.itemsize
         runs = {"exact": chain(exact, numel), "wire": chain(wire, numel)}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for number, (name, run) in itertools.product(range(options.rounds + WARMUP), runs.items()):
-            us = time_us(run, options.replays, on_gpu=exact.device.type == "cuda") / CALLS
-            if number >= WARMUP:
-                times[name].append(us)
-        us_of = {name: round(statistics.median(each), 3) for name, each in times.items()}
+        medians = medians_us(runs, options, on_gpu=exact.device.type == "cuda")
+        us_of = {name: round(us / CALLS, 3) for name, us in medians.items()}
         nbytes, ratio = numel * DTYPE.itemsize, round(us_of["exact"] / us_of["wire"], 3)
         row = {"nbytes": nbytes, "exact_us": us_of["exact"], "wire_us": us_of["wire"], "times_as_fast": ratio}
         found.append(row | {"takes_wire": takes_wire(wire, nbytes)})
@@ -89,10 +82,7 @@ def main() -> int:
         "settings": {"dtype": "bfloat16", "calls": CALLS, "rounds": options.rounds, "replays": options.replays},
         "rows": measure(exact, wire, options),
     }
-    if dist.get_rank() == 0:
-        sys.stdout.writelines(f"{json.dumps(row)}\n" for row in document["rows"])
-        if options.json:
-            options.json.write_text(json.dumps(document, indent=1) + "\n")
+    write(document, options.json)
     leave()
     return 0
 

@@ -207,9 +207,9 @@ def _measure_best(
         return max((comparison.slowdown(variant.name) for comparison in first), default=math.inf)
 
     current = [variant for variant in variants if variant.name in in_use.values()]
-    others = [variant for variant in variants if variant not in current and worst(variant) < math.inf]
-    others.sort(key=worst)
-    return _measure(job, in_use, [*current, *others[:_BEST]], procedure, drop)
+    ratios = {variant: worst(variant) for variant in variants if variant not in current}
+    best = [variant for variant in sorted(ratios, key=ratios.__getitem__) if ratios[variant] < math.inf][:_BEST]
+    return _measure(job, in_use, [*current, *best], procedure, drop)
 
 
 def _measure(

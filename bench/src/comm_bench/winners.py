@@ -54,17 +54,21 @@ class Comparison:
         """
         if name == self.planned:
             return 0.0
-        if name not in self.times_us or self.planned not in self.times_us:
+        ratio = self._ratio(name)
+        if ratio is None:
             return -math.inf
-        ratio = stats.ratio(self.times_us[name], self.times_us[self.planned])
         gain = math.log(ratio.low if ratio.low > 1 else ratio.median if ratio.high < 1 else 1.0)
         return gain if gain >= -MAX_LOSS else -math.inf
 
     def slowdown(self, name: str) -> float:
         """Return the median ratio of a way's time to the planned one's; inf if unknown."""
+        ratio = self._ratio(name)
+        return math.inf if ratio is None else 1 / ratio.median
+
+    def _ratio(self, name: str) -> stats.Ratio | None:
         if name not in self.times_us or self.planned not in self.times_us:
-            return math.inf
-        return 1 / stats.ratio(self.times_us[name], self.times_us[self.planned]).median
+            return None
+        return stats.ratio(self.times_us[name], self.times_us[self.planned])
 
 
 def rules_of(

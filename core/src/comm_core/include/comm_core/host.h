@@ -21,26 +21,23 @@ inline void check(cudaError_t status, const char* call) {
     if (status != cudaSuccess) TVM_FFI_THROW(RuntimeError) << call << ": " << cudaGetErrorString(status);
 }
 
-// Makes a device current, and restores the previous one at the end of the scope.
-class OnDevice {
-  public:
-    explicit OnDevice(int device) {
-        check(cudaGetDevice(&before_), "cudaGetDevice");
-        check(cudaSetDevice(device), "cudaSetDevice");
-    }
-    ~OnDevice() { cudaSetDevice(before_); }
-    OnDevice(const OnDevice&) = delete;
-    OnDevice& operator=(const OnDevice&) = delete;
-
-  private:
-    int before_ = 0;
-};
-
 inline int current_device() {
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     return device;
 }
+
+// Makes a device current, and restores the previous one at the end of the scope.
+class OnDevice {
+  public:
+    explicit OnDevice(int device) : before_(current_device()) { check(cudaSetDevice(device), "cudaSetDevice"); }
+    ~OnDevice() { cudaSetDevice(before_); }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+  private:
+    int before_;
+};
 
 // Frees resources of CUDA, but not in a thread in which their device isn't current.
 //
